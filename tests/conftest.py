@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from vpd_fast import BackboneConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _import_golden() -> ModuleType:
+    """tests/golden as the package `vpd_golden`; tests are collected without touching sys.path."""
+    if "vpd_golden" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "vpd_golden", GOLDEN / "__init__.py", submodule_search_locations=[str(GOLDEN)]
+        )
+        sys.modules["vpd_golden"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["vpd_golden"])
+    return importlib.import_module("vpd_golden.case")
+
+
+@pytest.fixture
+def golden() -> Callable:
+    """`golden("seg_small")` -> GoldenCase (tests/golden/case.py)."""
+    return _import_golden().GoldenCase
+
+
+@pytest.fixture
+def small_backbone() -> BackboneConfig:
+    """A backbone of the shape of Stable Diffusion 1.5, a tenth as wide."""
+    return BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

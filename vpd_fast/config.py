@@ -1,0 +1,193 @@
+"""Sizes and options of a VPD model, as dataclasses that survive a JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vpd_fast.errors import InputError
+
+TASKS = ("segmentation", "referring", "depth")
+MAP_SOURCES = tuple(f"{place}_{kind}" for place in ("down", "mid", "up") for kind in ("cross", "self"))
+LATENT_STRIDE = 8  # the KL encoder halves the image three times
+SIZE_MULTIPLE = 64  # and the UNet the latents three times more
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Stable Diffusion's UNet and KL encoder; the defaults are Stable Diffusion 1.5.
+
+    model_channels, channel_mult, num_res_blocks, num_heads, context_dim, attention_resolutions: the UNet
+    (attention_resolutions are downsampling factors of the latents, as in the original configuration).
+    vae_ch, vae_ch_mult, vae_num_res_blocks: the KL encoder. in_channels: latent channels.
+    """
+
+    model_channels: int = 320
+    context_dim: int = 768
+    num_heads: int = 8
+    num_res_blocks: int = 2
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    vae_ch: int = 128
+    vae_ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    vae_num_res_blocks: int = 2
+    in_channels: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("channel_mult", "attention_resolutions", "vae_ch_mult"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("model_channels", "context_dim", "num_heads", "num_res_blocks", "vae_ch", "in_channels"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value > 0, f"BackboneConfig.{name} must be a positive int, got {value!r}")
+        for name in ("model_channels", "vae_ch"):
+            value = getattr(self, name)
+            _check(
+                value % 32 == 0,
+                f"BackboneConfig.{name} must be a multiple of 32 (GroupNorm has 32 groups), got {value}",
+            )
+        _check(
+            all((self.model_channels * m) % self.num_heads == 0 for m in self.channel_mult),
+            f"BackboneConfig.num_heads={self.num_heads} does not divide the UNet widths "
+            f"{[self.model_channels * m for m in self.channel_mult]}",
+        )
+        for name in ("channel_mult", "vae_ch_mult"):
+            value = getattr(self, name)
+            _check(
+                len(value) == 4, f"BackboneConfig.{name} must have 4 levels, as in Stable Diffusion 1.x, got {value}"
+            )
+
+
+@dataclass(frozen=True)
+class VPDConfig:
+    """One VPD model.
+
+    task: "segmentation", "referring" or "depth".
+    num_classes: classes of segmentation (one context token each).
+    tokens: context tokens of a sentence in referring segmentation (40 for RefCOCO/+, 77 for G-Ref).
+    num_scenes: scene embeddings of depth (27 for NYUv2; 28 in the mmseg port, the last one their mean).
+    max_depth: metres that a depth of 1.0 after the sigmoid stands for.
+    channels: width of the segmentation neck and head.
+    base_size: side of the training images in pixels; it only decides which levels `max_attn_size` includes.
+    use_attn: concatenate attention maps to the features; None means True, except for depth (one token: constant maps).
+    attn_selector: which layers' maps are averaged, "+"-separated names out of {down,mid,up}_{cross,self}.
+    max_attn_size: levels with a side of at most this many latent pixels (at base_size) give maps; None: base_size // 16.
+    gamma_init_value: start of the text adapter's scale.
+    map_grad: let gradients flow through the maps. False is what the original code does.
+    latent_scale: factor on the latents. 1.0 is what the original code does; Stable Diffusion was trained with 0.18215.
+    train_encoder: let the KL encoder receive gradients. False is what the original code does.
+    text_hidden_dim: hidden width of the text adapter; None: context_dim.
+    class_names: names of the classes or scenes, for people; may be empty.
+    """
+
+    task: str = "segmentation"
+    num_classes: int = 150
+    tokens: int = 40
+    num_scenes: int = 27
+    max_depth: float = 10.0
+    channels: int = 256
+    base_size: int = 512
+    use_attn: bool | None = None
+    attn_selector: str = "up_cross+down_cross"
+    max_attn_size: int | None = None
+    gamma_init_value: float = 1e-4
+    map_grad: bool = False
+    latent_scale: float = 1.0
+    train_encoder: bool = False
+    text_hidden_dim: int | None = None
+    class_names: tuple[str, ...] = ()
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.task in TASKS, f"VPDConfig.task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if isinstance(self.backbone, dict):
+            object.__setattr__(self, "backbone", _from_dict(BackboneConfig, self.backbone))
+        if self.use_attn is None:
+            object.__setattr__(self, "use_attn", self.task != "depth")
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        for name in ("num_classes", "tokens", "num_scenes", "channels", "base_size"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value > 0, f"VPDConfig.{name} must be a positive int, got {value!r}")
+        _check(self.max_depth > 0, f"VPDConfig.max_depth must be positive (metres), got {self.max_depth!r}")
+        _check(
+            self.base_size % SIZE_MULTIPLE == 0,
+            f"VPDConfig.base_size must be a multiple of {SIZE_MULTIPLE}, got {self.base_size}",
+        )
+        unknown = [name for name in self.map_sources if name not in MAP_SOURCES]
+        _check(
+            not unknown,
+            f"VPDConfig.attn_selector: unknown {unknown}; expected names out of {', '.join(MAP_SOURCES)} joined by '+'",
+        )
+        named = {"segmentation": self.num_classes, "depth": self.num_scenes}.get(self.task)
+        _check(
+            not self.class_names or named is None or len(self.class_names) == named,
+            f"VPDConfig.class_names has {len(self.class_names)} names, the {self.task} model needs {named}",
+        )
+
+    @property
+    def map_sources(self) -> tuple[str, ...]:
+        """The names in `attn_selector`."""
+        return tuple(self.attn_selector.split("+"))
+
+    @property
+    def context_tokens(self) -> int:
+        """Context tokens an image is conditioned on, which is also how many cross-attention maps a level has."""
+        return {"segmentation": self.num_classes, "referring": self.tokens, "depth": 1}[self.task]
+
+    def map_channels(self, level: int) -> int:
+        """Map channels appended to the feature of `level` (0: latent resolution, 3: an eighth of it), at base_size."""
+        side = self.base_size // LATENT_STRIDE // 2**level
+        limit = self.base_size // 16 if self.max_attn_size is None else self.max_attn_size
+        if not self.use_attn or side > limit:
+            return 0
+        lowest = len(self.backbone.channel_mult) - 1
+        kinds = set()
+        for source in self.map_sources:
+            place, kind = source.split("_")
+            # The lowest level has no transformer blocks of its own; the middle block is all there is.
+            has_attention = level == lowest if place == "mid" else 2**level in self.backbone.attention_resolutions
+            if has_attention:
+                kinds.add(kind)
+        return ("cross" in kinds) * self.context_tokens + ("self" in kinds) * side**2
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the maps `extract_feat` returns, high resolution first, attention maps included."""
+        backbone = self.backbone
+        return tuple(backbone.model_channels * m + self.map_channels(i) for i, m in enumerate(backbone.channel_mult))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only, as written to config.json."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VPDConfig:
+        """Inverse of `to_dict`. Raises InputError on unknown fields."""
+        return _from_dict(cls, values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> VPDConfig:
+        """Read a JSON file written by `save`."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def replace(self, **changes: Any) -> VPDConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    _check(not unknown, f"{cls.__name__}: unknown fields {unknown}; known are {sorted(known)}")
+    return cls(**values)

@@ -1,0 +1,265 @@
+"""Stable Diffusion's UNet as a feature extractor that also returns averaged attention maps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vpd_fast.config import BackboneConfig, VPDConfig
+from vpd_fast.models.attention import BasicTransformerBlock
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding (B,) -> (B,dim) float32, cosines first (Vaswani et al. 2017, as ordered in latent diffusion)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the time embedding."""
+
+    def __init__(self, channels: int, emb_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = out_channels == channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B,channels,h,w), emb (B,emb_channels) -> (B,out_channels,h,w)."""
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class SpatialTransformer(nn.Module):
+    """One transformer block over the positions of a feature map, with a residual."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, context_dim, heads)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, context: Tensor, map_kinds: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B,C,h,w), context (B,L,context_dim) -> x, {kind: (B, L or h*w, h, w)}."""
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        (block,) = self.transformer_blocks
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            tokens, maps = _checkpoint_transformer(block, tokens, context, map_kinds)
+        else:
+            tokens, maps = block(tokens, context, map_kinds)
+        size = x.shape[2:]
+        out = x + self.proj_out(tokens.transpose(1, 2).unflatten(2, size))
+        return out, {kind: m.transpose(1, 2).unflatten(2, size) for kind, m in maps.items()}
+
+
+def _checkpoint_transformer(
+    block: BasicTransformerBlock, tokens: Tensor, context: Tensor, map_kinds: frozenset[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run `block` keeping only its inputs for backward; the recomputation leaves the maps out, whose mean saves nothing."""
+    recompute = _Flag()
+
+    def run(tokens: Tensor, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return block(tokens, context, frozenset() if recompute.on else map_kinds)
+
+    return checkpoint(
+        run, tokens, context, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recompute)
+    )
+
+
+class _Flag:
+    """A context manager that knows whether it is entered."""
+
+    on = False
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *error: object) -> None:
+        self.on = False
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,C,h/2,w/2)."""
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,C,2h,2w)."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNetBlock(nn.Sequential):
+    """The layers of one entry of `input_blocks`, `middle_block` or `output_blocks`."""
+
+    gradient_checkpointing = False
+
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor, map_kinds: frozenset[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Feature map in, feature map and the attention maps asked for out."""
+        maps: dict[str, Tensor] = {}
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, emb, use_reentrant=False)
+                else:
+                    x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x, maps = layer(x, context, map_kinds)
+            else:
+                x = layer(x)
+        return x, maps
+
+
+class UNet(nn.Module):
+    """The UNet without its output layers. Key names: those of CompVis latent diffusion (`diffusion_model.*`)."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.model_channels = config.model_channels
+        emb_channels = config.model_channels * 4
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        widths = [config.model_channels * m for m in config.channel_mult]
+        lowest = len(widths) - 1
+
+        def block(in_channels: int, level: int) -> list[nn.Module]:
+            layers: list[nn.Module] = [ResBlock(in_channels, emb_channels, widths[level])]
+            if 2**level in config.attention_resolutions:
+                layers.append(SpatialTransformer(widths[level], config.context_dim, config.num_heads))
+            return layers
+
+        channels = config.model_channels
+        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
+        self.input_levels = [0]
+        skips = [channels]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(UNetBlock(*block(channels, level)))
+                self.input_levels.append(level)
+                channels = width
+                skips.append(channels)
+            if level < lowest:
+                self.input_blocks.append(UNetBlock(Downsample(channels)))
+                self.input_levels.append(level + 1)
+                skips.append(channels)
+
+        self.middle_block = UNetBlock(
+            ResBlock(channels, emb_channels, channels),
+            SpatialTransformer(channels, config.context_dim, config.num_heads),
+            ResBlock(channels, emb_channels, channels),
+        )
+        self.output_blocks = nn.ModuleList()
+        self.output_levels: list[int] = []
+        for level in range(lowest, -1, -1):
+            for i in range(config.num_res_blocks + 1):
+                layers = block(channels + skips.pop(), level)
+                channels = widths[level]
+                if level and i == config.num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(UNetBlock(*layers))
+                self.output_levels.append(level)
+        # The last block of each level before its upsampling one, and the very last block.
+        per_level = config.num_res_blocks + 1
+        self.taps = {per_level * n - 2: lowest - n + 1 for n in range(1, lowest + 1)} | {
+            per_level * (lowest + 1) - 1: 0
+        }
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, context: Tensor, map_kinds: dict[tuple[str, int], frozenset[str]]
+    ) -> tuple[list[Tensor], dict[tuple[int, str], list[Tensor]]]:
+        """One pass.
+
+        latents (B,4,h,w), h and w multiples of 8; timesteps (B,); context (B,L,context_dim);
+        map_kinds: {(place, level): kinds} of the layers whose maps are wanted.
+        Returns four features, high resolution first, and per (level, kind) the head-mean maps of each layer in turn.
+        """
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))
+        maps: dict[tuple[int, str], list[Tensor]] = {}
+
+        def run(block: UNetBlock, x: Tensor, place: str, level: int) -> Tensor:
+            x, new = block(x, emb, context, map_kinds.get((place, level), frozenset()))
+            for kind, m in new.items():
+                maps.setdefault((level, kind), []).append(m)
+            return x
+
+        skips = []
+        h = latents
+        for block, level in zip(self.input_blocks, self.input_levels, strict=True):
+            h = run(block, h, "down", level)
+            skips.append(h)
+        h = run(self.middle_block, h, "mid", self.input_levels[-1])
+        features: dict[int, Tensor] = {}
+        for i, (block, level) in enumerate(zip(self.output_blocks, self.output_levels, strict=True)):
+            h = run(block, torch.cat([h, skips.pop()], dim=1), "up", level)
+            if i in self.taps:
+                features[self.taps[i]] = h
+        return [features[level] for level in sorted(features)], maps
+
+
+class UNetWrapper(nn.Module):
+    """UNet at t = 1 whose features carry the averaged attention maps (VPD, sections 3.2-3.3); keys `unet.diffusion_model.*`."""
+
+    def __init__(self, config: VPDConfig) -> None:
+        super().__init__()
+        self.unet = nn.Module()
+        self.unet.diffusion_model = UNet(config.backbone)
+        self.map_grad = config.map_grad
+        self.map_kinds = {
+            (place, level): frozenset(kinds)
+            for place in ("down", "mid", "up")
+            for level in range(len(config.backbone.channel_mult))
+            if config.map_channels(level)
+            and (kinds := [kind for kind in ("cross", "self") if f"{place}_{kind}" in config.map_sources])
+        }
+
+    def forward(self, latents: Tensor, context: Tensor) -> list[Tensor]:
+        """latents (B,4,h,w), context (B,L,context_dim) -> four features; cross maps, then self maps, after the channels."""
+        timesteps = torch.ones(latents.shape[0], dtype=torch.long, device=latents.device)
+        features, maps = self.unet.diffusion_model(latents, timesteps, context, self.map_kinds)
+        for level, kind in sorted(maps):
+            layers = maps[level, kind]
+            mean = sum(layers[1:], start=layers[0]) / len(layers)
+            if not self.map_grad:
+                mean = mean.detach()
+            features[level] = torch.cat([features[level], mean.to(features[level].dtype)], dim=1)
+        return features
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only the inputs of residual and transformer blocks for backward."""
+        for module in self.modules():
+            if isinstance(module, (UNetBlock, SpatialTransformer)):
+                module.gradient_checkpointing = enabled
