@@ -51,7 +51,7 @@ class BackboneConfig:
             value = getattr(self, name)
             _check(
                 value % 32 == 0,
-                f"BackboneConfig.{name} must be a multiple of 32 (GroupNorm has 32 groups), got {value}",
+                f"BackboneConfig.{name} must be a multiple of 32 (the norms' groups), got {value}",
             )
         _check(
             all((self.model_channels * m) % self.num_heads == 0 for m in self.channel_mult),
@@ -78,7 +78,7 @@ class VPDConfig:
     base_size: side of the training images in pixels; it only decides which levels `max_attn_size` includes.
     use_attn: concatenate attention maps to the features; None means True, except for depth (one token: constant maps).
     attn_selector: which layers' maps are averaged, "+"-separated names out of {down,mid,up}_{cross,self}.
-    max_attn_size: levels with a side of at most this many latent pixels (at base_size) give maps; None: base_size // 16.
+    max_attn_size: levels of at most this many latent pixels a side (at base_size) give maps; None: base_size // 16.
     gamma_init_value: start of the text adapter's scale.
     map_grad: let gradients flow through the maps. False is what the original code does.
     latent_scale: factor on the latents. 1.0 is what the original code does; Stable Diffusion was trained with 0.18215.

@@ -1,4 +1,4 @@
-"""Deterministic weights for the golden cases: every tensor is a function of its state-dict name, its shape and one seed.
+"""Deterministic weights of the golden cases: every tensor is a function of its state-dict name, shape and one seed.
 
 Used to fill a model whose state-dict keys are those of the released VPD checkpoints, so no weights need to be stored.
 """

@@ -1,4 +1,4 @@
-"""The three models beyond the golden cases: sizes, selectors, gradients through maps, checkpointing, threads, bad input."""
+"""The models beyond the golden cases: sizes, selectors, map gradients, checkpointing, threads, bad input."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_any_multiple_of_64_square_or_not(make: Callable, height: int, width: in
 
 
 def test_a_wide_image_is_the_transpose_of_a_tall_one_for_the_maps(make: Callable) -> None:
-    """Rows and columns are not mixed up: a model whose 3x3 kernels are symmetric commutes with transposition."""
+    """Rows and columns are not mixed up: with symmetric kernels the model commutes with transposition."""
     model = make()
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -75,7 +75,7 @@ def test_a_wide_image_is_the_transpose_of_a_tall_one_for_the_maps(make: Callable
 
 
 def reference_maps(model: VPD, x: Tensor, sources: list[str]) -> dict[int, Tensor]:
-    """Maps by hooking every attention layer, as the original does: {positions: mean over the layers of these sources}."""
+    """Maps by hooking every attention layer, as the original does: {positions: mean over the layers}."""
     captured: dict[int, list[Tensor]] = {}
     unet = model.backbone.unet.unet.diffusion_model
     places = {"down": unet.input_blocks, "mid": unet.middle_block, "up": unet.output_blocks}

@@ -1,4 +1,4 @@
-"""Attention of the Stable Diffusion UNet, written out plainly: the probabilities are materialised, as in the original."""
+"""Attention of the Stable Diffusion UNet, written out plainly: probabilities are materialised as in the original."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class CrossAttention(nn.Module):
     """Multi-head attention of image tokens to a context (cross-attention) or to themselves (context=None).
 
-    Source: CompVis latent diffusion; with `need_map` it also returns what VPD (section 3.2) calls the cross-attention map.
+    Source: CompVis latent diffusion. With `need_map` it also returns the head-mean attention map of VPD, section 3.2.
     """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int) -> None:
@@ -23,7 +23,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor | None = None, need_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,N,query_dim), context (B,L,context_dim) -> output (B,N,query_dim), head-mean probabilities (B,N,L) or None."""
+        """x (B,N,query_dim), context (B,L,context_dim) -> (B,N,query_dim), head-mean probabilities (B,N,L) or None."""
         context = x if context is None else context
         q, k, v = (self._split_heads(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
         probabilities = torch.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)

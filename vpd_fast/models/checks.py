@@ -69,9 +69,10 @@ def same_batch(images: Tensor, value: Tensor, name: str) -> None:
 
 
 def feature_channels(features: Sequence[Tensor], expected: tuple[int, ...]) -> None:
-    """The head was built for these channels; self-attention maps have one per position, so they change with the image size."""
+    """The head was built for these channels; self-attention maps have one per position, whatever the image size is."""
     got = tuple(f.shape[1] for f in features)
     if got != expected:
         raise InputError(
-            f"features must have {list(expected)} channels, got {list(got)}; self-attention maps fix the image size to base_size"
+            f"features must have {list(expected)} channels, got {list(got)}; "
+            "self-attention maps fix the image size to base_size"
         )

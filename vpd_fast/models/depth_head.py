@@ -11,7 +11,7 @@ DECONV_CHANNELS = (32, 32, 32)
 
 
 class FeatureMerge(nn.Module):
-    """All four features at 1/32 of the image, merged by a 1x1 convolution. Subclassed for its key names (`encoder.*`)."""
+    """All four features at 1/32 of the image, merged by a 1x1 convolution."""
 
     def __init__(self, in_channels: tuple[int, ...]) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from vpd_fast.models.vpd import VPD
 
 
 def randomize(model: VPD, seed: int = 0) -> VPD:
-    """Fill `model` (also one made by `VPD.empty`) in place with weights that depend on each name, shape and `seed` only.
+    """Fill `model`, also one of `VPD.empty`, in place with weights that depend on name, shape and `seed` only.
 
     Matrices and kernels ~ N(0, 1/fan_in), which keeps activations near unit scale; norms are the identity, biases zero,
     text embeddings ~ N(0, 1), gamma 0.5.

@@ -1,4 +1,4 @@
-"""Semantic FPN: the neck and head of VPD's segmentation model (Kirillov et al. 2019), with mmsegmentation's key names."""
+"""Semantic FPN (Kirillov et al. 2019): neck and head of VPD's segmentation, with mmsegmentation's key names."""
 
 from __future__ import annotations
 

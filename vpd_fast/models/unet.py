@@ -15,7 +15,7 @@ from vpd_fast.models.attention import BasicTransformerBlock
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding (B,) -> (B,dim) float32, cosines first (Vaswani et al. 2017, as ordered in latent diffusion)."""
+    """Sinusoidal embedding (B,) -> (B,dim) float32, cosines first, as in latent diffusion."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
@@ -73,7 +73,7 @@ class SpatialTransformer(nn.Module):
 def _checkpoint_transformer(
     block: BasicTransformerBlock, tokens: Tensor, context: Tensor, map_kinds: frozenset[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run `block` keeping only its inputs for backward; the recomputation leaves the maps out, whose mean saves nothing."""
+    """Run `block` keeping only its inputs for backward. Maps are not recomputed: their mean saves no tensor."""
     recompute = _Flag()
 
     def run(tokens: Tensor, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -231,7 +231,7 @@ class UNet(nn.Module):
 
 
 class UNetWrapper(nn.Module):
-    """UNet at t = 1 whose features carry the averaged attention maps (VPD, sections 3.2-3.3); keys `unet.diffusion_model.*`."""
+    """UNet at t = 1 whose features carry the averaged maps (VPD, section 3.2). Keys `unet.diffusion_model.*`."""
 
     def __init__(self, config: VPDConfig) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class UNetWrapper(nn.Module):
         }
 
     def forward(self, latents: Tensor, context: Tensor) -> list[Tensor]:
-        """latents (B,4,h,w), context (B,L,context_dim) -> four features; cross maps, then self maps, after the channels."""
+        """latents (B,4,h,w), context (B,L,context_dim) -> four features, cross maps and then self maps last."""
         timesteps = torch.ones(latents.shape[0], dtype=torch.long, device=latents.device)
         features, maps = self.unet.diffusion_model(latents, timesteps, context, self.map_kinds)
         for level, kind in sorted(maps):

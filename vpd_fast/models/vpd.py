@@ -1,8 +1,8 @@
 """VPD models: KL encoder, one UNet pass conditioned on text, attention maps as features, a head per task.
 
-Source: Zhao et al., "Unleashing Text-to-Image Diffusion Models for Visual Perception", ICCV 2023. State-dict keys are those
-of the released checkpoints. What is not run (the latent-diffusion schedule `sd_model.*`, the UNet's `out.*`) has no parameters
-here and is ignored when a state dict is loaded.
+Source: Zhao et al., "Unleashing Text-to-Image Diffusion Models for Visual Perception", ICCV 2023. State-dict keys are
+those of the released checkpoints. What is never run (the diffusion schedule `sd_model.*`, the UNet's `out.*`) has
+no parameters here and is ignored when a state dict is loaded.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class VPD(nn.Module):
         return latents if self.config.latent_scale == 1.0 else latents * self.config.latent_scale
 
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
-        """Latents (B,4,h,w) and adapted text (B,L,context_dim) -> four features at 1, 1/2, 1/4 and 1/8 of the latents' size.
+        """Latents (B,4,h,w), adapted text (B,L,context_dim) -> four features at 1, 1/2, 1/4, 1/8 of the latents' size.
 
         Channels: `config.feature_channels`, attention maps last (self maps have as many channels as positions).
         """
@@ -91,7 +91,7 @@ class VPD(nn.Module):
         raise NotImplementedError
 
     def extract_feat(self, images: Tensor, *conditioning: Any) -> list[Tensor]:
-        """Features of images (B,3,H,W) in [-1,1], H and W multiples of 64, conditioned as in `forward`; see `features`."""
+        """Features of images (B,3,H,W) in [-1,1], H and W multiples of 64, conditioned as in `forward`."""
         raise NotImplementedError
 
     def split_maps(self, features: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
@@ -107,7 +107,7 @@ class VPD(nn.Module):
         return plain, maps
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Trade compute for memory in training: residual and transformer blocks are recomputed in backward, maps are not."""
+        """Less memory in training: residual and transformer blocks are recomputed in backward, maps are not."""
         self.backbone.unet.set_gradient_checkpointing(enabled)
 
     def load_state_dict(
@@ -151,7 +151,7 @@ class VPD(nn.Module):
         save_pretrained(self, folder)
 
     def predict(self, source: Any, **options: Any) -> Result | list[Result]:
-        """Predict on a path, PIL image, ndarray, tensor or list of them, of any size; see `vpd_fast.inference.predict`."""
+        """Predict on a path, PIL image, ndarray, tensor or list, of any size; see `vpd_fast.inference.predict`."""
         from vpd_fast.inference import predict
 
         return predict(self, source, **options)
@@ -276,8 +276,8 @@ class VPDDepth(VPD):
     def forward(self, images: Tensor, class_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Images (B,3,H,W) in [0,1], H and W multiples of 32, class_ids (B,) long -> {"pred_d": (B,1,H,W) metres}.
 
-        Sides that are not multiples of 64 are padded with mid-grey at the right and bottom, and the padding's features are
-        cut off before the decoder: at 480x480 and 352x352 exactly what the original code does.
+        Sides that are not multiples of 64 are padded with mid-grey at the right and bottom, and the padding's features
+        are cut off before the decoder: at 480x480 and 352x352 exactly what the original code does.
         """
         checks.images(images, self.device, self.dtype, 32)
         height, width = images.shape[2:]
