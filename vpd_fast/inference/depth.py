@@ -1,0 +1,95 @@
+"""Depth in metres for images of any size: square windows along the long side, averaged with their mirror images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vpd_fast.inference.images import fit_size, resize_area, to_tensor
+from vpd_fast.inference.results import DepthResult
+from vpd_fast.inference.running import batch_size_for, evaluating
+from vpd_fast.inference.windows import WindowAxis, WindowField, WindowGrid, check_pair
+from vpd_fast.labels import default_names, find_name
+
+if TYPE_CHECKING:
+    from vpd_fast.models.vpd import VPDDepth
+
+DEPTH_MULTIPLE = 32
+LONG_OVER_SHORT = 4  # longer images are made smaller, not cut into ever more windows
+MID_GREY = 0.5  # 0 in the encoder's [-1, 1], which the reference pads with
+
+
+def scene_from_filename(filename: str, scenes: Sequence[str]) -> int | None:
+    """Index of the first of `scenes` that the file name contains, or None: the reference's rule for NYU images.
+
+    The order of the list decides, so "study_room_0004.jpg" gives "study" if that comes first.
+    """
+    return next((i for i, scene in enumerate(scenes) if scene in filename), None)
+
+
+def shifted_axis(length: int, side: int) -> WindowAxis:
+    """Windows of `side` pixels along one axis: the fewest that overlap by half, the first and last at the borders.
+
+    640 pixels and windows of 480 give the reference's two windows, at 0 and 160. An axis of at most `side` pixels is
+    one window.
+    """
+    size = min(length, side)
+    gaps = -(-2 * (length - size) // side)
+    starts = tuple(i * (length - size) // max(gaps, 1) for i in range(gaps + 1))
+    return WindowAxis(length, starts, size, -(-size // DEPTH_MULTIPLE) * DEPTH_MULTIPLE)
+
+
+@dataclass(kw_only=True)
+class DepthPredictor:
+    """Depth options, checked, and the call that predicts on one image.
+
+    scene: name or number of the scene; None: the mean of all scene embeddings.
+    resize_to: the image is resized, ratio kept, to this short side (long side at most four times that); default
+        base_size - 32, which is 480 for the released model: a 640x480 image of NYUv2 is not resized at all.
+    shift_window: predict on square windows along the long side and average where they overlap; False: on the image as a
+        whole.
+    flip: average with the mirrored image.
+    batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
+
+    Shift window and flip are on by default, as in the published evaluation: four forwards for a 4:3 image.
+    """
+
+    model: VPDDepth
+    scene: str | int | None = None
+    resize_to: int | None = None
+    shift_window: bool = True
+    flip: bool = True
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.batch_size = batch_size_for(self.model, self.batch_size)
+        default = config.base_size - DEPTH_MULTIPLE
+        self.resize_to = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]
+        self.scene_id = None if self.scene is None else find_name(self.scene, default_names(config), "scene")
+
+    def __call__(self, image: np.ndarray) -> DepthResult:
+        """Predict on an RGB image (H,W,3) as `read_image` returns it."""
+        size = image.shape[:2]
+        height, width = fit_size(*size, self.resize_to, LONG_OVER_SHORT * self.resize_to)
+        side = self.resize_to if self.shift_window else max(height, width)
+        grid = WindowGrid(shifted_axis(height, side), shifted_axis(width, side))
+        resized = to_tensor(resize_area(image, (height, width))).to(self.model.device, self.model.dtype)
+        with evaluating(self.model):
+            depth = self._field(resized, grid, size, None).picture()
+            if self.flip:
+                depth = (depth + self._field(resized.flip(3), grid, size, "horizontal").picture()) / 2
+        return DepthResult(image, depth[0].cpu().numpy(), self.model.config.max_depth)
+
+    def _field(self, image: torch.Tensor, grid: WindowGrid, size: tuple[int, int], flip: str | None) -> WindowField:
+        windows = []
+        for batch in grid.batches(image, self.batch_size, fill=MID_GREY):
+            class_ids = None
+            if self.scene_id is not None:
+                class_ids = torch.full((len(batch),), self.scene_id, dtype=torch.long, device=batch.device)
+            windows.append(self.model(batch, class_ids)["pred_d"])
+        return grid.field(torch.cat(windows), size, flip)

@@ -1,0 +1,78 @@
+"""One call for all tasks: any image, or a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpd_fast.errors import ImageError, InputError
+from vpd_fast.inference.depth import DepthPredictor
+from vpd_fast.inference.images import read_image
+from vpd_fast.inference.referring import ReferringPredictor
+from vpd_fast.inference.segmentation import SegmentationPredictor
+
+if TYPE_CHECKING:
+    from vpd_fast.inference.results import Result
+    from vpd_fast.models import VPD
+
+PREDICTORS = {"segmentation": SegmentationPredictor, "referring": ReferringPredictor, "depth": DepthPredictor}
+
+
+def make_predictor(model: VPD, **options: Any) -> SegmentationPredictor | ReferringPredictor | DepthPredictor:
+    """The predictor of the model's task, its options checked, its texts embedded; call it on arrays from `read_image`.
+
+    Raises InputError for options that the task does not have.
+    """
+    task = model.config.task
+    predictor = PREDICTORS[task]
+    known = [field.name for field in fields(predictor) if field.name != "model"]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"{task} has no option {', '.join(unknown)}; its options are {', '.join(known)}")
+    return predictor(model=model, **options)
+
+
+def predict(
+    model: VPD, source: Any, *, on_error: str = "raise", **options: Any
+) -> Result | list[Result] | list[Result | Exception]:
+    """Predict on one image, or on each of a list or tuple of images: a result, or a list of results.
+
+    source: whatever `read_image` takes (path, PIL image, array, tensor; any size), or a list of such.
+    on_error: "raise", or "return", which puts the error in the place of the result of a list's unreadable image.
+    options: those of SegmentationPredictor, ReferringPredictor or DepthPredictor, by the model's task.
+
+    Raises ImageError for an unreadable image, naming it, and InputError for wrong options.
+    """
+    if isinstance(source, list | tuple):
+        return list(predict_each(model, source, on_error=on_error, **options))
+    _check_on_error(on_error)
+    return make_predictor(model, **options)(read_image(source))
+
+
+def predict_each(
+    model: VPD, sources: Iterable[Any], *, on_error: str = "raise", **options: Any
+) -> Iterator[Result | Exception]:
+    """`predict` on any iterable, one result after the other, for more images than fit into memory."""
+    _check_on_error(on_error)
+    return _results(make_predictor(model, **options), sources, on_error)
+
+
+def _results(
+    predictor: SegmentationPredictor | ReferringPredictor | DepthPredictor, sources: Iterable[Any], on_error: str
+) -> Iterator[Result | Exception]:
+    for i, source in enumerate(sources):
+        try:
+            image = read_image(source, None if isinstance(source, str | Path) else f"source[{i}]")
+        except (ImageError, InputError) as error:
+            if on_error == "raise":
+                raise
+            yield error
+        else:
+            yield predictor(image)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "return"):
+        raise InputError(f'on_error must be "raise" or "return", got {on_error!r}')

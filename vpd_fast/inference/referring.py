@@ -1,0 +1,125 @@
+"""Referring segmentation: masks of what sentences speak of; the image is encoded once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vpd_fast.errors import InputError
+from vpd_fast.inference.images import resize_antialiased, to_tensor
+from vpd_fast.inference.results import AttentionMaps, ReferringResult
+from vpd_fast.inference.running import batch_size_for, evaluating, run_batches
+from vpd_fast.inference.windows import WindowGrid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpd_fast.models.vpd import VPDReferring
+
+
+@dataclass(kw_only=True)
+class ReferringPredictor:
+    """Referring options, checked, and the call that predicts on one image.
+
+    text: one sentence or several. text_encoder: a vpd_fast.models.text.TextEncoder that embeds them.
+    tokens: CLIP token features (S, tokens, context_dim) in place of text_encoder; text then only names the results.
+    probabilities: keep the probability of each pixel.
+    with_maps: keep the cross-attention maps, one per token of each sentence.
+    batch_size: sentences per UNet pass; default 1 on a CPU, 8 on a GPU.
+
+    As in the reference the image is resized to base_size x base_size without keeping its ratio, and the mask is the
+    larger of two logits. The reference stops at that size; here the logits are resized bilinearly to the image before
+    they are compared.
+    """
+
+    model: VPDReferring
+    text: str | Sequence[str] | None = None
+    text_encoder: Any = None
+    tokens: Tensor | None = None
+    probabilities: bool = False
+    with_maps: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.batch_size = batch_size_for(self.model, self.batch_size)
+        sentences = (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
+        if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
+            raise InputError(f"text must be a sentence or a list of sentences, none empty, got {self.text!r}")
+        self.tokens = self._embed(sentences) if self.tokens is None else self._given_tokens(sentences)
+        self.sentences = sentences or tuple(f"sentence {i + 1}" for i in range(len(self.tokens)))
+        self.token_names = self._token_names(sentences)
+
+    def _embed(self, sentences: tuple[str, ...]) -> Tensor:
+        if not sentences:
+            raise InputError(
+                "text is missing: referring segmentation needs a sentence, a list of sentences, or tokens="
+            )
+        if self.text_encoder is None:
+            raise InputError("text needs text_encoder=, a vpd_fast.models.text.TextEncoder, or give tokens=")
+        tokens = self.text_encoder.embed_sentences(list(sentences), tokens=self.model.config.tokens)
+        return self._checked(tokens, "text_encoder gave token features")
+
+    def _given_tokens(self, sentences: tuple[str, ...]) -> Tensor:
+        tokens = self._checked(self.tokens, "tokens has")
+        if sentences and len(sentences) != len(tokens):
+            raise InputError(
+                f"text has {len(sentences)} sentences, but tokens has {len(tokens)}; expected one row each"
+            )
+        return tokens
+
+    def _checked(self, tokens: Tensor, what: str) -> Tensor:
+        config = self.model.config
+        expected = (config.tokens, config.backbone.context_dim)
+        came = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3 or came[1:] != expected or not came[0]:
+            raise InputError(f"{what} shape {came}; expected (sentences, {expected[0]}, {expected[1]})")
+        return tokens.to(self.model.device, self.model.dtype)
+
+    def _token_names(self, sentences: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Words of each sentence's tokens where the encoder can tell, else no names."""
+        if not sentences or not hasattr(self.text_encoder, "token_names"):
+            return [()] * len(self.tokens)
+        return [tuple(self.text_encoder.token_names(s, tokens=self.model.config.tokens)) for s in sentences]
+
+    def __call__(self, image: np.ndarray) -> ReferringResult:
+        """Predict on an RGB image (H,W,3) as `read_image` returns it."""
+        size = image.shape[:2]
+        side = self.model.config.base_size
+        resized = to_tensor(resize_antialiased(image, (side, side))) * 2 - 1
+        with evaluating(self.model):
+            latents = self.model.encode(resized.to(self.model.device, self.model.dtype))
+
+            def forward(tokens: Tensor) -> list[Tensor]:
+                return self.model.features(latents.expand(len(tokens), -1, -1, -1), self.model.context(tokens))
+
+            batches = self.tokens.split(self.batch_size)
+            logits, levels = run_batches(self.model, batches, forward, self.with_maps)
+            logits = F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=True)
+            masks, probabilities = self._masks(logits[:, 1:] - logits[:, :1], size)
+        return ReferringResult(image, masks, self.sentences, probabilities, self._maps(levels, size))
+
+    def _masks(self, margins: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """margins (S,1,side,side): by how much the mask's logit is the larger one."""
+        masks = np.empty((len(margins), *size), bool)
+        probabilities = np.empty(masks.shape, np.float32) if self.probabilities else None
+        for i, margin in enumerate(margins):
+            resized = F.interpolate(margin[None], size=size, mode="bilinear", align_corners=False)[0, 0]
+            masks[i] = (resized > 0).cpu().numpy()
+            if probabilities is not None:
+                probabilities[i] = resized.sigmoid().cpu().numpy()
+        return masks, probabilities
+
+    def _maps(self, levels: list[Tensor], size: tuple[int, int]) -> tuple[AttentionMaps, ...] | None:
+        if not self.with_maps:
+            return None
+        side = self.model.config.base_size
+        grid = WindowGrid.sliding((side, side), (side, side), (side, side))
+        return tuple(
+            AttentionMaps([grid.field(level[i : i + 1], size).cpu() for level in levels], names)
+            for i, names in enumerate(self.token_names)
+        )

@@ -1,0 +1,175 @@
+"""What prediction returns: labels, masks or depth at the image's size, with `.save()` and `.overlay()`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from vpd_fast.errors import ImageError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vpd_fast.inference.windows import WindowField
+
+MILLIMETRES = 1000  # per metre, in depth PNGs
+LARGEST_16_BIT = 65535
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write a PNG under a temporary name and rename it: no half-written file stays behind. Raises ImageError."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ImageError(f"{path}: results are written as PNG; expected a file name that ends in .png")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            image.save(file, format="PNG")
+        temporary.replace(path)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot write the image ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return path
+
+
+class AttentionMaps(Mapping[str | int, np.ndarray]):
+    """Cross-attention heat maps by class or token: `maps["sky"]` or `maps[2]` -> (H, W) float32 at the image's size.
+
+    Each is the mean over levels (and over scales and flips, if there were any) of attention probabilities resized
+    bilinearly. Kept at low resolution; the heat map is made when it is asked for. A name that occurs again is called
+    "name (2)". Iterating gives the names, or numbers where there are no names.
+    """
+
+    def __init__(self, fields: Sequence[WindowField], names: Sequence[str] = ()) -> None:
+        self._fields = tuple(fields)
+        self.names: tuple[str | int, ...] = _unique(names) if names else tuple(range(fields[0].channels))
+        self._index = {name: i for i, name in enumerate(self.names)}
+
+    def __getitem__(self, key: str | int) -> np.ndarray:
+        index = self._index.get(key, key if isinstance(key, int) else None)
+        if index is None or not 0 <= index < len(self.names):
+            raise KeyError(key)
+        heat = sum(field.select(index).picture()[0] for field in self._fields) / len(self._fields)
+        return heat.numpy()
+
+    def __iter__(self) -> Iterator[str | int]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def strongest(self, count: int) -> list[str | int]:
+        """Names of the `count` maps with the largest mean attention, largest first."""
+        strength = sum(field.values.mean((1, 2)) for field in self._fields)
+        return [self.names[i] for i in strength.argsort(descending=True, stable=True)[:count].tolist()]
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(unique)
+
+
+@dataclass
+class SegmentationResult:
+    """image (H,W,3) RGB; labels (H,W) int64; probabilities (C,H,W) float32 and maps if asked for."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    probabilities: np.ndarray | None = None
+    maps: AttentionMaps | None = None
+
+    def shares(self) -> dict[str, float]:
+        """Fraction of the image that each class covers, largest first, classes that do not occur left out."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+        return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the labels as PNG: a colour palette with label = palette index up to 256 classes, else 16-bit grey."""
+        from vpd_fast.inference.drawing import palette
+
+        count = len(self.class_names)
+        if count > LARGEST_16_BIT + 1:
+            raise InputError(f"labels of {count} classes do not fit into a PNG; expected at most {LARGEST_16_BIT + 1}")
+        if count > 256:
+            return [save_png(Image.fromarray(self.labels.astype(np.uint16)), path)]
+        image = Image.fromarray(self.labels.astype(np.uint8))
+        image.putpalette(palette(count).tobytes())
+        return [save_png(image, path)]
+
+    def overlay(self) -> Image.Image:
+        """The photo with the classes in colour and a legend."""
+        from vpd_fast.inference.drawing import segmentation_overlay
+
+        return segmentation_overlay(self.image, self.labels, self.class_names, self.shares())
+
+
+@dataclass
+class ReferringResult:
+    """image (H,W,3) RGB; masks (S,H,W) bool, one per sentence; probabilities (S,H,W) float32 and maps if asked for."""
+
+    image: np.ndarray
+    masks: np.ndarray
+    sentences: tuple[str, ...]
+    probabilities: np.ndarray | None = None
+    maps: tuple[AttentionMaps, ...] | None = None  # of each sentence's tokens
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask (H,W) of the only, or the first, sentence."""
+        return self.masks[0]
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the masks as PNG, 255 inside and 0 outside; several as name_1.png, name_2.png, ..."""
+        path = Path(path)
+        images = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in self.masks]
+        if len(images) == 1:
+            return [save_png(images[0], path)]
+        return [save_png(image, path.with_stem(f"{path.stem}_{i}")) for i, image in enumerate(images, 1)]
+
+    def overlay(self) -> Image.Image:
+        """The photo with each mask in colour and outlined, and the sentences."""
+        from vpd_fast.inference.drawing import referring_overlay
+
+        return referring_overlay(self.image, self.masks, self.sentences)
+
+
+@dataclass
+class DepthResult:
+    """image (H,W,3) RGB; depth (H,W) float32 in metres, at most max_depth."""
+
+    image: np.ndarray
+    depth: np.ndarray
+    max_depth: float
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the depth as 16-bit PNG in millimetres, clipped to 65535."""
+        if not np.isfinite(self.depth).all():
+            raise ImageError(f"{path}: the depth contains NaN or infinity and is not written")
+        millimetres = np.clip(np.rint(self.depth * MILLIMETRES), 0, LARGEST_16_BIT)
+        return [save_png(Image.fromarray(millimetres.astype(np.uint16)), path)]
+
+    def overlay(self) -> Image.Image:
+        """The photo beside the depth in colour, with a scale in metres."""
+        from vpd_fast.inference.drawing import depth_overlay
+
+        return depth_overlay(self.image, self.depth)
+
+
+Result = SegmentationResult | ReferringResult | DepthResult

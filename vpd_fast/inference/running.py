@@ -1,0 +1,66 @@
+"""How prediction runs a model: in evaluation mode, in batches, and with its attention maps kept if asked for."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from vpd_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor, nn
+
+    from vpd_fast.models import VPD
+
+GPU_BATCH = 8  # on a CPU larger batches only cost memory
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode; afterwards each module is in the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def batch_size_for(model: VPD, batch_size: int | None) -> int:
+    """`batch_size`, or the default for the model's device. Raises InputError."""
+    if batch_size is None:
+        return 1 if model.device.type == "cpu" else GPU_BATCH
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be a positive int or None, got {batch_size!r}")
+    return batch_size
+
+
+def run_batches(
+    model: VPD, batches: Iterable[Tensor], forward: Callable[[Tensor], list[Tensor]], with_maps: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Decode the features `forward` returns for each batch.
+
+    Returns the low-resolution head output (n, C, h, w) and, if asked for, one tensor of cross-attention maps (n, L, h',
+    w') per level that has them; (output, []) otherwise.
+    """
+    outputs: list[Tensor] = []
+    maps: dict[int, list[Tensor]] = {}
+    for batch in batches:
+        features = forward(batch)
+        outputs.append(model.decode(features))
+        if with_maps:
+            for level, level_maps in model.split_maps(features)[1].items():
+                maps.setdefault(level, []).append(level_maps.float())
+    if with_maps and not maps:
+        raise InputError(
+            "with_maps=True needs a model with cross-attention maps; this one has none "
+            f"(use_attn={model.config.use_attn}, attn_selector={model.config.attn_selector!r})"
+        )
+    return torch.cat(outputs), [torch.cat(maps[level]) for level in sorted(maps)]

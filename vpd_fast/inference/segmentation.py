@@ -1,0 +1,194 @@
+"""Semantic segmentation of images of any size: sliding windows or the whole image, several scales, flips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vpd_fast.config import SIZE_MULTIPLE
+from vpd_fast.errors import InputError
+from vpd_fast.inference.images import fit_size, resize_bilinear, to_tensor
+from vpd_fast.inference.results import AttentionMaps, SegmentationResult
+from vpd_fast.inference.running import batch_size_for, evaluating, run_batches
+from vpd_fast.inference.windows import WindowField, WindowGrid, check_pair, strips
+from vpd_fast.labels import default_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpd_fast.models.vpd import VPDSegmentation
+
+LONG_OVER_SHORT = 4  # the reference fits images into 2048 x 512
+
+
+def slide_inference(
+    model: VPDSegmentation,
+    image: Tensor,
+    crop_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    out_size: tuple[int, int] | None = None,
+    flip: str | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Class probabilities (B, num_classes, *out_size) by sliding windows: the reference's `inference`, mode "slide".
+
+    image: (B,3,H,W) in [-1,1], any size, on the model's device and of its dtype. crop_size, stride: int or (height,
+    width). Windows are averaged as logits at the image's size, resized bilinearly to out_size (default: the image's
+    size), then softmax.
+    flip: None, "horizontal" or "vertical": the image given is flipped this way, and the probabilities are flipped back.
+    batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
+
+    Windows whose size is not a multiple of 64 (images smaller than the crop) are padded with grey at the right and
+    bottom and the padding's logits are cut off; the reference fails there. Raises InputError.
+    """
+    if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+        came = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise InputError(f"image must be a tensor of shape (B, 3, H, W), got {came}")
+    if flip not in (None, "horizontal", "vertical"):
+        raise InputError(f'flip must be None, "horizontal" or "vertical", got {flip!r}')
+    crop, step = check_pair("crop_size", crop_size), check_pair("stride", stride)
+    if step[0] > crop[0] or step[1] > crop[1]:
+        raise InputError(
+            f"stride {step} must not exceed crop_size {crop}: pixels between windows would have no prediction"
+        )
+    height, width = image.shape[2:]
+    out = (height, width) if out_size is None else check_pair("out_size", tuple(out_size))
+    grid = WindowGrid.sliding((height, width), crop, step)
+    with evaluating(model):
+        probabilities = torch.empty(image.shape[0], model.config.num_classes, *out, device=image.device)
+        for i in range(image.shape[0]):
+            batches = grid.batches(image[i : i + 1], batch_size_for(model, batch_size))
+            logits, _ = run_batches(model, batches, model.extract_feat, with_maps=False)
+            field = grid.field(logits, out, flip)
+            for first, last in strips(field.channels, out):
+                probabilities[i, :, first:last] = field.strip(first, last).softmax(0)
+    return probabilities
+
+
+@dataclass(kw_only=True)
+class SegmentationPredictor:
+    """Segmentation options, checked, and the call that predicts on one image.
+
+    mode: "slide" is the reference's test pipeline: the image resized, ratio kept, to fit 4 x `resize_to` by `resize_to`
+        pixels, windows of base_size every two thirds of it. "whole": one forward, both sides resized to multiples of
+        64.
+    resize_to: short side in pixels; default base_size.
+    scales: sizes relative to resize_to whose probabilities are averaged; the reference's multi-scale test has
+        1.0, 1.125, 1.25, 1.375 and 1.5.
+    flip: average with the mirrored image, at every scale.
+    classes, text_encoder: own class names, one per class of the model, in place of the embeddings it has.
+    probabilities: keep the class probabilities at the image's size: 4 bytes x classes x pixels.
+    with_maps: keep the cross-attention maps, one per class.
+    batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
+    """
+
+    model: VPDSegmentation
+    mode: str = "slide"
+    resize_to: int | None = None
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    classes: Sequence[str] | None = None
+    text_encoder: Any = None
+    probabilities: bool = False
+    with_maps: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        if self.mode not in ("slide", "whole"):
+            raise InputError(f'mode must be "slide" or "whole", got {self.mode!r}')
+        self.resize_to = check_pair("resize_to", config.base_size if self.resize_to is None else self.resize_to)[0]
+        scales = [self.scales] if isinstance(self.scales, int | float) else list(self.scales)
+        if not scales or not all(isinstance(s, int | float) and 0 < s <= 16 for s in scales):
+            raise InputError(f"scales must be numbers in (0, 16], at least one, got {self.scales!r}")
+        self.scales = scales
+        self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.class_names = default_names(config) if self.classes is None else self._own_classes()
+        self._embeddings = self.model.class_embeddings if self.classes is None else self._embed_classes()
+
+    def _own_classes(self) -> tuple[str, ...]:
+        count = self.model.config.num_classes
+        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
+            raise InputError(f"classes must be a list of names, got {self.classes!r}")
+        if len(set(self.classes)) < len(self.classes):
+            raise InputError(f"classes must not repeat a name, got {self.classes!r}")
+        if len(self.classes) != count:
+            raise InputError(
+                f"classes has {len(self.classes)} names, but the model's head was trained for {count} classes; "
+                f"expected {count} names"
+            )
+        if self.text_encoder is None:
+            raise InputError("classes needs text_encoder=, a vpd_fast.models.text.TextEncoder, to embed the names")
+        return tuple(self.classes)
+
+    def _embed_classes(self) -> Tensor:
+        embeddings = self.text_encoder.embed_classes(list(self.class_names))
+        expected = tuple(self.model.class_embeddings.shape)
+        if tuple(embeddings.shape) != expected:
+            raise InputError(
+                f"text_encoder gave class embeddings {tuple(embeddings.shape)}, the model needs {expected}"
+            )
+        return embeddings.to(self.model.device, self.model.dtype)
+
+    def __call__(self, image: np.ndarray) -> SegmentationResult:
+        """Predict on an RGB image (H,W,3) as `read_image` returns it."""
+        size = image.shape[:2]
+        with evaluating(self.model):
+            views, maps = self._views(image, size)
+            if len(views) == 1 and not self.probabilities:
+                grid, logits, _ = views[0]
+                labels, probabilities = grid.labels(logits, size).cpu().numpy(), None
+            else:
+                fields = [grid.field(logits, size, flip) for grid, logits, flip in views]
+                labels, probabilities = self._average(fields, size)
+        kept = AttentionMaps(maps, self.class_names) if self.with_maps else None
+        return SegmentationResult(image, labels, self.class_names, probabilities, kept)
+
+    def _views(
+        self, image: np.ndarray, size: tuple[int, int]
+    ) -> tuple[list[tuple[WindowGrid, Tensor, str | None]], list[WindowField]]:
+        """Windows, logits and flip of every view; their maps as fields at the image's size, one per view and level."""
+        views, maps = [], []
+        context = self.model.text_adapter(self._embeddings, self.model.gamma)
+        forward = partial(_features, self.model, context)
+        for scale in self.scales:
+            grid = self._grid(size, scale)
+            resized = to_tensor(resize_bilinear(image, (grid.y.length, grid.x.length))) * 2 - 1
+            resized = resized.to(self.model.device, self.model.dtype)
+            for flip in (None, "horizontal") if self.flip else (None,):
+                view = resized if flip is None else resized.flip(3)
+                logits, levels = run_batches(self.model, grid.batches(view, self.batch_size), forward, self.with_maps)
+                views.append((grid, logits, flip))
+                maps += [grid.field(level, size, flip).cpu() for level in levels]
+        return views, maps
+
+    def _grid(self, size: tuple[int, int], scale: float) -> WindowGrid:
+        height, width = fit_size(*size, int(self.resize_to * scale), int(LONG_OVER_SHORT * self.resize_to * scale))
+        if self.mode == "whole":
+            height, width = (max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for side in (height, width))
+            return WindowGrid.sliding((height, width), (height, width), (height, width))
+        crop = self.model.config.base_size
+        return WindowGrid.sliding((height, width), (crop, crop), (crop * 2 // 3, crop * 2 // 3))
+
+    def _average(self, views: list[WindowField], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels of the mean of the views' probabilities, and that mean if it was asked for."""
+        labels = np.empty(size, np.int64)
+        probabilities = np.empty((views[0].channels, *size), np.float32) if self.probabilities else None
+        for first, last in strips(views[0].channels, size):
+            mean = views[0].strip(first, last).softmax(0)
+            for view in views[1:]:
+                mean += view.strip(first, last).softmax(0)
+            mean /= len(views)
+            labels[first:last] = mean.argmax(0).cpu().numpy()
+            if probabilities is not None:
+                probabilities[:, first:last] = mean.cpu().numpy()
+        return labels, probabilities
+
+
+def _features(model: VPDSegmentation, context: Tensor, images: Tensor) -> list[Tensor]:
+    return model.features(model.encode(images), context.expand(images.shape[0], -1, -1))

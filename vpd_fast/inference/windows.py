@@ -1,0 +1,166 @@
+"""Windows over an image, and values predicted on them merged back into one picture.
+
+The reference resizes each window's logits to the window, averages them on the image, and resizes the average to the
+output. All of that is linear and separable, so the output is `rows @ values @ columns.T`, where `values` holds the
+windows' low-resolution maps side by side. Rows of the output are made when they are needed, and full-resolution logits
+never exist as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import interpolate, pad
+
+from vpd_fast.config import SIZE_MULTIPLE
+from vpd_fast.errors import InputError
+from vpd_fast.ops import upsample_argmax_windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STRIP_BYTES = 64 * 2**20  # rows are merged in strips of about this size
+
+
+def window_starts(length: int, crop: int, stride: int) -> tuple[int, ...]:
+    """First pixels of the windows along one axis: every `stride`, the last one shifted back to end with the image."""
+    count = max(length - crop + stride - 1, 0) // stride + 1
+    return tuple(max(min(i * stride, length - crop), 0) for i in range(count))
+
+
+@dataclass(frozen=True)
+class WindowAxis:
+    """The windows along one axis of an image: its pixels, the windows' first pixels, size, and size with padding."""
+
+    length: int
+    starts: tuple[int, ...]
+    size: int
+    padded: int
+
+    @classmethod
+    def sliding(cls, length: int, crop: int, stride: int, multiple: int = SIZE_MULTIPLE) -> WindowAxis:
+        """The reference's grid. Windows whose size is not a multiple of `multiple` will be padded to the next one."""
+        size = min(crop, length)
+        return cls(length, window_starts(length, crop, stride), size, -(-size // multiple) * multiple)
+
+    def matrix(self, cells: int, out: int) -> torch.Tensor:
+        """(out, len(starts) * cells): what each of the `cells` low-resolution values of a window gives each output."""
+        values = torch.eye(cells, dtype=torch.float64)[None]
+        upsampled = interpolate(values, size=self.padded, mode="linear", align_corners=False)[0, :, : self.size]
+        canvas = torch.zeros(len(self.starts), cells, self.length, dtype=torch.float64)
+        coverage = torch.zeros(self.length, dtype=torch.float64)
+        for i, start in enumerate(self.starts):
+            canvas[i, :, start : start + self.size] = upsampled
+            coverage[start : start + self.size] += 1
+        merged = (canvas / coverage).flatten(0, 1)[None]
+        if out != self.length:
+            merged = interpolate(merged, size=out, mode="linear", align_corners=False)
+        return merged[0].T.contiguous()
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Windows on an image: the product of two axes, in row-major order."""
+
+    y: WindowAxis
+    x: WindowAxis
+
+    @classmethod
+    def sliding(cls, size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> WindowGrid:
+        """The reference's grid for an image of `size` (height, width)."""
+        return cls(*(WindowAxis.sliding(*axis) for axis in zip(size, crop, stride, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.y.starts) * len(self.x.starts)
+
+    def batches(self, image: torch.Tensor, batch_size: int, fill: float = 0.0) -> Iterator[torch.Tensor]:
+        """Windows of image (1,C,H,W) as batches (<= batch_size, C, padded height, padded width), padded with `fill`."""
+        margins = (0, self.x.padded - self.x.size, 0, self.y.padded - self.y.size)
+        corners = [(top, left) for top in self.y.starts for left in self.x.starts]
+        for first in range(0, len(corners), batch_size):
+            windows = [
+                image[..., top : top + self.y.size, left : left + self.x.size]
+                for top, left in corners[first : first + batch_size]
+            ]
+            yield pad(torch.cat(windows), margins, value=fill)
+
+    def labels(self, windows: torch.Tensor, out_size: tuple[int, int]) -> torch.Tensor:
+        """(H, W) int64: argmax over the channels of `field(windows, out_size)`."""
+        if (self.y.size, self.x.size) == (self.y.padded, self.x.padded):
+            return upsample_argmax_windows(
+                windows[None],
+                self.y.starts,
+                self.x.starts,
+                crop_size=(self.y.size, self.x.size),
+                image_size=(self.y.length, self.x.length),
+                size=out_size,
+            )[0]
+        field = self.field(windows, out_size)
+        return torch.cat([field.strip(*rows).argmax(0) for rows in strips(field.channels, out_size)])
+
+    def field(self, windows: torch.Tensor, out_size: tuple[int, int], flip: str | None = None) -> WindowField:
+        """The merged picture of values (len(self), C, h, w) predicted on the windows, at out_size (height, width)."""
+        n, channels, height, width = windows.shape
+        grid = windows.view(len(self.y.starts), len(self.x.starts), channels, height, width)
+        values = grid.permute(2, 0, 3, 1, 4).reshape(channels, -1, n // len(self.y.starts) * width)
+        rows, columns = self.y.matrix(height, out_size[0]), self.x.matrix(width, out_size[1])
+        if flip == "vertical":
+            rows = rows.flip(0)
+        elif flip == "horizontal":
+            columns = columns.flip(0)
+        return WindowField(values.float(), *(matrix.float().to(values.device) for matrix in (rows, columns)))
+
+
+@dataclass(frozen=True)
+class WindowField:
+    """A picture (C, H, W) kept as low-resolution window values (C, h, w), rows (H, h) and columns (W, w)."""
+
+    values: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.rows.shape[0], self.columns.shape[0]
+
+    def cpu(self) -> WindowField:
+        """The same picture, kept in the computer's memory."""
+        return WindowField(self.values.cpu(), self.rows.cpu(), self.columns.cpu())
+
+    def select(self, channel: int) -> WindowField:
+        """One channel of the picture."""
+        return WindowField(self.values[channel : channel + 1], self.rows, self.columns)
+
+    def strip(self, first: int, last: int) -> torch.Tensor:
+        """Rows first..last-1 of the picture, (C, last - first, W)."""
+        rows = self.rows[first:last]
+        used = rows.any(0).nonzero()
+        low, high = int(used[0]), int(used[-1]) + 1
+        return (rows[:, low:high] @ self.values[:, low:high]) @ self.columns.T
+
+    def picture(self) -> torch.Tensor:
+        """The whole picture (C, H, W)."""
+        return self.strip(0, self.size[0])
+
+
+def strips(channels: int, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """(first, last) row ranges that cut a float32 picture (channels, *size) into pieces of about STRIP_BYTES."""
+    height, width = size
+    step = max(STRIP_BYTES // (4 * channels * width), 1)
+    for first in range(0, height, step):
+        yield first, min(first + step, height)
+
+
+def check_pair(name: str, value: object) -> tuple[int, int]:
+    """A positive int or a pair of them as a pair (height, width). Raises InputError."""
+    pair = (value, value) if isinstance(value, int) else value
+    valid = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(v, int) and v > 0 for v in pair)
+    if not valid or isinstance(value, bool):
+        raise InputError(f"{name} must be a positive int or (height, width), got {value!r}")
+    return pair[0], pair[1]
