@@ -1,0 +1,1 @@
+"""The command line `vpd-fast`, one file per command."""

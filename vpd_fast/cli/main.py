@@ -1,0 +1,76 @@
+"""`vpd-fast`: the commands, and how errors and interruptions end the program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from vpd_fast.cli.convert import convert
+from vpd_fast.cli.info import info
+from vpd_fast.cli.maps import maps
+from vpd_fast.cli.predict import predict
+from vpd_fast.errors import VPDFastError
+
+app = typer.Typer(
+    name="vpd-fast",
+    help="Perception with Stable Diffusion's UNet (VPD): semantic segmentation, referring segmentation and depth.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+for command in (predict, maps, convert, info):
+    app.command()(command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from vpd_fast import __version__
+
+        typer.echo(f"vpd-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done. 1: some images of several failed. 2: wrong usage or input, after one line "error: ..." on stderr.
+    130: interrupted.
+    """
+    try:
+        # Not standalone: typer would print its own boxes for errors, and turn an interruption into "Aborted!".
+        code = app(args=None if arguments is None else list(arguments), prog_name="vpd-fast", standalone_mode=False)
+    except VPDFastError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        # Usage errors are click's ClickException, or typer's copy of it where it brings its own click.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text
+            typer.echo(message)
+            return 2
+        return _fail(message)
+    return code or 0
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,138 @@
+"""`vpd-fast predict`: labels, masks or depth for images."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vpd_fast.cli import files, options, running
+from vpd_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from vpd_fast.inference import Result
+
+
+def predict(
+    images: options.Images,
+    checkpoint: options.Checkpoint = None,
+    random_weights: options.RandomWeights = None,
+    task: options.Task = None,
+    config: options.Config = None,
+    mode: options.Mode = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,...",
+            help="Average over these relative sizes. [default: 1]",
+            rich_help_panel=options.SEGMENTATION,
+        ),
+    ] = None,
+    text: options.Text = None,
+    text_encoder: options.TextEncoderName = None,
+    scene: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|NUMBER",
+            help="One of the model's; without it their mean is used.",
+            rich_help_panel=options.DEPTH,
+        ),
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Average with the mirror image. [default: yes for depth, no for segmentation]",
+            rich_help_panel=options.RUNNING,
+        ),
+    ] = None,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Write them too, as .npy: float32, (classes or sentences, H, W).",
+            rich_help_panel=options.RUNNING,
+        ),
+    ] = False,
+    output: options.Output = Path("vpd_results"),
+    device: options.Device = "cpu",
+    precision: options.Precision = "fp32",
+    json: options.Json = False,
+) -> None:
+    """Predict on images, and write pictures and a results.json.
+
+    An image cat.jpg gives
+
+    - cat.png: segmentation's labels as a palette, depth in millimetres with 16 bits, or the mask of a sentence
+      (cat_1.png, cat_2.png, ... if there are several)
+
+    - cat_overlay.png: a picture to look at
+
+    Broken images do not stop a run: they are reported at the end, and the exit code is 1.
+    """
+    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision)
+    chosen: dict[str, Any] = {"mode": mode, "flip": flip, "scene": scene}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if scales is not None:
+        chosen["scales"] = _scales(scales)
+    if probabilities:
+        chosen["probabilities"] = True
+    paths = files.collect_images(images)
+    masks = [f"_{i}.png" for i in range(1, len(text or []) + 1)]
+    stems = files.output_stems(paths, output, [".png", "_overlay.png", "_probabilities.npy", *masks])
+    files.prepare_output(output)
+
+    with running.error_console().status("loading the model"):
+        model = model_options.load()
+        chosen |= options.text_options(model, text, text_encoder, random_weights)
+        from vpd_fast.inference import make_predictor
+
+        predictor = make_predictor(model, **chosen)
+    notes = options.notes(random_weights, chosen)
+    header = model_options.header(model, notes)
+    running.run_images(paths, stems, predictor, partial(_write, output), header, output / "results.json", json)
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--scales must be numbers separated by commas, like 1.0,1.25, got {text!r}") from None
+
+
+def _write(output: Path, result: Result, stem: str) -> running.Record:
+    """Write a result's files and tell what is in them."""
+    import numpy as np
+
+    from vpd_fast.inference import save_png
+
+    written = result.save(output / f"{stem}.png")
+    written.append(save_png(result.overlay(), output / f"{stem}_overlay.png"))
+    probabilities = getattr(result, "probabilities", None)
+    if probabilities is not None:
+        path = output / f"{stem}_probabilities.npy"
+        written.append(files.write_file(path, lambda file: np.save(file, probabilities)))
+    return {**_content(result), "files": [path.name for path in written]}
+
+
+def _content(result: Result) -> running.Record:
+    from vpd_fast.inference import DepthResult, SegmentationResult
+
+    if isinstance(result, SegmentationResult):
+        return {
+            "classes": [
+                {"name": name, "label": result.class_names.index(name), "percent": round(100 * share, 3)}
+                for name, share in result.shares().items()
+            ]
+        }
+    if isinstance(result, DepthResult):
+        depth = result.depth
+        return {"metres": {"min": float(depth.min()), "mean": float(depth.mean()), "max": float(depth.max())}}
+    return {
+        "masks": [
+            {"text": sentence, "pixels": int(mask.sum()), "percent": round(100 * float(mask.mean()), 3)}
+            for sentence, mask in zip(result.sentences, result.masks, strict=True)
+        ]
+    }

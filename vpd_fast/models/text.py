@@ -1,0 +1,320 @@
+"""CLIP's text encoder as VPD uses it: one pooled vector per class or scene, one vector per token of a sentence.
+
+Class embeddings are the mean of the pooled outputs over 80 prompt templates, padded to 20 tokens and not normalised,
+as VPD's scripts made their files. Sentences give the last hidden state of every token; neither uses an attention
+mask, so that padding tokens are ordinary tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError
+from vpd_fast.labels import IMAGENET_TEMPLATES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DEFAULT_ENCODER = "openai/clip-vit-large-patch14"  # the encoder Stable Diffusion 1.x was trained with
+TEMPLATE_TOKENS = 20  # what VPD padded its prompts to; it only cuts off class names longer than about 12 words
+SENTENCE_BATCH = 32
+_FORMAT = "1"  # part of every cache key: change it when the same input should give other numbers
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+class TextEncoder:
+    """A CLIP text encoder that is loaded when first needed and remembers on disk what it computed.
+
+    name_or_path: a Hugging Face id, a local CLIP folder, or a Stable Diffusion folder in diffusers' layout (its
+    `text_encoder` and `tokenizer` are used; in Stable Diffusion 1.x they are this CLIP).
+    dtype: what the encoder computes in; None: float32, as VPD did. Results are always float32, on `device`.
+    cache_dir: where results are stored; None: `default_cache_dir()`. A hub id stands for its weights in the cache's
+    keys, a local folder for its files (contents of configuration and tokenizer, size and time of the weights).
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path = DEFAULT_ENCODER,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.name = str(name_or_path)
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if dtype is None else dtype
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self._lock = threading.RLock()
+        self._loaded_tokenizer: Any = None
+        self._loaded_model: nn.Module | None = None
+        self._identity: str | None = None
+
+    def embed_classes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> Tensor:
+        """Class or scene names -> (n, C) float32: the mean of the pooled outputs over all templates.
+
+        Underscores in names become spaces ("living_room" is embedded as "living room"). Raises InputError for empty
+        or non-string names and for a template without "{}", MissingDependencyError if the encoder is unavailable.
+        """
+        names = [name.replace("_", " ") for name in _texts("names", names)]
+        templates = _texts("templates", templates)
+        for template in templates:
+            if "{}" not in template:
+                raise InputError(f"templates: each needs a {{}} for the class name, got {template!r}")
+
+        def embed(batch: list[str]) -> Tensor:
+            prompts = [template.replace("{}", name) for name in batch for template in templates]
+            ids, hidden = self._encode(prompts, TEMPLATE_TOKENS)
+            # CLIP's pooled output: the hidden state at the first end-of-text token (padding is end-of-text as well).
+            end = (ids == self._tokenizer().eos_token_id).int().argmax(dim=1)
+            pooled = hidden[torch.arange(len(prompts), device=hidden.device), end]
+            return pooled.reshape(len(batch), len(templates), -1).mean(dim=1)
+
+        # One class at a time: its numbers then do not depend on which others are asked for with it.
+        return self._embed(names, {"kind": "class", "templates": templates, "tokens": TEMPLATE_TOKENS}, 1, embed)
+
+    def embed_sentences(self, sentences: Sequence[str], tokens: int = 40) -> Tensor:
+        """Sentences -> (S, tokens, C) float32: last hidden states, padded or cut to `tokens` (RefCOCO 40, G-Ref 77).
+
+        Raises InputError for empty or non-string sentences or more tokens than the encoder has positions,
+        MissingDependencyError if the encoder is unavailable.
+        """
+        sentences = _texts("sentences", sentences)
+        if not isinstance(tokens, int) or tokens < 2:
+            raise InputError(f"tokens must be an int of at least 2 (start and end of the text), got {tokens!r}")
+
+        def embed(batch: list[str]) -> Tensor:
+            return self._encode(batch, tokens)[1]
+
+        return self._embed(sentences, {"kind": "sentence", "tokens": tokens}, SENTENCE_BATCH, embed)
+
+    def token_names(self, sentence: str, tokens: int = 40) -> list[str]:
+        """What each of the `tokens` rows of `embed_sentences` stands for: "<start>", words or parts of words, "<end>",
+        and "<pad>" behind it. Errors as there."""
+        tokenizer = self._tokenizer()
+        ids = self._ids(_texts("sentence", [sentence]), tokens)[0].tolist()
+        end = ids.index(tokenizer.eos_token_id)
+        words = [word.replace("</w>", "") for word in tokenizer.convert_ids_to_tokens(ids[1:end])]
+        return ["<start>", *words, "<end>", *["<pad>"] * (tokens - end - 1)]
+
+    def _embed(
+        self, texts: list[str], settings: dict[str, Any], batch_size: int, embed: Callable[[list[str]], Tensor]
+    ) -> Tensor:
+        paths = {text: self._cache_path(settings, text) for text in texts}
+        results = {text: _read_cached(path) for text, path in paths.items()}
+        missing = [text for text, found in results.items() if found is None]
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for text, result in zip(batch, embed(batch).float().cpu(), strict=True):
+                results[text] = result
+                _write_cached(paths[text], result)
+        return torch.stack([results[text] for text in texts]).to(self.device)
+
+    def _ids(self, texts: list[str], tokens: int) -> Tensor:
+        """Token ids (n, tokens)."""
+        encoded = self._tokenizer()(
+            texts, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt"
+        )
+        return encoded["input_ids"]
+
+    def _encode(self, texts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
+        """Token ids (n, tokens) and last hidden states (n, tokens, C)."""
+        model = self._model()
+        positions = model.config.max_position_embeddings
+        if tokens > positions:
+            raise InputError(f"tokens must be at most {positions}, what {self.name} has positions for, got {tokens}")
+        ids = self._ids(texts, tokens).to(self.device)
+        with torch.no_grad():
+            return ids, model(input_ids=ids).last_hidden_state
+
+    def _tokenizer(self) -> Any:
+        with self._lock:
+            if self._loaded_tokenizer is None:
+                self._loaded_tokenizer = _load_tokenizer(self._folder())
+            return self._loaded_tokenizer
+
+    def _model(self) -> nn.Module:
+        with self._lock:
+            if self._loaded_model is None:
+                model = _load_model(self._folder(), len(self._tokenizer()))
+                self._loaded_model = model.to(self.device, self.dtype).eval().requires_grad_(False)
+            return self._loaded_model
+
+    def _folder(self) -> Path:
+        return Path(self.name) if Path(self.name).is_dir() else _hub_folder(self.name)
+
+    def _cache_path(self, settings: dict[str, Any], text: str) -> Path:
+        if self._identity is None:
+            folder = Path(self.name)
+            self._identity = _fingerprint(folder) if folder.is_dir() else f"hub:{self.name}"
+        content = {"encoder": self._identity, "dtype": str(self.dtype), "format": _FORMAT, "text": text, **settings}
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return self.cache_dir / "text" / f"{key}.safetensors"
+
+
+def set_classes(model: nn.Module, names: Sequence[str], encoder: TextEncoder) -> None:
+    """Give a segmentation or depth model other classes or scenes, in place: embeddings from `encoder`, and the names.
+
+    The number of names is fixed by the model, whose layers are sized by it; build the model with another
+    `num_classes` (or `num_scenes`) for another number. Raises InputError when the count or the width does not fit.
+    """
+    buffer = getattr(model, "class_embeddings", None)
+    if buffer is None:
+        raise InputError("set_classes needs a segmentation or depth model; a referring model takes sentences instead")
+    count, width = buffer.shape
+    if len(names) != count:
+        raise InputError(f"names: the model has {count} classes and its layers are sized by it, got {len(names)} names")
+    embeddings = encoder.embed_classes(names)
+    if embeddings.shape[1] != width:
+        raise InputError(f"encoder: {encoder.name} gives {embeddings.shape[1]} channels, the model expects {width}")
+    with torch.no_grad():
+        buffer.copy_(embeddings)
+    model.config = model.config.replace(class_names=tuple(names))
+
+
+def default_cache_dir() -> Path:
+    """$VPD_FAST_CACHE, or `vpd_fast` in the user's cache folder."""
+    if "VPD_FAST_CACHE" in os.environ:
+        return Path(os.environ["VPD_FAST_CACHE"])
+    if os.name == "nt" and "LOCALAPPDATA" in os.environ:
+        return Path(os.environ["LOCALAPPDATA"]) / "vpd_fast" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vpd_fast"
+
+
+def _texts(argument: str, texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise InputError(f"{argument} must be a list of strings, got the single string {texts!r}")
+    texts = list(texts)
+    if not texts:
+        raise InputError(f"{argument} must not be empty")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{argument} must be non-empty strings, got {text!r}")
+    return texts
+
+
+def _hub_folder(name: str) -> Path:
+    """The snapshot of a hub id: from the local hub cache if complete, else downloaded."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingDependencyError(f"the CLIP text encoder needs `pip install transformers` ({error})") from error
+    patterns = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
+    reason: Exception | None = None
+    for local_only in (True, False):
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
+        except Exception as error:  # the hub's client raises its own, the HTTP client's and the file system's errors
+            reason = error
+        else:
+            if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+                return folder
+    raise MissingDependencyError(
+        f"the CLIP text encoder {name!r} is neither a local folder nor to be had from the Hugging Face hub; give the "
+        f"path of a folder with config.json, model.safetensors, vocab.json and merges.txt, or run once with network "
+        f"({_first_line(reason)})"
+    )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    with _reading(folder):
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(str(_subfolders(folder)[1]), local_files_only=True)
+
+
+def _load_model(folder: Path, vocabulary: int) -> nn.Module:
+    """The text encoder of a CLIP or diffusers folder, all of it, and large enough for the tokenizer's vocabulary."""
+    with _reading(folder):
+        from transformers import CLIPTextModel
+
+        model, info = CLIPTextModel.from_pretrained(
+            str(_subfolders(folder)[0]), local_files_only=True, output_loading_info=True
+        )
+    missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of a CLIP text encoder, e.g. {missing[0]}")
+    if vocabulary > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {vocabulary} tokens, the text encoder only {model.config.vocab_size}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Errors of transformers as ours, and none of its progress bars and load reports: the vision half of a full CLIP is
+    unexpected on purpose, and missing keys raise."""
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingDependencyError(f"the CLIP text encoder needs `pip install transformers` ({error})") from error
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, JSON, safetensors and pickle errors: all mean a broken folder
+        raise CheckpointError(f"{folder} holds no readable CLIP text encoder: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _subfolders(folder: Path) -> tuple[Path, Path]:
+    """Where weights and tokenizer are."""
+    return tuple(folder / sub if (folder / sub).is_dir() else folder for sub in ("text_encoder", "tokenizer"))
+
+
+def _fingerprint(folder: Path) -> str:
+    """What makes a local encoder itself: hashing gigabytes of weights on each call would cost more than encoding."""
+    weights, words = _subfolders(folder)
+    digest = hashlib.sha256()
+    for path in (weights / "config.json", *(words / name for name in _TOKENIZER_FILES)):
+        if path.exists():
+            digest.update(f"{path.name}:".encode() + path.read_bytes())
+    for path in sorted({p for pattern in _WEIGHT_FILES for p in weights.glob(pattern)}):
+        stat = path.stat()
+        digest.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    return f"folder:{digest.hexdigest()}"
+
+
+def _read_cached(path: Path) -> Tensor | None:
+    """The stored embedding, or None if there is none or the file is damaged (it is then written anew)."""
+    try:
+        embedding = load_file(path)["embedding"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return embedding if embedding.dtype == torch.float32 and bool(embedding.isfinite().all()) else None
+
+
+def _write_cached(path: Path, embedding: Tensor) -> None:
+    """Store an embedding; readers and other writers see the whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a name no other process has, cleaned up
+            temporary = Path(folder) / path.name
+            save_file({"embedding": embedding.contiguous()}, temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"text embeddings are not cached: {path.parent} is not writable ({error})", stacklevel=2)
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
