@@ -174,12 +174,12 @@ class VPDConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> VPDConfig:
         """Read a JSON file written by `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def replace(self, **changes: Any) -> VPDConfig:
         """A copy with some fields changed."""

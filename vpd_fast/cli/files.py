@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vpd_fast.errors import ImageError, InputError
+from vpd_fast.files import write_files
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -76,21 +76,16 @@ def prepare_output(folder: Path) -> None:
         raise InputError(f"--output {folder}: cannot write there ({error.strerror or error})") from error
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Let `write` fill a file under a temporary name, then rename it. Raises ImageError when that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` make a file, which appears when it is complete. Raises ImageError when that fails."""
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
+        write_files({path: write})
     except OSError as error:
         raise ImageError(f"{path}: cannot write the file ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
 def write_json(path: Path, values: Any) -> Path:
     """Write JSON as `write_file` does."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    return write_file(path, lambda file: file.write(text.encode()))
+    return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

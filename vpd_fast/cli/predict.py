@@ -12,6 +12,8 @@ from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vpd_fast.inference import Result
 
 
@@ -104,8 +106,6 @@ def _scales(text: str) -> list[float]:
 
 def _write(output: Path, result: Result, stem: str) -> running.Record:
     """Write a result's files and tell what is in them."""
-    import numpy as np
-
     from vpd_fast.inference import save_png
 
     written = result.save(output / f"{stem}.png")
@@ -113,8 +113,15 @@ def _write(output: Path, result: Result, stem: str) -> running.Record:
     probabilities = getattr(result, "probabilities", None)
     if probabilities is not None:
         path = output / f"{stem}_probabilities.npy"
-        written.append(files.write_file(path, lambda file: np.save(file, probabilities)))
+        written.append(files.write_file(path, partial(_save_array, probabilities)))
     return {**_content(result), "files": [path.name for path in written]}
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    import numpy as np
+
+    with path.open("wb") as file:  # given a name, numpy would append ".npy" to it
+        np.save(file, array)
 
 
 def _content(result: Result) -> running.Record:

@@ -82,7 +82,7 @@ class ReferringPredictor:
 
     def _token_names(self, sentences: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Words of each sentence's tokens where the encoder can tell, else no names."""
-        if not sentences or not hasattr(self.text_encoder, "token_names"):
+        if not (self.with_maps and sentences and hasattr(self.text_encoder, "token_names")):
             return [()] * len(self.tokens)
         return [tuple(self.text_encoder.token_names(s, tokens=self.model.config.tokens)) for s in sentences]
 

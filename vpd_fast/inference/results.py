@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
+from vpd_fast.files import write_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,16 +28,10 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ImageError(f"{path}: results are written as PNG; expected a file name that ends in .png")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            image.save(file, format="PNG")
-        temporary.replace(path)
+        write_files({path: lambda temporary: image.save(temporary, format="PNG")})
     except OSError as error:
         raise ImageError(f"{path}: cannot write the image ({error.strerror or error})") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return path
 
 

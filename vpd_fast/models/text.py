@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError
+from vpd_fast.files import write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
 
 if TYPE_CHECKING:
@@ -306,11 +306,7 @@ def _read_cached(path: Path) -> Tensor | None:
 def _write_cached(path: Path, embedding: Tensor) -> None:
     """Store an embedding; readers and other writers see the whole file or none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a name no other process has, cleaned up
-            temporary = Path(folder) / path.name
-            save_file({"embedding": embedding.contiguous()}, temporary)
-            os.replace(temporary, path)
+        write_files({path: lambda temporary: save_file({"embedding": embedding.contiguous()}, temporary)})
     except OSError as error:
         warnings.warn(f"text embeddings are not cached: {path.parent} is not writable ({error})", stacklevel=2)
 

@@ -1,0 +1,232 @@
+"""Recognises what a file or folder holds and brings its tensors to one of two naming schemes.
+
+VPD models: the names of the released checkpoints. Stable Diffusion: the names of its original .ckpt files ("ldm").
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vpd_fast.checkpoints import ldm_diffusers, mmseg_port, reader
+from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_backbone, infer_task
+from vpd_fast.checkpoints.pickles import Placeholder
+from vpd_fast.config import BackboneConfig, VPDConfig
+from vpd_fast.errors import CheckpointError, InputError
+
+LDM_UNET = "model.diffusion_model."
+LDM_VAE = "first_stage_model."
+LDM_TEXT = "cond_stage_model.transformer."
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+CONFIG_KEY = "vpd_fast_config"  # our configuration inside files of other formats
+_INDEX_SUFFIX = ".index.json"
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint.
+
+    format: "pretrained" (own folder), "vpd" (released or own file), "mmseg" (depth port), "ldm" or "diffusers".
+    tensors: by VPD names (first three) or ldm names (last two). config: only where the checkpoint stores one of ours.
+    metadata: class_names, max_depth and num_heads where known. contents: what else the file holds.
+    """
+
+    path: Path
+    format: str
+    tensors: dict[str, Tensor]
+    config: VPDConfig | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    contents: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def is_stable_diffusion(self) -> bool:
+        """Whether this is Stable Diffusion, not a VPD model."""
+        return self.format in ("ldm", "diffusers")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of all tensors."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+
+    def backbone(self, **overrides: Any) -> BackboneConfig:
+        """Sizes of a Stable Diffusion checkpoint's networks. Raises CheckpointError when they are not SD 1.x's."""
+        shapes = self.shapes
+        unet, vae = (
+            {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
+            for prefix in (LDM_UNET, LDM_VAE)
+        )
+        heads = {"num_heads": self.metadata["num_heads"]} if "num_heads" in self.metadata else {}
+        try:
+            return infer_backbone(unet, vae, **heads, **overrides)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+
+def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
+    """Open a file or folder of any supported format; `mmap` as in `reader.read_file`. Raises CheckpointError."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, mmap)
+    raw = reader.read_file(path, mmap=mmap)
+    checkpoint = Checkpoint(path, _format_of(raw), raw.tensors, placeholders=raw.placeholders, skipped=raw.skipped)
+    if checkpoint.format == "mmseg":
+        checkpoint.tensors = mmseg_port.from_mmseg(raw.tensors)
+    meta = raw.metadata.get("meta")
+    stored = raw.metadata.get(CONFIG_KEY) or (meta.get(CONFIG_KEY) if isinstance(meta, dict) else None)
+    if stored is not None and checkpoint.format == "vpd":
+        checkpoint.config = _parse_config(stored, path)
+    checkpoint.metadata = _known_metadata(raw.metadata)
+    checkpoint.contents = tuple(sorted(set(raw.metadata) - {CONFIG_KEY, "format"}))
+    return checkpoint
+
+
+def is_backbone(key: str) -> bool:
+    """Whether a VPD name belongs to the UNet or the autoencoder."""
+    return key.removeprefix("encoder.").startswith((UNET, ENCODER))
+
+
+def vpd_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet and autoencoder of a VPD model under ldm's names."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        inner = key.removeprefix("encoder.")
+        for ours, theirs in ((UNET, LDM_UNET), (ENCODER, LDM_VAE)):
+            if inner.startswith(ours):
+                renamed[theirs + inner[len(ours) :]] = tensor
+    return renamed
+
+
+def ldm_to_vpd(tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
+    """Inverse of `vpd_to_ldm`; other tensors keep their names."""
+    root = "encoder." if task == "depth" else ""
+    renamed = {}
+    for key, tensor in tensors.items():
+        for ours, theirs in ((UNET, LDM_UNET), (ENCODER, LDM_VAE)):
+            if key.startswith(theirs):
+                key = root + ours + key[len(theirs) :]
+                break
+        renamed[key] = tensor
+    return renamed
+
+
+def _format_of(raw: reader.RawFile) -> str:
+    keys = raw.tensors
+    shapes = {key: tuple(tensor.shape) for key, tensor in keys.items()}
+    if mmseg_port.is_mmseg_depth(keys):
+        return "mmseg"
+    if infer_task(shapes) is not None:
+        return "vpd"
+    if any(key.startswith((LDM_UNET, LDM_VAE)) for key in keys):
+        return "ldm"
+    names = ", ".join(list(keys)[:4])
+    if "down_blocks.0.resnets.0.norm1.weight" in keys or "encoder.down_blocks.0.resnets.0.norm1.weight" in keys:
+        raise CheckpointError(
+            f"{raw.path}: one network of a diffusers model; expected the folder that has unet/ and vae/ inside"
+        )
+    raise CheckpointError(
+        f"{raw.path}: neither a VPD model nor Stable Diffusion 1.x; its {len(keys)} tensors begin with {names}"
+    )
+
+
+def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Class names of mmcv and mmengine files, the maximum depth of depth files' arguments."""
+    known: dict[str, Any] = {}
+    meta = metadata.get("meta")
+    if isinstance(meta, dict):
+        dataset = meta.get("dataset_meta")
+        names = meta.get("CLASSES") or (dataset.get("classes") if isinstance(dataset, dict) else None)
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            known["class_names"] = tuple(names)
+    arguments = metadata.get("args")
+    values = arguments.state if isinstance(arguments, Placeholder) else arguments
+    if isinstance(values, dict) and isinstance(values.get("max_depth"), (int, float)):
+        known["max_depth"] = float(values["max_depth"])
+    return known
+
+
+def _parse_config(values: Any, path: Path) -> VPDConfig:
+    try:
+        if isinstance(values, str):
+            values = json.loads(values)
+        config = VPDConfig.from_dict(values)
+        if not isinstance(config.backbone, BackboneConfig):
+            raise InputError(f"backbone is {config.backbone!r}, expected its sizes")
+        return config
+    except (InputError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its stored configuration is not valid: {error}") from error
+
+
+def _open_folder(folder: Path, mmap: bool) -> Checkpoint:
+    if (folder / "unet").is_dir():
+        return _open_diffusers(folder, mmap)
+    if (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file():
+        config = _parse_config(reader.read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
+        raw = reader.read_file(folder / WEIGHTS_NAME, mmap=mmap)
+        return Checkpoint(folder, "pretrained", raw.tensors, config)
+    present = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+    raise CheckpointError(
+        f"{folder}: expected {CONFIG_NAME} and {WEIGHTS_NAME} (save_pretrained) or unet/ and vae/ (diffusers); "
+        f"found {present}"
+    )
+
+
+def _open_diffusers(folder: Path, mmap: bool) -> Checkpoint:
+    unet = _diffusers_tensors(folder / "unet", "diffusion_pytorch_model", mmap)
+    vae = _diffusers_tensors(folder / "vae", "diffusion_pytorch_model", mmap)
+    layout = ldm_diffusers.Layout.of_diffusers(unet, vae)
+    try:
+        tensors = _prefixed(LDM_UNET, ldm_diffusers.unet_from_diffusers(unet, layout))
+        tensors |= _prefixed(LDM_VAE, ldm_diffusers.vae_from_diffusers(vae, layout))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    parts = {p.name for p in folder.iterdir() if p.is_dir()} - {"unet", "vae"}
+    if (folder / "text_encoder").is_dir():
+        text = _diffusers_tensors(folder / "text_encoder", "model", mmap)
+        # transformers 5 leaves this prefix out of the files it writes.
+        tensors |= _prefixed(LDM_TEXT + "text_model.", {k.removeprefix("text_model."): v for k, v in text.items()})
+        parts.discard("text_encoder")
+    metadata = {}
+    if (folder / "unet" / CONFIG_NAME).is_file():
+        # In SD 1.x's configurations this is the number of heads, whatever its name says.
+        heads = reader.read_json(folder / "unet" / CONFIG_NAME).get("attention_head_dim", 8)
+        if not isinstance(heads, int):
+            raise CheckpointError(
+                f"{folder}: attention_head_dim is {heads!r}, expected one int as in Stable Diffusion 1.x"
+            )
+        metadata["num_heads"] = heads
+    return Checkpoint(folder, "diffusers", tensors, metadata=metadata, contents=tuple(sorted(parts)))
+
+
+def _diffusers_tensors(folder: Path, stem: str, mmap: bool) -> dict[str, Tensor]:
+    """Tensors of one sub-folder: full precision first, safetensors first, whole or in shards."""
+    for variant, suffix in itertools.product(("", "fp16."), ("safetensors", "bin")):
+        for name in (stem, f"pytorch_{stem}"):  # the second is what transformers calls its .bin files
+            file, index = folder / f"{name}.{variant}{suffix}", folder / f"{name}.{suffix}.index.{variant}json"
+            if file.is_file():
+                return reader.read_file(file, mmap=mmap).tensors
+            if index.is_file():
+                return _read_shards(index, mmap)
+    raise CheckpointError(f"{folder}: expected {stem}.safetensors or .bin (also .fp16 or in shards) and found neither")
+
+
+def _read_shards(index: Path, mmap: bool) -> dict[str, Tensor]:
+    names = reader.read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+        raise CheckpointError(f"{index}: no weight_map of file names in the same folder")
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(names.values()):
+        tensors |= reader.read_file(index.parent / name, mmap=mmap).tensors
+    return tensors
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in tensors.items()}

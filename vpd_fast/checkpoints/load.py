@@ -1,0 +1,228 @@
+"""Builds models from checkpoints. Weights stay where they lie in the memory-mapped file: there is no second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpd_fast.checkpoints import reader
+from vpd_fast.checkpoints.formats import Checkpoint, is_backbone, ldm_to_vpd, open_checkpoint
+from vpd_fast.checkpoints.infer import backbone_of, infer_config
+from vpd_fast.checkpoints.report import LoadReport, first_names
+from vpd_fast.config import TASKS, BackboneConfig, VPDConfig
+from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.models.vpd import VPD
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    allow_missing: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    mmap: bool = True,
+    **config_overrides: Any,
+) -> VPD:
+    """A VPD model from a released file, the mmsegmentation 1.x depth port, or a file or folder of this package.
+
+    task: what the checkpoint must hold; None: whatever it holds. allow_missing: weights the file lacks keep their fresh
+    initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: on the CPU,
+    float32 weights stay in the file until used; they may be trained, which does not change the file, but the file must
+    not be overwritten in place meanwhile. config_overrides: VPDConfig or BackboneConfig fields that shapes do not tell
+    (num_heads, max_depth, base_size, ...).
+
+    The model is in eval mode and carries a `LoadReport` as `load_report`. Raises CheckpointError: unreadable or hostile
+    file, another task, missing weights, shapes that do not fit; InputError for an unknown task or override.
+    """
+    if task is not None and task not in TASKS:
+        raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {task!r}")
+    checkpoint = open_checkpoint(path, mmap=mmap)
+    config = vpd_config(checkpoint, config_overrides, task)
+    return _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype)
+
+
+def load_pretrained(folder: str | Path, **options: Any) -> VPD:
+    """A model from a folder written by `save_pretrained`; options as in `load_checkpoint`."""
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: expected a folder written by save_pretrained")
+    return load_checkpoint(folder, **options)
+
+
+def load_stable_diffusion(
+    path: str | Path,
+    config: VPDConfig,
+    *,
+    class_embeddings: Tensor | str | Path | None = None,
+    allow_missing: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    mmap: bool = True,
+) -> VPD:
+    """A model for fine-tuning: encoder and UNet of Stable Diffusion 1.x, everything else freshly initialised.
+
+    path: ldm .ckpt or .safetensors, or a diffusers folder. config: task and sizes; its backbone must be the file's.
+    class_embeddings: (num_classes or num_scenes, context_dim), or a file with that one tensor; needed for segmentation
+    and depth unless allow_missing, which leaves them zero. All else (eval mode, report, options, errors) as in
+    `load_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, mmap=mmap)
+    if not checkpoint.is_stable_diffusion:
+        raise CheckpointError(
+            f"{path}: is a VPD model; expected Stable Diffusion 1.x (load this file with load_checkpoint)"
+        )
+    heads = {} if "num_heads" in checkpoint.metadata else {"num_heads": config.backbone.num_heads}
+    _check_backbone(checkpoint.path, checkpoint.backbone(**heads), config.backbone)
+    tensors = ldm_to_vpd(checkpoint.tensors, config.task)
+    root = "encoder." if config.task == "depth" else ""
+    if class_embeddings is not None:
+        tensors[f"{root}class_embeddings"] = _read_embeddings(class_embeddings, config)
+    elif config.task != "referring" and not allow_missing:
+        count = config.num_classes if config.task == "segmentation" else config.num_scenes
+        raise CheckpointError(
+            f"missing class embeddings: a {config.task} model needs class_embeddings=, a ({count}, "
+            f"{config.backbone.context_dim}) tensor or a file with it (made from class names by vpd_fast.models.text), "
+            "or allow_missing=True to fill them in later"
+        )
+    return _build(checkpoint, tensors, config, allow_missing, device, dtype, fresh_heads=True)
+
+
+def vpd_config(checkpoint: Checkpoint, overrides: Mapping[str, Any], task: str | None = None) -> VPDConfig:
+    """Configuration of an opened VPD checkpoint, stored or inferred, with `overrides`.
+
+    Raises CheckpointError (also when it is not of `task`) and InputError.
+    """
+    overrides = dict(overrides)
+    known = set(VPDConfig.__dataclass_fields__) | set(BackboneConfig.__dataclass_fields__)
+    if set(overrides) - known:
+        raise InputError(f"unknown options {sorted(set(overrides) - known)}; configuration fields are {sorted(known)}")
+    if checkpoint.is_stable_diffusion:
+        raise CheckpointError(
+            f"{checkpoint.path}: is Stable Diffusion without a VPD head; expected a VPD model "
+            "(VPD.from_stable_diffusion starts one from this file)"
+        )
+    try:
+        if checkpoint.config is None:
+            config = infer_config(checkpoint.shapes, checkpoint.metadata, **overrides)
+        else:
+            inner = {k: overrides.pop(k) for k in list(overrides) if k in BackboneConfig.__dataclass_fields__}
+            backbone = BackboneConfig(**{**checkpoint.config.to_dict()["backbone"], **inner})
+            config = checkpoint.config.replace(**{"backbone": backbone, **overrides})
+            _check_backbone(
+                checkpoint.path, backbone_of(checkpoint.shapes, num_heads=backbone.num_heads), config.backbone
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    if task is not None and config.task != task:
+        raise CheckpointError(f"{checkpoint.path}: holds a {config.task} model; expected {task}")
+    return config
+
+
+def empty_model(config: VPDConfig, path: Path) -> VPD:
+    """`VPD.empty(config)`; sizes from a file that cannot be built raise CheckpointError."""
+    try:
+        return VPD.empty(config)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: its sizes do not make a valid {config.task} model: {error}") from error
+
+
+def match_weights(
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], task: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors that a model with state dict `expected` takes, in its order, and the report on all others.
+
+    Raises CheckpointError when a shape does not fit.
+    """
+    report = LoadReport(checkpoint.path, checkpoint.format, task)
+    report.contents, report.placeholders = checkpoint.contents, checkpoint.placeholders
+    taken: dict[str, Tensor] = {}
+    for key, target in expected.items():
+        if key in tensors:
+            tensor = tensors[key]
+            if tensor.shape != target.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {key} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}"
+                )
+            if tensor.is_floating_point() != target.is_floating_point():
+                raise CheckpointError(f"{checkpoint.path}: {key} has dtype {tensor.dtype}, expected {target.dtype}")
+            taken[key] = tensor
+        elif not key.endswith("num_batches_tracked"):
+            report.missing.append(key)
+    report.loaded = list(taken)
+    report.dtypes = reader.dtype_names(taken)
+    report.sort_leftovers(key for key in tensors if key not in expected)
+    report.unexpected += checkpoint.skipped
+    return taken, report
+
+
+def raise_missing(report: LoadReport) -> None:
+    """Raise CheckpointError when the report has missing weights."""
+    if report.missing:
+        raise CheckpointError(
+            f"{report.source}: {report.task} weights are missing, {first_names(report.missing)}"
+            f" (allow_missing=True initialises them freshly); unexpected in the file: {first_names(report.unexpected)}"
+        )
+
+
+def _build(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    config: VPDConfig,
+    allow_missing: bool,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    fresh_heads: bool = False,
+) -> VPD:
+    dtype = dtype or torch.float32
+    if not dtype.is_floating_point:
+        raise InputError(f"load_checkpoint: dtype must be a floating dtype, got {dtype}")
+    model = empty_model(config, checkpoint.path)
+    expected = model.state_dict()
+    taken, report = match_weights(checkpoint, tensors, expected, config.task)
+    if fresh_heads:
+        report.fresh = [key for key in report.missing if not is_backbone(key)]
+        report.missing = [key for key in report.missing if is_backbone(key)]
+    if not allow_missing:
+        raise_missing(report)
+    if report.fresh or report.missing:
+        model = VPD(config)  # for the initial values of what the file lacks
+    weights: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for key, tensor in taken.items():
+        weight = reader.to_dtype(tensor, dtype, device)
+        # Two names for the same bytes in the file are still two parameters.
+        # Counters are copied, or they alone would keep a file mapped whose weights have all been converted.
+        repeated = weight.data_ptr() in addresses
+        weights[key] = weight.clone() if repeated or not weight.is_floating_point() else weight
+        addresses.add(weight.data_ptr())
+    for key in (k for k in expected if k.endswith("num_batches_tracked") and k not in weights):
+        weights[key] = torch.zeros((), dtype=torch.int64, device=device)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.to(device=device, dtype=dtype)
+    model.load_report = report
+    return model.eval()
+
+
+def _check_backbone(path: Path, found: BackboneConfig, wanted: BackboneConfig) -> None:
+    names = BackboneConfig.__dataclass_fields__
+    different = [n for n in names if getattr(found, n) != getattr(wanted, n)]
+    if different:
+        details = ", ".join(f"{n} is {getattr(found, n)}, expected {getattr(wanted, n)}" for n in different)
+        raise CheckpointError(f"{path}: the weights are of another network than the configuration's: {details}")
+
+
+def _read_embeddings(source: Tensor | str | Path, config: VPDConfig) -> Tensor:
+    tensor = source if isinstance(source, Tensor) else reader.read_tensor(source)
+    count = {"segmentation": config.num_classes, "depth": config.num_scenes}.get(config.task)
+    if count is None:
+        raise InputError("class_embeddings: a referring model has none; its text comes with each call")
+    expected = (count, config.backbone.context_dim)
+    if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+        raise InputError(
+            f"class_embeddings: expected a floating {expected} tensor, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    return tensor.detach().clone()

@@ -1,0 +1,184 @@
+"""Opens any checkpoint file: its tensors by name, memory-mapped where the format allows, and plain metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpd_fast.checkpoints import archives
+from vpd_fast.checkpoints.pickles import Placeholder
+from vpd_fast.errors import CheckpointError
+
+_EXPECTED = "expected a PyTorch checkpoint (.pth, .pt, .ckpt, .bin), a .safetensors file or a checkpoint folder"
+_STATE_DICT_NAMES = ("state_dict", "model", "model_state_dict", "module")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_MAX_SAFETENSORS_HEADER = 100_000_000
+
+
+@dataclass
+class RawFile:
+    """Contents of one file: named tensors, plain metadata, and what could not be kept.
+
+    placeholders: classes of pickled objects that were not rebuilt. skipped: state-dict entries that are not tensors.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    placeholders: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+def read_file(path: str | Path, *, mmap: bool = True) -> RawFile:
+    """Read one file of any kind. Nothing in it is executed.
+
+    mmap: tensors stay on disk until used; they can be written to without changing the file, but the file must not be
+    overwritten in place while they live (replacing it by rename is fine). False reads everything into memory.
+    Raises CheckpointError: missing, empty, truncated, damaged or unknown file.
+    """
+    path = Path(path)
+    with _explained(path):
+        head = _head(path)
+        if _is_safetensors(path, head):
+            raw = _read_safetensors(path)
+        elif head.startswith(b"PK\x03\x04"):
+            raw = _from_object(path, archives.read_zip(path))
+        elif archives.is_legacy(head):
+            raw = _from_object(path, archives.read_legacy(path))
+        else:
+            raise CheckpointError(f"{path}: {_guess(head)}; {_EXPECTED}")
+        if not mmap:
+            raw.tensors = {key: tensor.clone() for key, tensor in raw.tensors.items()}
+    return raw
+
+
+def read_tensor(path: str | Path) -> Tensor:
+    """The only tensor of a file, such as VPD's class_embeddings.pth. Raises CheckpointError when there are others."""
+    raw = read_file(path)
+    if len(raw.tensors) != 1:
+        raise CheckpointError(f"{path}: expected one tensor, the file holds {len(raw.tensors)}")
+    return next(iter(raw.tensors.values())).clone()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    path = Path(path)
+    with _explained(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever a broken file provokes in the parsers becomes one CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file or folder; {_EXPECTED}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{path}: truncated or damaged file ({reason}); {_EXPECTED}") from error
+
+
+def _head(path: Path) -> bytes:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; expected a file")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; {_EXPECTED}")
+    return head
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    if path.suffix == ".safetensors" and not head.startswith(b"version https://git-lfs"):
+        return True
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER
+
+
+def _guess(head: bytes) -> str:
+    """What an unknown file probably is, for the error message."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the checkpoint itself (run `git lfs pull`)"
+    if head.lstrip()[:1] == b"<":
+        return "is an HTML or XML page (a failed download?)"
+    if head[257:262] == b"ustar":
+        return "is a tar archive (or a checkpoint of torch older than 0.1.10)"
+    if head[:2] in (b"\x1f\x8b", b"BZ") or head[:6] == b"\xfd7zXZ\x00":
+        return "is a compressed file (unpack it first)"
+    if head[:1] == b"\x80":
+        return "is a plain pickle, not a file of torch.save"
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+        return "is a text file"
+    return "is not a checkpoint"
+
+
+def _read_safetensors(path: Path) -> RawFile:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = dict(file.metadata() or {})
+    return RawFile(path, _without_wrappers(tensors), metadata)
+
+
+def _from_object(path: Path, unpickled: archives.Unpickled) -> RawFile:
+    value = unpickled.value
+    placeholders = tuple(sorted(unpickled.placeholders))
+    if isinstance(value, Tensor):
+        return RawFile(path, {"": value}, {}, placeholders)
+    metadata: dict[str, Any] = {}
+    state = value
+    if isinstance(value, dict):
+        name = next((n for n in _STATE_DICT_NAMES if isinstance(value.get(n), (dict, Placeholder))), None)
+        if name is not None:
+            state = value[name]
+            metadata = {str(key): item for key, item in value.items() if key != name}
+    if isinstance(state, Placeholder):
+        raise CheckpointError(
+            f"{path}: holds a pickled object of class {state.name}, which is not rebuilt; expected its state dict "
+            "(save model.state_dict() where the class is available)"
+        )
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected a state dict")
+    tensors = {key: item for key, item in state.items() if isinstance(key, str) and isinstance(item, Tensor)}
+    if not tensors:
+        names = ", ".join(str(key) for key in list(state)[:5])
+        raise CheckpointError(f"{path}: no tensors in its state dict (entries: {names or 'none'})")
+    skipped = tuple(str(key) for key in state if key not in tensors)
+    return RawFile(path, _without_wrappers(tensors), metadata, placeholders, skipped)
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _WRAPPER_PREFIXES:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            return _without_wrappers({key[len(prefix) :]: tensor for key, tensor in tensors.items()})
+    return tensors
+
+
+def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """How many tensors there are of each floating dtype, {"float16": 12}."""
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            name = str(tensor.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def to_dtype(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Tensor:
+    """Floating tensors to `dtype` (None: as they are), all to `device`; no copy where nothing changes."""
+    return tensor.to(device=device, dtype=dtype if dtype is not None and tensor.is_floating_point() else None)
