@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, for a machine without a network:
+#
+#     benchmarks/gpu.sh [tests|ops|e2e|train|all]
+#
+# It must have Python with torch (CUDA build), pybind11, cmake, ninja, setuptools, pytest and pytest-benchmark, and nvcc
+# or a built vpd_fast._C_cuda. Results and logs go to $OUT (default benchmarks/results). A part that finished is
+# not run again unless FORCE=1. Exits non-zero if a part failed.
+set -uo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
+python=${PYTHON:-python}
+export VPD_FAST_RESULTS=$out PYTHONUNBUFFERED=1
+failed=()
+
+build() {
+    "$python" -P -c 'import torch, vpd_fast._C, vpd_fast._C_cuda' 2>/dev/null && return
+    VPD_FAST_CUDA=ON "$python" -m pip install --no-build-isolation --no-deps --quiet -e . >"$out/build.log" 2>&1 ||
+        { tail -n 40 "$out/build.log"; echo "gpu.sh: the build failed, see $out/build.log"; exit 1; }
+}
+
+part() { # part NAME COMMAND...
+    local name=$1 status
+    shift
+    if [[ -e $out/$name.done && ${FORCE:-0} != 1 ]]; then
+        echo "== $name: done before (FORCE=1 runs it again)"
+        return
+    fi
+    echo "== $name"
+    if "$@" 2>&1 | tee "$out/$name.log"; then
+        touch "$out/$name.done"
+    else
+        status=$?
+        echo "== $name: FAILED with exit code $status"
+        failed+=("$name")
+    fi
+}
+
+tests() { part tests "$python" -P -m pytest tests -q -m gpu; }
+ops() { part ops "$python" -P -m pytest benchmarks -q -m gpu; }
+e2e() { part e2e "$python" benchmarks/e2e.py --device cuda --batch 1 8; }
+train() { echo "== train: there is no training benchmark yet; nothing was run"; }
+
+case ${1:-all} in
+    tests | ops | e2e | train) chosen=("$1") ;;
+    all) chosen=(tests ops e2e train) ;;
+    *) echo "usage: benchmarks/gpu.sh [tests|ops|e2e|train|all]"; exit 2 ;;
+esac
+
+"$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "gpu.sh: PyTorch finds no NVIDIA GPU here; nothing was run"; exit 1; }
+build
+"$python" -P -m vpd_fast
+for name in "${chosen[@]}"; do "$name"; done
+if ((${#failed[@]})); then
+    echo "gpu.sh: failed: ${failed[*]}"
+    exit 1
+fi

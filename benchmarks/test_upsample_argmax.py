@@ -1,0 +1,134 @@
+"""upsample_argmax and upsample_argmax_windows against interpolate + argmax.
+
+Logits are of two kinds, because the kernel's time depends on them: `smooth` is like a network's output (regions in
+which few channels compete), `noise` is the worst case (independent values, hardly any channel is ruled out early).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timing import measure, rows_of
+from torch.nn.functional import interpolate
+
+from vpd_fast import _native, ops
+
+CASES = {  # batch, channels, (h, w), (H, W)
+    "150x64x64 to 512x512": (1, 150, (64, 64), (512, 512)),
+    "150x128x128 to 512x512": (1, 150, (128, 128), (512, 512)),
+    "8x150x64x64 to 512x512": (8, 150, (64, 64), (512, 512)),
+    "2x120x120 to 480x480": (1, 2, (120, 120), (480, 480)),
+}
+WINDOWS = {  # channels, (ys, xs), crop, image, size
+    "512x683 in two windows": (150, ([0], [0, 171]), (512, 512), (512, 683), (512, 683)),
+    "512x683 in two windows, to 1536x2048": (150, ([0], [0, 171]), (512, 512), (512, 683), (1536, 2048)),
+    "768x1024 in six windows, to 1536x2048": (150, ([0, 256], [0, 341, 512]), (512, 512), (768, 1024), (1536, 2048)),
+}
+LOGITS = ["smooth", "noise"]
+
+
+def make_logits(kind: str, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "noise":
+        return torch.randn(shape, generator=generator)
+    batch, channels, h, w = shape
+    coarse = torch.randn(batch, channels, h // 8 + 1, w // 8 + 1, generator=generator)
+    return 4 * interpolate(coarse, (h, w), mode="bicubic") + 0.3 * torch.randn(shape, generator=generator)
+
+
+def implementations(call: Callable[[str], torch.Tensor], device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """The native implementations for the device; the CPU kernel once per instruction set level."""
+    if device == "cuda":
+        return {"cuda": lambda: call("cuda")}
+    variants = {}
+    for isa in _native.load("_C").usable_isas():
+
+        def run(isa: str = isa) -> torch.Tensor:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VPD_FAST_ISA", isa)
+                return call("cpu")
+
+        variants[f"cpu {isa}"] = run
+    return variants
+
+
+def resize_variants(case: str, kind: str, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    batch, channels, low, high = CASES[case]
+    logits = make_logits(kind, batch, channels, *low).to(device)
+
+    def call(impl: str) -> torch.Tensor:
+        return ops.upsample_argmax(logits, high, impl=impl)
+
+    return {
+        "pytorch": lambda: interpolate(logits, high, mode="bilinear").argmax(1),
+        "reference": lambda: call("reference"),
+        **implementations(call, device),
+    }
+
+
+def merge_and_resize(logits: torch.Tensor, ys, xs, crop, image, size) -> torch.Tensor:
+    """Sliding-window merging as usually written: windows are added up at image size."""
+    total = logits.new_zeros(1, logits.shape[2], *image)
+    count = logits.new_zeros(image)
+    for window, (y, x) in enumerate((y, x) for y in ys for x in xs):
+        place = (..., slice(y, y + crop[0]), slice(x, x + crop[1]))
+        total[place] += interpolate(logits[:, window], crop, mode="bilinear")
+        count[place] += 1
+    return interpolate(total / count, size, mode="bilinear").argmax(1)
+
+
+def window_variants(case: str, kind: str, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    channels, (ys, xs), crop, image, size = WINDOWS[case]
+    logits = make_logits(kind, len(ys) * len(xs), channels, crop[0] // 8, crop[1] // 8)[None].to(device)
+
+    def call(impl: str) -> torch.Tensor:
+        return ops.upsample_argmax_windows(logits, ys, xs, crop_size=crop, image_size=image, size=size, impl=impl)
+
+    return {"pytorch": lambda: merge_and_resize(logits, ys, xs, crop, image, size)} | implementations(call, device)
+
+
+def require_parity(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
+    """No time is reported for labels that differ from PyTorch's by more than rounding explains (a few near ties)."""
+    expected = variants["pytorch"]()
+    for name, variant in variants.items():
+        differing = (variant() != expected).float().mean().item()
+        assert differing <= 1e-4, f"{name}: {differing:.2%} of the labels differ from PyTorch's"
+
+
+ALL_CASES = [*((resize_variants, case) for case in CASES), *((window_variants, case) for case in WINDOWS)]
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize(("make", "case"), ALL_CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_side_by_side(make: Callable, case: str, kind: str, device: str, keep: Callable) -> None:
+    variants = make(case, kind, device)
+    require_parity(variants)
+    if make is resize_variants:
+        batch, channels, low, high = CASES[case]
+        elements = batch * channels * low[0] * low[1], batch * high[0] * high[1]
+    else:
+        channels, (ys, xs), crop, _, high = WINDOWS[case]
+        elements = len(ys) * len(xs) * channels * crop[0] * crop[1] // 64, high[0] * high[1]
+    gigabytes = (4 * elements[0] + 8 * elements[1]) / 1e9  # logits in, labels out
+    facts = {"case": case, "logits": kind, "dtype": "float32", "threads": torch.get_num_threads()}
+    keep(rows_of(measure(variants, device, seconds=5), "pytorch", gigabytes, **facts))
+
+
+@pytest.mark.parametrize("variant", ["pytorch", "reference", "cpu baseline", "cpu avx2", "cpu avx512", "cuda"])
+def test_one_by_one(benchmark, variant: str, device: str) -> None:
+    """The main case under pytest-benchmark, for its statistics and comparison between commits."""
+    case = next(iter(CASES))
+    variants = resize_variants(case, "smooth", device)
+    if variant not in variants:
+        pytest.skip(f"no {variant} here")
+    require_parity({"pytorch": variants["pytorch"], variant: variants[variant]})
+    benchmark.group = f"{case}, {device}"
+
+    def run() -> None:
+        variants[variant]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(run)

@@ -1,0 +1,159 @@
+"""Measuring variants of one computation side by side, and keeping the results.
+
+Machines change speed while one measures. So variants take turns, round by round, and a speed-up is the median over the
+rounds of a ratio taken within a round.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpd_fast import info
+
+RESULTS = Path(os.environ.get("VPD_FAST_RESULTS", Path(__file__).parent / "results"))
+SAMPLE_SECONDS = 2e-3  # short computations are repeated until a sample takes this long
+L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+
+
+def _seconds_cpu(function: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def _seconds_cuda(function: Callable[[], Any], flush: torch.Tensor) -> float:
+    """One call between two events, with a cold L2 cache."""
+    flush.zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    variants: dict[str, Callable[[], Any]], device: str = "cpu", rounds: int = 30, seconds: float = 20.0
+) -> dict[str, list[float]]:
+    """Seconds per call of each variant, one number per round; the variants take turns within a round.
+
+    Stops after `rounds` rounds, or after `seconds` if at least three rounds are done.
+    """
+    names = list(variants)
+    if device == "cuda":
+        flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        sample = {name: lambda f=variants[name]: _seconds_cuda(f, flush) for name in names}
+        for _ in range(3):  # warm up
+            for name in names:
+                sample[name]()
+    else:
+        sample = {}
+        for name in names:
+            variants[name]()  # warm up
+            repeats = max(1, int(SAMPLE_SECONDS / max(_seconds_cpu(variants[name], 1), 1e-9)))
+            sample[name] = lambda f=variants[name], n=repeats: _seconds_cpu(f, n)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    for turn in range(rounds):
+        for i in range(len(names)):  # another variant goes first in every round
+            name = names[(i + turn) % len(names)]
+            times[name].append(sample[name]())
+        if turn >= 2 and time.perf_counter() > end:
+            break
+    return times
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which `percent` of the values lie, interpolated."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def rows_of(
+    times: dict[str, list[float]],
+    baseline: str,
+    gigabytes: float | None = None,
+    gflop: float | None = None,
+    **facts: Any,
+) -> list[dict[str, Any]]:
+    """One row per variant: milliseconds (p20, p50, p80), speed-up over the baseline, rates if the amounts are given."""
+    rows = []
+    for name, values in times.items():
+        p50 = percentile(values, 50)
+        ratios = [base / value for base, value in zip(times[baseline], values, strict=True)]
+        row = {**facts, "variant": name, "rounds": len(values)}
+        row |= {f"p{p}_ms": round(1e3 * percentile(values, p), 4) for p in (20, 50, 80)}
+        row |= {"speedup": round(statistics.median(ratios), 2), "over": baseline}
+        if gigabytes is not None:
+            row["gb_per_s"] = round(gigabytes / p50, 2)
+        if gflop is not None:
+            row["gflop_per_s"] = round(gflop / p50, 1)
+        rows.append(row)
+    return rows
+
+
+def copy_gb_per_s(device: str) -> float:
+    """Measured bandwidth of a large copy, reads and writes counted: the peak for memory-bound computations."""
+    source = torch.ones(64 << 20, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    times = measure({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"]
+    return 2 * source.numel() * 4 / percentile(times, 20) / 1e9
+
+
+def device_name(device: str) -> str:
+    """The name of the CPU or GPU."""
+    return torch.cuda.get_device_name() if device == "cuda" else info.cpu_name()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on: device, threads, instruction set, versions, commit, time."""
+    report = info.collect()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    packages = ("torch", "numpy", "triton")
+    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "isa": report["cpu"]["isa"]["chosen"] if report["cpu"]["isa"] else None,
+        "vpd_fast": report["vpd_fast"],
+        "commit": commit.stdout.strip() or None,
+        "python": report["python"],
+        **{name: importlib.metadata.version(name) for name in packages if name in installed},
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_rows(suite: str, device: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes RESULTS/<device name>/<suite>.json."""
+    folder = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite}.json"
+    content = {"environment": environment(device), "copy_gb_per_s": round(copy_gb_per_s(device), 1), "rows": rows}
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, one column per key."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)

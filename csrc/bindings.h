@@ -1,0 +1,10 @@
+// Every operator adds its functions to module _C through one of these.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace vpd {
+
+void bind_upsample_argmax(pybind11::module_& m);
+
+}  // namespace vpd

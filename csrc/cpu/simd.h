@@ -1,0 +1,173 @@
+// Sixteen float or int32 lanes, written once per instruction set level. Kernels use these types only, so their source
+// and their data layout are the same at every level; only the rounding of multiply_add differs (no FMA in the baseline).
+//
+// Everything is forced inline and in an unnamed namespace: a function that the linker could share between files
+// compiled for different levels would run AVX-512 code on machines without it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(VPD_ISA_IS_AVX2) || defined(VPD_ISA_IS_AVX512)
+#include <immintrin.h>
+#endif
+
+#define VPD_INLINE static inline __attribute__((always_inline))
+
+namespace vpd::VPD_ISA {
+namespace {
+
+constexpr int LANES = 16;
+
+#if defined(VPD_ISA_IS_AVX512)
+
+using F16 = __m512;
+using I16 = __m512i;
+using Mask = __mmask16;
+
+VPD_INLINE F16 load(const float* p) { return _mm512_loadu_ps(p); }
+VPD_INLINE F16 broadcast(float x) { return _mm512_set1_ps(x); }
+VPD_INLINE I16 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+VPD_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
+VPD_INLINE F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
+VPD_INLINE F16 subtract(F16 a, F16 b) { return _mm512_sub_ps(a, b); }
+VPD_INLINE F16 multiply(F16 a, F16 b) { return _mm512_mul_ps(a, b); }
+VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
+// min and max return the second operand when one of the two is NaN.
+VPD_INLINE F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
+VPD_INLINE F16 max(F16 a, F16 b) { return _mm512_max_ps(a, b); }
+VPD_INLINE F16 absolute(F16 a) { return _mm512_abs_ps(a); }
+VPD_INLINE Mask greater(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+VPD_INLINE Mask not_less(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+VPD_INLINE Mask is_nan(F16 a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+VPD_INLINE Mask nonzero(F16 a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+VPD_INLINE Mask either(Mask a, Mask b) { return a | b; }
+VPD_INLINE Mask and_not(Mask a, Mask b) { return a & ~b; }
+VPD_INLINE uint32_t bits(Mask m) { return m; }
+VPD_INLINE F16 select(Mask m, F16 yes, F16 no) { return _mm512_mask_blend_ps(m, no, yes); }
+VPD_INLINE I16 select(Mask m, I16 yes, I16 no) { return _mm512_mask_blend_epi32(m, no, yes); }
+VPD_INLINE void store_widened(int64_t* p, I16 a) {
+    _mm512_storeu_si512(p, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)));
+    _mm512_storeu_si512(p + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1)));
+}
+
+#elif defined(VPD_ISA_IS_AVX2)
+
+struct F16 { __m256 lo, hi; };
+struct I16 { __m256i lo, hi; };
+using Mask = F16;  // all ones or all zeros per lane
+
+VPD_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+VPD_INLINE F16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+VPD_INLINE I16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+VPD_INLINE void store(float* p, F16 a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
+VPD_INLINE F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+VPD_INLINE F16 subtract(F16 a, F16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+VPD_INLINE F16 multiply(F16 a, F16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+VPD_INLINE F16 min(F16 a, F16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+VPD_INLINE F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+VPD_INLINE F16 absolute(F16 a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+VPD_INLINE Mask greater(F16 a, F16 b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+}
+VPD_INLINE Mask not_less(F16 a, F16 b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_NLT_UQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_NLT_UQ)};
+}
+VPD_INLINE Mask is_nan(F16 a) {
+    return {_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q)};
+}
+VPD_INLINE Mask nonzero(F16 a) {
+    const __m256 zero = _mm256_setzero_ps();
+    return {_mm256_cmp_ps(a.lo, zero, _CMP_NEQ_UQ), _mm256_cmp_ps(a.hi, zero, _CMP_NEQ_UQ)};
+}
+VPD_INLINE Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
+VPD_INLINE Mask and_not(Mask a, Mask b) {
+    return {_mm256_andnot_ps(b.lo, a.lo), _mm256_andnot_ps(b.hi, a.hi)};
+}
+VPD_INLINE uint32_t bits(Mask m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
+}
+VPD_INLINE F16 select(Mask m, F16 yes, F16 no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
+}
+VPD_INLINE I16 select(Mask m, I16 yes, I16 no) {
+    return {_mm256_blendv_epi8(no.lo, yes.lo, _mm256_castps_si256(m.lo)),
+            _mm256_blendv_epi8(no.hi, yes.hi, _mm256_castps_si256(m.hi))};
+}
+VPD_INLINE void store_widened(int64_t* p, I16 a) {
+    const __m256i halves[2] = {a.lo, a.hi};
+    for (int i = 0; i < 2; ++i, p += 8) {
+        auto* out = reinterpret_cast<__m256i*>(p);
+        _mm256_storeu_si256(out, _mm256_cvtepi32_epi64(_mm256_castsi256_si128(halves[i])));
+        _mm256_storeu_si256(out + 1, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(halves[i], 1)));
+    }
+}
+
+#else  // portable: four vectors of four lanes, which GCC and Clang turn into SSE2, NEON or whatever the target has
+
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+struct F16 { F4 v[4]; };
+struct I16 { I4 v[4]; };
+using Mask = I16;  // -1 or 0 per lane
+
+#define VPD_EACH(RESULT, EXPRESSION)                     \
+    {                                                    \
+        RESULT r;                                        \
+        for (int i = 0; i < 4; ++i) r.v[i] = EXPRESSION; \
+        return r;                                        \
+    }
+
+VPD_INLINE F4 select4(I4 m, F4 yes, F4 no) { return (F4)(((I4)yes & m) | ((I4)no & ~m)); }
+
+VPD_INLINE F16 load(const float* p) {
+    F16 a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+}
+VPD_INLINE F16 broadcast(float x) VPD_EACH(F16, (F4{x, x, x, x}))
+VPD_INLINE I16 broadcast(int32_t x) VPD_EACH(I16, (I4{x, x, x, x}))
+VPD_INLINE void store(float* p, F16 a) { __builtin_memcpy(p, &a, sizeof a); }
+VPD_INLINE F16 add(F16 a, F16 b) VPD_EACH(F16, a.v[i] + b.v[i])
+VPD_INLINE F16 subtract(F16 a, F16 b) VPD_EACH(F16, a.v[i] - b.v[i])
+VPD_INLINE F16 multiply(F16 a, F16 b) VPD_EACH(F16, a.v[i] * b.v[i])
+VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) VPD_EACH(F16, a.v[i] * b.v[i] + c.v[i])
+VPD_INLINE F16 select(Mask m, F16 yes, F16 no) VPD_EACH(F16, select4(m.v[i], yes.v[i], no.v[i]))
+VPD_INLINE I16 select(Mask m, I16 yes, I16 no) VPD_EACH(I16, (yes.v[i] & m.v[i]) | (no.v[i] & ~m.v[i]))
+VPD_INLINE F16 min(F16 a, F16 b) VPD_EACH(F16, select4(a.v[i] < b.v[i], a.v[i], b.v[i]))
+VPD_INLINE F16 max(F16 a, F16 b) VPD_EACH(F16, select4(a.v[i] > b.v[i], a.v[i], b.v[i]))
+VPD_INLINE F16 absolute(F16 a) VPD_EACH(F16, (F4)((I4)a.v[i] & 0x7fffffff))
+VPD_INLINE Mask greater(F16 a, F16 b) VPD_EACH(Mask, a.v[i] > b.v[i])
+VPD_INLINE Mask not_less(F16 a, F16 b) VPD_EACH(Mask, ~(a.v[i] < b.v[i]))
+VPD_INLINE Mask is_nan(F16 a) VPD_EACH(Mask, a.v[i] != a.v[i])
+VPD_INLINE Mask nonzero(F16 a) VPD_EACH(Mask, a.v[i] != F4{})
+VPD_INLINE Mask either(Mask a, Mask b) VPD_EACH(Mask, a.v[i] | b.v[i])
+VPD_INLINE Mask and_not(Mask a, Mask b) VPD_EACH(Mask, a.v[i] & ~b.v[i])
+VPD_INLINE uint32_t bits(Mask m) {
+    uint32_t result = 0;
+    for (int i = 0; i < LANES; ++i) result |= (static_cast<uint32_t>(m.v[i / 4][i % 4]) & 1u) << i;
+    return result;
+}
+VPD_INLINE void store_widened(int64_t* p, I16 a) {
+    for (int i = 0; i < LANES; ++i) p[i] = a.v[i / 4][i % 4];
+}
+
+#undef VPD_EACH
+
+#endif
+
+VPD_INLINE float reduce_max(F16 a) {
+    float lanes[LANES];
+    store(lanes, a);
+    float result = lanes[0];
+    for (int i = 1; i < LANES; ++i) result = lanes[i] > result ? lanes[i] : result;
+    return result;
+}
+
+}  // namespace
+}  // namespace vpd::VPD_ISA

@@ -1,0 +1,27 @@
+// Module vpd_fast._C: CPU operators over raw pointers. Bindings of an operator are in csrc/<operator>.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of vpd_fast";
+    m.attr("build_info") =
+        py::dict(py::arg("version") = VPD_FAST_VERSION, py::arg("compiler") = VPD_COMPILER,
+                 py::arg("flags") = VPD_BUILD_FLAGS, py::arg("isa_levels") = VPD_ISA_LEVELS);
+    m.def(
+        "usable_isas",
+        [] {
+            std::vector<std::string> names;
+            for (vpd::Isa isa : vpd::usable_isas()) names.emplace_back(vpd::isa_name(isa));
+            return names;
+        },
+        "Instruction set levels that were compiled in and run on this machine, slowest first");
+    m.def(
+        "resolve_isa", [](const std::string& name) { return vpd::isa_name(vpd::resolve_isa(name)); }, py::arg("name"),
+        "The level that runs for a requested name; '' means the fastest usable one");
+    vpd::bind_upsample_argmax(m);
+}

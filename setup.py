@@ -1,0 +1,90 @@
+"""Builds the native modules with CMake; everything else about the package is in pyproject.toml.
+
+Neither PyTorch, nor a GPU, nor the network is needed. Environment:
+
+    VPD_FAST_CUDA=AUTO|ON|OFF   build vpd_fast._C_cuda when nvcc is found (AUTO, default), always (ON) or never (OFF)
+    CMAKE_ARGS                  further arguments for CMake's configure step
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: $CUDACXX, then PATH, then the folder of CUDA ($CUDA_HOME, $CUDA_PATH or /usr/local/cuda)."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    candidates = (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc")
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+def cuda_compiler() -> str | None:
+    """Path of nvcc if the CUDA module is to be built, None if not; VPD_FAST_CUDA decides."""
+    mode = os.environ.get("VPD_FAST_CUDA", "AUTO").upper()
+    if mode not in ("AUTO", "ON", "OFF"):
+        sys.exit(f"VPD_FAST_CUDA={mode!r} is not one of AUTO, ON, OFF")
+    nvcc = None if mode == "OFF" else find_nvcc()
+    if mode == "ON" and nvcc is None:
+        sys.exit("VPD_FAST_CUDA=ON, but nvcc was not found: put it on PATH or set CUDACXX or CUDA_HOME")
+    return nvcc
+
+
+class CMakeBuild(build_ext):
+    """One CMake configure, then one target per extension."""
+
+    def run(self) -> None:
+        self._configure()
+        super().run()
+
+    def _configure(self) -> None:
+        import pybind11
+
+        self.build_folder = Path(self.build_temp).resolve() / "cmake"
+        nvcc = cuda_compiler()
+        arguments = [
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DVPD_FAST_VERSION={self.distribution.get_version()}",
+            f"-DVPD_FAST_CUDA={'ON' if nvcc else 'OFF'}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        # A build folder remembers the paths of the isolated environment it was configured in: start afresh.
+        (self.build_folder / "CMakeCache.txt").unlink(missing_ok=True)
+        self._cmake("-S", str(ROOT), "-B", str(self.build_folder), "-G", "Ninja", *arguments)
+
+    def build_extension(self, ext: Extension) -> None:
+        target = ext.name.rpartition(".")[2]
+        self._cmake("--build", str(self.build_folder), "--target", target)
+        built = self.build_folder / Path(self.get_ext_filename(ext.name)).name
+        destination = Path(self.get_ext_fullpath(ext.name))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(built, destination)
+
+    @staticmethod
+    def _cmake(*arguments: str) -> None:
+        subprocess.run(["cmake", *arguments], check=True)
+
+
+extensions = [Extension("vpd_fast._C", sources=[])]
+if cuda_compiler():
+    extensions.append(Extension("vpd_fast._C_cuda", sources=[]))
+
+setup(
+    packages=[*find_packages(include=["vpd_fast", "vpd_fast.*"]), "vpd_fast.kernels"],
+    package_dir={"vpd_fast": "vpd_fast", "vpd_fast.kernels": "kernels"},
+    package_data={"vpd_fast": ["py.typed", "**/*.json"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild},
+)

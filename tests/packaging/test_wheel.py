@@ -1,0 +1,73 @@
+"""What a wheel contains, and that building one needs no CUDA compiler unless told so."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD_TOOLS = ("setuptools", "wheel", "pybind11", "cmake", "ninja")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(tool) for tool in BUILD_TOOLS), reason=f"needs {', '.join(BUILD_TOOLS)}"
+    ),
+]
+
+
+def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    source = folder / "source"
+    tracked = ("csrc", "kernels", "vpd_fast", "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in")
+    source.mkdir()
+    for name in (*tracked, "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
+    for built in source.rglob("*.so"):
+        built.unlink()
+    command = [sys.executable, "-P", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    return subprocess.run(
+        [*command, str(source)], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_content_of_the_wheel(tmp_path: Path) -> None:
+    done = build_wheel(tmp_path, VPD_FAST_CUDA="OFF")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("vpd_fast-0.1.0-cp")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.partition("/")[0] for name in names}
+    assert top == {"vpd_fast", "vpd_fast-0.1.0.dist-info"}
+    assert "vpd_fast/kernels/__init__.py" in names
+    assert "vpd_fast/py.typed" in names
+    assert any(name.startswith("vpd_fast/_C.") and name.endswith(".so") for name in names)
+    assert not any("_C_cuda" in name for name in names)
+    missing = {
+        path.relative_to(ROOT).as_posix() for suffix in ("*.py", "*.json") for path in (ROOT / "vpd_fast").rglob(suffix)
+    } - set(names)
+    assert not missing
+
+
+def run_setup(**environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "setup.py", "--version"]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_cuda_on_without_a_compiler_is_a_clear_error(tmp_path: Path) -> None:
+    done = run_setup(VPD_FAST_CUDA="ON", CUDACXX="", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "VPD_FAST_CUDA=ON, but nvcc was not found" in done.stderr
+
+
+def test_an_unknown_cuda_option_is_a_clear_error() -> None:
+    done = run_setup(VPD_FAST_CUDA="MAYBE")
+    assert done.returncode != 0
+    assert "VPD_FAST_CUDA='MAYBE' is not one of AUTO, ON, OFF" in done.stderr

@@ -1,0 +1,56 @@
+"""Loads the compiled modules on first use and remembers why one is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+from vpd_fast.errors import InputError, MissingDependencyError
+
+MODULES = {
+    "_C": "reinstall vpd_fast from source with a C++17 compiler (pip install .)",
+    "_C_cuda": "reinstall vpd_fast from source where nvcc is on PATH, with VPD_FAST_CUDA=ON",
+}
+ISA_VARIABLE = "VPD_FAST_ISA"
+
+
+@functools.cache
+def _try_load(name: str) -> ModuleType | str:
+    import torch  # noqa: F401  its OpenMP runtime must be in the process first, so that there is only one
+
+    try:
+        return importlib.import_module(f"vpd_fast.{name}")
+    except ImportError as error:
+        return f"vpd_fast.{name} cannot be loaded ({error}); {MODULES[name]}"
+
+
+def why_missing(name: str) -> str | None:
+    """Why the compiled module `_C` or `_C_cuda` cannot be used, or None if it can. Loads it on first use."""
+    loaded = _try_load(name)
+    return loaded if isinstance(loaded, str) else None
+
+
+def load(name: str) -> ModuleType:
+    """The compiled module `_C` or `_C_cuda`. Raises MissingDependencyError with the reason if there is none."""
+    loaded = _try_load(name)
+    if isinstance(loaded, str):
+        raise MissingDependencyError(loaded)
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set level of the CPU kernels: that of the environment variable VPD_FAST_ISA, else the fastest.
+
+    Raises InputError if VPD_FAST_ISA names a level that is unknown or that this machine does not support.
+    """
+    return _resolve_isa(os.environ.get(ISA_VARIABLE, ""))
+
+
+@functools.cache
+def _resolve_isa(name: str) -> str:
+    try:
+        return load("_C").resolve_isa(name)
+    except ValueError as error:
+        raise InputError(f"environment variable {ISA_VARIABLE}: {error}") from None

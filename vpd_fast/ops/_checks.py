@@ -1,0 +1,58 @@
+"""Checks of arguments that all operators share. They are plain comparisons, so torch.compile traces through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vpd_fast.errors import InputError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: str,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    may_be_empty: str = "",
+    **sizes: int,
+) -> None:
+    """Raises InputError unless `value` is a tensor of the given shape and one of the dtypes.
+
+    name: of the argument. shape: one word per dimension, as in "B C h w". sizes: what some of these words must be.
+    may_be_empty: the words whose size may be 0.
+
+        >>> check_tensor("k", k, "B L D", D=q.shape[-1], may_be_empty="B")
+    """
+    words = shape.split()
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} must be a tensor of shape ({', '.join(words)}), got {type(value).__name__}")
+    expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
+    if value.dim() != len(words):
+        raise InputError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+    for word, size in zip(words, value.shape, strict=True):
+        if word in sizes and size != sizes[word]:
+            raise InputError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+        if size == 0 and word not in may_be_empty.split():
+            raise InputError(f"{name} has no elements along {word}: expected ({expected}), got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        raise InputError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
+
+
+def check_size(name: str, value: Any) -> tuple[int, int]:
+    """(height, width) as a tuple. Raises InputError unless both are positive integers."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise InputError(f"{name} must be (height, width), got {value!r}")
+    for number in value:
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)) or number < 1:
+            raise InputError(f"{name} must be two positive integers (height, width), got {value!r}")
+    return value[0], value[1]
