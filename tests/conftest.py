@@ -39,6 +39,13 @@ def small_backbone() -> BackboneConfig:
     return BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         from vpd_fast.cli.main import run
 
-        run()
+        sys.exit(run())
     else:
         from vpd_fast.info import collect, render
 

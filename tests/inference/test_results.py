@@ -68,17 +68,16 @@ def test_masks_are_black_and_white_and_numbered(tmp_path: Path) -> None:
 def test_unwritable_places_are_named_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(PHOTO)
     (tmp_path / "file").write_bytes(b"")
-    for path in (tmp_path / "none" / "a.png", tmp_path / "file" / "a.png"):
-        with pytest.raises(ImageError, match="a.png: cannot write the image"):
-            save_png(image, path)
+    with pytest.raises(ImageError, match="a.png: cannot write the image"):
+        save_png(image, tmp_path / "file" / "a.png")
     with pytest.raises(ImageError, match=r"ends in \.png"):
         save_png(image, tmp_path / "a.jpg")
 
     save_png(image, tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
 
-    def full_disk(self: Image.Image, file: object, **options: object) -> None:
-        file.write(b"half")
+    def full_disk(self: Image.Image, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)

@@ -12,7 +12,6 @@ from vpd_fast.errors import InputError
 ISAS = _native.load("_C").usable_isas()
 VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), "reference"]
 UNIT_ROUNDOFF = 2.0**-24
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture(params=VARIANTS)
@@ -300,7 +299,6 @@ def test_torch_compile_through_the_public_function() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("low", "high"), SIZES)
 def test_cuda(low: tuple[int, int], high: tuple[int, int], dtype: torch.dtype) -> None:
@@ -312,7 +310,6 @@ def test_cuda(low: tuple[int, int], high: tuple[int, int], dtype: torch.dtype) -
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_cuda_special_values_and_ties() -> None:
     logits = make_smooth_logits(1, 35, 8, 9)
     logits[0, 20, 3, 4] = float("nan")
@@ -324,7 +321,6 @@ def test_cuda_special_values_and_ties() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_cuda_opcheck_and_device_of_result() -> None:
     logits = make_logits(2, 5, 6, 7).cuda()
     assert ops.upsample_argmax(logits, (12, 30)).device == logits.device

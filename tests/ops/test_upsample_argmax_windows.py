@@ -11,7 +11,6 @@ from vpd_fast.errors import InputError
 
 VARIANTS = [*(f"cpu:{isa}" for isa in _native.load("_C").usable_isas()), "reference"]
 UNIT_ROUNDOFF = 2.0**-24
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture(params=VARIANTS)
@@ -28,7 +27,7 @@ def starts(image: int, crop: int, stride: int) -> list[int]:
     return [min(i * stride, image - crop) for i in range(count)]
 
 
-def merge_windows(logits, ys, xs, crop_size, image_size, size) -> torch.Tensor:
+def merge_windows(logits, ys, xs, crop_size, image_size, size, padded_size=None) -> torch.Tensor:
     """(B, windows, C, h, w) -> (B, C, *size) in float64, window by window."""
     total = torch.zeros(logits.shape[0], logits.shape[2], *image_size, dtype=torch.float64)
     count = torch.zeros(image_size, dtype=torch.float64)
@@ -36,7 +35,8 @@ def merge_windows(logits, ys, xs, crop_size, image_size, size) -> torch.Tensor:
     for y in ys:
         for x in xs:
             place = (..., slice(y, y + crop_size[0]), slice(x, x + crop_size[1]))
-            total[place] += interpolate(logits[:, window].double(), crop_size, mode="bilinear")
+            resized = interpolate(logits[:, window].double(), padded_size or crop_size, mode="bilinear")
+            total[place] += resized[..., : crop_size[0], : crop_size[1]]
             count[place] += 1
             window += 1
     return interpolate(total / count, size, mode="bilinear")
@@ -75,6 +75,17 @@ def test_matches_merging_window_by_window(impl: str, name: str) -> None:
     gap = values.amax(1) - values.gather(1, labels[:, None])[:, 0]
     assert labels.shape == (2, *geometry["size"])
     assert gap.max().item() <= bound
+
+
+def test_padding_is_cut_off(impl: str) -> None:
+    logits, geometry = make_case("not a multiple of 8")
+    geometry["padded_size"] = (64, 96)
+    labels = ops.upsample_argmax_windows(logits, **geometry, impl=impl)
+    values = merge_windows(logits, **geometry)
+    gap = values.amax(1) - values.gather(1, labels[:, None])[:, 0]
+    assert gap.max().item() <= 2 * (2 * 2 * 64) * UNIT_ROUNDOFF * logits.abs().max().item()
+    del geometry["padded_size"]
+    assert not torch.equal(labels, ops.upsample_argmax_windows(logits, **geometry, impl=impl))
 
 
 def test_one_window_is_upsample_argmax(impl: str) -> None:
@@ -118,6 +129,7 @@ def test_more_taps_than_the_kernel_takes_are_refused_not_truncated() -> None:
         ({"ys": [0]}, r"logits must have shape \(B, windows=3, C, h, w\)"),
         ({"ys": []}, "ys must be one or more integers"),
         ({"xs": [0.0, 43, 66]}, "xs must be one or more integers"),
+        ({"padded_size": (64, 63)}, "windows of 64 pixels cannot be cut from 63 pixels"),
         ({"crop_size": (64,)}, r"crop_size must be \(height, width\)"),
         ({"image_size": (0, 130)}, "image_size must be two positive integers"),
         ({"size": (5, 0)}, "size must be two positive integers"),
@@ -133,7 +145,7 @@ def test_bad_input(change: dict, message: str) -> None:
 def test_opcheck() -> None:
     logits, geometry = make_case("two thirds stride")
     g = geometry
-    arguments = (logits, g["ys"], g["xs"], g["crop_size"], g["image_size"], g["size"], "auto")
+    arguments = (logits, g["ys"], g["xs"], g["crop_size"], g["crop_size"], g["image_size"], g["size"], "auto")
     torch.library.opcheck(torch.ops.vpd_fast.upsample_argmax_windows.default, arguments)
     strided = logits.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     torch.library.opcheck(torch.ops.vpd_fast.upsample_argmax_windows.default, (strided, *arguments[1:]))
@@ -148,7 +160,6 @@ def test_torch_compile_through_the_public_function() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("name", [name for name in CASES if name != "many overlaps"])
 def test_cuda(name: str) -> None:
     logits, geometry = make_case(name, batch=2)

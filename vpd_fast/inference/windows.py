@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
 from vpd_fast.ops import upsample_argmax_windows
+from vpd_fast.ops.taps import window_taps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,17 +48,8 @@ class WindowAxis:
 
     def matrix(self, cells: int, out: int) -> torch.Tensor:
         """(out, len(starts) * cells): what each of the `cells` low-resolution values of a window gives each output."""
-        values = torch.eye(cells, dtype=torch.float64)[None]
-        upsampled = interpolate(values, size=self.padded, mode="linear", align_corners=False)[0, :, : self.size]
-        canvas = torch.zeros(len(self.starts), cells, self.length, dtype=torch.float64)
-        coverage = torch.zeros(self.length, dtype=torch.float64)
-        for i, start in enumerate(self.starts):
-            canvas[i, :, start : start + self.size] = upsampled
-            coverage[start : start + self.size] += 1
-        merged = (canvas / coverage).flatten(0, 1)[None]
-        if out != self.length:
-            merged = interpolate(merged, size=out, mode="linear", align_corners=False)
-        return merged[0].T.contiguous()
+        taps = window_taps(cells, self.starts, self.padded, self.size, self.length, out)
+        return taps.dense(len(self.starts) * cells)
 
 
 @dataclass(frozen=True)
@@ -88,17 +80,15 @@ class WindowGrid:
 
     def labels(self, windows: torch.Tensor, out_size: tuple[int, int]) -> torch.Tensor:
         """(H, W) int64: argmax over the channels of `field(windows, out_size)`."""
-        if (self.y.size, self.x.size) == (self.y.padded, self.x.padded):
-            return upsample_argmax_windows(
-                windows[None],
-                self.y.starts,
-                self.x.starts,
-                crop_size=(self.y.size, self.x.size),
-                image_size=(self.y.length, self.x.length),
-                size=out_size,
-            )[0]
-        field = self.field(windows, out_size)
-        return torch.cat([field.strip(*rows).argmax(0) for rows in strips(field.channels, out_size)])
+        return upsample_argmax_windows(
+            windows[None],
+            self.y.starts,
+            self.x.starts,
+            padded_size=(self.y.padded, self.x.padded),
+            crop_size=(self.y.size, self.x.size),
+            image_size=(self.y.length, self.x.length),
+            size=out_size,
+        )[0]
 
     def field(self, windows: torch.Tensor, out_size: tuple[int, int], flip: str | None = None) -> WindowField:
         """The merged picture of values (len(self), C, h, w) predicted on the windows, at out_size (height, width)."""
@@ -110,7 +100,7 @@ class WindowGrid:
             rows = rows.flip(0)
         elif flip == "horizontal":
             columns = columns.flip(0)
-        return WindowField(values.float(), *(matrix.float().to(values.device) for matrix in (rows, columns)))
+        return WindowField(values.float(), *(matrix.to(values.device) for matrix in (rows, columns)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Argmax over channels of bilinearly resized logits, without the resized logits.
 
-The two operators differ only in their taps (see `_taps.py`): `upsample_argmax` resizes one map, and
+The two operators differ only in their taps (see `taps.py`): `upsample_argmax` resizes one map, and
 `upsample_argmax_windows` merges the maps of a sliding window and resizes the result. There is no Triton version: the
 data-dependent work is small and integer-heavy, and the CUDA C++ kernel covers GPUs.
 
@@ -18,7 +18,7 @@ import torch
 from vpd_fast import _native
 from vpd_fast.ops._checks import check, check_size, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
-from vpd_fast.ops._taps import Taps, resize_taps, window_taps
+from vpd_fast.ops.taps import Taps, resize_taps, window_taps
 
 MOST_TAPS_CPU = 64  # MAX_TAPS in csrc/cpu/upsample_argmax.h
 TAPS_CUDA = (2, 4, 8)  # that csrc/cuda/upsample_argmax.cu is compiled for
@@ -48,6 +48,7 @@ def upsample_argmax_windows(
     crop_size: Sequence[int],
     image_size: Sequence[int],
     size: Sequence[int] | None = None,
+    padded_size: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Labels of sliding-window inference, from the low-resolution logits of its windows.
@@ -58,10 +59,14 @@ def upsample_argmax_windows(
     logits: (B, len(ys) * len(xs), C, h, w) float32, bfloat16 or float16, any strides: window (y, x) of the grid is
         number y * len(xs) + x. ys, xs: top and left edges of the windows in the image, in pixels.
     crop_size, image_size, size: (height, width) in pixels; `size` defaults to `image_size`.
+    padded_size: what the logits are resized to, if windows were padded at the right and bottom; the top left crop_size
+        of it is used. Defaults to crop_size.
     Returns (B, *size) int64. Raises InputError for a wrong shape, dtype, size or impl, for windows that leave the
     image, and for windows that do not cover it.
     """
-    arguments = _check_windows(logits, ys, xs, crop_size=crop_size, image_size=image_size, size=size)
+    arguments = _check_windows(
+        logits, ys, xs, crop_size=crop_size, image_size=image_size, size=size, padded_size=padded_size
+    )
     return torch.ops.vpd_fast.upsample_argmax_windows(*arguments, impl)
 
 
@@ -78,6 +83,7 @@ def _check_windows(
     crop_size: Sequence[int],
     image_size: Sequence[int],
     size: Sequence[int] | None = None,
+    padded_size: Sequence[int] | None = None,
 ) -> tuple:
     for name, starts in (("ys", ys), ("xs", xs)):
         check(
@@ -87,7 +93,8 @@ def _check_windows(
     check_tensor("logits", logits, "B windows C h w", may_be_empty="B", windows=len(ys) * len(xs))
     crop_size, image_size = check_size("crop_size", crop_size), check_size("image_size", image_size)
     size = image_size if size is None else check_size("size", size)
-    return logits, tuple(ys), tuple(xs), crop_size, image_size, size
+    padded_size = crop_size if padded_size is None else check_size("padded_size", padded_size)
+    return logits, tuple(ys), tuple(xs), padded_size, crop_size, image_size, size
 
 
 # Both operators come down to this: logits (B, grid_y, grid_x, C, h, w), row taps over grid_y * h, column taps over
@@ -104,12 +111,15 @@ def _problem_windows(
     logits: torch.Tensor,
     ys: Sequence[int],
     xs: Sequence[int],
+    padded_size: Sequence[int],
     crop_size: Sequence[int],
     image_size: Sequence[int],
     size: Sequence[int],
 ) -> Problem:
     rows, columns = (
-        window_taps(logits.shape[3 + i], tuple(starts), int(crop_size[i]), int(image_size[i]), int(size[i]))
+        window_taps(
+            logits.shape[3 + i], tuple(starts), *(int(s[i]) for s in (padded_size, crop_size, image_size, size))
+        )
         for i, starts in enumerate((ys, xs))
     )
     return logits.unflatten(1, (len(ys), len(xs))), rows, columns
@@ -223,9 +233,12 @@ register(
 register(
     Op(
         name="upsample_argmax_windows",
-        arguments="Tensor logits, SymInt[] ys, SymInt[] xs, SymInt[2] crop_size, SymInt[2] image_size, SymInt[2] size",
+        arguments=(
+            "Tensor logits, SymInt[] ys, SymInt[] xs, "
+            "SymInt[2] padded_size, SymInt[2] crop_size, SymInt[2] image_size, SymInt[2] size"
+        ),
         returns="Tensor",
-        fake=lambda logits, ys, xs, crop_size, image_size, size, impl: logits.new_empty(
+        fake=lambda logits, ys, xs, padded_size, crop_size, image_size, size, impl: logits.new_empty(
             (logits.shape[0], *size), dtype=torch.int64
         ),
         check=_check_windows,

@@ -31,6 +31,12 @@ class Taps:
         """The largest number of taps of a row."""
         return int(np.diff(self.offsets).max())
 
+    def dense(self, n_in: int) -> torch.Tensor:
+        """The matrix (n_out, n_in) itself, float32."""
+        matrix = np.zeros((len(self.offsets) - 1, n_in), np.float32)
+        matrix[np.repeat(np.arange(len(matrix)), np.diff(self.offsets)), self.sources] = self.weights
+        return torch.from_numpy(matrix)
+
     def padded(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Sources (int32) and weights (float32), each (n_out, count).
 
@@ -53,6 +59,11 @@ class _Matrix:
     columns: np.ndarray
     weights: np.ndarray
     n_rows: int
+
+    def head(self, n_rows: int) -> _Matrix:
+        """The first rows."""
+        kept = self.rows < n_rows
+        return _Matrix(self.rows[kept], self.columns[kept], self.weights[kept], n_rows)
 
     def __matmul__(self, other: _Matrix) -> _Matrix:
         counts = np.bincount(other.rows, minlength=other.n_rows)
@@ -96,17 +107,19 @@ def resize_taps(n_in: int, n_out: int, align_corners: bool) -> Taps:
 
 
 @functools.lru_cache(maxsize=64)
-def window_taps(n_in: int, starts: tuple[int, ...], crop: int, image: int, n_out: int) -> Taps:
+def window_taps(n_in: int, starts: tuple[int, ...], padded: int, crop: int, image: int, n_out: int) -> Taps:
     """Sliding-window merging along one axis; the columns are window * n_in + position.
 
-    Each window, n_in long, is resized to `crop` and placed at its start in an axis of length `image`; where windows
-    overlap their mean is taken; the whole is resized to n_out. Raises InputError if a window leaves the image or a
-    part of the image is in no window.
+    Each window, n_in long, is resized to `padded`, its first `crop` pixels are placed at its start in an axis of length
+    `image`; where windows overlap their mean is taken; the whole is resized to n_out. Raises InputError if a window is
+    padded to less than the crop or leaves the image, or if a part of the image is in no window.
     """
+    if padded < crop:
+        raise InputError(f"windows of {crop} pixels cannot be cut from {padded} pixels")
     outside = [start for start in starts if not 0 <= start <= image - crop]
     if outside:
         raise InputError(f"windows of {crop} pixels at {outside} leave the image, which is {image} pixels long")
-    window = _bilinear(n_in, crop, align_corners=False)
+    window = _bilinear(n_in, padded, align_corners=False).head(crop)
     rows = np.concatenate([window.rows + start for start in starts])
     columns = np.concatenate([window.columns + index * n_in for index in range(len(starts))])
     # Each window adds weights of 1 to a pixel, so their sum is the number of windows there.
