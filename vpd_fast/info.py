@@ -25,12 +25,7 @@ REQUIRED = (
 )
 OPTIONAL = {
     "triton": "Triton kernels on GPUs (comes with PyTorch's GPU builds)",
-    "diffusers": "loading Stable Diffusion folders through diffusers, comparison",
-    "xformers": "an alternative self-attention on GPUs",
-    "flash-attn": "an alternative self-attention on GPUs",
-    "accelerate": "training on several GPUs",
-    "tensorboard": "training curves",
-    "openvino": "comparison in the benchmarks",
+    "diffusers": "comparison in the tests; its folders load without it",
     "pytest": "the tests",
     "pytest-benchmark": "the benchmarks",
 }
