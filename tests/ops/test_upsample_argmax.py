@@ -265,6 +265,7 @@ def test_forms_of_size(size) -> None:
         ({"logits": torch.zeros(1, 3, 4, 4, dtype=torch.long)}, "got torch.int64"),
         ({"logits": [[1.0]]}, "logits must be a tensor .* got list"),
         ({"size": (0, 4)}, r"size must be two positive integers .* got \(0, 4\)"),
+        ({"size": (4, 2**31)}, "size must be at most 16777216 pixels"),
         ({"size": (4, -1)}, r"got \(4, -1\)"),
         ({"size": (4.0, 4)}, "size must be two positive integers"),
         ({"size": (4,)}, r"size must be \(height, width\)"),

@@ -9,6 +9,7 @@ import torch
 
 from vpd_fast.errors import InputError
 
+MAX_SIDE = 1 << 24  # of an image: far beyond what fits into memory, far below what overflows
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,10 +50,12 @@ def check_tensor(
 
 
 def check_size(name: str, value: Any) -> tuple[int, int]:
-    """(height, width) as a tuple. Raises InputError unless both are positive integers."""
+    """(height, width) as a tuple. Raises InputError unless both are positive integers of at most MAX_SIDE."""
     if not isinstance(value, Sequence) or len(value) != 2:
         raise InputError(f"{name} must be (height, width), got {value!r}")
     for number in value:
         if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)) or number < 1:
             raise InputError(f"{name} must be two positive integers (height, width), got {value!r}")
+        if number > MAX_SIDE:
+            raise InputError(f"{name} must be at most {MAX_SIDE} pixels high and wide, got {value!r}")
     return value[0], value[1]
