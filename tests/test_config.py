@@ -46,6 +46,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"base_size": 500}, "multiple of 64, got 500"),
         ({"max_depth": -1.0}, "max_depth must be positive"),
         ({"class_names": ["a"]}, "has 1 names, the segmentation model needs 150"),
+        ({"class_names": 5}, "wrong type"),
+        ({"max_depth": "x"}, "wrong type"),
         ({"colour": 1}, r"unknown fields \['colour'\]"),
         ({"backbone": {"depth": 1}}, r"BackboneConfig: unknown fields \['depth'\]"),
     ],

@@ -190,4 +190,7 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     _check(not unknown, f"{cls.__name__}: unknown fields {unknown}; known are {sorted(known)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{cls.__name__}: a field has a value of the wrong type ({error})") from error

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.inference import SegmentationResult, predict, predict_each
+from vpd_fast.models.random_weights import randomize
 
 from .stand_in import StandIn
 
@@ -91,3 +93,34 @@ def test_threads_share_a_model(photos: list[Path]) -> None:
         thread.join()
     for i in range(6):
         np.testing.assert_array_equal(actual[i], expected[i])
+
+
+def test_threads_predict_on_a_model_in_training_mode(small_backbone: BackboneConfig) -> None:
+    config = VPDConfig(num_classes=3, channels=32, base_size=64, backbone=small_backbone)
+    model = randomize(VPD(config)).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    expected = model.predict(image).labels
+    results: list = [None] * 12
+
+    def work(i: int) -> None:
+        results[i] = model.predict(image).labels
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for labels in results:
+        np.testing.assert_array_equal(labels, expected)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_a_float64_model_predicts_labels(small_backbone: BackboneConfig) -> None:
+    config = VPDConfig(num_classes=3, channels=32, base_size=64, backbone=small_backbone)
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    single, double = (
+        randomize(VPD(config)).to(dtype).predict(image).labels for dtype in (torch.float32, torch.float64)
+    )
+    assert (single == double).mean() >= 0.999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,21 +17,32 @@ if TYPE_CHECKING:
 
     from vpd_fast.models import VPD
 
+_lock = threading.Lock()
+_in_use: dict[nn.Module, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation and inference mode; afterwards each module is in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Evaluation and inference mode; when the last of several threads is done, each module is in the mode it had."""
+    with _lock:
+        training, users = _in_use.get(model, ([], 0))
+        if not users:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _in_use[model] = training, users + 1
     try:
         with torch.inference_mode():
             yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            training, users = _in_use.pop(model)
+            if users > 1:
+                _in_use[model] = training, users - 1
+            else:
+                for module in training:
+                    module.training = True
 
 
 def batch_size_for(model: VPD, batch_size: int | None) -> int:

@@ -81,7 +81,7 @@ class WindowGrid:
     def labels(self, windows: torch.Tensor, out_size: tuple[int, int]) -> torch.Tensor:
         """(H, W) int64: argmax over the channels of `field(windows, out_size)`."""
         return upsample_argmax_windows(
-            windows[None],
+            (windows.float() if windows.dtype == torch.float64 else windows)[None],
             self.y.starts,
             self.x.starts,
             padded_size=(self.y.padded, self.x.padded),

@@ -307,7 +307,7 @@ def _write_cached(path: Path, embedding: Tensor) -> None:
     """Store an embedding; readers and other writers see the whole file or none."""
     try:
         write_files({path: lambda temporary: save_file({"embedding": embedding.contiguous()}, temporary)})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warnings.warn(f"text embeddings are not cached: {path.parent} is not writable ({error})", stacklevel=2)
 
 
