@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpd_fast import VPD, VPDConfig
+from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.checkpoints import load_checkpoint, load_pretrained, load_stable_diffusion, save_pretrained
 from vpd_fast.checkpoints.formats import vpd_to_ldm
 from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.models import VPDDepth
 
 CASES = ("seg_small", "refer_small", "depth_small")
 NAMES = tuple(f"class {i}" for i in range(6))
@@ -421,3 +422,20 @@ def test_damaged_names_and_sizes(golden: Callable, tmp_path: Path) -> None:
             except CheckpointError:
                 refused += 1
     assert refused > 0
+
+
+def test_what_shapes_do_not_tell_is_noted(small_backbone: BackboneConfig, tmp_path: Path) -> None:
+    config = VPDConfig(task="depth", num_scenes=2, base_size=128, backbone=small_backbone)
+    torch.save({"model": VPD(config).state_dict()}, tmp_path / "depth.pth")
+    (note,) = load_checkpoint(tmp_path / "depth.pth").load_report.notes
+    assert "num_heads=8, base_size=512, max_depth=10.0" in note
+    (note,) = load_checkpoint(tmp_path / "depth.pth", num_heads=4, base_size=128).load_report.notes
+    assert "assumed, as shapes do not tell: max_depth=10.0" in note
+    torch.save({"model": VPD(config).state_dict(), "args": {"max_depth": 10**400}}, tmp_path / "huge.pth")
+    assert load_checkpoint(tmp_path / "huge.pth").config.max_depth == 10.0
+
+
+def test_the_class_decides_the_task(small_backbone: BackboneConfig, tmp_path: Path) -> None:
+    VPD(VPDConfig(num_classes=2, channels=32, backbone=small_backbone)).save_pretrained(tmp_path / "seg")
+    with pytest.raises(CheckpointError, match="holds a segmentation model; expected depth"):
+        VPDDepth.from_pretrained(tmp_path / "seg")

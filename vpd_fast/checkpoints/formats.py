@@ -148,8 +148,9 @@ def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
             known["class_names"] = tuple(names)
     arguments = metadata.get("args")
     values = arguments.state if isinstance(arguments, Placeholder) else arguments
-    if isinstance(values, dict) and isinstance(values.get("max_depth"), (int, float)):
-        known["max_depth"] = float(values["max_depth"])
+    max_depth = values.get("max_depth") if isinstance(values, dict) else None
+    if isinstance(max_depth, (int, float)) and 0 < max_depth < 1e9:
+        known["max_depth"] = float(max_depth)
     return known
 
 

@@ -43,7 +43,22 @@ def load_checkpoint(
         raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {task!r}")
     checkpoint = open_checkpoint(path, mmap=mmap)
     config = vpd_config(checkpoint, config_overrides, task)
-    return _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype)
+    model = _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype)
+    model.load_report.notes += _assumptions(checkpoint, config, config_overrides)
+    return model
+
+
+def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[str, Any]) -> list[str]:
+    """A note on the settings that a file without a configuration does not tell."""
+    if checkpoint.config is not None:
+        return []
+    values = {"num_heads": config.backbone.num_heads, "base_size": config.base_size}
+    if config.use_attn:
+        values["attn_selector"] = config.attn_selector
+    if config.task == "depth" and "max_depth" not in checkpoint.metadata:
+        values["max_depth"] = config.max_depth
+    assumed = ", ".join(f"{name}={value!r}" for name, value in values.items() if name not in overrides)
+    return [f"assumed, as shapes do not tell: {assumed} (load_checkpoint takes others)"] if assumed else []
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> VPD:

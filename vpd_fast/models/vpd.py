@@ -142,7 +142,7 @@ class VPD(nn.Module):
         """Read a folder written by `save_pretrained`."""
         from vpd_fast.checkpoints import load_pretrained
 
-        return load_pretrained(folder, **options)
+        return load_pretrained(folder, **{"task": getattr(cls, "task", None), **options})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`."""
