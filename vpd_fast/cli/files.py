@@ -87,5 +87,5 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Path:
 
 def write_json(path: Path, values: Any) -> Path:
     """Write JSON as `write_file` does."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(values, indent=2) + "\n"
     return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

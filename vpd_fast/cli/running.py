@@ -79,7 +79,7 @@ def run_images(
     failed = [record for record in records if "error" in record]
     for record in failed:
         typer.echo(f"failed: {' '.join(record['error'].split())}", err=True)
-    typer.echo(json.dumps(values, indent=2, ensure_ascii=False) if print_json else _summary(values, results_path))
+    typer.echo(json.dumps(values, indent=2) if print_json else _summary(values, results_path))
     if failed:
         raise typer.Exit(1)
 

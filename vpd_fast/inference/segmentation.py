@@ -46,6 +46,8 @@ def slide_inference(
     Windows whose size is not a multiple of 64 (images smaller than the crop) are padded with grey at the right and
     bottom and the padding's logits are cut off; the reference fails there. Raises InputError.
     """
+    if model.config.task != "segmentation":
+        raise InputError(f"slide_inference needs a segmentation model, got a {model.config.task} model")
     if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
         came = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
         raise InputError(f"image must be a tensor of shape (B, 3, H, W), got {came}")
