@@ -122,7 +122,7 @@ def test_one_by_one(benchmark, variant: str, device: str) -> None:
     case = next(iter(CASES))
     variants = resize_variants(case, "smooth", device)
     if variant not in variants:
-        pytest.skip(f"no {variant} here")
+        pytest.skip(f"{variant} needs a device or an instruction set that is not the one measured here")
     require_parity({"pytorch": variants["pytorch"], variant: variants[variant]})
     benchmark.group = f"{case}, {device}"
 

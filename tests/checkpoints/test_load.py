@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import random
@@ -88,19 +89,20 @@ def stable_diffusion(case: Any) -> dict[str, Tensor]:
 
 
 def outputs(model: VPD) -> Tensor:
-    """The model's answer for a small picture."""
+    """The model's answer for a small picture, in float64: equal weights leave rounding of 1e-16 an operation."""
+    model = copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(1, 3, 64, 64, generator=generator)
+    images = torch.rand(1, 3, 64, 64, generator=generator).double()
     with torch.no_grad():
         if model.config.task == "depth":
             return model(images, torch.tensor([3]))["pred_d"]
-        tokens = torch.randn(1, model.config.tokens, model.config.backbone.context_dim, generator=generator)
+        tokens = torch.randn(1, model.config.tokens, model.config.backbone.context_dim, generator=generator).double()
         return model(images, tokens) if model.config.task == "referring" else model(images)
 
 
 def check_same_outputs(model: VPD, expected: VPD) -> None:
     # Not bit by bit: libraries choose loops by the alignment of the weights, and that of a mapped file is arbitrary.
-    torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-9, atol=1e-9)
 
 
 def check_same(model: VPD, case: Any) -> None:
@@ -160,7 +162,9 @@ def test_mmseg_port(golden: Callable, tmp_path: Path) -> None:
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         mean, averaged = model(images, torch.tensor([7]))["pred_d"], expected(images)["pred_d"]
-    torch.testing.assert_close(mean, averaged, rtol=1e-4, atol=1e-5)
+    # The stored mean is a float32 tensor, so it differs from the mean taken here by float32 rounding, held to a tenth
+    # of the relative L2 of 1e-4 that float32 results are allowed.
+    assert (mean - averaged).norm() <= 1e-5 * averaged.norm()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -122,7 +122,7 @@ def test_each_level_contains_only_its_own_instructions(source: Path, tmp_path: P
 def test_the_installed_baseline_has_no_wide_registers() -> None:
     """Disassembles the functions of namespace vpd::baseline in the module that is installed."""
     if not shutil.which("objdump"):
-        pytest.skip("needs objdump")
+        pytest.skip("needs objdump (Debian: binutils)")
     module = _native.load("_C").__file__
     code = subprocess.run(["objdump", "-dC", module], check=True, capture_output=True, text=True).stdout
     functions = re.split(r"\n(?=[0-9a-f]+ <)", code)
