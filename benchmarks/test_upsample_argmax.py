@@ -116,7 +116,9 @@ def test_side_by_side(make: Callable, case: str, kind: str, device: str, keep: C
     keep(rows_of(measure(variants, device, seconds=5), "pytorch", gigabytes, **facts))
 
 
-@pytest.mark.parametrize("variant", ["pytorch", "reference", "cpu baseline", "cpu avx2", "cpu avx512", "cuda"])
+@pytest.mark.parametrize(
+    "variant", ["pytorch", "reference", "cpu baseline", "cpu avx2", "cpu avx512", "cpu avx512_bf16", "cuda"]
+)
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The main case under pytest-benchmark, for its statistics and comparison between commits."""
     case = next(iter(CASES))

@@ -6,7 +6,9 @@ rounds of a ratio taken within a round.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -85,6 +87,31 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
+def extra_memory(device: str, function: Callable[[], Any]) -> int:
+    """Bytes that a call needs at its peak, beyond its result: of the GPU, or of the process (Linux)."""
+    function()  # what is made once, such as workspaces, does not count
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide the need
+        before = _resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        result = function()
+        peak = _resident_bytes("VmHWM")
+    tensors = result if isinstance(result, (tuple, list)) else [result]
+    own = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    return max(0, peak - before - own)
+
+
+def _resident_bytes(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def rows_of(
     times: dict[str, list[float]],
     baseline: str,
@@ -114,6 +141,14 @@ def copy_gb_per_s(device: str) -> float:
     target = torch.empty_like(source)
     times = measure({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"]
     return 2 * source.numel() * 4 / percentile(times, 20) / 1e9
+
+
+def matmul_gflop_per_s(device: str, dtype: torch.dtype) -> float:
+    """Measured rate of a large matrix product: the peak for compute-bound computations."""
+    side = 8192 if device == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(dtype)
+    times = measure({"product": lambda: a @ a}, device, rounds=10)["product"]
+    return 2 * side**3 / percentile(times, 20) / 1e9
 
 
 def device_name(device: str) -> str:

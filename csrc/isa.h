@@ -7,7 +7,7 @@
 
 namespace vpd {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // Levels that were compiled in and that this machine can run, slowest first.
 std::vector<Isa> usable_isas();
@@ -23,9 +23,10 @@ const char* isa_name(Isa isa);
 // Calls vpd::<level>::FUNCTION(...) for a run-time level.
 #if defined(VPD_HAVE_AVX512)
 #define VPD_DISPATCH(ISA, FUNCTION, ...)                                                        \
-    ((ISA) == ::vpd::Isa::avx512 ? ::vpd::avx512::FUNCTION(__VA_ARGS__)                         \
-     : (ISA) == ::vpd::Isa::avx2 ? ::vpd::avx2::FUNCTION(__VA_ARGS__)                           \
-                                 : ::vpd::baseline::FUNCTION(__VA_ARGS__))
+    ((ISA) == ::vpd::Isa::avx512_bf16 ? ::vpd::avx512_bf16::FUNCTION(__VA_ARGS__)               \
+     : (ISA) == ::vpd::Isa::avx512    ? ::vpd::avx512::FUNCTION(__VA_ARGS__)                    \
+     : (ISA) == ::vpd::Isa::avx2      ? ::vpd::avx2::FUNCTION(__VA_ARGS__)                      \
+                                      : ::vpd::baseline::FUNCTION(__VA_ARGS__))
 #else
 #define VPD_DISPATCH(ISA, FUNCTION, ...) ((void)(ISA), ::vpd::baseline::FUNCTION(__VA_ARGS__))
 #endif
@@ -39,5 +40,8 @@ const char* isa_name(Isa isa);
     __VA_ARGS__;                          \
     }                                     \
     namespace vpd::avx512 {               \
+    __VA_ARGS__;                          \
+    }                                     \
+    namespace vpd::avx512_bf16 {          \
     __VA_ARGS__;                          \
     }

@@ -7,29 +7,19 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <memory>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
+#include "memory.h"
 
 namespace vpd {
 namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t LANES = 16;
-
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
-
-void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-}
 
 // One sparse matrix in compressed rows: row i has columns[offsets[i] .. offsets[i + 1]), ascending, with their weights.
 struct Taps {
@@ -105,16 +95,6 @@ Tiles make_tiles(const Taps& taps) {
         result.weights.push_back(std::move(weights));
     }
     return result;
-}
-
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-
-std::unique_ptr<float[], Free> allocate(int64_t floats) {
-    float* memory = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(padded(floats)) * sizeof(float)));
-    if (!memory) throw std::bad_alloc();
-    return std::unique_ptr<float[], Free>(memory);
 }
 
 void upsample_argmax(uintptr_t logits, const std::array<int64_t, 6>& shape, const std::array<int64_t, 5>& strides,

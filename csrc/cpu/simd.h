@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#if defined(VPD_ISA_IS_AVX2) || defined(VPD_ISA_IS_AVX512)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int LANES = 16;
 
-#if defined(VPD_ISA_IS_AVX512)
+#if defined(__AVX512F__)
 
 using F16 = __m512;
 using I16 = __m512i;
@@ -31,6 +31,7 @@ VPD_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
 VPD_INLINE F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
 VPD_INLINE F16 subtract(F16 a, F16 b) { return _mm512_sub_ps(a, b); }
 VPD_INLINE F16 multiply(F16 a, F16 b) { return _mm512_mul_ps(a, b); }
+VPD_INLINE F16 divide(F16 a, F16 b) { return _mm512_div_ps(a, b); }
 VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
 // min and max return the second operand when one of the two is NaN.
 VPD_INLINE F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
@@ -45,12 +46,15 @@ VPD_INLINE Mask and_not(Mask a, Mask b) { return a & ~b; }
 VPD_INLINE uint32_t bits(Mask m) { return m; }
 VPD_INLINE F16 select(Mask m, F16 yes, F16 no) { return _mm512_mask_blend_ps(m, no, yes); }
 VPD_INLINE I16 select(Mask m, I16 yes, I16 no) { return _mm512_mask_blend_epi32(m, no, yes); }
+VPD_INLINE F16 round(F16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// p * 2^n for p in [0.7, 1.5] and whole n in [-160, 0], or NaN.
+VPD_INLINE F16 scale_by_power(F16 p, F16 n) { return _mm512_scalef_ps(p, n); }
 VPD_INLINE void store_widened(int64_t* p, I16 a) {
     _mm512_storeu_si512(p, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)));
     _mm512_storeu_si512(p + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1)));
 }
 
-#elif defined(VPD_ISA_IS_AVX2)
+#elif defined(__AVX2__)
 
 struct F16 { __m256 lo, hi; };
 struct I16 { __m256i lo, hi; };
@@ -63,6 +67,7 @@ VPD_INLINE void store(float* p, F16 a) { _mm256_storeu_ps(p, a.lo), _mm256_store
 VPD_INLINE F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 VPD_INLINE F16 subtract(F16 a, F16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 VPD_INLINE F16 multiply(F16 a, F16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+VPD_INLINE F16 divide(F16 a, F16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -99,6 +104,18 @@ VPD_INLINE I16 select(Mask m, I16 yes, I16 no) {
     return {_mm256_blendv_epi8(no.lo, yes.lo, _mm256_castps_si256(m.lo)),
             _mm256_blendv_epi8(no.hi, yes.hi, _mm256_castps_si256(m.hi))};
 }
+VPD_INLINE F16 round(F16 x) {
+    return {_mm256_round_ps(x.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(x.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+VPD_INLINE __m256 scale_by_power(__m256 p, __m256 n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+    // Below 2^-126 there is no exponent left. NaN stays, whatever its bits became.
+    const __m256 kept = _mm256_and_ps(scaled, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GT_OQ));
+    return _mm256_blendv_ps(kept, p, _mm256_cmp_ps(p, p, _CMP_UNORD_Q));
+}
+VPD_INLINE F16 scale_by_power(F16 p, F16 n) { return {scale_by_power(p.lo, n.lo), scale_by_power(p.hi, n.hi)}; }
 VPD_INLINE void store_widened(int64_t* p, I16 a) {
     const __m256i halves[2] = {a.lo, a.hi};
     for (int i = 0; i < 2; ++i, p += 8) {
@@ -136,6 +153,7 @@ VPD_INLINE void store(float* p, F16 a) { __builtin_memcpy(p, &a, sizeof a); }
 VPD_INLINE F16 add(F16 a, F16 b) VPD_EACH(F16, a.v[i] + b.v[i])
 VPD_INLINE F16 subtract(F16 a, F16 b) VPD_EACH(F16, a.v[i] - b.v[i])
 VPD_INLINE F16 multiply(F16 a, F16 b) VPD_EACH(F16, a.v[i] * b.v[i])
+VPD_INLINE F16 divide(F16 a, F16 b) VPD_EACH(F16, a.v[i] / b.v[i])
 VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) VPD_EACH(F16, a.v[i] * b.v[i] + c.v[i])
 VPD_INLINE F16 select(Mask m, F16 yes, F16 no) VPD_EACH(F16, select4(m.v[i], yes.v[i], no.v[i]))
 VPD_INLINE I16 select(Mask m, I16 yes, I16 no) VPD_EACH(I16, (yes.v[i] & m.v[i]) | (no.v[i] & ~m.v[i]))
@@ -148,6 +166,14 @@ VPD_INLINE Mask is_nan(F16 a) VPD_EACH(Mask, a.v[i] != a.v[i])
 VPD_INLINE Mask nonzero(F16 a) VPD_EACH(Mask, a.v[i] != F4{})
 VPD_INLINE Mask either(Mask a, Mask b) VPD_EACH(Mask, a.v[i] | b.v[i])
 VPD_INLINE Mask and_not(Mask a, Mask b) VPD_EACH(Mask, a.v[i] & ~b.v[i])
+// Adding 1.5 * 2^23 leaves no bits for a fraction.
+VPD_INLINE F16 round(F16 x) VPD_EACH(F16, (x.v[i] + 12582912.0f) - 12582912.0f)
+VPD_INLINE F4 scale_by_power(F4 p, F4 n) {
+    const I4 exponent = (I4)(n + 12582912.0f) << 23;
+    const F4 scaled = (F4)((I4)p + exponent);
+    return select4(p != p, p, (F4)((I4)scaled & (n > -126.0f)));
+}
+VPD_INLINE F16 scale_by_power(F16 p, F16 n) VPD_EACH(F16, scale_by_power(p.v[i], n.v[i]))
 VPD_INLINE uint32_t bits(Mask m) {
     uint32_t result = 0;
     for (int i = 0; i < LANES; ++i) result |= (static_cast<uint32_t>(m.v[i / 4][i % 4]) & 1u) << i;
@@ -167,6 +193,55 @@ VPD_INLINE float reduce_max(F16 a) {
     float result = lanes[0];
     for (int i = 1; i < LANES; ++i) result = lanes[i] > result ? lanes[i] : result;
     return result;
+}
+
+// 2^x for x <= 0, to 0.7 units in the last place (0 below -126 or -149, by level); NaN for NaN. 2^x = 2^n * 2^f with
+// n = round(x), and 2^f a polynomial of degree 6 on [-1/2, 1/2] (minimax in the relative error, constant term 1).
+VPD_INLINE F16 exp2_of_nonpositive(F16 x) {
+    x = max(broadcast(-160.0f), x);
+    const F16 n = round(x), f = subtract(x, n);
+    F16 p = broadcast(0.00015353359f);
+    p = multiply_add(p, f, broadcast(0.0013398874f));
+    p = multiply_add(p, f, broadcast(0.009618437f));
+    p = multiply_add(p, f, broadcast(0.055503324f));
+    p = multiply_add(p, f, broadcast(0.24022648f));
+    p = multiply_add(p, f, broadcast(0.6931472f));
+    p = multiply_add(p, f, broadcast(1.0f));
+    return scale_by_power(p, n);
+}
+
+// --- bfloat16: the upper half of a float32 ---------------------------------------------------------------------------
+
+VPD_INLINE float from_bf16(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, sizeof bits);
+    return result;
+}
+
+VPD_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// 4 rows x 4 columns -> 4 columns x 4 rows, of 32-bit elements.
+VPD_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    typedef float V4 __attribute__((vector_size(16)));
+    typedef int32_t Order __attribute__((vector_size(16)));
+    V4 a, b, c, d;
+    __builtin_memcpy(&a, from, 16);
+    __builtin_memcpy(&b, from + from_stride, 16);
+    __builtin_memcpy(&c, from + 2 * from_stride, 16);
+    __builtin_memcpy(&d, from + 3 * from_stride, 16);
+    const V4 ab_low = __builtin_shuffle(a, b, Order{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, Order{2, 6, 3, 7});
+    const V4 cd_low = __builtin_shuffle(c, d, Order{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, Order{2, 6, 3, 7});
+    const V4 rows[4] = {__builtin_shuffle(ab_low, cd_low, Order{0, 1, 4, 5}),
+                        __builtin_shuffle(ab_low, cd_low, Order{2, 3, 6, 7}),
+                        __builtin_shuffle(ab_high, cd_high, Order{0, 1, 4, 5}),
+                        __builtin_shuffle(ab_high, cd_high, Order{2, 3, 6, 7})};
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &rows[i], 16);
 }
 
 }  // namespace

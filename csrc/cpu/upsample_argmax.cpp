@@ -39,24 +39,6 @@ Scratch divide(const UpsampleArgmaxPlan& plan, float* memory) {
     return s;
 }
 
-// 4 channels x 4 columns -> 4 columns x 4 channels.
-VPD_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    typedef float F4 __attribute__((vector_size(16)));
-    typedef int32_t I4 __attribute__((vector_size(16)));
-    F4 a, b, c, d;
-    std::memcpy(&a, from, 16);
-    std::memcpy(&b, from + from_stride, 16);
-    std::memcpy(&c, from + 2 * from_stride, 16);
-    std::memcpy(&d, from + 3 * from_stride, 16);
-    const F4 ab_low = __builtin_shuffle(a, b, I4{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, I4{2, 6, 3, 7});
-    const F4 cd_low = __builtin_shuffle(c, d, I4{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, I4{2, 6, 3, 7});
-    const F4 rows[4] = {__builtin_shuffle(ab_low, cd_low, I4{0, 1, 4, 5}),
-                        __builtin_shuffle(ab_low, cd_low, I4{2, 3, 6, 7}),
-                        __builtin_shuffle(ab_high, cd_high, I4{0, 1, 4, 5}),
-                        __builtin_shuffle(ab_high, cd_high, I4{2, 3, 6, 7})};
-    for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &rows[i], 16);
-}
-
 // Packs row R of all windows beside it: to[S][c]. Channels beyond the last are -infinity: they never win.
 void pack_row(const UpsampleArgmaxPlan& plan, const float* image, int64_t row, float* to) {
     const int64_t C = plan.channels, channels = padded(C), w = plan.w;

@@ -13,7 +13,7 @@ import pytest
 from vpd_fast import _native
 from vpd_fast.errors import InputError, MissingDependencyError
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
@@ -91,9 +91,10 @@ def test_kernels_know_no_torch() -> None:
 def compile_object(source: Path, level: str, folder: Path) -> Path:
     flags = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
     flags["avx512"] = [*flags["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    flags["avx512_bf16"] = [*flags["avx512"], "-mavx512bf16", "-mavx512vnni"]
     built = folder / f"{source.stem}.{level}.o"
-    defines = [f"-DVPD_ISA={level}", f"-DVPD_ISA_IS_{level.upper()}=1"]
-    command = ["g++", "-std=c++17", "-O3", "-w", "-march=x86-64", *flags[level], *defines, f"-I{CSRC}", "-fPIC"]
+    define = f"-DVPD_ISA={level}"
+    command = ["g++", "-std=c++17", "-O3", "-w", "-march=x86-64", *flags[level], define, f"-I{CSRC}", "-fPIC"]
     subprocess.run([*command, "-c", str(source), "-o", str(built)], check=True)
     return built
 
@@ -106,7 +107,7 @@ def compile_object(source: Path, level: str, folder: Path) -> Path:
 @pytest.mark.parametrize("source", sorted((CSRC / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
 def test_each_level_contains_only_its_own_instructions(source: Path, tmp_path: Path) -> None:
     """Nor does it share functions with other levels: of a weak symbol the linker keeps one, maybe the wrong one."""
-    registers = {"baseline": None, "avx2": "ymm", "avx512": "zmm"}
+    registers = {"baseline": None, "avx2": "ymm", "avx512": "zmm", "avx512_bf16": "zmm"}
     for level, expected in registers.items():
         built = compile_object(source, level, tmp_path)
         code = subprocess.run(["objdump", "-d", str(built)], check=True, capture_output=True, text=True).stdout

@@ -92,7 +92,7 @@ def test_check_tensor_accepts() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, r"x must be a tensor of shape \(B, C\), got NoneType"),
+        (None, r"x must be a tensor of shape \(B, C=3\), got NoneType"),
         (torch.zeros(2), r"x must have shape \(B, C=3\), got \(2,\)"),
         (torch.zeros(2, 4), r"x must have shape \(B, C=3\), got \(2, 4\)"),
         (torch.zeros(0, 3), r"x has no elements along B"),

@@ -35,18 +35,28 @@ def check_tensor(
         >>> check_tensor("k", k, "B L D", D=q.shape[-1], may_be_empty="B")
     """
     words = shape.split()
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"{name} must be a tensor of shape ({', '.join(words)}), got {type(value).__name__}")
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and len(value.shape) == len(words):
+        empty = may_be_empty.split()
+        pairs = zip(words, value.shape, strict=True)
+        if all(size == sizes.get(word, size) and (size != 0 or word in empty) for word, size in pairs):
+            return
+    _explain_tensor(name, value, words, dtypes, may_be_empty.split(), sizes)
+
+
+def _explain_tensor(
+    name: str, value: Any, words: list[str], dtypes: Sequence[torch.dtype], may_be_empty: list[str], sizes: dict
+) -> None:
+    """Raises the error of a tensor that did not pass `check_tensor`."""
     expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
-    if value.dim() != len(words):
-        raise InputError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
-    for word, size in zip(words, value.shape, strict=True):
-        if word in sizes and size != sizes[word]:
-            raise InputError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
-        if size == 0 and word not in may_be_empty.split():
-            raise InputError(f"{name} has no elements along {word}: expected ({expected}), got {tuple(value.shape)}")
-    if value.dtype not in dtypes:
-        raise InputError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} must be a tensor of shape ({expected}), got {type(value).__name__}")
+    shape = tuple(value.shape)
+    if len(shape) != len(words) or any(size != sizes.get(word, size) for word, size in zip(words, shape, strict=True)):
+        raise InputError(f"{name} must have shape ({expected}), got {shape}")
+    for word, size in zip(words, shape, strict=True):
+        if size == 0 and word not in may_be_empty:
+            raise InputError(f"{name} has no elements along {word}: expected ({expected}), got {shape}")
+    raise InputError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
 
 
 def check_size(name: str, value: Any) -> tuple[int, int]:

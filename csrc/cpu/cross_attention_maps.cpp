@@ -1,0 +1,387 @@
+// Attention with averaged maps: two small matrix products per head around a softmax, all within the cache.
+//
+// The lanes of a vector are queries. So the numbers of a softmax lie in different vectors (nothing is reduced across
+// lanes), tokens and head dimensions need no padding, and float32 K and V are read where they are, as factors that are
+// broadcast. Both products are one micro-kernel. For bfloat16 on machines with its dot product, an "element" of the
+// matrices is a pair of bfloat16, neighbours along the summed dimension; elsewhere bfloat16 is widened to float32.
+#include "cpu/cross_attention_maps.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace vpd::VPD_ISA {
+namespace {
+
+// Sums of the micro-kernel: MOST_ROWS x COLUMNS vectors, as many as the registers hold.
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 12, COLUMNS = 2;
+#elif defined(__AVX2__)
+constexpr int MOST_ROWS = 6, COLUMNS = 1;
+#else
+constexpr int MOST_ROWS = 3, COLUMNS = 1;
+#endif
+
+struct Single {  // float32, or bfloat16 widened to it
+    static constexpr int WIDTH = 1;  // numbers in an element
+    VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 sum) { return VPD_ISA::multiply_add(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pair {
+    static constexpr int WIDTH = 2;
+    VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#else
+using Pair = Single;
+#endif
+
+template <typename E>
+constexpr int64_t elements(int64_t numbers) {
+    return (numbers + E::WIDTH - 1) / E::WIDTH;
+}
+
+// Factors that are broadcast: element i of row r is data[r * row + i * step].
+struct Factors {
+    const float* data;
+    int64_t row, step;
+};
+
+// c[ROWS][columns] = a[ROWS][size] * b[size][columns] for COLUMNS_ vectors of the tile's columns.
+template <typename E, int ROWS, int COLUMNS_>
+void multiply_block(Factors a, const float* b, int64_t size, float* c, int64_t tile) {
+    F16 sum[ROWS][COLUMNS_];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS_; ++j) sum[r][j] = broadcast(0.0f);
+    for (int64_t i = 0; i < size; ++i, a.data += a.step, b += tile) {
+        F16 column[COLUMNS_];
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS_; ++j) column[j] = load(b + j * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const F16 factor = broadcast(a.data[r * a.row]);
+#pragma GCC unroll 2
+            for (int j = 0; j < COLUMNS_; ++j) sum[r][j] = E::multiply_add(factor, column[j], sum[r][j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS_; ++j) store(c + r * tile + j * LANES, sum[r][j]);
+}
+
+// multiply_block for a number of rows known at run time only, at most ROWS.
+template <typename E, int COLUMNS_, int ROWS = MOST_ROWS>
+VPD_INLINE void multiply_rows(int64_t rows, Factors a, const float* b, int64_t size, float* c, int64_t tile) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return multiply_rows<E, COLUMNS_, ROWS - 1>(rows, a, b, size, c, tile);
+    }
+    multiply_block<E, ROWS, COLUMNS_>(a, b, size, c, tile);
+}
+
+// c[rows][tile] = a[rows][size] * b[size][tile]
+template <typename E>
+void multiply(int64_t rows, Factors a, const float* b, int64_t size, float* c, int64_t tile) {
+    const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t block = 0; block < blocks; ++block) {  // of equal heights, as far as possible
+        const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+        const Factors from{a.data + first * a.row, a.row, a.step};
+        int64_t column = 0;
+        for (; column + COLUMNS * LANES <= tile; column += COLUMNS * LANES)
+            multiply_rows<E, COLUMNS>(count, from, b + column, size, c + first * tile + column, tile);
+        if (COLUMNS > 1 && column < tile)
+            multiply_rows<E, 1>(count, from, b + column, size, c + first * tile + column, tile);
+    }
+}
+
+VPD_INLINE float to_float(float x) { return x; }
+VPD_INLINE float to_float(uint16_t x) { return from_bf16(x); }
+VPD_INLINE void narrow(float x, float* to) { *to = x; }
+VPD_INLINE void narrow(float x, uint16_t* to) { *to = to_bf16(x); }
+
+VPD_INLINE float pair_of(uint16_t low, uint16_t high) {  // as one element
+    const uint32_t bits = low | static_cast<uint32_t>(high) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof bits);
+    return result;
+}
+
+// Element i of `size` numbers that are `step` apart; a missing partner is zero.
+template <typename E, typename T>
+VPD_INLINE float element(const T* numbers, int64_t step, int64_t i, int64_t size) {
+    if constexpr (E::WIDTH == 1)
+        return to_float(numbers[i * step]);
+    else
+        return pair_of(numbers[2 * i * step], 2 * i + 1 < size ? numbers[(2 * i + 1) * step] : 0);
+}
+
+// to[column][row] = from[row][column]
+VPD_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                          int64_t to_stride) {
+    const int64_t r4 = rows / 4 * 4, c4 = columns / 4 * 4;
+    for (int64_t r = 0; r < r4; r += 4)
+        for (int64_t c = 0; c < c4; c += 4)
+            transpose_4x4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = r < r4 ? c4 : 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+// Scores [token][query] -> exp2(factor * (score - largest of the query)), for 16 queries. Returns one over their sums.
+VPD_INLINE F16 exponentiate(float* scores, int64_t tile, int64_t tokens, F16 factor) {
+    F16 most = load(scores), other = most;  // two, because one would wait for itself
+    for (int64_t l = 0; l + 1 < tokens; l += 2) {
+        most = max(load(scores + l * tile), most);
+        other = max(load(scores + (l + 1) * tile), other);
+    }
+    most = max(max(load(scores + (tokens - 1) * tile), most), other);
+    F16 sum = broadcast(0.0f);
+    for (int64_t l = 0; l < tokens;) {
+        F16 part = broadcast(0.0f);  // sums of sums: the rounding of thousands of terms would add up
+        for (const int64_t end = l + 64 < tokens ? l + 64 : tokens; l < end; ++l) {
+            const F16 p = exp2_of_nonpositive(multiply(factor, subtract(load(scores + l * tile), most)));
+            store(scores + l * tile, p);
+            part = add(part, p);
+        }
+        sum = add(sum, part);
+    }
+    return divide(broadcast(1.0f), sum);
+}
+
+// Rounds probabilities [token][query] to elements [pair of tokens][query], in place.
+VPD_INLINE void make_elements(Pair, float* p, int64_t tile, int64_t tokens) {
+#if defined(__AVX512BF16__)
+    for (int64_t l = 0; l < tokens; l += 2)
+        for (int64_t i = 0; i < tile; i += LANES) {
+            const F16 next = l + 1 < tokens ? load(p + (l + 1) * tile + i) : broadcast(0.0f);
+            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load(p + l * tile + i)));
+            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(next));
+            store(p + l / 2 * tile + i, _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16))));
+        }
+#else
+    (void)p, (void)tile, (void)tokens;
+#endif
+}
+#if defined(__AVX512BF16__)
+VPD_INLINE void make_elements(Single, float*, int64_t, int64_t) {}
+#endif
+
+// One tile of queries of one image after the other.
+template <typename E, typename T>
+class TileWorker {
+public:
+    TileWorker(const CrossAttentionMapsPlan& plan, const float* packed, float* memory)
+        : plan_(plan), packed_(packed), tile_(plan.tile), q_elements_(elements<E>(plan.dim)) {
+        q_ = memory;
+        scores_ = q_ + tile_ * plan.dim;
+        sums_ = scores_ + tile_ * plan.tokens;
+        out_ = sums_ + tile_ * plan.tokens;
+        by_category_ = out_ + tile_ * plan.dim;
+        rows_ = by_category_ + tile_ * plan.n_maps;
+    }
+
+    void run(int64_t image, int64_t first_query) {
+        image_ = image, first_ = first_query;
+        count_ = plan_.queries - first_query < tile_ ? plan_.queries - first_query : tile_;
+        for (int64_t head = 0; head < plan_.heads; ++head) {
+            load_queries(head);
+            prefetch_memory(head);
+            multiply<E>(plan_.tokens, k_of(head), q_, q_elements_, scores_, tile_);
+            softmax(head == 0 || !plan_.average_heads);
+            multiply<E>(plan_.dim, v_of(head), scores_, elements<E>(plan_.tokens), out_, tile_);
+            store_out(head);
+            if (plan_.maps && !plan_.average_heads) store_maps(head);
+        }
+        if (plan_.maps && plan_.average_heads) store_maps(0);
+    }
+
+private:
+    int64_t context() const { return plan_.contexts == 1 ? 0 : image_; }
+    const float* packed(int64_t head) const {
+        return packed_ + (context() * plan_.heads + head) * plan_.packed_size;
+    }
+
+    // Rows are tokens, steps along the head's dimension.
+    Factors k_of(int64_t head) const {
+        if (plan_.packed_size) return {packed(head), q_elements_, 1};
+        const float* k = static_cast<const float*>(plan_.k);
+        return {k + context() * plan_.k_stride[0] + head * plan_.dim, plan_.k_stride[1], 1};
+    }
+
+    // Rows are the head's dimension, steps along the tokens.
+    Factors v_of(int64_t head) const {
+        if (plan_.packed_size) return {packed(head) + plan_.tokens * q_elements_, 1, plan_.dim};
+        const float* v = static_cast<const float*>(plan_.v);
+        return {v + context() * plan_.v_stride[0] + head * plan_.dim, 1, plan_.v_stride[1]};
+    }
+
+    const T* queries(int64_t head) const {
+        return static_cast<const T*>(plan_.q) + image_ * plan_.q_stride[0] + first_ * plan_.q_stride[1] +
+               head * plan_.dim;
+    }
+
+    T* results(int64_t head) const {
+        return static_cast<T*>(plan_.out) + ((image_ * plan_.queries + first_) * plan_.heads + head) * plan_.dim;
+    }
+
+    // Where the head's results will go, and the queries that the next tile will start with: a head reads and writes short
+    // pieces that are far apart, which the hardware does not foresee.
+    void prefetch_memory(int64_t head) const {
+        const int64_t stride = plan_.heads * plan_.dim, next = count_ * plan_.q_stride[1];
+        const bool more = first_ + 2 * count_ <= plan_.queries;
+        for (int64_t r = 0; r < count_; ++r)
+            for (int64_t d = 0; d < plan_.dim; d += 64 / sizeof(T)) {
+                __builtin_prefetch(results(head) + r * stride + d, 1);
+                if (more) __builtin_prefetch(queries(head) + next + r * plan_.q_stride[1] + d);
+            }
+    }
+
+    // q_[element][query]; queries beyond the last are zero.
+    void load_queries(int64_t head) {
+        const T* from = queries(head);
+        const int64_t stride = plan_.q_stride[1];
+        const bool aligned = E::WIDTH == 1 || (plan_.dim % 2 == 0 && stride % 2 == 0);
+        if (sizeof(T) * E::WIDTH == sizeof(float) && aligned) {  // elements are there already
+            transpose(reinterpret_cast<const float*>(from), stride / E::WIDTH, count_, q_elements_, q_, tile_);
+        } else {
+            for (int64_t r = 0; r < count_; ++r)
+                for (int64_t i = 0; i < q_elements_; ++i)
+                    q_[i * tile_ + r] = element<E>(from + r * stride, 1, i, plan_.dim);
+        }
+        for (int64_t i = 0; i < q_elements_ && count_ < tile_; ++i)
+            for (int64_t r = count_; r < tile_; ++r) q_[i * tile_ + r] = 0.0f;
+        // A negative scale becomes a sign of q, so that the largest score stays the largest.
+        if (plan_.scale < 0) flip_signs(E::WIDTH == 2 ? 0x80008000u : 0x80000000u);
+    }
+
+    void flip_signs(uint32_t signs) {
+        for (int64_t i = 0; i < q_elements_ * tile_; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, q_ + i, sizeof bits);
+            bits ^= signs;
+            std::memcpy(q_ + i, &bits, sizeof bits);
+        }
+    }
+
+    // Leaves the probabilities, not yet divided by their sums, in scores_, and adds their maps to sums_.
+    void softmax(bool first_head) {
+        const F16 factor = broadcast(std::fabs(plan_.scale) * 1.44269504088896341f);  // log2(e)
+        const F16 share = broadcast(plan_.average_heads ? plan_.weight / static_cast<float>(plan_.heads) : plan_.weight);
+        for (int64_t column = 0; column < tile_; column += LANES) {
+            const F16 inverse = exponentiate(scores_ + column, tile_, plan_.tokens, factor);
+            store(inverse_ + column, inverse);
+            if (!plan_.maps) continue;
+            const F16 each = VPD_ISA::multiply(inverse, share);
+            for (int64_t i = column; i < plan_.tokens * tile_; i += tile_) {
+                const F16 p = load(scores_ + i);
+                store(sums_ + i, first_head ? VPD_ISA::multiply(each, p) : multiply_add(each, p, load(sums_ + i)));
+            }
+        }
+        make_elements(E{}, scores_, tile_, plan_.tokens);
+    }
+
+    void store_out(int64_t head) {
+        for (int64_t column = 0; column < tile_; column += LANES) {
+            const F16 inverse = load(inverse_ + column);
+            for (int64_t i = column; i < plan_.dim * tile_; i += tile_)
+                store(out_ + i, VPD_ISA::multiply(load(out_ + i), inverse));
+        }
+        const int64_t stride = plan_.heads * plan_.dim;
+        T* to = results(head);
+        if constexpr (sizeof(T) == sizeof(float)) {
+            transpose(out_, tile_, plan_.dim, count_, to, stride);
+        } else {
+            transpose(out_, tile_, plan_.dim, count_, rows_, plan_.dim);
+            for (int64_t r = 0; r < count_; ++r)
+                for (int64_t d = 0; d < plan_.dim; ++d) narrow(rows_[r * plan_.dim + d], to + r * stride + d);
+        }
+    }
+
+    void store_maps(int64_t head) {
+        const float* values = sums_;
+        if (plan_.category_ids) {
+            reduce_categories();
+            values = by_category_;
+        }
+        const int64_t *to_step = plan_.maps_stride, *add_step = plan_.addend_stride;
+        float* to = plan_.maps + image_ * to_step[0] + head * to_step[1] + first_ * to_step[2];
+        const float* addend = plan_.addend;
+        if (addend) addend += image_ * add_step[0] + head * add_step[1] + first_ * add_step[2];
+        if (to_step[3] == 1) {  // maps of a query are neighbours in memory
+            transpose(values, tile_, plan_.n_maps, count_, rows_, plan_.n_maps);
+            for (int64_t r = 0; r < count_; ++r, to += to_step[2])
+                store_row(rows_ + r * plan_.n_maps, plan_.n_maps, to, 1, addend ? addend + r * add_step[2] : nullptr,
+                          add_step[3]);
+        } else {  // NCHW: queries of a map are
+            for (int64_t m = 0; m < plan_.n_maps; ++m)
+                store_row(values + m * tile_, count_, to + m * to_step[3], to_step[2],
+                          addend ? addend + m * add_step[3] : nullptr, add_step[2]);
+        }
+    }
+
+    static void store_row(const float* from, int64_t size, float* to, int64_t to_step, const float* addend,
+                          int64_t addend_step) {
+        if (!addend)
+            for (int64_t i = 0; i < size; ++i) to[i * to_step] = from[i];
+        else
+            for (int64_t i = 0; i < size; ++i) to[i * to_step] = addend[i * addend_step] + from[i];
+    }
+
+    void reduce_categories() {
+        std::memset(by_category_, 0, static_cast<size_t>(plan_.n_maps * tile_) * sizeof(float));
+        for (int64_t l = 0; l < plan_.tokens; ++l) {
+            if (plan_.category_ids[l] < 0) continue;
+            float* to = by_category_ + plan_.category_ids[l] * tile_;
+            for (int64_t i = 0; i < tile_; i += LANES) store(to + i, add(load(to + i), load(sums_ + l * tile_ + i)));
+        }
+        for (int64_t m = 0; m < plan_.n_maps; ++m)
+            for (int64_t i = m * tile_; i < (m + 1) * tile_; i += LANES)
+                store(by_category_ + i, VPD_ISA::multiply(load(by_category_ + i), broadcast(plan_.category_weights[m])));
+    }
+
+    const CrossAttentionMapsPlan& plan_;
+    const float* packed_;
+    const int64_t tile_, q_elements_;  // queries of a tile, elements of a query
+    // [element][query], [token][query] twice, [dim][query], [map][query], and rows of queries to be stored.
+    float *q_, *scores_, *sums_, *out_, *by_category_, *rows_;
+    float inverse_[MOST_QUERIES_OF_TILE];  // one over the sum of each query
+    int64_t image_ = 0, first_ = 0, count_ = 0;
+};
+
+// K as [token][element], V as [element along the tokens][dim].
+template <typename E, typename T>
+void pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+        const int64_t context = item / plan.heads, head = item % plan.heads;
+        const T* k = static_cast<const T*>(plan.k) + context * plan.k_stride[0] + head * plan.dim;
+        const T* v = static_cast<const T*>(plan.v) + context * plan.v_stride[0] + head * plan.dim;
+        float* to = packed + item * plan.packed_size;
+        for (int64_t l = 0; l < plan.tokens; ++l)
+            for (int64_t i = 0; i < elements<E>(plan.dim); ++i)
+                *to++ = element<E>(k + l * plan.k_stride[1], 1, i, plan.dim);
+        for (int64_t i = 0; i < elements<E>(plan.tokens); ++i)
+            for (int64_t d = 0; d < plan.dim; ++d) *to++ = element<E>(v + d, plan.v_stride[1], i, plan.tokens);
+    }
+}
+
+template <typename E, typename T>
+void work(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first, int64_t last, float* scratch) {
+    TileWorker<E, T> worker(plan, packed, scratch);
+    for (int64_t item = first; item < last; ++item) worker.run(item / plan.tiles, item % plan.tiles * plan.tile);
+}
+
+}  // namespace
+
+void cross_attention_maps_pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
+    pack<Pair, uint16_t>(plan, packed, first, last);
+}
+
+void cross_attention_maps_tiles(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first, int64_t last,
+                                float* scratch) {
+    plan.bf16 ? work<Pair, uint16_t>(plan, packed, first, last, scratch)
+              : work<Single, float>(plan, packed, first, last, scratch);
+}
+
+}  // namespace vpd::VPD_ISA

@@ -1,0 +1,117 @@
+"""What the tests of the attention operators share: inputs, the float64 oracle, error budgets, implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpd_fast import _native
+
+ISAS = _native.load("_C").usable_isas()
+
+
+def implementation_params() -> list:
+    """(implementation, device) of every kernel that can be tested, the CPU kernel once per instruction set level."""
+    gpu = [pytest.param((name, "cuda"), marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("cuda", "triton", "reference")]
+    return [
+        *(pytest.param((f"cpu:{isa}", "cpu"), id=f"cpu-{isa}") for isa in ISAS),
+        pytest.param(("reference", "cpu"), id="reference"),
+        *gpu,
+    ]
+
+
+def make_qkv(
+    batch: int = 2,
+    queries: int = 37,
+    tokens: int = 19,
+    heads: int = 4,
+    dim: int = 8,
+    *,
+    shared: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    scale: float = 1.5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k and v; a context that all images share with `shared`."""
+    generator = torch.Generator().manual_seed(batch + queries + tokens + heads + dim)
+    contexts = 1 if shared else batch
+    shapes = ((batch, queries), (contexts, tokens), (contexts, tokens))
+    tensors = (torch.randn(*shape, heads * dim, generator=generator, dtype=torch.float64) for shape in shapes)
+    q, k, v = (t.to(dtype).to(device) for t in tensors)
+    return q * scale, k, v
+
+
+def probabilities(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """P (B, heads, N, L), v by heads, and out as plainly written PyTorch has them in the dtype of the arguments."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    p = torch.softmax(q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
+    return p, v, (p @ v).transpose(1, 2).flatten(2)
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float | None = None,
+    categories: Tensor | None = None,
+    num_categories: int | None = None,
+    reduce: str = "mean",
+    average_heads: bool = True,
+    weight: float = 1.0,
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator as one would write it without the operator; independent of its reference."""
+    p, _, out = probabilities(q, k, v, heads, scale)
+    maps = p.mean(1) if average_heads else p
+    if categories is not None:
+        columns = []
+        for category in range(num_categories):
+            own = maps[..., categories == category]
+            total = own.sum(-1)
+            columns.append(total / max(own.shape[-1], 1) if reduce == "mean" else total)
+        maps = torch.stack(columns, -1)
+    maps = weight * maps
+    return out, maps if addend is None else addend.to(maps.dtype) + maps
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Relative L2 distance."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_close(actual: Tensor, same_dtype: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """At most twice the error of PyTorch in the same dtype, plus the rounding of one store in that dtype.
+
+    The second term is for cases in which PyTorch happens to round well (few terms, exact products).
+    """
+    unit = torch.finfo(dtype).eps / 2
+    budget = 2 * error(same_dtype, exact) + unit
+    assert actual.isfinite().all()
+    assert error(actual, exact) <= budget, f"{error(actual, exact):.2e} > {budget:.2e}"
+
+
+def check_forward(call: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs):
+    """Runs `call` on the arguments and holds out and maps to float64."""
+    out, maps = call(q, k, v, heads, **kwargs)
+    exact_out, exact_maps = eager(q.double(), k.double(), v.double(), heads, **kwargs)
+    same_out, _ = eager(q, k, v, heads, **kwargs)
+    _, same_maps = eager(q.float(), k.float(), v.float(), heads, **kwargs)  # maps are float32 for every input
+    assert out.dtype == q.dtype
+    assert out.shape == q.shape
+    assert maps.dtype == torch.float32
+    assert maps.shape == exact_maps.shape
+    assert_close(out, same_out, exact_out, q.dtype)
+    assert_close(maps, same_maps, exact_maps, torch.float32)
+    return out, maps
+
+
+def poison_memory() -> Iterator[None]:
+    """Fixture body: torch.empty returns NaN, so that an element that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)  # in this mode uninitialised memory is filled with NaN
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

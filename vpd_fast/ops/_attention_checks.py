@@ -1,0 +1,96 @@
+"""Checks of the arguments that the attention operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpd_fast.ops._checks import FLOATS, check, check_tensor
+
+QKV_DTYPES = (*FLOATS, torch.float64)
+REDUCTIONS = ("mean", "sum")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> float:
+    """Checks what all operators on q, k and v share and returns the scale. Raises InputError."""
+    check(
+        isinstance(heads, int) and not isinstance(heads, bool) and heads > 0,
+        f"heads must be a positive int, got {heads!r}",
+    )
+    check_tensor("q", q, "B N heads*D", QKV_DTYPES, may_be_empty="B N")
+    batch, _, width = q.shape
+    check(width % heads == 0, f"heads={heads} must divide the width of q, got q of shape {tuple(q.shape)}")
+    check_tensor("k", k, "B L heads*D", QKV_DTYPES, may_be_empty="B", **{"heads*D": width})
+    check_tensor("v", v, "B L heads*D", QKV_DTYPES, may_be_empty="B", L=k.shape[1], **{"heads*D": width})
+    for name, other in (("k", k), ("v", v)):
+        check(
+            other.dtype == q.dtype and other.device == q.device,
+            f"{name} must be {q.dtype} on {q.device} as q is, got {other.dtype} on {other.device}",
+        )
+        check(
+            other.shape[0] in (1, batch),
+            f"{name} must have a batch of 1 or {batch} as q has, got shape {tuple(other.shape)}",
+        )
+    check(k.shape[0] == v.shape[0], f"k and v must have the same batch, got {k.shape[0]} and {v.shape[0]}")
+    return (width // heads) ** -0.5 if scale is None else float(scale)
+
+
+def check_categories(
+    categories: Tensor | Sequence[int] | None,
+    num_categories: int | None,
+    reduce: str,
+    tokens: int,
+    device: torch.device,
+) -> tuple[Tensor | None, int, bool]:
+    """(categories, number of maps, reduce == "mean"). Raises InputError; the ids are checked when they are read."""
+    check(reduce in REDUCTIONS, f"reduce must be 'mean' or 'sum', got {reduce!r}")
+    if categories is None:
+        check(num_categories is None, f"num_categories={num_categories!r} needs categories")
+        return None, tokens, reduce == "mean"
+    if not isinstance(categories, Tensor):
+        try:
+            categories = torch.tensor(categories, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            check(False, f"categories must be a tensor or sequence of {tokens} integers, got {categories!r} ({error})")
+    check_tensor("categories", categories, "L", (torch.int64, torch.int32), L=tokens)
+    check(categories.device == device, f"categories must be on {device} as q is, got {categories.device}")
+    if num_categories is None:
+        num_categories = int(categories.max()) + 1
+    check(
+        isinstance(num_categories, (int, torch.SymInt)) and num_categories > 0,
+        f"num_categories must be a positive int, got {num_categories!r}",
+    )
+    return categories, num_categories, reduce == "mean"
+
+
+def check_addend(addend: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if addend is not None:
+        words = "B N maps" if len(shape) == 3 else "B heads N maps"
+        sizes = dict(zip(words.split(), shape, strict=True))
+        check_tensor("addend", addend, words, (dtype,), may_be_empty=words, **sizes)
+        check(addend.device == device, f"addend must be on {device} as q is, got {addend.device}")
+
+
+def maps_dtype(q: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 queries."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def flat_maps(into: Any, q: Tensor, count: int) -> Tensor:
+    """`into` as (B, N, M), sharing its memory."""
+    dtypes = (*FLOATS, maps_dtype(q))
+    batch, length, _ = q.shape
+    if isinstance(into, Tensor) and into.dim() == 4:
+        check_tensor("into", into, "B maps h w", dtypes, may_be_empty="B maps h w", B=batch, maps=count)
+        height, width = into.shape[2:]
+        check(height * width == length, f"into must have h*w = N = {length}, got shape {tuple(into.shape)}")
+        check(
+            height == 1 or width == 1 or into.stride(2) == width * into.stride(3),
+            f"into must have rows that follow each other (stride(2) = w * stride(3)), got strides {into.stride()}",
+        )
+        return into.view(batch, count, length).transpose(1, 2)
+    check_tensor("into", into, "B N maps", dtypes, may_be_empty="B N", B=batch, N=length, maps=count)
+    return into
