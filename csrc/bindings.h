@@ -6,6 +6,7 @@
 namespace vpd {
 
 void bind_cross_attention_maps(pybind11::module_& m);
+void bind_cross_attention_maps_backward(pybind11::module_& m);
 void bind_upsample_argmax(pybind11::module_& m);
 
 }  // namespace vpd

@@ -1,7 +1,6 @@
 // Binding of cross_attention_maps: checks sizes, chooses the tile, and shares packing and tiles among threads.
 #include "cpu/cross_attention_maps.h"
 
-#include <omp.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -10,7 +9,7 @@
 #include <tuple>
 
 #include "bindings.h"
-#include "memory.h"
+#include "support.h"
 
 namespace vpd {
 namespace {
@@ -28,14 +27,6 @@ int64_t choose_tile(const CrossAttentionMapsPlan& plan, int threads) {
     const int64_t fits = FLOATS_OF_TILE / (2 * plan.tokens);
     const int64_t per_thread = plan.batch * plan.queries / (2 * std::max(threads, 1));
     return std::max(LANES, std::min({wanted, fits, per_thread}) / LANES * LANES);
-}
-
-// Calls function(first, last, part) for about equal parts of `items`, one per thread.
-template <typename Function>
-void in_parts(int64_t items, int64_t threads, Function function) {
-    const int64_t parts = std::max<int64_t>(1, std::min(threads, items));
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-    for (int64_t part = 0; part < parts; ++part) function(items * part / parts, items * (part + 1) / parts, part);
 }
 
 void cross_attention_maps(const std::array<uintptr_t, 4>& addresses, const std::string& dtype,

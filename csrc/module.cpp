@@ -24,5 +24,6 @@ PYBIND11_MODULE(_C, m) {
         "resolve_isa", [](const std::string& name) { return vpd::isa_name(vpd::resolve_isa(name)); }, py::arg("name"),
         "The level that runs for a requested name; '' means the fastest usable one");
     vpd::bind_cross_attention_maps(m);
+    vpd::bind_cross_attention_maps_backward(m);
     vpd::bind_upsample_argmax(m);
 }

@@ -1,7 +1,6 @@
 // Binding of upsample_argmax: checks sizes, groups output rows and columns, and shares the row groups among threads.
 #include "cpu/upsample_argmax.h"
 
-#include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +10,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "memory.h"
+#include "support.h"
 
 namespace vpd {
 namespace {
@@ -128,11 +127,10 @@ void upsample_argmax(uintptr_t logits, const std::array<int64_t, 6>& shape, cons
 
     py::gil_scoped_release unlocked;
     // Contiguous parts, because neighbouring row groups share packed rows.
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-    for (int64_t part = 0; part < parts; ++part)
+    in_parts(items, parts, [&](int64_t first, int64_t last, int64_t part) {
         VPD_DISPATCH(isa, upsample_argmax_groups, plan, reinterpret_cast<const float*>(logits),
-                     reinterpret_cast<int64_t*>(labels), items * part / parts, items * (part + 1) / parts,
-                     scratch.get() + part * per_thread);
+                     reinterpret_cast<int64_t*>(labels), first, last, scratch.get() + part * per_thread);
+    });
 }
 
 }  // namespace

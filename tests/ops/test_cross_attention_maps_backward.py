@@ -12,9 +12,10 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops.cross_attention_maps_backward import _check
 
-from .attention_cases import assert_close, eager, make_qkv, poison_memory
+from .attention_cases import ISAS, assert_close, eager, make_qkv, poison_memory
 
 IMPLEMENTATIONS = [
+    *(pytest.param((f"cpu:{isa}", "cpu"), id=f"cpu-{isa}") for isa in ISAS),
     pytest.param(("reference", "cpu"), id="reference"),
     *(pytest.param((name, "cuda"), marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("triton", "reference")),
 ]
@@ -26,9 +27,13 @@ def _poison() -> Iterator[None]:
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def where(request) -> dict:
-    """{"impl", "device"}"""
-    return dict(zip(("impl", "device"), request.param, strict=True))
+def where(request, monkeypatch) -> dict:
+    """{"impl", "device"}: every implementation on its device, the CPU kernel once per instruction set level."""
+    name, device = request.param
+    name, _, isa = name.partition(":")
+    if isa:
+        monkeypatch.setenv("VPD_FAST_ISA", isa)
+    return {"impl": name, "device": device}
 
 
 def exact_gradients(inputs: tuple[Tensor, ...], heads: int, grad_out, grad_maps, dtype, **kwargs) -> list[Tensor]:
@@ -106,6 +111,20 @@ def test_two_runs_are_equal_bit_for_bit(where) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_threads_do_not_change_the_result() -> None:
+    q, k, v = make_qkv(3, 100, 40, 4, 20)
+    grads = torch.randn_like(q), torch.randn(3, 100, 40)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(ops.cross_attention_maps_backward(*grads, q, k, v, 4, impl="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 def test_empty_batch() -> None:
     q, k, v = make_qkv(2, 5, 3, 4, 8, shared=True)
     dq, dk, dv = ops.cross_attention_maps_backward(q[:0], None, q[:0], k, v, 4)
@@ -125,7 +144,7 @@ def test_bad_values_are_named() -> None:
         (dict(grad_maps=maps[:, :, :3]), "grad_maps must have shape \\(B=2, N=37, maps=19\\)"),
         (dict(grad_maps=maps, average_heads=False), "grad_maps must have shape \\(B, heads, N, maps\\)|heads=4"),
         (dict(heads=3), "heads=3 must divide"),
-        (dict(impl="cpu"), "impl must be 'auto' or an implementation of cross_attention_maps_backward"),
+        (dict(impl="fast"), "impl must be 'auto' or an implementation of cross_attention_maps_backward"),
     ]
     for changes, message in bad:
         arguments = {"grad_out": q, "grad_maps": None, "q": q, "k": k, "v": v, "heads": 4} | changes

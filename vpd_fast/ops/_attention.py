@@ -81,7 +81,22 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _cpu_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
+def image_and_row_strides(x: Tensor) -> tuple[int, int]:
+    """Strides of (B, N, heads * D) in elements; 0 for an only image."""
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
+
+
+def address_and_strides(maps: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """Of (B, N, M), seen as (B, 1, N, M), or (B, heads, N, M)."""
+    if maps is None:
+        return None
+    if maps.dim() == 4:
+        return maps.data_ptr(), maps.stride()
+    batch, row, column = maps.stride()
+    return maps.data_ptr(), (batch, 0, row, column)
+
+
+def cpu_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
     if q.device.type != "cpu":
         return f"q is on {q.device}, not on the CPU"
     if q.dtype == torch.float64:
@@ -96,20 +111,13 @@ def _cpu(p: Problem, out: Tensor, maps: Tensor | None) -> None:
     result = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
     # Maps of 16 bits are written as float32 first: few places ask for them, and only once for each level.
     target = maps if maps is None or maps.dtype == torch.float32 else torch.empty(maps.shape)
-
-    def place(x: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-        if x is None:
-            return None
-        x = x if x.dim() == 4 else x[:, None]
-        return x.data_ptr(), x.stride()
-
     _native.load("_C").cross_attention_maps(
         (q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr()),
         str(dtype).removeprefix("torch."),
         (*q.shape[:2], k.shape[1], p.heads, q.shape[2] // p.heads),
-        tuple((x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (q, k, v)),
-        place(target),
-        place(p.addend),
+        tuple(image_and_row_strides(x) for x in (q, k, v)),
+        address_and_strides(target),
+        address_and_strides(p.addend),
         None if p.categories is None else (p.categories.ids.data_ptr(), p.categories.weights.data_ptr()),
         target.shape[-1] if target is not None else 0,
         p.average_heads,
@@ -126,7 +134,7 @@ def _cpu(p: Problem, out: Tensor, maps: Tensor | None) -> None:
 
 IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
     ("constant", _constant, _constant_refuses),
-    ("cpu", _cpu, _cpu_refuses),
+    ("cpu", _cpu, cpu_refuses),
     ("reference", _reference, lambda *_: None),
 )
 

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.ops._attention import Problem, no_autocast
+from vpd_fast import _native
+from vpd_fast.ops._attention import (
+    Problem,
+    address_and_strides,
+    cpu_refuses,
+    image_and_row_strides,
+    last_contiguous,
+    no_autocast,
+)
 from vpd_fast.ops._attention_checks import check_attention, check_categories, maps_dtype
 from vpd_fast.ops._categories import categories_of
 from vpd_fast.ops._checks import check, check_tensor
@@ -39,7 +47,7 @@ def cross_attention_maps_backward(
     """Gradients of q, k and v; autograd calls it.
 
     grad_out: (B, N, heads * D) in q's dtype, or None for zero. grad_maps: of the shape and dtype of the maps, or None.
-    Others: as in `cross_attention_maps`. impl: "auto", "triton" or "reference".
+    Others: as in `cross_attention_maps`. impl: "auto", "cpu" or "reference".
 
     Returns dq (B, N, heads * D), dk and dv, of the shapes of k and v: summed over the images if they share a context.
     Raises InputError for wrong shapes, dtypes, devices, categories or impl.
@@ -107,7 +115,7 @@ def _reference(
     def slices(head: int, *tensors: Tensor) -> list[Tensor]:
         return [x.unflatten(-1, (p.heads, -1))[:, :, head] for x in tensors]
 
-    # One head at a time: an eighth of the memory, for probabilities that exist only here.
+    # One head at a time: less memory, for probabilities that exist only here.
     for head in range(p.heads):
         q, k, v = (x.to(maps_dtype(p.q)) for x in slices(head, p.q, p.k, p.v))
         probabilities = torch.softmax(q @ k.transpose(-2, -1) * p.scale, dim=-1)
@@ -127,6 +135,37 @@ def _reference(
         ):
             shared = target.shape[0] == 1 and grad.shape[0] != 1
             target.copy_(grad.sum(0, keepdim=True) if shared else grad)
+
+
+def _cpu(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    # There are no kernels for 16 bits: in training on a CPU, weights and what is added up are float32.
+    q, k, v = (last_contiguous(x).float() for x in (p.q, p.k, p.v))
+    grads = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in (dq, dk, dv)]
+    if grad_out is not None:
+        grad_out = last_contiguous(grad_out).float()
+    _native.load("_C").cross_attention_maps_backward(
+        (q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        (*q.shape[:2], k.shape[1], p.heads, q.shape[2] // p.heads),
+        tuple(image_and_row_strides(x) for x in (q, k, v)),
+        None if grad_out is None else (grad_out.data_ptr(), image_and_row_strides(grad_out)),
+        address_and_strides(grad_maps),
+        tuple(grad.data_ptr() for grad in grads),
+        None if p.categories is None else (p.categories.ids.data_ptr(), p.categories.weights.data_ptr()),
+        0 if grad_maps is None else grad_maps.shape[-1],
+        p.scale,
+        p.weight / p.heads if p.average_heads else p.weight,
+        torch.get_num_threads(),
+        _native.isa(),
+    )
+    for grad, target in zip(grads, (dq, dk, dv), strict=True):
+        if grad is not target:
+            target.copy_(grad)
+
+
+_IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
+    ("cpu", _cpu, cpu_refuses),
+    ("reference", _reference, lambda *_: None),
+)
 
 
 def _solver(run: Run) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -159,6 +198,9 @@ register(
         returns="(Tensor, Tensor, Tensor)",
         fake=_fake,
         check=_check,
-        implementations=(Implementation("reference", _solver(_reference)),),
+        implementations=tuple(
+            Implementation(name, _solver(run), lambda *args, refuse=refuse: refuse(*args[2:5], args[6]))
+            for name, run, refuse in _IMPLEMENTATIONS
+        ),
     )
 )

@@ -1,6 +1,7 @@
-// Scratch memory and argument checks that the bindings share.
+// What the bindings share: argument checks, scratch memory, and parts of work for threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -27,6 +28,14 @@ inline std::unique_ptr<float[], Free> allocate(int64_t floats) {
     float* memory = static_cast<float*>(std::aligned_alloc(64, bytes ? bytes : 64));
     if (!memory) throw std::bad_alloc();
     return std::unique_ptr<float[], Free>(memory);
+}
+
+// Calls function(first, last, part) for about equal parts of `items`, one per thread.
+template <typename Function>
+void in_parts(int64_t items, int64_t threads, Function function) {
+    const int64_t parts = std::max<int64_t>(1, std::min(threads, items));
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+    for (int64_t part = 0; part < parts; ++part) function(items * part / parts, items * (part + 1) / parts, part);
 }
 
 }  // namespace vpd
