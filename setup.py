@@ -70,7 +70,10 @@ class CMakeBuild(build_ext):
         built = self.build_folder / Path(self.get_ext_filename(ext.name)).name
         destination = Path(self.get_ext_fullpath(ext.name))
         destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built, destination)
+        # Renamed, not overwritten: a process that has the old module mapped would crash.
+        unfinished = destination.with_name(destination.name + ".tmp")
+        shutil.copy2(built, unfinished)
+        os.replace(unfinished, destination)
 
     @staticmethod
     def _cmake(*arguments: str) -> None:

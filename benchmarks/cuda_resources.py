@@ -1,6 +1,6 @@
-"""Registers, shared memory and spills of every CUDA kernel per architecture; exits with 1 if one spills. Needs no GPU.
+"""Registers, shared memory, spills and matrix instructions of every CUDA kernel per architecture. Needs no GPU.
 
-python benchmarks/cuda_resources.py
+python benchmarks/cuda_resources.py     exits with 1 if one spills or should use tensor cores and does not
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from timing import table
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90a")
+ON_TENSOR_CORES = ("forward_kernel<",)
 
 
 def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
-    """Compiles one .cu file and reads the assembler's report: a row per kernel."""
+    """Compiles one .cu file and reads the PTX and the assembler's report: a row per kernel."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", f"-I{CSRC}", "-cubin"]
+        keep = ["--keep", "--keep-dir", folder]
         done = subprocess.run(
-            [*command, str(source), "-o", f"{folder}/out.cubin"], capture_output=True, text=True, check=False
+            [*command, *keep, str(source), "-o", f"{folder}/out.cubin"], capture_output=True, text=True, check=False
         )
-    if done.returncode:
-        sys.exit(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
+        if done.returncode:
+            sys.exit(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
+        (ptx,) = Path(folder).glob("*.ptx")
+        entries = ptx.read_text().split(".entry ")[1:]
+    matrix_instructions = {entry.partition("(")[0]: entry.count("mma.sync") for entry in entries}
     rows = []
     for entry in done.stderr.split("Compiling entry function ")[1:]:
         mangled = entry.split("'")[1]
@@ -40,6 +45,7 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
                 "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
                 "shared_bytes": int(shared[1]) if shared else 0,
                 "spilled_bytes": spills,
+                "mma": matrix_instructions[mangled],
             }
         )
     return rows
@@ -50,7 +56,9 @@ def main() -> int:
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     rows = [row for source in sources for architecture in ARCHITECTURES for row in resources(source, architecture)]
     print(table(rows))
-    return 1 if not rows or any(row["spilled_bytes"] for row in rows) else 0
+    spilling = [row for row in rows if row["spilled_bytes"]]
+    on_other_cores = [row for row in rows if row["kernel"].startswith(ON_TENSOR_CORES) and not row["mma"]]
+    return 1 if not rows or spilling or on_other_cores else 0
 
 
 if __name__ == "__main__":

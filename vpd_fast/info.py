@@ -25,6 +25,8 @@ REQUIRED = (
 )
 OPTIONAL = {
     "triton": "Triton kernels on GPUs (comes with PyTorch's GPU builds)",
+    "xformers": 'self-attention on GPUs with attention_backend="xformers"',
+    "flash-attn": 'self-attention on GPUs in 16 bits with attention_backend="flash-attn"',
     "diffusers": "comparison in the tests; its folders load without it",
     "pytest": "the tests",
     "pytest-benchmark": "the benchmarks",

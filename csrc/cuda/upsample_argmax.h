@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/dtype.h"
+
 namespace vpd {
 
 // Sparse rows of equal length: output i reads sources[i * taps + t] with weights[i * taps + t], none of them zero.
@@ -22,8 +24,6 @@ struct CudaUpsampleArgmax {
     CudaTaps rows, columns;
     int taps;  // 2, 4 or 8, for rows and columns
 };
-
-enum class CudaFloat { float32, bfloat16, float16 };
 
 // Enqueues on the stream; returns the launch's error, or cudaErrorInvalidValue for another number of taps.
 cudaError_t upsample_argmax_cuda(const CudaUpsampleArgmax& problem, CudaFloat dtype, cudaStream_t stream);

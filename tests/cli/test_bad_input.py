@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -85,6 +86,21 @@ def test_model_options(fails, small, photo, tmp_path):
     assert "Invalid value for '--random-weights'" in fails(["predict", photo, "--random-weights", "abc"])
     assert "No such option" in fails(["predict", photo, "--bogus"])
     assert "No such command" in fails(["detect", photo])
+
+
+def test_attention_backends(fails, small, photo, monkeypatch):
+    model = small("segmentation")
+    assert "attention_backend must be one of 'plain', 'sdpa'" in fails(
+        ["predict", photo, *model, "--attention-backend", "fast"]
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "needs `pip install 'vpd_fast[flash-attn]'`" in fails(
+        ["maps", photo, *model, "--attention-backend", "flash-attn"]
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert "attention backend 'flash-attn' needs a GPU, got tensors on cpu" in fails(
+        ["predict", photo, *model, "--attention-backend", "flash-attn"]
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"task": "boxes"}', '{"colour": 3}'])

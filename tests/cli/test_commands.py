@@ -99,6 +99,23 @@ def test_predict_is_repeatable_and_depends_on_the_seed(small, photo, tmp_path):
     assert first != other
 
 
+def test_attention_backend(small, photo, tmp_path):
+    """Other arithmetic, the same results but for rounding; the file tells which it was."""
+    found = {}
+    for command, name in (("predict", "results.json"), ("maps", "maps.json")):
+        for backend in ("plain", "sdpa"):
+            output = tmp_path / command / backend
+            options = [] if backend == "plain" else ["--attention-backend", backend]
+            assert run([command, str(photo), *small("segmentation"), "-o", str(output), *options]) == 0
+            results = _results(output, name)
+            assert results["attention_backend"] == backend
+            found[command, backend] = results["images"][0]
+    labels = [np.asarray(Image.open(tmp_path / "predict" / name / "photo.png")) for name in ("plain", "sdpa")]
+    assert (labels[0] == labels[1]).mean() >= 0.999
+    for plain, fused in zip(found["maps", "plain"]["maps"], found["maps", "sdpa"]["maps"], strict=True):
+        assert fused == {"name": plain["name"], **{k: pytest.approx(plain[k], rel=1e-3) for k in ("mean", "max")}}
+
+
 def test_predict_depth(small, photo, tmp_path):
     pictures = {}
     for scene in ("0", "scene 1", None):

@@ -240,7 +240,9 @@ def test_small_model_end_to_end(small_model: VPD, tmp_path: Path) -> None:
     result = small_model.predict(image, with_maps=True, probabilities=True)
     view = resized(image, fitted(90, 130, 128))
     expected = slide_inference(small_model, view, 128, 85, (90, 130))
-    np.testing.assert_allclose(result.probabilities, expected[0].numpy(), atol=1e-5)
+    # Two float32 passes in other batches: their logits, of size 20, differ by 2e-6 relative, and no probability by more
+    # than its logit does.
+    np.testing.assert_allclose(result.probabilities, expected[0].numpy(), atol=4e-5)
     np.testing.assert_allclose(sum(result.maps.values()), np.ones((90, 130)), atol=1e-4)
     assert result.save(tmp_path / "labels.png") == [tmp_path / "labels.png"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL = ["seg_small", "seg_small_a64", "refer_small", "depth_small"]
-FULL_SIZE = [pytest.param(name, marks=pytest.mark.slow) for name in ("seg_sd15", "refer_sd15", "depth_sd15")]
+FULL_SIZE = [("seg_sd15", "plain"), ("refer_sd15", "plain"), ("depth_sd15", "plain"), ("seg_sd15", "sdpa")]
+BACKENDS = ["plain", "sdpa"]
+CASES = list(itertools.product(SMALL, BACKENDS)) + [pytest.param(*case, marks=pytest.mark.slow) for case in FULL_SIZE]
 RTOL = 1e-4  # relative L2 of every float32 tensor
 GRAD_RTOL = 1e-3  # of every parameter's gradient norm
 LABELS_EQUAL = 0.999
@@ -29,10 +32,11 @@ def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
     assert error <= RTOL, f"{name}: relative L2 error {error:.2e}"
 
 
-@pytest.mark.parametrize("name", SMALL + FULL_SIZE)
-def test_outputs_match_the_original(golden: Callable, name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_outputs_match_the_original(golden: Callable, name: str, backend: str) -> None:
     case = golden(name)
     model, inputs, expected = case.model(), case.inputs(), case.tensors
+    model.attention_backend = backend
     stride = case.settings.get("stride", 1)
     with torch.inference_mode():
         if case.config.task == "depth":
@@ -97,10 +101,26 @@ def gradients(case: object, model: torch.nn.Module) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.fixture(scope="module")
+def exact_gradients() -> Callable:
+    """`exact_gradients(case)` -> the plain model's in float64, computed once for each case."""
+    known: dict[str, dict[str, Tensor | None]] = {}
+
+    def of(case: object) -> dict[str, Tensor | None]:
+        if case.name not in known:
+            known[case.name] = gradients(case, case.model().double())
+        return known[case.name]
+
+    return of
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["seg_small", "refer_small", "depth_small"])
-def test_gradients_match_the_original(golden: Callable, name: str) -> None:
+def test_gradients_match_the_original(golden: Callable, exact_gradients: Callable, name: str, backend: str) -> None:
     case = golden(name)
-    actual, exact = gradients(case, case.model()), gradients(case, case.model().double())
+    model, exact = case.model(), exact_gradients(case)
+    model.attention_backend = backend
+    actual = gradients(case, model)
 
     # Some gradients are zero but for rounding (a bias in front of a norm with one channel per group): what float32
     # leaves of them is bounded by its epsilon (1.2e-7) times the largest gradient that they are made from.

@@ -169,9 +169,9 @@ def test_checkpointing_changes_no_gradient_and_computes_each_map_once(
     asked = []
     forward = CrossAttention.forward
 
-    def counting(self: CrossAttention, *args: object, need_map: bool = False) -> object:
-        asked.append(need_map)
-        return forward(self, *args, need_map=need_map)
+    def counting(self: CrossAttention, *args: object, map_sum: object) -> object:
+        asked.append(map_sum is not None)
+        return forward(self, *args, map_sum=map_sum)
 
     monkeypatch.setattr(CrossAttention, "forward", counting)
     gradients, calls = [], []

@@ -41,6 +41,13 @@ def where(request, monkeypatch) -> dict:
     return {"impl": name, "device": device}
 
 
+@pytest.fixture(params=["heads_loop", "cluster", "split"])
+def schedule(request, monkeypatch) -> str:
+    """Each way in which the CUDA C++ kernel shares heads among blocks."""
+    monkeypatch.setattr("vpd_fast.ops._attention.CUDA_SCHEDULE", request.param)
+    return request.param
+
+
 def call_of(where: dict):
     def call(*args, **kwargs):
         return ops.cross_attention_maps(*args, **kwargs, impl=where["impl"])
@@ -110,6 +117,22 @@ def test_categories(where, reduce: str, tokens: int, count: int, average_heads: 
     kwargs = {"categories": categories, "num_categories": count, "reduce": reduce, "average_heads": average_heads}
     _, maps = check_forward(call_of(where), q, k, v, 4, **kwargs)
     assert not maps[..., -1].any()  # empty: zero, not NaN
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 150, 8, 160), (1, 1024, 77, 8, 80), (2, 4096, 150, 8, 40), (3, 100, 40, 5, 64)]
+)
+def test_schedules_of_the_cuda_kernel(schedule: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if schedule == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need compute capability 9.0")
+    q, k, v = make_qkv(*shape, shared=True, dtype=dtype, device="cuda")
+    where = {"impl": "cuda", "device": "cuda"}
+    first = check_forward(call_of(where), q, k, v, shape[3])
+    second = ops.cross_attention_maps(q, k, v, shape[3], impl="cuda")
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
 
 
 def test_categories_as_a_sequence_and_changed_in_place(where) -> None:
@@ -346,6 +369,11 @@ def test_autocast_casts_like_matrix_multiplication() -> None:
         assert ops.cross_attention_maps(*(x.double() for x in (q, k, v)), 4)[0].dtype == torch.float64
 
 
+def test_meta_tensors_have_shapes() -> None:
+    out, maps = ops.cross_attention_maps(*make_qkv(device="meta"), 4, categories=[0] * 19, num_categories=3)
+    assert (out.shape, maps.shape, maps.dtype) == ((2, 37, 32), (2, 37, 3), torch.float32)
+
+
 def gradient_inputs(shared: bool, tokens: int = 7, dtype=torch.float64) -> list[torch.Tensor]:
     return [x.requires_grad_() for x in make_qkv(2, 11, tokens, 2, 3, shared=shared, dtype=dtype)]
 
@@ -387,6 +415,24 @@ def test_maps_carry_a_gradient_only_if_asked() -> None:
     expected = torch.autograd.grad(eager(*inputs, 2)[1].square().sum(), inputs, allow_unused=True)[:2]
     for actual, exact in zip(torch.autograd.grad(maps.square().sum(), inputs[:2]), expected, strict=True):
         torch.testing.assert_close(actual, exact)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there Triton kernels are compiled, and tested as implementations"
+)
+def test_interpreted_triton_through_the_operator() -> None:
+    """The kernels' own tests are in tests/kernels; this is how the operator calls them."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(2, 20, 18, 2, 8, shared=True))
+    kwargs = {"categories": [0, 0, 2, -1] + [3] * 14, "num_categories": 5, "weight": 0.5, "map_grad": True}
+    results = []
+    for impl in ("triton", "reference"):
+        addend = torch.ones(2, 5, 20).transpose(1, 2)
+        tensors = (q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
+        out, maps = ops.cross_attention_maps(*tensors, 2, **kwargs, addend=addend, impl=impl)
+        grads = ops.cross_attention_maps_backward(out.detach(), None, *(x.detach() for x in tensors), 2, impl=impl)
+        results.append((out, maps, *grads))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def opcheck_inputs() -> dict[str, tuple]:

@@ -48,6 +48,7 @@ def maps(
     output: options.Output = Path("vpd_results"),
     device: options.Device = "cpu",
     precision: options.Precision = "fp32",
+    attention_backend: options.AttentionBackend = "plain",
     json: options.Json = False,
 ) -> None:
     """Draw where the network attends for each class, or for each word of a sentence.
@@ -55,7 +56,7 @@ def maps(
     An image cat.jpg gives cat_maps.png, a grid of heat maps: of the classes with the largest mean attention, or of a
     sentence's words (cat_maps_1.png, cat_maps_2.png, ... if there are several sentences). maps.json has the numbers.
     """
-    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision)
+    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision, attention_backend)
     paths = files.collect_images(images)
     several = [f"_maps_{i}{end}" for i in range(1, len(text or []) + 1) for end in (".png", "")]
     stems = files.output_stems(paths, output, ["_maps.png", "_maps", *several])

@@ -58,6 +58,14 @@ Output = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=RUNNING)]
 Precision = Annotated[str, typer.Option(metavar="NAME", help="Only fp32 for now.", rich_help_panel=RUNNING)]
+AttentionBackend = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How attention is computed: plain, sdpa, or with their package on a GPU xformers or flash-attn.",
+        rich_help_panel=RUNNING,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=RUNNING)]
 Mode = Annotated[
     str | None,
@@ -89,6 +97,7 @@ class ModelOptions:
     config: Path | None
     device: str
     precision: str
+    attention_backend: str = "plain"
 
     def __post_init__(self) -> None:
         if self.precision != "fp32":
@@ -102,13 +111,19 @@ class ModelOptions:
             raise InputError("--config goes with --random-weights; a checkpoint's sizes are found in the file")
 
     def load(self) -> VPD:
-        """The model on its device, in evaluation mode. Raises InputError, CheckpointError."""
-        device = _device(self.device)
-        if self.checkpoint is None:
-            return _random_model(self.random_weights, self.task, self.config).to(device).eval()
-        from vpd_fast.checkpoints import load_checkpoint
+        """The model on its device, in evaluation mode. Raises InputError, CheckpointError, MissingDependencyError."""
+        from vpd_fast.models.attention_backends import check_backend
 
-        return load_checkpoint(self.checkpoint, task=self.task, device=device)
+        device = _device(self.device)
+        check_backend(self.attention_backend)  # before the weights are read
+        if self.checkpoint is None:
+            model = _random_model(self.random_weights, self.task, self.config).to(device).eval()
+        else:
+            from vpd_fast.checkpoints import load_checkpoint
+
+            model = load_checkpoint(self.checkpoint, task=self.task, device=device)
+        model.attention_backend = self.attention_backend
+        return model
 
     def header(self, model: VPD, notes: list[str]) -> dict[str, Any]:
         """What the results file says about the model."""
@@ -119,7 +134,7 @@ class ModelOptions:
         )
         return {
             "vpd_fast": __version__, "task": model.config.task, **weights, "device": str(model.device),
-            "precision": self.precision, "notes": notes,
+            "precision": self.precision, "attention_backend": self.attention_backend, "notes": notes,
         }  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def predict(
     output: options.Output = Path("vpd_results"),
     device: options.Device = "cpu",
     precision: options.Precision = "fp32",
+    attention_backend: options.AttentionBackend = "plain",
     json: options.Json = False,
 ) -> None:
     """Predict on images, and write pictures and a results.json.
@@ -74,7 +75,7 @@ def predict(
 
     Broken images do not stop a run: they are reported at the end, and the exit code is 1.
     """
-    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision)
+    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision, attention_backend)
     chosen: dict[str, Any] = {"mode": mode, "flip": flip, "scene": scene}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if scales is not None:

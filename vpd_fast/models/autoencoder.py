@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpd_fast.config import BackboneConfig
+from vpd_fast.models.attention_backends import PLAIN, attention
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -33,7 +34,12 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions, with a residual."""
+    """Single-head self-attention over all positions, with a residual.
+
+    With any `attention_backend` but "plain" it goes through SDPA: its 512 channels are more than other libraries take.
+    """
+
+    attention_backend = PLAIN
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,9 +53,13 @@ class AttnBlock(nn.Module):
         """(B,C,h,w) -> (B,C,h,w)."""
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
-        probabilities = torch.softmax(q @ k.transpose(1, 2) * x.shape[1] ** -0.5, dim=-1)
-        out = (probabilities @ v).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj_out(out)
+        scale = x.shape[1] ** -0.5
+        if self.attention_backend == PLAIN:
+            out = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1) @ v
+        else:
+            # SDPA would store the probabilities of strided channels, as NCHW convolutions give them.
+            out = attention("sdpa", q.contiguous(), k.contiguous(), v.contiguous(), heads=1, scale=scale)
+        return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Downsample(nn.Module):

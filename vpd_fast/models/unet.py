@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vpd_fast.config import BackboneConfig, VPDConfig
-from vpd_fast.models.attention import BasicTransformerBlock
+from vpd_fast.models.attention import BasicTransformerBlock, MapSum
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -57,43 +58,30 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, context: Tensor, map_kinds: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B,C,h,w), context (B,L,context_dim) -> x, {kind: (B, L or h*w, h, w)}."""
+    def forward(self, x: Tensor, context: Tensor, map_sums: Mapping[str, MapSum]) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B,C,h,w), context (B or 1,L,context_dim) -> x, new sums of maps {kind: (B, h*w, L or h*w)}."""
         tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         (block,) = self.transformer_blocks
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens, maps = _checkpoint_transformer(block, tokens, context, map_kinds)
+            tokens, maps = _checkpoint_transformer(block, tokens, context, map_sums)
         else:
-            tokens, maps = block(tokens, context, map_kinds)
-        size = x.shape[2:]
-        out = x + self.proj_out(tokens.transpose(1, 2).unflatten(2, size))
-        return out, {kind: m.transpose(1, 2).unflatten(2, size) for kind, m in maps.items()}
+            tokens, maps = block(tokens, context, map_sums)
+        return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, x.shape[2:])), maps
 
 
 def _checkpoint_transformer(
-    block: BasicTransformerBlock, tokens: Tensor, context: Tensor, map_kinds: frozenset[str]
+    block: BasicTransformerBlock, tokens: Tensor, context: Tensor, map_sums: Mapping[str, MapSum]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run `block` keeping only its inputs for backward. Maps are not recomputed: their mean saves no tensor."""
-    recompute = _Flag()
+    """Run `block` keeping only its inputs for backward."""
+    if torch.compiler.is_compiling():  # the compiler recomputes what backward needs, and no more
+        return checkpoint(lambda *x: block(*x, map_sums), tokens, context, use_reentrant=False)
+    first = [map_sums]
 
     def run(tokens: Tensor, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return block(tokens, context, frozenset() if recompute.on else map_kinds)
+        # Maps are not recomputed: backward needs nothing that making them would save. Nor are their sums kept.
+        return block(tokens, context, first.pop() if first else {})
 
-    return checkpoint(
-        run, tokens, context, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recompute)
-    )
-
-
-class _Flag:
-    """A context manager that knows whether it is entered."""
-
-    on = False
-
-    def __enter__(self) -> None:
-        self.on = True
-
-    def __exit__(self, *error: object) -> None:
-        self.on = False
+    return checkpoint(run, tokens, context, use_reentrant=False)
 
 
 class Downsample(nn.Module):
@@ -126,9 +114,9 @@ class UNetBlock(nn.Sequential):
     gradient_checkpointing = False
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor, map_kinds: frozenset[str]
+        self, x: Tensor, emb: Tensor, context: Tensor, map_sums: Mapping[str, MapSum]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Feature map in, feature map and the attention maps asked for out."""
+        """Feature map in, feature map and the new sums of maps out."""
         maps: dict[str, Tensor] = {}
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -137,7 +125,7 @@ class UNetBlock(nn.Sequential):
                 else:
                     x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x, maps = layer(x, context, map_kinds)
+                x, maps = layer(x, context, map_sums)
             else:
                 x = layer(x)
         return x, maps
@@ -198,22 +186,40 @@ class UNet(nn.Module):
             per_level * (lowest + 1) - 1: 0
         }
 
+    def attention_places(self) -> list[tuple[str, int]]:
+        """(place, level) of each transformer block in the order they run; place: "down", "mid" or "up"."""
+        places = [("down", level) for level in self.input_levels]
+        places += [("mid", self.input_levels[-1])]
+        places += [("up", level) for level in self.output_levels]
+        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
+        return [
+            place
+            for place, block in zip(places, blocks, strict=True)
+            if any(isinstance(layer, SpatialTransformer) for layer in block)
+        ]
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: Tensor, map_kinds: dict[tuple[str, int], frozenset[str]]
-    ) -> tuple[list[Tensor], dict[tuple[int, str], list[Tensor]]]:
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        map_weights: Mapping[tuple[str, int], Mapping[str, float]],
+    ) -> tuple[list[Tensor], dict[tuple[int, str], Tensor]]:
         """One pass.
 
-        latents (B,4,h,w), h and w multiples of 8; timesteps (B,); context (B,L,context_dim);
-        map_kinds: {(place, level): kinds} of the layers whose maps are wanted.
-        Returns four features, high resolution first, and per (level, kind) the head-mean maps of each layer in turn.
+        latents (B,4,h,w), h and w multiples of 8; timesteps (B,); context (B or 1,L,context_dim);
+        map_weights: {(place, level): {kind: weight}} of the layers whose maps are wanted.
+        Returns four features, high resolution first, and per (level, kind) the weighted sum of the layers' head-mean
+        maps, (B, positions, L or positions).
         """
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))
-        maps: dict[tuple[int, str], list[Tensor]] = {}
+        maps: dict[tuple[int, str], Tensor] = {}
 
         def run(block: UNetBlock, x: Tensor, place: str, level: int) -> Tensor:
-            x, new = block(x, emb, context, map_kinds.get((place, level), frozenset()))
-            for kind, m in new.items():
-                maps.setdefault((level, kind), []).append(m)
+            weights = map_weights.get((place, level), {})
+            x, sums = block(x, emb, context, {kind: (w, maps.get((level, kind))) for kind, w in weights.items()})
+            for kind, m in sums.items():
+                maps[level, kind] = m
             return x
 
         skips = []
@@ -238,21 +244,24 @@ class UNetWrapper(nn.Module):
         self.unet = nn.Module()
         self.unet.diffusion_model = UNet(config.backbone)
         self.map_grad = config.map_grad
-        self.map_kinds = {
-            (place, level): frozenset(kinds)
-            for place in ("down", "mid", "up")
-            for level in range(len(config.backbone.channel_mult))
+        layers = [
+            (place, level, kind)
+            for place, level in self.unet.diffusion_model.attention_places()
             if config.map_channels(level)
-            and (kinds := [kind for kind in ("cross", "self") if f"{place}_{kind}" in config.map_sources])
-        }
+            for kind in ("cross", "self")
+            if f"{place}_{kind}" in config.map_sources
+        ]
+        counts = Counter((level, kind) for _, level, kind in layers)
+        self.map_weights: dict[tuple[str, int], dict[str, float]] = {}
+        for place, level, kind in layers:
+            self.map_weights.setdefault((place, level), {})[kind] = 1 / counts[level, kind]
 
     def forward(self, latents: Tensor, context: Tensor) -> list[Tensor]:
-        """latents (B,4,h,w), context (B,L,context_dim) -> four features, cross maps and then self maps last."""
+        """latents (B,4,h,w), context (B or 1,L,context_dim) -> four features, cross maps and then self maps last."""
         timesteps = torch.ones(latents.shape[0], dtype=torch.long, device=latents.device)
-        features, maps = self.unet.diffusion_model(latents, timesteps, context, self.map_kinds)
+        features, maps = self.unet.diffusion_model(latents, timesteps, context, self.map_weights)
         for level, kind in sorted(maps):
-            layers = maps[level, kind]
-            mean = sum(layers[1:], start=layers[0]) / len(layers)
+            mean = maps[level, kind].transpose(1, 2).unflatten(2, features[level].shape[2:])
             if not self.map_grad:
                 mean = mean.detach()
             features[level] = torch.cat([features[level], mean.to(features[level].dtype)], dim=1)

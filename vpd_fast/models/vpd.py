@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
-from vpd_fast.models.autoencoder import AutoencoderKL
+from vpd_fast.models.attention import CrossAttention
+from vpd_fast.models.attention_backends import PLAIN, check_backend
+from vpd_fast.models.autoencoder import AttnBlock, AutoencoderKL
 from vpd_fast.models.depth_head import DepthDecoder, FeatureMerge, last_layer_depth
 from vpd_fast.models.referring_head import SimpleDecoding
 from vpd_fast.models.segmentation_head import FPN, FPNHead
@@ -35,6 +37,7 @@ class VPD(nn.Module):
     """`VPD(config)` makes the model of `config.task`: a VPDSegmentation, VPDReferring or VPDDepth."""
 
     task: ClassVar[str]
+    _attention_backend = PLAIN
 
     def __new__(cls, config: VPDConfig | None = None) -> VPD:
         if cls is VPD:
@@ -72,6 +75,27 @@ class VPD(nn.Module):
         """Dtype of the parameters."""
         return self.backbone.gamma.dtype
 
+    @property
+    def attention_backend(self) -> str:
+        """How attention is computed: "plain", "sdpa", "xformers" or "flash-attn".
+
+        "plain" (the default) writes it out as the original does. The others never store the probabilities: they use
+        `vpd_fast.ops.cross_attention_maps` for the text and for maps, and the named library for self-attention.
+        It belongs to this object, not to `config`: it says how to run, not what the model is.
+
+        Setting it raises InputError for other names and MissingDependencyError if the package is not installed. Running
+        raises InputError if the library cannot take the tensors: xformers needs a GPU, flash-attn 16 bits as well.
+        """
+        return self._attention_backend
+
+    @attention_backend.setter
+    def attention_backend(self, name: str) -> None:
+        check_backend(name)
+        self._attention_backend = name
+        for module in self.modules():
+            if isinstance(module, (CrossAttention, AttnBlock)):
+                module.attention_backend = name
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> latents (B,4,H/8,W/8), times `latent_scale`."""
         checks.images(images, self.device, self.dtype, SIZE_MULTIPLE)
@@ -84,6 +108,8 @@ class VPD(nn.Module):
 
         Channels: `config.feature_channels`, attention maps last (self maps have as many channels as positions).
         """
+        if self.attention_backend != PLAIN and context.stride(0) == 0:
+            context = context[:1]  # one text for all images: its keys and values are computed once
         return self.backbone.unet(latents, context)
 
     def context(self, *conditioning: Any) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +46,14 @@ def split_heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for that kind of device; some kinds ("meta") know no autocast."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """The caller's tensors have been cast already; what an implementation computes must not be."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _reference(p: Problem, out: Tensor, maps: Tensor | None) -> None:
@@ -82,8 +88,8 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 def image_and_row_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of (B, N, heads * D) in elements; 0 for an only image."""
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
+    """Strides of (B, N, heads * D) in elements; 0 where there is one image or row: PyTorch's may be anything there."""
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
 
 
 def address_and_strides(maps: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
@@ -113,8 +119,8 @@ def _cpu(p: Problem, out: Tensor, maps: Tensor | None) -> None:
     target = maps if maps is None or maps.dtype == torch.float32 else torch.empty(maps.shape)
     _native.load("_C").cross_attention_maps(
         (q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr()),
-        str(dtype).removeprefix("torch."),
-        (*q.shape[:2], k.shape[1], p.heads, q.shape[2] // p.heads),
+        _dtype_name(q),
+        _shape(q, k, p.heads),
         tuple(image_and_row_strides(x) for x in (q, k, v)),
         address_and_strides(target),
         address_and_strides(p.addend),
@@ -132,9 +138,97 @@ def _cpu(p: Problem, out: Tensor, maps: Tensor | None) -> None:
         maps.copy_(target)
 
 
+def triton_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
+    """Why Triton kernels cannot run here. With TRITON_INTERPRET=1 they run on the CPU, for tests."""
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"q is on {q.device}, not on a GPU"
+    if q.dtype == torch.float64:
+        return "q is float64"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with PyTorch's GPU builds)"
+    from vpd_fast.kernels import cross_attention_maps as kernels
+
+    return kernels.refuse(q, last_contiguous(k), last_contiguous(v), heads, None, None)
+
+
+def _triton(p: Problem, out: Tensor, maps: Tensor | None) -> None:
+    from vpd_fast.kernels import cross_attention_maps as kernels
+
+    kernels.forward(*(last_contiguous(x) for x in (p.q, p.k, p.v)), out, maps, p.addend, **p.for_kernels())
+
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_SCHEDULE = "auto"  # or "heads_loop", "cluster", "split", see csrc/cuda/cross_attention_maps.h
+
+
+def _shape(q: Tensor, k: Tensor, heads: int) -> tuple[int, ...]:
+    return (*q.shape[:2], k.shape[1], heads, q.shape[2] // heads)
+
+
+def _dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _cuda_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
+    if q.device.type != "cuda":
+        return f"q is on {q.device}, not on a GPU"
+    if q.dtype not in CUDA_DTYPES:
+        return f"q is {q.dtype}, not of 16 bits"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        # Tensors that are not laid out in rows are copied, and then they are aligned.
+        if x.stride(-1) == 1 and (x.data_ptr() % 16 or any(step % 8 for step in image_and_row_strides(x))):
+            return f"{name} has rows that are not aligned to 16 bytes"
+    missing = _native.why_missing("_C_cuda")
+    if missing is None and q.numel():
+        try:
+            _cuda_scratch(q, k, heads, True, True)
+        except ValueError as reason:
+            return str(reason)
+    return missing
+
+
+def _cuda_scratch(q: Tensor, k: Tensor, heads: int, need_maps: bool, average_heads: bool) -> int:
+    """Bytes. Raises ValueError with the reason if the kernel does not take such sizes."""
+    return _native.load("_C_cuda").cross_attention_maps_scratch(
+        _dtype_name(q), _shape(q, k, heads), need_maps, average_heads, CUDA_SCHEDULE, q.device.index
+    )
+
+
+def _cuda(p: Problem, out: Tensor, maps: Tensor | None) -> None:
+    q, k, v = (last_contiguous(x) for x in (p.q, p.k, p.v))
+    size = _cuda_scratch(q, k, p.heads, maps is not None, p.average_heads)
+    scratch = q.new_empty(size, dtype=torch.uint8)
+    place = address_and_strides(maps)
+    categories = None
+    if p.categories is not None:
+        tensors = (p.categories.tokens, p.categories.offsets, p.categories.weights)
+        categories = (*(x.data_ptr() for x in tensors), p.categories.count)
+    _native.load("_C_cuda").cross_attention_maps(
+        tuple(x.data_ptr() for x in (q, k, v, out)),
+        _dtype_name(q),
+        _shape(q, k, p.heads),
+        tuple(image_and_row_strides(x) for x in (q, k, v)),
+        None if place is None else (place[0], _dtype_name(maps), place[1]),
+        address_and_strides(p.addend),
+        categories,
+        p.average_heads,
+        p.scale,
+        p.weight,
+        CUDA_SCHEDULE,
+        scratch.data_ptr() if size else 0,
+        q.device.index,
+        torch.cuda.current_stream(q.device).cuda_stream,
+    )
+
+
+# (name, run, refuse), in order of preference.
 IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
     ("constant", _constant, _constant_refuses),
+    ("cuda", _cuda, _cuda_refuses),
     ("cpu", _cpu, cpu_refuses),
+    ("triton", _triton, triton_refuses),
     ("reference", _reference, lambda *_: None),
 )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.ops._attention import IMPLEMENTATIONS, Problem, Run, solve_problem
+from vpd_fast.ops._attention import IMPLEMENTATIONS, Problem, Run, autocast_enabled, solve_problem
 from vpd_fast.ops._attention_checks import (
     check_addend,
     check_attention,
@@ -141,7 +141,7 @@ def cross_attention_maps_into(
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """As the matrix multiplications of attention would be under autocast; anything else is left for the checks."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocast_enabled(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS else t for t in tensors)

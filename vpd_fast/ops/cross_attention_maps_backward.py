@@ -21,6 +21,7 @@ from vpd_fast.ops._attention import (
     image_and_row_strides,
     last_contiguous,
     no_autocast,
+    triton_refuses,
 )
 from vpd_fast.ops._attention_checks import check_attention, check_categories, maps_dtype
 from vpd_fast.ops._categories import categories_of
@@ -47,7 +48,7 @@ def cross_attention_maps_backward(
     """Gradients of q, k and v; autograd calls it.
 
     grad_out: (B, N, heads * D) in q's dtype, or None for zero. grad_maps: of the shape and dtype of the maps, or None.
-    Others: as in `cross_attention_maps`. impl: "auto", "cpu" or "reference".
+    Others: as in `cross_attention_maps`. impl: "auto", "cpu", "triton" or "reference".
 
     Returns dq (B, N, heads * D), dk and dv, of the shapes of k and v: summed over the images if they share a context.
     Raises InputError for wrong shapes, dtypes, devices, categories or impl.
@@ -162,8 +163,18 @@ def _cpu(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tens
             target.copy_(grad)
 
 
+def _triton(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    from vpd_fast.kernels import cross_attention_maps_backward as kernels
+
+    if grad_out is not None:
+        grad_out = last_contiguous(grad_out)
+    q, k, v = (last_contiguous(x) for x in (p.q, p.k, p.v))
+    kernels.backward(grad_out, grad_maps, q, k, v, dq, dk, dv, **p.for_kernels())
+
+
 _IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
     ("cpu", _cpu, cpu_refuses),
+    ("triton", _triton, triton_refuses),
     ("reference", _reference, lambda *_: None),
 )
 

@@ -1,0 +1,43 @@
+// Every operator adds its functions to module _C_cuda through one of these; what their bindings share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/dtype.h"
+
+namespace vpd {
+
+void bind_cross_attention_maps(pybind11::module_& m);
+void bind_upsample_argmax(pybind11::module_& m);
+
+inline void require_success(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Makes a device current for the calling thread and restores the previous one.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        require_success(cudaGetDevice(&previous_), "cudaGetDevice");
+        require_success(cudaSetDevice(device), "cudaSetDevice");
+    }
+    ~DeviceGuard() { cudaSetDevice(previous_); }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int previous_ = 0;
+};
+
+inline CudaFloat parse_dtype(const std::string& name) {
+    if (name == "float32") return CudaFloat::float32;
+    if (name == "bfloat16") return CudaFloat::bfloat16;
+    if (name == "float16") return CudaFloat::float16;
+    throw std::invalid_argument("dtype '" + name + "' is not float32, bfloat16 or float16");
+}
+
+}  // namespace vpd

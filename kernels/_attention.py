@@ -1,0 +1,155 @@
+"""What the forward and backward Triton kernels of cross_attention_maps share: splitting, tiles, launching.
+
+Triton's tiles have power-of-two sides. A side of 150 is covered by tiles of 128 and 32, one of 40 by 32 and 16: the
+second tile is None where one is enough. A matrix product over a split side is the sum of two.
+
+Written without `from __future__ import annotations`: Triton reads the annotations of kernels.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on the CPU, for tests
+
+
+def split(size: int) -> tuple[int, int]:
+    """The powers of two >= 16, the second possibly 0, with the smallest sum >= size: 150 -> (128, 32)."""
+    powers = [1 << i for i in range(4, max(5, size.bit_length() + 1))]
+    pairs = [(a, b) for a in powers for b in (0, *powers) if b <= a and a + b >= size]
+    return min(pairs, key=lambda pair: (sum(pair), pair[1]))
+
+
+def tile_config(dtype: torch.dtype, dim: int, tokens: int) -> dict[str, int]:
+    """Rows and tokens of a tile of the forward kernels, chosen so that no register spills, and how to run it."""
+    run = {"num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:  # no tensor cores: operands live in registers
+        side = 32 if dim <= 128 else 16
+        return {"ROWS": side, "L_BLOCK": side, **run}
+    # Blocks of 64 tokens, or 32 where that leaves less of the last block empty.
+    few = dim > 128 or -tokens % 64 != -tokens % 32
+    return {"ROWS": 64, "L_BLOCK": 32 if few else 64, **run}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; those of an H200 for the interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def batch_stride(x: torch.Tensor) -> int:
+    """Elements from one image to the next, 0 if all share one."""
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+def attention_arguments(q: torch.Tensor, k: torch.Tensor, heads: int, scale: float) -> dict[str, Any]:
+    """The arguments that all kernels have."""
+    dim = q.shape[2] // heads
+    d0, d1 = split(dim)
+    return {
+        **{"q": q, "q_b": q.stride(0), "q_n": q.stride(1)},
+        **{"k": k, "k_b": batch_stride(k), "k_l": k.stride(1)},
+        **{"N": q.shape[1], "L": k.shape[1], "heads": heads, "score_scale": scale * LOG2_E},
+        **{"D": dim, "D0": d0, "D1": d1},
+    }
+
+
+def map_arguments(name: str, x: torch.Tensor | None) -> dict[str, Any]:
+    """A map (B, N, M) or (B, heads, N, M) and its strides, or None."""
+    strides = (0, 0, 0, 0) if x is None else x.stride() if x.dim() == 4 else (x.stride(0), 0, *x.stride()[1:])
+    return {name: x, **{f"{name}_{axis}": stride for axis, stride in zip("bhnm", strides, strict=True)}}
+
+
+def launch(kernel: Callable[..., Any], grid: tuple[int, ...], on: torch.Tensor, **arguments: Any) -> None:
+    """Runs a kernel on the device of the tensor `on`, which need not be the current one, on its current stream."""
+    guard = torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments)
+
+
+@triton.jit
+def dot(a, b, x):
+    """x + a b, products and sums in float32; x may be None.
+
+    The interpreter keeps bfloat16 as 16-bit integers and would multiply those, so operands are widened there. That
+    changes no value: tensor cores multiply 16-bit numbers exactly, too.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, x, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in another type, to nearest. Triton's interpreter cuts bfloat16 off, so it gets the bits."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_rows(pointer, rows, stride, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows of D elements as tiles (rows, D0) and (rows, D1); zero beyond D and where `valid` is false."""
+    starts = pointer + rows[:, None] * stride
+    columns = tl.arange(0, D0)
+    x0 = tl.load(starts + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+    x1 = None
+    if D1 > 0:
+        columns = D0 + tl.arange(0, D1)
+        x1 = tl.load(starts + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+    return x0, x1
+
+
+@triton.jit
+def store_rows(pointer, rows, stride, valid, x0, x1, factor, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Writes factor * x where load_rows would read it, rounded to the type of the memory."""
+    starts = pointer + rows[:, None] * stride
+    columns = tl.arange(0, D0)
+    x0 = rounded(x0 * factor, pointer.dtype.element_ty)
+    tl.store(starts + columns[None, :], x0, mask=valid[:, None] & (columns < D)[None, :])
+    if D1 > 0:
+        columns = D0 + tl.arange(0, D1)
+        x1 = rounded(x1 * factor, pointer.dtype.element_ty)
+        tl.store(starts + columns[None, :], x1, mask=valid[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def dot_transposed(a0, a1, b0, b1, D1: tl.constexpr):
+    """a b^T of two split matrices (m, D), (n, D), in float32."""
+    x = dot(a0, tl.trans(b0), None)
+    if D1 > 0:
+        x = dot(a1, tl.trans(b1), x)
+    return x
+
+
+@triton.jit
+def masked_scores(q0, q1, k0, k1, score_scale, valid, D1: tl.constexpr):
+    """score_scale * q k^T, minus infinity for the tokens that are not valid."""
+    return tl.where(valid[None, :], dot_transposed(q0, q1, k0, k1, D1) * score_scale, float("-inf"))
+
+
+@triton.jit
+def add_dot(x0, x1, a, b0, b1, D1: tl.constexpr):
+    """x + a b, with b (n, D) and x (m, D) split; a is rounded to the type of b."""
+    a = rounded(a, b0.dtype)
+    x0 = dot(a, b0, x0)
+    if D1 > 0:
+        x1 = dot(a, b1, x1)
+    return x0, x1
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """A split float32 matrix (ROWS, D) of zeros."""
+    x0 = tl.zeros((ROWS, D0), tl.float32)
+    x1 = None
+    if D1 > 0:
+        x1 = tl.zeros((ROWS, D1), tl.float32)
+    return x0, x1

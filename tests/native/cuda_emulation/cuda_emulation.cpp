@@ -1,0 +1,407 @@
+// The machine behind cuda_emulation.h: fibers, barriers, warp instructions, checked memory; and its Python controls.
+#include "cuda_emulation.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace vpd {
+void bind_cross_attention_maps(pybind11::module_& m);
+}
+
+namespace cuda_emulation {
+namespace {
+
+constexpr unsigned WARP = 32;
+constexpr size_t STACK_BYTES = 128 << 10, GUARD_BYTES = 4096;
+constexpr unsigned char NAN_BYTE = 0xff;  // NaN in every float format when all bytes are this
+
+struct Device {
+    int processors = 132, major = 9, shared_limit = 227 << 10;
+    unsigned order = 0;  // in which threads run: 0 the longest waiting first, 1 the last that became ready, else random
+};
+struct Range {
+    uintptr_t begin, end;
+    bool writable;
+};
+
+Device device;
+std::vector<Range> ranges;
+std::map<const void*, size_t> shared_allowed;
+std::string error;
+int launches = 0;
+
+struct Thread;
+
+// Where a number of threads meet. `waiting` are those that go on when the last has arrived.
+struct Barrier {
+    unsigned arrived = 0;
+    unsigned long generation = 0;
+    std::vector<Thread*> waiting;
+};
+
+struct Copy {
+    void* shared;
+    const void* global;
+};
+
+struct Warp {
+    Barrier barrier;
+    int instruction = 0;  // that the threads which have arrived execute
+    float c[WARP][4];
+    uint32_t words[WARP][6];
+    const unsigned char* rows[WARP];
+};
+
+struct Block {
+    std::vector<unsigned char> memory;
+    unsigned char* shared;
+    size_t bytes;
+    Barrier barrier;
+    std::vector<Warp> warps;
+    unsigned running;  // threads that have not ended
+    dim3 index;
+};
+
+struct Thread {
+    ucontext_t start;
+    jmp_buf state;
+    bool started = false;
+    Block* block;
+    Warp* warp;
+    unsigned lane;
+    dim3 index;
+    unsigned long cluster_generation = 0;
+    std::deque<std::vector<Copy>> groups;  // the last is still open
+};
+
+jmp_buf scheduler;
+Thread* current;
+std::deque<Thread*> ready;
+std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
+Barrier cluster_barrier;
+const std::function<void()>* body;
+std::vector<std::unique_ptr<char[]>> stacks;
+
+enum Signal { YIELDED = 1, FINISHED, FAILED };
+
+void yield() {
+    if (!_setjmp(current->state)) _longjmp(scheduler, YIELDED);
+}
+
+[[noreturn]] void fail(const std::string& message) {
+    if (error.empty())
+        error = message + " (block " + std::to_string(current->block->index.x) + ", thread " +
+                std::to_string(current->index.x) + ")";
+    _longjmp(scheduler, FAILED);
+}
+
+// Returns whether the caller was the last of `count`; the others go on when it calls release().
+bool arrive(Barrier& barrier, unsigned count) {
+    if (++barrier.arrived == count) return true;
+    barrier.waiting.push_back(current);
+    yield();
+    return false;
+}
+
+void release(Barrier& barrier) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
+}
+
+// `last` runs once all threads of the warp have come to the same instruction.
+template <typename Function>
+void warp_instruction(int instruction, Function last) {
+    Warp& warp = *current->warp;
+    if (warp.barrier.arrived && warp.instruction != instruction) fail("threads of a warp execute different instructions");
+    warp.instruction = instruction;
+    if (!arrive(warp.barrier, WARP)) return;
+    last(warp);
+    release(warp.barrier);
+}
+
+const unsigned char* check_shared(const void* address, size_t bytes, size_t alignment) {
+    const auto* p = static_cast<const unsigned char*>(address);
+    const Block& block = *current->block;
+    if (p < block.shared || p + bytes > block.shared + block.bytes) fail("shared memory is accessed out of bounds");
+    if (reinterpret_cast<uintptr_t>(p) % alignment) fail("shared memory is accessed at a misaligned address");
+    return p;
+}
+
+void run_thread() {
+    (*body)();
+    for (const auto& group : current->groups)
+        if (!group.empty()) fail("a thread ended before its copies were waited for");
+    --current->block->running;
+    _longjmp(scheduler, FINISHED);
+}
+
+void prepare(Thread& thread, char* stack) {
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = stack;
+    thread.start.uc_stack.ss_size = STACK_BYTES;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, run_thread, 0);
+}
+
+std::unique_ptr<Block> make_block(const cudaLaunchConfig_t& config, unsigned index) {
+    auto block = std::make_unique<Block>();
+    block->bytes = config.dynamicSmemBytes;
+    block->memory.assign(block->bytes + 2 * GUARD_BYTES, NAN_BYTE);
+    const auto address = reinterpret_cast<uintptr_t>(block->memory.data()) + GUARD_BYTES / 2;
+    block->shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+    block->warps = std::vector<Warp>(config.blockDim.x / WARP);
+    block->running = config.blockDim.x;
+    block->index = {index, 0, 0};
+    return block;
+}
+
+void check_guards(const Block& block) {
+    const unsigned char *begin = block.memory.data(), *end = begin + block.memory.size();
+    for (const unsigned char* p = begin; p < end; p += p + 1 == block.shared ? block.bytes + 1 : 1)
+        if (*p != NAN_BYTE && error.empty()) error = "shared memory was written out of bounds";
+}
+
+Thread* next_ready(std::mt19937& random) {
+    if (device.order > 1) std::swap(ready.back(), ready[random() % ready.size()]);
+    Thread* thread = device.order ? ready.back() : ready.front();
+    if (device.order)
+        ready.pop_back();
+    else
+        ready.pop_front();
+    return thread;
+}
+
+// Runs blocks first .. first + count, which form a cluster.
+void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned count, std::mt19937& random) {
+    std::vector<std::unique_ptr<Thread>> threads;
+    blocks.clear(), ready.clear();
+    cluster_barrier = Barrier();
+    for (unsigned rank = 0; rank < count; ++rank) {
+        blocks.push_back(make_block(config, first + rank));
+        for (unsigned i = 0; i < config.blockDim.x; ++i) {
+            threads.push_back(std::make_unique<Thread>());
+            Thread& thread = *threads.back();
+            thread.block = blocks.back().get(), thread.warp = &thread.block->warps[i / WARP];
+            thread.lane = i % WARP, thread.index = {i, 0, 0};
+            thread.groups.emplace_back();
+            if (stacks.size() < threads.size()) stacks.emplace_back(new char[STACK_BYTES]);
+            prepare(thread, stacks[threads.size() - 1].get());
+            ready.push_back(&thread);
+        }
+    }
+    volatile size_t running = threads.size();  // volatile: changed between _setjmp and its second return
+    while (running && error.empty()) {
+        if (ready.empty()) {
+            error = "deadlock: threads wait where others never arrive";
+            break;
+        }
+        current = next_ready(random);
+        threadIdx = current->index, blockIdx = current->block->index;
+        const int signal = _setjmp(scheduler);
+        if (signal == 0) {
+            if (current->started) _longjmp(current->state, 1);
+            current->started = true;
+            setcontext(&current->start);
+        }
+        if (signal == FINISHED) running = running - 1;
+    }
+    for (const auto& block : blocks) check_guards(*block);
+}
+
+enum Instruction { MULTIPLY_ADD = 1, LOAD_MATRICES, SHUFFLE };
+
+}  // namespace
+
+void check_global(const void* address, size_t bytes, bool write) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    if (begin % bytes) fail("global memory is accessed at a misaligned address");
+    for (const Range& range : ranges)
+        if (begin >= range.begin && begin + bytes <= range.end && (range.writable || !write)) return;
+    fail(write ? "global memory is written out of bounds" : "global memory is read out of bounds");
+}
+
+// Layouts of the fragments as in the PTX manual, mma.m16n8k16 with 16-bit elements.
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*to_float)(uint16_t)) {
+    const unsigned lane = current->lane;
+    Warp& warp = *current->warp;
+    std::memcpy(warp.c[lane], c, sizeof c);
+    std::memcpy(warp.words[lane], a, sizeof a);
+    warp.words[lane][4] = b0, warp.words[lane][5] = b1;
+    warp_instruction(MULTIPLY_ADD, [&](Warp& w) {
+        float left[16][16], right[16][8];
+        for (unsigned l = 0; l < WARP; ++l)
+            for (unsigned i = 0; i < 12; ++i) {
+                const float x = to_float(uint16_t(w.words[l][i / 2] >> i % 2 * 16));
+                const unsigned inner = l % 4 * 2 + i % 2;
+                if (i < 8)
+                    left[l / 4 + i / 2 % 2 * 8][inner + i / 4 * 8] = x;
+                else
+                    right[inner + (i - 8) / 2 * 8][l / 4] = x;
+            }
+        for (unsigned l = 0; l < WARP; ++l)
+            for (unsigned i = 0; i < 4; ++i) {
+                double sum = w.c[l][i];
+                for (unsigned k = 0; k < 16; ++k)
+                    sum += double(left[l / 4 + i / 2 * 8][k]) * right[k][l % 4 * 2 + i % 2];
+                w.c[l][i] = float(sum);
+            }
+    });
+    std::memcpy(c, warp.c[lane], sizeof c);
+}
+
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+    const unsigned lane = current->lane;
+    Warp& warp = *current->warp;
+    warp.rows[lane] = check_shared(row, 16, 16);
+    warp_instruction(LOAD_MATRICES + transposed * 100, [&](Warp& w) {
+        for (unsigned l = 0; l < WARP; ++l)
+            for (unsigned i = 0; i < 8; ++i) {
+                const unsigned matrix = i / 2, across = l % 4 * 2 + i % 2;
+                const unsigned y = transposed ? across : l / 4, x = transposed ? l / 4 : across;
+                uint16_t element;
+                std::memcpy(&element, w.rows[matrix * 8 + y] + 2 * x, 2);
+                uint32_t& word = w.words[l][matrix];
+                word = i % 2 ? word | uint32_t(element) << 16 : element;
+            }
+    });
+    std::memcpy(r, warp.words[lane], sizeof r);
+}
+
+cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+    if (bytes > size_t(device.shared_limit)) return cudaErrorInvalidValue;
+    shared_allowed[kernel] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+    const unsigned cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+    const unsigned grid = config.gridDim.x, size = config.blockDim.x;
+    if (!grid || !size || size > 1024 || size % WARP || !cluster || cluster > 8 || grid % cluster ||
+        (cluster > 1 && device.major < 9) || config.dynamicSmemBytes > std::max<size_t>(48 << 10, shared_allowed[kernel]))
+        return cudaErrorInvalidValue;
+    ++launches;
+    error.clear();
+    body = &thread;
+    blockDim = config.blockDim, gridDim = config.gridDim;
+    std::mt19937 random(device.order);
+    for (unsigned first = 0; first < grid && error.empty(); first += cluster) run_cluster(config, first, cluster, random);
+    blocks.clear();
+    return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace cuda_emulation
+
+using namespace cuda_emulation;
+
+void __syncthreads() {
+    Barrier& barrier = current->block->barrier;
+    if (arrive(barrier, blockDim.x)) release(barrier);
+}
+
+namespace vpd::device {
+
+unsigned char* dynamic_shared() { return current->block->shared; }
+
+void async_copy_16(void* shared, const void* global, bool valid) {
+    check_shared(shared, 16, 16);
+    if (valid) check_global(global, 16, false);
+    std::memset(shared, NAN_BYTE, 16);
+    current->groups.back().push_back({shared, valid ? global : nullptr});
+}
+
+void async_commit() { current->groups.emplace_back(); }
+
+void wait_for_copies(int pending) {
+    while (current->groups.size() > size_t(pending) + 1) {
+        for (const Copy& copy : current->groups.front())
+            if (copy.global)
+                std::memcpy(copy.shared, copy.global, 16);
+            else
+                std::memset(copy.shared, 0, 16);
+        current->groups.pop_front();
+    }
+}
+
+float shuffle_xor(float x, int mask) {
+    Warp& warp = *current->warp;
+    warp.c[current->lane][0] = x;
+    warp_instruction(SHUFFLE, [&](Warp& w) {
+        for (unsigned l = 0; l < WARP; ++l) w.c[l][1] = w.c[l ^ mask][0];
+    });
+    return warp.c[current->lane][1];
+}
+
+void cluster_arrive() {
+    current->cluster_generation = cluster_barrier.generation;
+    if (++cluster_barrier.arrived == blocks.size() * blockDim.x) release(cluster_barrier);
+}
+
+void cluster_wait() {
+    if (cluster_barrier.generation != current->cluster_generation) return;
+    cluster_barrier.waiting.push_back(current);
+    yield();
+}
+
+float load_from_cluster(const float* shared, uint32_t rank) {
+    const unsigned char* own = check_shared(shared, sizeof(float), sizeof(float));
+    if (rank >= blocks.size()) fail("a block of the cluster does not exist");
+    if (!blocks[rank]->running) fail("shared memory of a block that has ended is read");
+    float value;
+    std::memcpy(&value, blocks[rank]->shared + (own - current->block->shared), sizeof value);
+    return value;
+}
+
+}  // namespace vpd::device
+
+cudaError_t cudaGetDevice(int* id) {
+    *id = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int id) { return id == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? device.processors
+             : attribute == cudaDevAttrComputeCapabilityMajor ? device.major
+                                                              : device.shared_limit;
+    return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t status) {
+    return status == cudaErrorLaunchFailure ? error.c_str() : status == cudaSuccess ? "no error" : "invalid argument";
+}
+
+PYBIND11_MODULE(cuda_emulated, m) {
+    namespace py = pybind11;
+    m.def(
+        "configure",
+        [](int processors, int major, int shared_limit, unsigned order) {
+            device = {processors, major, shared_limit, order};
+        },
+        py::arg("processors"), py::arg("major"), py::arg("shared_limit"), py::arg("order"));
+    m.def(
+        "announce",
+        [](const std::vector<std::tuple<uintptr_t, size_t, bool>>& tensors) {
+            ranges.clear();
+            for (const auto& [address, bytes, writable] : tensors) ranges.push_back({address, address + bytes, writable});
+        },
+        "The only memory that kernels may use: (address, bytes, writable)");
+    m.def("launches", [] { return std::exchange(launches, 0); }, "Kernels launched since the last call");
+    vpd::bind_cross_attention_maps(m);
+}
