@@ -24,13 +24,13 @@ VPD_INLINE float pair_of(uint16_t low, uint16_t high) {  // as one element
     return result;
 }
 
-// Element i of `size` numbers that are `step` apart; a missing partner is zero.
+// Element i of `size` numbers; a missing partner is zero.
 template <typename E, typename T>
-VPD_INLINE float element(const T* numbers, int64_t step, int64_t i, int64_t size) {
+VPD_INLINE float element(const T* numbers, int64_t i, int64_t size) {
     if constexpr (E::WIDTH == 1)
-        return to_float(numbers[i * step]);
+        return to_float(numbers[i]);
     else
-        return pair_of(numbers[2 * i * step], 2 * i + 1 < size ? numbers[(2 * i + 1) * step] : 0);
+        return pair_of(numbers[2 * i], 2 * i + 1 < size ? numbers[2 * i + 1] : 0);
 }
 
 // Rounds probabilities [token][query] to elements [pair of tokens][query], in place.
@@ -131,7 +131,7 @@ private:
         } else {
             for (int64_t r = 0; r < count_; ++r)
                 for (int64_t i = 0; i < q_elements_; ++i)
-                    q_[i * tile_ + r] = element<E>(from + r * stride, 1, i, plan_.dim);
+                    q_[i * tile_ + r] = element<E>(from + r * stride, i, plan_.dim);
         }
         for (int64_t i = 0; i < q_elements_ && count_ < tile_; ++i)
             for (int64_t r = count_; r < tile_; ++r) q_[i * tile_ + r] = 0.0f;
@@ -233,19 +233,41 @@ private:
     int64_t image_ = 0, first_ = 0, count_ = 0;
 };
 
+// One row of elements: of K, along the head's dimension.
+template <typename E>
+VPD_INLINE void pack_k_row(const uint16_t* from, int64_t dim, float* to) {
+    if (E::WIDTH == 2 && dim % 2 == 0) {  // pairs are there already
+        std::memcpy(to, from, static_cast<size_t>(dim) * sizeof *from);
+    } else {
+        for (int64_t i = 0; i < elements<E>(dim); ++i) to[i] = element<E>(from, i, dim);
+    }
+}
+
+// And of V, along the tokens: a row of it, or of pairs with the next row, which is null after the last.
+template <typename E>
+VPD_INLINE void pack_v_row(const uint16_t* from, const uint16_t* next, int64_t dim, float* to) {
+    if (E::WIDTH == 1)
+        for (int64_t d = 0; d < dim; ++d) to[d] = to_float(from[d]);
+    else if (next)
+        for (int64_t d = 0; d < dim; ++d) to[d] = pair_of(from[d], next[d]);
+    else
+        for (int64_t d = 0; d < dim; ++d) to[d] = pair_of(from[d], 0);
+}
+
 // K as [token][element], V as [element along the tokens][dim].
-template <typename E, typename T>
+template <typename E>
 void pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
         const int64_t context = item / plan.heads, head = item % plan.heads;
-        const T* k = static_cast<const T*>(plan.k) + context * plan.k_stride[0] + head * plan.dim;
-        const T* v = static_cast<const T*>(plan.v) + context * plan.v_stride[0] + head * plan.dim;
+        const auto* k = static_cast<const uint16_t*>(plan.k) + context * plan.k_stride[0] + head * plan.dim;
+        const auto* v = static_cast<const uint16_t*>(plan.v) + context * plan.v_stride[0] + head * plan.dim;
         float* to = packed + item * plan.packed_size;
-        for (int64_t l = 0; l < plan.tokens; ++l)
-            for (int64_t i = 0; i < elements<E>(plan.dim); ++i)
-                *to++ = element<E>(k + l * plan.k_stride[1], 1, i, plan.dim);
-        for (int64_t i = 0; i < elements<E>(plan.tokens); ++i)
-            for (int64_t d = 0; d < plan.dim; ++d) *to++ = element<E>(v + d, plan.v_stride[1], i, plan.tokens);
+        for (int64_t l = 0; l < plan.tokens; ++l, to += elements<E>(plan.dim))
+            pack_k_row<E>(k + l * plan.k_stride[1], plan.dim, to);
+        for (int64_t l = 0; l < plan.tokens; l += E::WIDTH, to += plan.dim) {
+            const uint16_t* row = v + l * plan.v_stride[1];
+            pack_v_row<E>(row, l + 1 < plan.tokens ? row + plan.v_stride[1] : nullptr, plan.dim, to);
+        }
     }
 }
 
@@ -258,7 +280,7 @@ void work(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first
 }  // namespace
 
 void cross_attention_maps_pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
-    pack<Pair, uint16_t>(plan, packed, first, last);
+    pack<Pair>(plan, packed, first, last);
 }
 
 void cross_attention_maps_tiles(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first, int64_t last,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.errors import InputError
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
     from vpd_fast.inference import Result
 
 UNUSED_KEYS = ("sd_model.", "unet.unet.diffusion_model.out.", "encoder.unet.unet.diffusion_model.out.")
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Initialisers do nothing. On the meta device some would make PyTorch import its compiler, for 150 MiB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class VPD(nn.Module):
@@ -146,7 +157,7 @@ class VPD(nn.Module):
     @classmethod
     def empty(cls, config: VPDConfig) -> VPD:
         """The model on the meta device: no storage, no initialisation; for loading with assign=True."""
-        with torch.device("meta"):
+        with torch.device("meta"), _NoRandomNumbers():
             return cls(config)
 
     @classmethod
