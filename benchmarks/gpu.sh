@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, for a machine without a network:
 #
-#     benchmarks/gpu.sh [tests|ops|e2e|train|all]
+#     benchmarks/gpu.sh [tests|ops|slow|e2e|train|all]
 #
 # It must have Python with torch (CUDA build), pybind11, cmake, ninja, setuptools, pytest and pytest-benchmark, and nvcc
 # or a built vpd_fast._C_cuda. Results and logs go to $OUT (default benchmarks/results). A part that finished is
@@ -11,7 +11,7 @@ set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || command -v python3)}
 export VPD_FAST_RESULTS=$out PYTHONUNBUFFERED=1
 failed=()
 
@@ -38,15 +38,21 @@ part() { # part NAME COMMAND...
     fi
 }
 
-tests() { part tests "$python" -P -m pytest tests -q -m gpu; }
-ops() { part ops "$python" -P -m pytest benchmarks -q -m gpu; }
+# Interrupted before a limit of ten minutes, pytest still prints and writes what it has measured.
+limited=(timeout -s INT "${LIMIT:-540}")
+parallel() { "$python" -P -c 'import xdist' 2>/dev/null && echo "-n 8"; }
+tests() { part tests "${limited[@]}" "$python" -P -m pytest tests -q -m gpu --maxfail 60 $(parallel); }
+ops() {
+    part ops "${limited[@]}" "$python" -P -m pytest benchmarks -q -m "gpu and not slow"
+}
+slow() { VPD_FAST_RESULTS=$out/slow part slow "${limited[@]}" "$python" -P -m pytest benchmarks -q -m "gpu and slow"; }
 e2e() { part e2e "$python" benchmarks/e2e.py --device cuda --batch 1 8; }
 train() { echo "== train: there is no training benchmark yet; nothing was run"; }
 
 case ${1:-all} in
-    tests | ops | e2e | train) chosen=("$1") ;;
-    all) chosen=(tests ops e2e train) ;;
-    *) echo "usage: benchmarks/gpu.sh [tests|ops|e2e|train|all]"; exit 2 ;;
+    tests | ops | slow | e2e | train) chosen=("$1") ;;
+    all) chosen=(tests ops e2e slow train) ;;
+    *) echo "usage: benchmarks/gpu.sh [tests|ops|slow|e2e|train|all]"; exit 2 ;;
 esac
 
 "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||

@@ -27,6 +27,7 @@ SHAPES = {
 TOKENS = (1, 40, 77, 150, 847)
 MAIN = (512, 0, 150, 1)  # image side, index in SHAPES, tokens, batch
 MOST_PROBABILITIES = 1 << 29  # of one layer: eager PyTorch holds three tensors of this many numbers
+PEERS = ("eager", "sdpa without maps", "sdpa and maps", "compiled eager")
 Variants = dict[str, Callable[[], tuple[Tensor, ...]]]
 
 
@@ -111,7 +112,9 @@ def require_parity(variants: Variants, tensors: list[Tensor]) -> None:
     units = torch.finfo(q.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     for name, variant in variants.items():
         for error, base, unit in zip(errors(variant()), eagerly, units, strict=False):
-            assert error <= 2 * base + unit, f"{name}: error {error:.1e}, eager's is {base:.1e}"
+            # Nobody else has promised that budget: SDPA's float32 on GPUs is partly TF32.
+            limit = 2 * base + unit if name not in PEERS else 1e-2
+            assert error <= limit, f"{name}: error {error:.1e}, eager's is {base:.1e}"
 
 
 @functools.cache
@@ -121,7 +124,14 @@ def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def add_rows(
-    keep: Callable, variants: Variants, device: str, tensors: list[Tensor], seconds: float, passes: float, **facts: Any
+    keep: Callable,
+    variants: Variants,
+    device: str,
+    tensors: list[Tensor],
+    seconds: float,
+    passes: float,
+    graphs: bool = True,
+    **facts: Any,
 ) -> None:
     """Measures and keeps one row per variant. passes: the work in forwards (two products); 3.5 with the backward."""
     q, k, v = tensors
@@ -132,7 +142,7 @@ def add_rows(
     rates = peaks(device, q.dtype)
     floor_ms = 1e3 * max(gigabytes / rates[0], gflop / rates[1])
     memory = {name: extra_memory(device, variant) for name, variant in variants.items()}
-    rows = rows_of(measure(variants, device, seconds=seconds), "eager", gigabytes, gflop, **facts)
+    rows = rows_of(measure(variants, device, seconds=seconds, graphs=graphs), "eager", gigabytes, gflop, **facts)
     sdpa_ms = next(row["p50_ms"] for row in rows if row["variant"].startswith("sdpa"))
     for row in rows:
         row["of_peak"] = round(floor_ms / row["p50_ms"], 3)
@@ -179,7 +189,7 @@ def test_training_step(tokens: int, device: str, keep: Callable) -> None:
     """Forward and backward, maps detached: autograd through eager PyTorch, through SDPA, through the operator."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tensors = [x.requires_grad_() for x in inputs(SHAPES[512][0], tokens, 1, dtype, device)]
-    grad = torch.randn_like(tensors[0])
+    grad = torch.randn(tensors[0].shape).to(tensors[0])
 
     def gradients(forward: Callable) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:
@@ -206,7 +216,7 @@ def test_backward_alone(device: str, keep: Callable) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tensors = [x.requires_grad_() for x in inputs(SHAPES[512][1], 150, 1, dtype, device)]
     q, k, v = (x.detach() for x in tensors)
-    grad_out, grad_maps = torch.randn_like(q), torch.randn(1, q.shape[1], 150, device=device)
+    grad_out, grad_maps = torch.randn(q.shape).to(q), torch.randn(1, q.shape[1], 150).to(device)
     results, (without_maps,) = eager(*tensors), sdpa(*tensors)
     grads = grad_out, grad_maps
     variants = {
@@ -219,14 +229,15 @@ def test_backward_alone(device: str, keep: Callable) -> None:
         assert error <= (1e-5 if dtype == torch.float32 else 2e-2), f"{error:.1e}"
     facts = {"image": 512, "shape": "backward with maps, 1x1024x8x80", "tokens": 150}
     facts |= {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    add_rows(keep, variants, device, [q, k, v], 5.0, 2.5, **facts)
+    # Autograd runs a backward on the stream of its forward, which is not the one of a capture.
+    add_rows(keep, variants, device, [q, k, v], 5.0, 2.5, graphs=False, **facts)
 
 
 def test_mean_of_five_layers_into_features(device: str, keep: Callable) -> None:
     """The 32x32 level: five layers, the mean of their maps behind 640 channels of a features tensor."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layers = [inputs(SHAPES[512][1], 150, 1, dtype, device) for _ in range(5)]
-    features = torch.randn(1, 640, 32, 32, device=device).to(dtype)
+    features = torch.randn(1, 640, 32, 32).to(device, dtype)
     whole = torch.empty(1, 790, 32, 32, device=device, dtype=dtype)
     sums = torch.empty(1, 1024, 150, device=device)
 

@@ -52,7 +52,7 @@ def _as_graphs(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[],
 
     If one cannot be captured, all are returned as they are: only like is compared with like.
     """
-    replays = {}
+    replays, before = {}, torch.cuda.current_stream()
     for name, function in variants.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -66,6 +66,7 @@ def _as_graphs(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[],
                 kept = function()
         except Exception as error:
             print(f"timed with launches, because {name} cannot be captured in a CUDA graph: {error}")
+            torch.cuda.set_stream(before)  # a failed capture leaves its own
             torch.cuda.synchronize()
             return variants
         # The replay writes into the tensors of the capture.
@@ -74,15 +75,20 @@ def _as_graphs(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[],
 
 
 def measure(
-    variants: dict[str, Callable[[], Any]], device: str = "cpu", rounds: int = 30, seconds: float = 20.0
+    variants: dict[str, Callable[[], Any]],
+    device: str = "cpu",
+    rounds: int = 30,
+    seconds: float = 20.0,
+    graphs: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant, one number per round; the variants take turns within a round.
 
+    graphs: on a GPU, replay CUDA graphs; False for what cannot be captured, such as copies from the host.
     Stops after `rounds` rounds, or after `seconds` if at least three rounds are done.
     """
     names = list(variants)
     if device == "cuda":
-        variants = _as_graphs(variants)
+        variants = _as_graphs(variants) if graphs else variants
         flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
         sample = {name: lambda f=variants[name]: _seconds_cuda(f, flush) for name in names}
         for _ in range(3):  # warm up
@@ -186,7 +192,11 @@ def device_name(device: str) -> str:
 def environment(device: str) -> dict[str, Any]:
     """What the numbers depend on: device, threads, instruction set, versions, commit, time."""
     report = info.collect()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git
+        commit = None
     packages = ("torch", "numpy", "triton")
     installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     return {
@@ -194,7 +204,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": report["cpu"]["isa"]["chosen"] if report["cpu"]["isa"] else None,
         "vpd_fast": report["vpd_fast"],
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "python": report["python"],
         **{name: importlib.metadata.version(name) for name in packages if name in installed},
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

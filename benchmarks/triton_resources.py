@@ -44,6 +44,8 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, int, int | None]]:
         yield torch.bfloat16, rows, dim, 150, 100
         yield torch.float32, rows, dim, 150, None
     yield torch.bfloat16, 4096, 40, 77, 20
+    for dim in (8, 64, 128):  # one power of two: other code than the sums above
+        yield torch.bfloat16, 1024, dim, 77, None
 
 
 def launches(dtype: torch.dtype, rows: int, dim: int, tokens: int, count: int | None) -> list[Launch]:

@@ -18,7 +18,7 @@ namespace py = pybind11;
 
 constexpr int64_t LEAST_ITEMS = 32;  // chunks of all heads, for many threads; a constant, so that sums do not depend on them
 
-void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const std::array<int64_t, 5>& shape,
+void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const std::array<int64_t, 6>& shape,
                                    const std::array<std::array<int64_t, 2>, 3>& strides,
                                    const std::optional<std::tuple<uintptr_t, std::array<int64_t, 2>>>& grad_out,
                                    const std::optional<std::tuple<uintptr_t, std::array<int64_t, 4>>>& grad_maps,
@@ -31,7 +31,8 @@ void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const
     const auto address = [](uintptr_t value) { return reinterpret_cast<float*>(value); };
     plan.q = address(inputs[0]), plan.k = address(inputs[1]), plan.v = address(inputs[2]);
     plan.dq = address(grads[0]), plan.dk = address(grads[1]), plan.dv = address(grads[2]);
-    std::tie(plan.batch, plan.queries, plan.tokens, plan.heads, plan.dim) = std::tuple_cat(shape);
+    std::tie(plan.batch, plan.contexts, plan.queries, plan.tokens, plan.heads, plan.dim) = std::tuple_cat(shape);
+    require(plan.contexts == 1 || plan.contexts == plan.batch, "contexts must be 1 or the batch");
     std::copy(strides[0].begin(), strides[0].end(), plan.q_stride);
     std::copy(strides[1].begin(), strides[1].end(), plan.k_stride);
     std::copy(strides[2].begin(), strides[2].end(), plan.v_stride);
@@ -49,7 +50,6 @@ void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const
         plan.category_weights = address(std::get<1>(*categories));
     }
     plan.scale = scale, plan.weight = weight;
-    plan.contexts = plan.k_stride[0] || plan.v_stride[0] ? plan.batch : 1;
     plan.tiles = (plan.queries + QUERIES_OF_BACKWARD_TILE - 1) / QUERIES_OF_BACKWARD_TILE;
     plan.padded_dim = padded(plan.dim);
     const int64_t contexts = plan.contexts * plan.heads, tiles = plan.batch / plan.contexts * plan.tiles;
@@ -79,8 +79,8 @@ void bind_cross_attention_maps_backward(py::module_& m) {
     m.def("cross_attention_maps_backward", &cross_attention_maps_backward, py::arg("inputs"), py::arg("shape"),
           py::arg("strides"), py::arg("grad_out"), py::arg("grad_maps"), py::arg("grads"), py::arg("categories"),
           py::arg("n_maps"), py::arg("scale"), py::arg("weight"), py::arg("threads"), py::arg("isa") = "",
-          "inputs, grads: addresses of float32 q, k, v and of their gradients, which are contiguous; shape: (batch, queries,\n"
-          "tokens, heads, dim); strides: (image, row) of q, k and v in elements; grad_out: (address, (image, row) strides);\n"
+          "inputs, grads: addresses of float32 q, k, v and of their gradients, which are contiguous; shape: (batch, batch of\n"
+          "k and v, queries, tokens, heads, dim); strides: (image, row) of q, k and v in elements; grad_out: (address, (image, row) strides);\n"
           "grad_maps: (address, strides) of (batch, heads or 1, queries, n_maps); both or one of them, or None; categories:\n"
           "addresses of int32 ids (tokens) and float32 weights (n_maps), or None; weight: of each head in the maps.");
 }

@@ -100,7 +100,7 @@ def load_rows(pointer, rows, stride, valid, D: tl.constexpr, D0: tl.constexpr, D
     starts = pointer + rows[:, None] * stride
     columns = tl.arange(0, D0)
     x0 = tl.load(starts + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
-    x1 = None
+    x1 = x0  # not used if D1 is 0; a compiled function cannot return None
     if D1 > 0:
         columns = D0 + tl.arange(0, D1)
         x1 = tl.load(starts + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
@@ -149,7 +149,7 @@ def add_dot(x0, x1, a, b0, b1, D1: tl.constexpr):
 def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """A split float32 matrix (ROWS, D) of zeros."""
     x0 = tl.zeros((ROWS, D0), tl.float32)
-    x1 = None
+    x1 = x0  # not used if D1 is 0
     if D1 > 0:
         x1 = tl.zeros((ROWS, D1), tl.float32)
     return x0, x1

@@ -250,9 +250,7 @@ def _category_block(categories: Any) -> int:
     return 0 if categories is None else min(32, max(16, triton.next_power_of_2(categories.count)))
 
 
-def refuse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, categories: Any, maps: torch.Tensor | None
-) -> str | None:
+def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str | None:
     """Why these kernels cannot run the operator (arguments as for `forward`), or None if they can."""
     if not INTERPRETED.value:
         if q.device.type != "cuda":
@@ -263,8 +261,8 @@ def refuse(
         return f"a head has {q.shape[2] // heads} channels; this takes at most {MAX_HEAD_DIM}"
     if k.shape[1] * max(k.stride(1), v.stride(1)) >= 2**31:
         return "k or v of one image spans more than 2**31 elements"
-    if max(q.stride(1), 0 if maps is None else maps.stride(-2)) >= 2**25:
-        return "rows of q or of the maps are more than 2**25 elements apart"
+    if q.stride(1) >= 2**25:
+        return "rows of q are more than 2**25 elements apart"
     return None
 
 

@@ -17,6 +17,8 @@ from vpd_fast import BackboneConfig
 if not torch.cuda.is_available():  # Triton kernels are interpreted; they read this when they are first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # some versions want it for deterministic algorithms
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -22,7 +22,7 @@ struct CrossAttentionMapsBackwardPlan {
     const float* category_weights;  // (n_maps)
     float scale, weight;            // weight: of each head's probabilities in the maps
 
-    int64_t contexts;       // different K and V: 1 if all images share them, otherwise batch
+    int64_t contexts;       // batch of k and v, and so of dk and dv: 1 or batch
     int64_t tiles, chunks;  // tiles of 32 queries in an image; chunks of a context's tiles
     int64_t padded_dim;     // up to a multiple of 16
 };

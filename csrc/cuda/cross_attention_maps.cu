@@ -102,7 +102,7 @@ const char* make_plan(const CudaCrossAttentionMaps& p, CudaFloat dtype, CudaSche
     if (!choose_tile(p, kernel, plan)) return "the device has too little shared memory";
 
     const bool average = p.average_heads && p.heads > 1;
-    plan.columns = int(p.category_tokens ? p.categories : p.tokens);
+    plan.columns = int(p.category_offsets ? p.categories : p.tokens);
     plan.scale_log2 = float(p.scale * LOG2_E);
     plan.factor = p.average_heads ? p.weight / float(p.heads) : p.weight;
     if (!p.maps) {

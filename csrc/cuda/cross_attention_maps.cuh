@@ -180,7 +180,7 @@ __device__ inline int64_t map_offset(const CudaMapStrides& s, int64_t image, int
 }
 
 __device__ inline float column_sum(const CudaCrossAttentionMaps& p, const float* sums, int column) {
-    if (!p.category_tokens) return sums[column];
+    if (!p.category_offsets) return sums[column];
     float total = 0.0f;
     const int end = load_global(p.category_offsets + column + 1);
 #pragma unroll 4

@@ -35,7 +35,7 @@ struct CudaCrossAttentionMaps {
     float scale, weight;
     bool average_heads;
     // Category c is category_weights[c] times the sum over tokens category_tokens[category_offsets[c]] up to, not
-    // including, [category_offsets[c + 1]]. Null: each token is a column.
+    // including, [category_offsets[c + 1]]. Null offsets: each token is a column (null tokens: none has a category).
     const int32_t *category_tokens, *category_offsets;
     const float* category_weights;
     int64_t categories;

@@ -303,14 +303,12 @@ def test_huge_scores(one_pass: bool, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.skipif(not INTERPRETED.value, reason="without a GPU every call is refused")
 def test_what_is_refused() -> None:
     q, k = torch.empty(1, 1, 1).expand(2, 4, 257), torch.empty(1, 1, 1).expand(1, 8, 257)
-    maps = torch.empty(1, 1, 1).expand(2, 4, 8)
     refuse = cross_attention_maps.refuse
-    assert refuse(q[..., :256], k[..., :256], k[..., :256], 1, None, maps) is None
-    assert "257" in refuse(q, k, k, 1, None, maps)
+    assert refuse(q[..., :256], k[..., :256], k[..., :256], 1) is None
+    assert "257" in refuse(q, k, k, 1)
     far = torch.empty(1, 1, 1, device="meta").as_strided((1, 8, 256), (0, 2**28, 1))
-    assert "k or v" in refuse(q[..., :256], k[..., :256], far, 1, None, maps)
-    assert "rows" in refuse(far, k[..., :256], k[..., :256], 1, None, maps)
-    assert "rows" in refuse(q[..., :256], k[..., :256], k[..., :256], 1, None, far)
+    assert "k or v" in refuse(q[..., :256], k[..., :256], far, 1)
+    assert "rows" in refuse(far, k[..., :256], k[..., :256], 1)
 
 
 def run_backward(

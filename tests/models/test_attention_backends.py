@@ -238,6 +238,18 @@ def test_checkpointing_changes_no_gradient_and_makes_each_map_once(
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
+@pytest.mark.parametrize("map_grad", [False, True])
+def test_checkpointing_with_self_maps(make: Callable, backend: str, map_grad: bool) -> None:
+    x, found = images(128), []
+    for enabled in (False, True):
+        model = make(backend=backend, map_grad=map_grad, attn_selector="up_self+up_cross+mid_self")
+        model.gradient_checkpointing_enable(enabled)
+        found.append(gradients(model, x))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
 def test_with_one_token_queries_get_a_zero_gradient(make: Callable, backend: str) -> None:
     """Not None: optimisers would skip the weight (and its decay), and DDP would wait for it."""
     model = make("depth", backend)

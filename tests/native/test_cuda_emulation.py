@@ -305,7 +305,9 @@ FORMS = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("average", [True, False], ids=["averaged", "each head"])
-@pytest.mark.parametrize("categories", [None, TOKENS_OF_WORDS], ids=["tokens", "categories"])
+@pytest.mark.parametrize(
+    "categories", [None, TOKENS_OF_WORDS, (-1,) * 40], ids=["tokens", "categories", "no categories"]
+)
 @pytest.mark.parametrize("form", list(FORMS))
 def test_forms_of_maps(cuda, form: str, categories: tuple[int, ...] | None, average: bool, schedule: str) -> None:
     run_and_check(cuda, Case(batch=2, categories=categories, average=average, **FORMS[form]), schedule)

@@ -104,6 +104,34 @@ def test_strided_gradients(where) -> None:
         torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize("expanded", ["k", "v", "k and v"])
+def test_expanded_contexts_have_a_gradient_for_each_image(where, expanded: str) -> None:
+    """Equal contexts in one place of memory are not a shared context: their gradients are not summed."""
+    q, k, v = make_qkv(3, 37, 9, 4, 8, device=where["device"])
+    if "k" in expanded:
+        k = k[:1].expand(3, -1, -1)
+    if "v" in expanded:
+        v = v[:1].expand(3, -1, -1)
+    check_backward(where, q, k, v, 4)
+
+
+def test_second_derivatives_are_an_error() -> None:
+    q, k, v = (x.requires_grad_() for x in make_qkv(2, 5, 3, 4, 8))
+    out, _ = ops.cross_attention_maps(q, k, v, 4)
+    (gradient,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    with pytest.raises(InputError, match="no second derivatives"):
+        gradient.square().sum().backward()
+
+
+def test_gradients_nobody_wants_are_not_computed(monkeypatch) -> None:
+    q, k, v = make_qkv(2, 5, 3, 4, 8)
+    addend = torch.zeros(2, 5, 3, requires_grad=True)
+    _, maps = ops.cross_attention_maps(q, k, v, 4, addend=addend, map_grad=True)
+    monkeypatch.setattr(torch.ops.vpd_fast, "cross_attention_maps_backward", None)
+    maps.sum().backward()
+    assert torch.equal(addend.grad, torch.ones_like(addend))
+
+
 def test_two_runs_are_equal_bit_for_bit(where) -> None:
     q, k, v = make_qkv(3, 100, 40, 4, 20, shared=True, device=where["device"])
     grads = torch.randn_like(q), torch.randn(3, 100, 40, device=where["device"])

@@ -21,12 +21,13 @@ def _poison() -> Iterator[None]:
 
 @pytest.fixture(params=implementation_params())
 def where(request, monkeypatch) -> dict:
-    """{"impl", "device"}: every implementation on its device, the CPU kernel once per instruction set level."""
+    """{"impl", "device", "dtype"}: every implementation, the CPU kernel once per instruction set level."""
     name, device = request.param
     name, _, isa = name.partition(":")
     if isa:
         monkeypatch.setenv("VPD_FAST_ISA", isa)
-    return {"impl": name, "device": device}
+    # The CUDA C++ kernel takes 16 bits only.
+    return {"impl": name, "device": device, "dtype": torch.bfloat16 if name == "cuda" else torch.float32}
 
 
 def targets(device: str, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -48,7 +49,7 @@ def targets(device: str, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", list(targets("cpu", torch.float32)))
 def test_layouts(where, layout: str, dtype: torch.dtype) -> None:
-    q, k, v = make_qkv(2, 42, 9, 4, 8, device=where["device"])
+    q, k, v = make_qkv(2, 42, 9, 4, 8, dtype=where["dtype"], device=where["device"])
     addend = torch.randn(2, 42, 9, device=where["device"])
     out, maps = ops.cross_attention_maps(q, k, v, 4, weight=0.5, addend=addend, impl=where["impl"])
     memory, into = targets(where["device"], dtype)[layout]
@@ -62,7 +63,7 @@ def test_layouts(where, layout: str, dtype: torch.dtype) -> None:
 
 
 def test_accumulates_over_layers(where) -> None:
-    layers = [make_qkv(2, 42, 9, heads, 8, device=where["device"]) for heads in (2, 4, 8)]
+    layers = [make_qkv(2, 42, 9, heads, 8, dtype=where["dtype"], device=where["device"]) for heads in (2, 4, 8)]
     total = expected = None
     sums = torch.full((2, 42, 9), float("nan"), device=where["device"])  # the first layer writes
     for i, (layer, heads) in enumerate(zip(layers, (2, 4, 8), strict=True)):
@@ -73,7 +74,7 @@ def test_accumulates_over_layers(where) -> None:
 
 
 def test_categories(where) -> None:
-    q, k, v = make_qkv(2, 42, 9, 4, 8, device=where["device"])
+    q, k, v = make_qkv(2, 42, 9, 4, 8, dtype=where["dtype"], device=where["device"])
     ids = torch.tensor([0, 0, 1, 2, 2, 2, -1, 4, 4], device=where["device"])
     kwargs = {"categories": ids, "num_categories": 6, "reduce": "mean", "impl": where["impl"]}
     features = torch.zeros(2, 10, 6, 7, device=where["device"])
@@ -94,6 +95,15 @@ def test_out_has_gradients_and_into_none() -> None:
         actual, expected = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, same))
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_autograd_knows_of_the_write() -> None:
+    q, k, v = make_qkv(2, 42, 9, 4, 8)
+    into, factor = torch.ones(2, 42, 9), torch.ones(2, 42, 9, requires_grad=True)
+    product = (into * factor).sum()
+    ops.cross_attention_maps_into(q, k, v, into, 4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def test_empty() -> None:
@@ -118,6 +128,8 @@ def test_bad_values_are_named() -> None:
         (dict(into=good.bfloat16(), accumulate=True), "accumulate=True needs into in torch.float32"),
         (dict(into=good, accumulate=True, addend=good), "give either accumulate=True or an addend"),
         (dict(into=good, addend=good[:1]), "addend must have shape \\(B=2, N=42, maps=9\\)"),
+        (dict(into=good, accumulate="yes"), "accumulate must be True or False, got 'yes'"),
+        (dict(into=good, weight=None), "weight must be a finite Python number, got None"),
         (dict(into=good, heads=5), "heads=5 must divide the width of q"),
     ]
     for changes, message in bad:

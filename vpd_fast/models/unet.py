@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.models.attention import BasicTransformerBlock, MapSum
+from vpd_fast.models.attention_backends import PLAIN
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -76,10 +77,13 @@ def _checkpoint_transformer(
     if torch.compiler.is_compiling():  # the compiler recomputes what backward needs, and no more
         return checkpoint(lambda *x: block(*x, map_sums), tokens, context, use_reentrant=False)
     first = [map_sums]
+    # Maps are not recomputed: backward needs nothing that making them would save. Nor are their sums kept. But
+    # self-attention must take the same way again, and fused it is another for maps.
+    fused_self = "self" in map_sums and block.attn1.attention_backend != PLAIN
+    again: dict[str, MapSum] = {"self": (1.0, None)} if fused_self else {}
 
     def run(tokens: Tensor, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # Maps are not recomputed: backward needs nothing that making them would save. Nor are their sums kept.
-        return block(tokens, context, first.pop() if first else {})
+        return block(tokens, context, first.pop() if first else again)
 
     return checkpoint(run, tokens, context, use_reentrant=False)
 

@@ -91,7 +91,8 @@ class VPD(nn.Module):
         """How attention is computed: "plain", "sdpa", "xformers" or "flash-attn".
 
         "plain" (the default) writes it out as the original does. The others never store the probabilities: they use
-        `vpd_fast.ops.cross_attention_maps` for the text and for maps, and the named library for self-attention.
+        `vpd_fast.ops.cross_attention_maps` for the text and for maps, and the named library for self-attention in
+        the UNet; the KL encoder's attention goes through SDPA.
         It belongs to this object, not to `config`: it says how to run, not what the model is.
 
         Setting it raises InputError for other names and MissingDependencyError if the package is not installed. Running

@@ -15,6 +15,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.ops._attention_checks import maps_dtype
 from vpd_fast.ops._categories import Categories
+from vpd_fast.ops._dispatch import never_refuses
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def triton_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
         return "triton is not installed (it comes with PyTorch's GPU builds)"
     from vpd_fast.kernels import cross_attention_maps as kernels
 
-    return kernels.refuse(q, last_contiguous(k), last_contiguous(v), heads, None, None)
+    return kernels.refuse(q, k, v, heads)
 
 
 def _triton(p: Problem, out: Tensor, maps: Tensor | None) -> None:
@@ -229,7 +230,7 @@ IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
     ("cuda", _cuda, _cuda_refuses),
     ("cpu", _cpu, cpu_refuses),
     ("triton", _triton, triton_refuses),
-    ("reference", _reference, lambda *_: None),
+    ("reference", _reference, never_refuses),
 )
 
 

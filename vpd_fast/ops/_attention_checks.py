@@ -12,14 +12,13 @@ from vpd_fast.ops._checks import FLOATS, check, check_tensor
 
 QKV_DTYPES = (*FLOATS, torch.float64)
 REDUCTIONS = ("mean", "sum")
+MAX_NUMBER = torch.finfo(torch.float32).max
+MAX_CATEGORIES = 2**31 - 1
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> float:
     """Checks what all operators on q, k and v share and returns the scale. Raises InputError."""
-    check(
-        isinstance(heads, int) and not isinstance(heads, bool) and heads > 0,
-        f"heads must be a positive int, got {heads!r}",
-    )
+    check(is_int(heads) and heads > 0, f"heads must be a positive int, got {heads!r}")
     check_tensor("q", q, "B N heads*D", QKV_DTYPES, may_be_empty="B N")
     batch, _, width = q.shape
     check(width % heads == 0, f"heads={heads} must divide the width of q, got q of shape {tuple(q.shape)}")
@@ -35,7 +34,22 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
             f"{name} must have a batch of 1 or {batch} as q has, got shape {tuple(other.shape)}",
         )
     check(k.shape[0] == v.shape[0], f"k and v must have the same batch, got {k.shape[0]} and {v.shape[0]}")
-    return (width // heads) ** -0.5 if scale is None else float(scale)
+    return (width // heads) ** -0.5 if scale is None else check_number("scale", scale)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any) -> float:
+    """A Python number as float. Raises InputError for anything else and for what float32 cannot hold."""
+    good = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    check(good and abs(value) <= MAX_NUMBER, f"{name} must be a finite Python number, got {value!r}")
+    return float(value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
 
 
 def check_categories(
@@ -51,17 +65,20 @@ def check_categories(
         check(num_categories is None, f"num_categories={num_categories!r} needs categories")
         return None, tokens, reduce == "mean"
     if not isinstance(categories, Tensor):
-        try:
-            categories = torch.tensor(categories, device=device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            check(False, f"categories must be a tensor or sequence of {tokens} integers, got {categories!r} ({error})")
+        good = isinstance(categories, Sequence) and all(is_int(i) and abs(i) <= MAX_CATEGORIES for i in categories)
+        check(good, f"categories must be a tensor or sequence of {tokens} integers, got {categories!r}")
+        if num_categories is None:
+            num_categories = max(categories, default=-1) + 1
+            check(num_categories > 0, "categories are all negative: give num_categories")
+        categories = torch.tensor(categories, dtype=torch.int64, device=device)
     check_tensor("categories", categories, "L", (torch.int64, torch.int32), L=tokens)
     check(categories.device == device, f"categories must be on {device} as q is, got {categories.device}")
     if num_categories is None:
         num_categories = int(categories.max()) + 1
+        check(num_categories > 0, "categories are all negative: give num_categories")
     check(
-        isinstance(num_categories, (int, torch.SymInt)) and num_categories > 0,
-        f"num_categories must be a positive int, got {num_categories!r}",
+        is_int(num_categories) and 0 < num_categories <= MAX_CATEGORIES,
+        f"num_categories must be a positive int of 31 bits, got {num_categories!r}",
     )
     return categories, num_categories, reduce == "mean"
 
@@ -81,7 +98,7 @@ def maps_dtype(q: Tensor) -> torch.dtype:
 
 def flat_maps(into: Any, q: Tensor, count: int) -> Tensor:
     """`into` as (B, N, M), sharing its memory."""
-    dtypes = (*FLOATS, maps_dtype(q))
+    dtypes = tuple(dict.fromkeys((*FLOATS, maps_dtype(q))))
     batch, length, _ = q.shape
     if isinstance(into, Tensor) and into.dim() == 4:
         check_tensor("into", into, "B maps h w", dtypes, may_be_empty="B maps h w", B=batch, maps=count)

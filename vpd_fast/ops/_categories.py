@@ -31,7 +31,8 @@ class Categories:
         return one_hot.to(dtype) * self.weights.to(dtype)
 
 
-# Making them reads the ids, which on a GPU waits for it; a model asks for the same ones in every layer.
+# Making them reads the ids, which on a GPU waits for it; a model asks for the same ones in every layer. What is kept
+# with them tells whether the ids changed: a copy, or on a GPU PyTorch's count of its own writes.
 _MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -40,12 +41,13 @@ def categories_of(ids: torch.Tensor, count: int, mean: bool) -> Categories:
 
     mean: a category's map is the mean over its tokens, otherwise the sum. Raises InputError for ids out of range.
     """
-    if ids.is_inference():  # has no version: changes would go unnoticed
+    on_cpu = ids.device.type == "cpu"
+    if not on_cpu and ids.is_inference():  # has no count of writes
         return _make(ids, count, mean)
-    version, made = _MADE.get(ids, (None, {}))
-    if version != ids._version:
+    state, made = _MADE.get(ids, (None, {}))
+    if state is None or not (torch.equal(ids, state) if on_cpu else ids._version == state):
         made = {}
-        _MADE[ids] = (ids._version, made)
+        _MADE[ids] = (ids.detach().clone() if on_cpu else ids._version, made)
     if (count, mean) not in made:
         made[count, mean] = _make(ids, count, mean)
     return made[count, mean]

@@ -19,6 +19,12 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_impl(impl: Any) -> str:
+    """The name of an implementation, whatever it names. Raises InputError for what is no name."""
+    check(isinstance(impl, str), f"impl must be a string, got {impl!r}")
+    return impl
+
+
 def check_tensor(
     name: str,
     value: Any,
@@ -35,7 +41,8 @@ def check_tensor(
         >>> check_tensor("k", k, "B L D", D=q.shape[-1], may_be_empty="B")
     """
     words = shape.split()
-    if isinstance(value, torch.Tensor) and value.dtype in dtypes and len(value.shape) == len(words):
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    if strided and value.dtype in dtypes and len(value.shape) == len(words):
         empty = may_be_empty.split()
         pairs = zip(words, value.shape, strict=True)
         if all(size == sizes.get(word, size) and (size != 0 or word in empty) for word, size in pairs):
@@ -50,6 +57,8 @@ def _explain_tensor(
     expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} must be a tensor of shape ({expected}), got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise InputError(f"{name} must be a dense tensor, got layout {value.layout}")
     shape = tuple(value.shape)
     if len(shape) != len(words) or any(size != sizes.get(word, size) for word, size in zip(words, shape, strict=True)):
         raise InputError(f"{name} must have shape ({expected}), got {shape}")

@@ -77,8 +77,25 @@ def register(op: Op) -> Op:
     LIBRARY.define(f"{op.name}({op.arguments}, str impl) -> {op.returns}")
     LIBRARY.impl(op.name, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vpd_fast::{op.name}", op.fake, lib=LIBRARY)
+    _announce_writes(getattr(torch.ops.vpd_fast, op.name).default)
     _OPS[op.name] = op
     return op
+
+
+def _announce_writes(overload: torch._ops.OpOverload) -> None:
+    """Lets autograd know of the arguments that the operator writes to, so that stale saved tensors are an error."""
+    arguments = overload._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return
+
+    def run(keys: Any, *args: Any) -> Any:
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIBRARY.impl(overload._schema.name.partition("::")[2], run, "ADInplaceOrView", with_keyset=True)
 
 
 def registry() -> dict[str, Op]:

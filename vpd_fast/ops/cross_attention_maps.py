@@ -23,11 +23,13 @@ from vpd_fast.ops._attention_checks import (
     check_addend,
     check_attention,
     check_categories,
+    check_flag,
+    check_number,
     flat_maps,
     maps_dtype,
 )
 from vpd_fast.ops._categories import categories_of
-from vpd_fast.ops._checks import FLOATS, check
+from vpd_fast.ops._checks import FLOATS, check, check_impl
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
 
 
@@ -52,18 +54,20 @@ def cross_attention_maps(
 
     q: (B, N, heads * D), projected queries. k, v: (B, L, heads * D), or (1, L, heads * D) for a context that all images
         share. All of one dtype, float32, bfloat16 or float16 (float64: by the reference), any strides.
-    scale: of the scores; None: D ** -0.5.
+    scale: of the scores, a number; None: D ** -0.5.
     categories: (L,) integers, tensor or sequence: category of each token, -1 for none. None: one map for each token.
     num_categories: None: the largest of `categories` plus one (reads them; give it under torch.compile).
     reduce: "mean" or "sum" over the tokens of a category; an empty category is zero.
     map_grad: let gradients flow through the maps (and to `addend`).
     need_maps: False: plain attention, maps are None. average_heads: False: one map for each head.
     weight, addend: maps are addend + weight * (what was said above), so that a mean over layers needs no second
-        pass: each layer gives its share to the next. addend: float32, the shape of the maps.
-    impl: "auto", "cuda", "triton", "cpu" or "reference" ("constant" is what "auto" takes for L = 1).
+        pass: each layer gives its share to the next. addend: of the shape and dtype of the maps; weight: a number.
+    impl: "auto", "cuda", "triton", "cpu" or "reference" ("constant" is what "auto" takes for L = 1). Backward is by the
+        same, or for "cuda" and "constant", which have none, by what "auto" takes.
 
     Returns out (B, N, heads * D) in q's dtype and maps (B, N, M), or (B, heads, N, M) without average_heads, in
     float32 (float64 for float64); M is L or num_categories. Under autocast q, k and v are cast to its dtype.
+    Gradients are reverse-mode only, and once: no forward mode, no torch.func transforms, no second derivatives.
     Raises InputError for wrong shapes, dtypes, devices, categories or impl.
 
         >>> out, maps = cross_attention_maps(q, k, v, heads=8)
@@ -81,7 +85,7 @@ def cross_attention_maps(
         weight=weight,
         addend=addend,
     )
-    out, maps = torch.ops.vpd_fast.cross_attention_maps(*arguments, impl)
+    out, maps = torch.ops.vpd_fast.cross_attention_maps(*arguments, check_impl(impl))
     if not need_maps:
         return out, None
     return out, maps if map_grad else maps.detach()
@@ -106,10 +110,12 @@ def cross_attention_maps_into(
     """`cross_attention_maps` whose maps go to memory of the caller.
 
     into: (B, N, M), or a feature map (B, M, h, w) with h * w = N, of any strides: a buffer, or a channel slice of a
-        features tensor, contiguous or channels-last, whatever its pitch. float32, bfloat16 or float16.
-    accumulate: False: into = addend + weight * maps. True: into += weight * maps (float32 only).
-    addend: (B, N, M) float32, as in `cross_attention_maps`; not together with `accumulate`.
-    Others: as in `cross_attention_maps`. The maps carry no gradient; `out` does.
+        features tensor, contiguous or channels-last, whatever its pitch. float32, bfloat16 or float16. Its elements
+        must not overlap in memory.
+    accumulate: False: into = addend + weight * maps. True: into += weight * maps (float32, or float64 for float64).
+    addend: (B, N, M), as in `cross_attention_maps`; not together with `accumulate`. It may be `into` itself, but must
+        not overlap it otherwise.
+    Others: as in `cross_attention_maps`. The maps carry no gradient; `out` does (then maps go through a temporary).
 
     Returns out (B, N, heads * D). Raises InputError as `cross_attention_maps` does, and for an unsuitable `into`.
 
@@ -131,11 +137,11 @@ def cross_attention_maps_into(
     )
     q, k, v, into, addend, *rest = arguments
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        out, maps = torch.ops.vpd_fast.cross_attention_maps(q, k, v, addend, *rest[:-1], True, True, impl)
+        out, maps = torch.ops.vpd_fast.cross_attention_maps(q, k, v, addend, *rest[:-1], True, True, check_impl(impl))
         with torch.no_grad():
             into.add_(maps) if accumulate else into.copy_(maps)
         return out
-    return torch.ops.vpd_fast.cross_attention_maps_into(*arguments, impl)
+    return torch.ops.vpd_fast.cross_attention_maps_into(*arguments, check_impl(impl))
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -165,10 +171,13 @@ def _check(
 ) -> tuple:
     scale = check_attention(q, k, v, heads, scale)
     categories, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    check_flag("need_maps", need_maps)
+    check_flag("average_heads", average_heads)
     shape = (q.shape[0], q.shape[1], count) if average_heads else (q.shape[0], heads, q.shape[1], count)
     check(need_maps or addend is None, "addend needs need_maps=True")
     check_addend(addend, shape, maps_dtype(q), q.device)
-    return q, k, v, addend, categories, heads, scale, float(weight), count, mean, need_maps, average_heads
+    weight = check_number("weight", weight)
+    return q, k, v, addend, categories, heads, scale, weight, count, mean, need_maps, average_heads
 
 
 def _check_into(
@@ -188,6 +197,7 @@ def _check_into(
 ) -> tuple:
     scale = check_attention(q, k, v, heads, scale)
     categories, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    check_flag("accumulate", accumulate)
     into = flat_maps(into, q, count)
     check(into.device == q.device, f"into must be on {q.device} as q is, got {into.device}")
     check(not into.requires_grad, "into must not require gradients: the maps carry none")
@@ -201,7 +211,8 @@ def _check_into(
     )
     check(not accumulate or addend is None, "give either accumulate=True or an addend")
     check_addend(addend, tuple(into.shape), maps_dtype(q), q.device)
-    return q, k, v, into, addend, categories, heads, scale, float(weight), count, mean, accumulate
+    weight = check_number("weight", weight)
+    return q, k, v, into, addend, categories, heads, scale, weight, count, mean, accumulate
 
 
 def _functional(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -274,13 +285,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+# Implementations that have a backward of their own; those of the others is chosen.
+_BACKWARD = {name: name for name in ("cpu", "triton", "reference")}
+
+
 def _backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple:
     q, k, v, categories = ctx.saved_tensors
     grads = (None, None, None)
-    if grad_out is not None or grad_maps is not None:
-        impl = "reference" if ctx.impl == "reference" else "auto"
+    if any(ctx.needs_input_grad[:3]) and (grad_out is not None or grad_maps is not None):
         grads = torch.ops.vpd_fast.cross_attention_maps_backward(
-            grad_out, grad_maps, q, k, v, categories, *ctx.options, ctx.average_heads, impl
+            grad_out, grad_maps, q, k, v, categories, *ctx.options, ctx.average_heads, _BACKWARD.get(ctx.impl, "auto")
         )
     return (*grads, grad_maps if ctx.needs_input_grad[3] else None, *(None,) * 9)
 

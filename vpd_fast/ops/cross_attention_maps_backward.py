@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import _native
+from vpd_fast.errors import InputError
 from vpd_fast.ops._attention import (
     Problem,
     address_and_strides,
@@ -23,10 +24,16 @@ from vpd_fast.ops._attention import (
     no_autocast,
     triton_refuses,
 )
-from vpd_fast.ops._attention_checks import check_attention, check_categories, maps_dtype
+from vpd_fast.ops._attention_checks import (
+    check_attention,
+    check_categories,
+    check_flag,
+    check_number,
+    maps_dtype,
+)
 from vpd_fast.ops._categories import categories_of
-from vpd_fast.ops._checks import check, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._checks import check, check_impl, check_tensor
+from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, never_refuses, register
 
 
 def cross_attention_maps_backward(
@@ -51,6 +58,7 @@ def cross_attention_maps_backward(
     Others: as in `cross_attention_maps`. impl: "auto", "cpu", "triton" or "reference".
 
     Returns dq (B, N, heads * D), dk and dv, of the shapes of k and v: summed over the images if they share a context.
+    There are no second derivatives.
     Raises InputError for wrong shapes, dtypes, devices, categories or impl.
     """
     arguments = _check(
@@ -67,7 +75,7 @@ def cross_attention_maps_backward(
         average_heads=average_heads,
         weight=weight,
     )
-    return torch.ops.vpd_fast.cross_attention_maps_backward(*arguments, impl)
+    return torch.ops.vpd_fast.cross_attention_maps_backward(*arguments, check_impl(impl))
 
 
 def _check(
@@ -98,7 +106,9 @@ def _check(
         check_tensor("grad_maps", grad_maps, words, (maps_dtype(q),), may_be_empty=words, **sizes)
     for name, grad in (("grad_out", grad_out), ("grad_maps", grad_maps)):
         check(grad is None or grad.device == q.device, f"{name} must be on {q.device} as q is")
-    return grad_out, grad_maps, q, k, v, categories, heads, scale, float(weight), count, mean, average_heads
+    check_flag("average_heads", average_heads)
+    weight = check_number("weight", weight)
+    return grad_out, grad_maps, q, k, v, categories, heads, scale, weight, count, mean, average_heads
 
 
 # Each implementation fills dq, dk and dv, which are contiguous.
@@ -146,7 +156,7 @@ def _cpu(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tens
         grad_out = last_contiguous(grad_out).float()
     _native.load("_C").cross_attention_maps_backward(
         (q.data_ptr(), k.data_ptr(), v.data_ptr()),
-        (*q.shape[:2], k.shape[1], p.heads, q.shape[2] // p.heads),
+        (q.shape[0], k.shape[0], q.shape[1], k.shape[1], p.heads, q.shape[2] // p.heads),
         tuple(image_and_row_strides(x) for x in (q, k, v)),
         None if grad_out is None else (grad_out.data_ptr(), image_and_row_strides(grad_out)),
         address_and_strides(grad_maps),
@@ -175,7 +185,7 @@ def _triton(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: T
 _IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
     ("cpu", _cpu, cpu_refuses),
     ("triton", _triton, triton_refuses),
-    ("reference", _reference, lambda *_: None),
+    ("reference", _reference, never_refuses),
 )
 
 
@@ -215,3 +225,10 @@ register(
         ),
     )
 )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise InputError("cross_attention_maps has no second derivatives: use the plain attention where you need them")
+
+
+torch.library.register_autograd("vpd_fast::cross_attention_maps_backward", _no_second_derivative, lib=LIBRARY)

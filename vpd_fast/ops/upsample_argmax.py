@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import check, check_size, check_tensor
+from vpd_fast.ops._checks import check, check_impl, check_size, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops.taps import Taps, resize_taps, window_taps
 
@@ -37,7 +37,7 @@ def upsample_argmax(
     size: (H, W) in pixels. impl: "auto", "cuda", "cpu" or "reference".
     Returns (B, H, W) int64, as torch.argmax does. Raises InputError for a wrong shape, dtype, size or impl.
     """
-    return torch.ops.vpd_fast.upsample_argmax(*_check(logits, size, align_corners=align_corners), impl)
+    return torch.ops.vpd_fast.upsample_argmax(*_check(logits, size, align_corners=align_corners), check_impl(impl))
 
 
 def upsample_argmax_windows(
@@ -67,7 +67,7 @@ def upsample_argmax_windows(
     arguments = _check_windows(
         logits, ys, xs, crop_size=crop_size, image_size=image_size, size=size, padded_size=padded_size
     )
-    return torch.ops.vpd_fast.upsample_argmax_windows(*arguments, impl)
+    return torch.ops.vpd_fast.upsample_argmax_windows(*arguments, check_impl(impl))
 
 
 def _check(logits: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> tuple:
