@@ -38,7 +38,7 @@ from vpd_fast.kernels._attention import (
 )
 
 MAX_HEAD_DIM = 256
-ONE_PASS_WIDTH = 144  # tokens + head dimension, both rounded up as `split` does: more does not fit the registers
+ONE_PASS_WIDTH = 128  # tokens + head dimension, both rounded up as `split` does: more does not fit the registers
 
 
 @triton.jit

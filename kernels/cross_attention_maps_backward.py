@@ -271,7 +271,8 @@ def backward(
     tiles_per_chunk = triton.cdiv(tiles, chunks)
     chunks = triton.cdiv(tiles, tiles_per_chunk)
     partials = q.new_empty((2, chunks, texts, tokens, width), dtype=torch.float32)
-    for grad_k, grad_v in ((True, True),) if width // heads <= 128 else ((True, False), (False, True)):
+    # Wider heads would spill with both gradients in registers.
+    for grad_k, grad_v in ((True, True),) if width // heads < 128 else ((True, False), (False, True)):
         launch(
             _token_kernel,
             (programs, chunks, texts),
