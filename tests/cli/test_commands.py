@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -287,7 +288,10 @@ def test_program_exits_with_the_code_and_leaves_what_is_done_when_interrupted(sm
         _photo(tmp_path / "images" / f"{i:03d}.png")
     program = [sys.executable, "-P", "-m", "vpd_fast.cli.main", "predict"]
     arguments = [str(tmp_path / "images"), *small("segmentation"), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen([*program, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Started in the background of a shell, this process ignores the signal, and so would its child.
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([*program, *arguments], **pipes, preexec_fn=restore)
     try:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "out").glob("*_overlay.png")) and time.monotonic() < deadline:
