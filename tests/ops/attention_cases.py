@@ -44,6 +44,11 @@ def make_qkv(
     return q * scale, k, v
 
 
+def gradient_inputs(shared: bool, tokens: int = 7, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k and v that require gradients, small enough for finite differences."""
+    return [x.requires_grad_() for x in make_qkv(2, 11, tokens, 2, 3, shared=shared, dtype=dtype)]
+
+
 def probabilities(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """P (B, heads, N, L), v by heads, and out as plainly written PyTorch has them in the dtype of the arguments."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
