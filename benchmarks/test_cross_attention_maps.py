@@ -117,6 +117,14 @@ def require_parity(variants: Variants, tensors: list[Tensor]) -> None:
             assert error <= limit, f"{name}: error {error:.1e}, eager's is {base:.1e}"
 
 
+def gradient_limit(dtype: torch.dtype) -> float:
+    """Between two gradients. float32: sums over 4096 queries err by about 64 roundings of 2^-24 in either, so 1e-5.
+
+    16 bits: two times five products are rounded to 2^-9, so 2e-2.
+    """
+    return 1e-5 if dtype == torch.float32 else 2e-2
+
+
 @functools.cache
 def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """(GB/s, GFLOP/s) that this machine reaches with a copy and a matrix product."""
@@ -169,7 +177,9 @@ def test_forward(case: tuple[int, int, int, int], dtype: torch.dtype, device: st
     side, index, tokens, batch = case
     queries, dim, layers = SHAPES[side][index]
     if batch * HEADS * queries * tokens > MOST_PROBABILITIES:
-        pytest.skip("eager PyTorch would hold more than 6 GB of probabilities")
+        pytest.skip(
+            "eager PyTorch would hold more than 6 GB of probabilities; the tests have the operator alone at such sizes"
+        )
     tensors = inputs(SHAPES[side][index], tokens, batch, dtype, device)
     refused: list[str] = []
     variants = forward_variants(tensors, device, case == MAIN, refused)
@@ -206,7 +216,7 @@ def test_training_step(tokens: int, device: str, keep: Callable) -> None:
     for name, variant in variants.items():
         for a, b in zip(variant(), expected, strict=True):
             error = ((a - b).norm() / b.norm()).item()
-            assert error <= (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
+            assert error <= gradient_limit(dtype), f"{name}: {error:.1e}"
     facts = {"image": 512, "shape": "training step", "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
     add_rows(keep, variants, device, tensors, 5.0, 3.5, **facts, threads=torch.get_num_threads())
 
@@ -226,7 +236,7 @@ def test_backward_alone(device: str, keep: Callable) -> None:
     }
     for a, b in zip(variants["operator"](), variants["eager"](), strict=True):
         error = ((a - b).norm() / b.norm()).item()
-        assert error <= (1e-5 if dtype == torch.float32 else 2e-2), f"{error:.1e}"
+        assert error <= gradient_limit(dtype), f"{error:.1e}"
     facts = {"image": 512, "shape": "backward with maps, 1x1024x8x80", "tokens": 150}
     facts |= {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     # Autograd runs a backward on the stream of its forward, which is not the one of a capture.

@@ -107,6 +107,7 @@ def test_diffusers_computes_the_same(small_backbone: BackboneConfig, tmp_path: P
     images, tokens = torch.randn(1, 3, 128, 128).clamp(-1, 1).double(), torch.randn(1, 6, 64).double()
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mean
+        # In float64 a few thousand roundings of 1e-16 stay below 1e-12; a wrong weight does not stay below 1e-9.
         assert torch.allclose(latents, model.encode(images), rtol=1e-9, atol=1e-9)
         outputs = []
         unet.conv_norm_out.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
@@ -126,6 +127,7 @@ def test_loads_what_diffusers_writes(small_backbone: BackboneConfig, tmp_path: P
     images = torch.randn(1, 3, 64, 64).clamp(-1, 1).double()
     with torch.no_grad():
         expected = copy.deepcopy(vae).double().encode(images).latent_dist.mean
+        # float64, as above.
         assert torch.allclose(expected, copy.deepcopy(model).double().encode(images), rtol=1e-9, atol=1e-9)
     convert(tmp_path / "sd", tmp_path / "sd.ckpt", to="ldm")
     convert(tmp_path / "sd.ckpt", tmp_path / "again", to="diffusers")

@@ -23,7 +23,12 @@ from vpd_fast.kernels import cross_attention_maps, cross_attention_maps_backward
 from vpd_fast.kernels._attention import INTERPRETED, rounded, split  # noqa: E402
 
 DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED.value, reason="kernels are compiled for a GPU")),
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            not INTERPRETED.value, reason="interpreted only without a GPU; with one, 'cuda' checks the same"
+        ),
+    ),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -300,7 +305,10 @@ def test_huge_scores(one_pass: bool, dtype: torch.dtype, device: str) -> None:
     run_and_check(make_case(20, 40, 33, 2, dtype, device=device, magnitude=1e4), one_pass)
 
 
-@pytest.mark.skipif(not INTERPRETED.value, reason="without a GPU every call is refused")
+@pytest.mark.skipif(
+    not INTERPRETED.value,
+    reason="needs the interpreter (TRITON_INTERPRET=1): compiled kernels refuse CPU tensors first",
+)
 def test_what_is_refused() -> None:
     q, k = torch.empty(1, 1, 1).expand(2, 4, 257), torch.empty(1, 1, 1).expand(1, 8, 257)
     refuse = cross_attention_maps.refuse

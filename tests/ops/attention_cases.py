@@ -23,6 +23,16 @@ def implementation_params() -> list:
     ]
 
 
+def kernel_and_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """{"impl", "device", "dtype"} of a parameter of `implementation_params`, its instruction set level being set."""
+    name, device = request.param
+    name, _, isa = name.partition(":")
+    if isa:
+        monkeypatch.setenv("VPD_FAST_ISA", isa)
+    # The CUDA C++ kernel takes 16 bits only.
+    return {"impl": name, "device": device, "dtype": torch.bfloat16 if name == "cuda" else torch.float32}
+
+
 def make_qkv(
     batch: int = 2,
     queries: int = 37,

@@ -11,7 +11,7 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops.cross_attention_maps import _check_into
 
-from .attention_cases import implementation_params, make_qkv, poison_memory
+from .attention_cases import implementation_params, kernel_and_place, make_qkv, poison_memory
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +22,7 @@ def _poison() -> Iterator[None]:
 @pytest.fixture(params=implementation_params())
 def where(request, monkeypatch) -> dict:
     """{"impl", "device", "dtype"}: every implementation, the CPU kernel once per instruction set level."""
-    name, device = request.param
-    name, _, isa = name.partition(":")
-    if isa:
-        monkeypatch.setenv("VPD_FAST_ISA", isa)
-    # The CUDA C++ kernel takes 16 bits only.
-    return {"impl": name, "device": device, "dtype": torch.bfloat16 if name == "cuda" else torch.float32}
+    return kernel_and_place(request, monkeypatch)
 
 
 def targets(device: str, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
