@@ -34,7 +34,7 @@ VPD_INLINE float element(const T* numbers, int64_t i, int64_t size) {
 }
 
 // Rounds probabilities [token][query] to elements [pair of tokens][query], in place.
-VPD_INLINE void make_elements(Pair, float* p, int64_t tile, int64_t tokens) {
+VPD_INLINE void make_elements(Bf16, float* p, int64_t tile, int64_t tokens) {
 #if defined(__AVX512BF16__)
     for (int64_t l = 0; l < tokens; l += 2)
         for (int64_t i = 0; i < tile; i += LANES) {
@@ -280,12 +280,12 @@ void work(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first
 }  // namespace
 
 void cross_attention_maps_pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
-    pack<Pair>(plan, packed, first, last);
+    pack<Bf16>(plan, packed, first, last);
 }
 
 void cross_attention_maps_tiles(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first, int64_t last,
                                 float* scratch) {
-    plan.bf16 ? work<Pair, uint16_t>(plan, packed, first, last, scratch)
+    plan.bf16 ? work<Bf16, uint16_t>(plan, packed, first, last, scratch)
               : work<Single, float>(plan, packed, first, last, scratch);
 }
 

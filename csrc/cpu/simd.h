@@ -54,6 +54,23 @@ VPD_INLINE void store_widened(int64_t* p, I16 a) {
     _mm512_storeu_si512(p + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1)));
 }
 
+VPD_INLINE F16 low_bf16(F16 a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
+VPD_INLINE F16 high_bf16(F16 a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(-65536)));
+}
+// Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
+VPD_INLINE F16 dot_4x8(F16 a_, F16 b_, F16 sum_) {
+    const __m512i a = _mm512_castps_si512(a_), b = _mm512_castps_si512(b_), sum = _mm512_castps_si512(sum_);
+#if defined(__AVX512VNNI__)
+    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(sum, a, b));
+#else
+    const __m512i a_even = _mm512_and_si512(a, _mm512_set1_epi16(0xff)), a_odd = _mm512_srli_epi16(a, 8);
+    const __m512i b_even = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), b_odd = _mm512_srai_epi16(b, 8);
+    const __m512i both = _mm512_add_epi32(_mm512_madd_epi16(a_even, b_even), _mm512_madd_epi16(a_odd, b_odd));
+    return _mm512_castsi512_ps(_mm512_add_epi32(sum, both));
+#endif
+}
+
 #elif defined(__AVX2__)
 
 struct F16 { __m256 lo, hi; };
@@ -125,6 +142,22 @@ VPD_INLINE void store_widened(int64_t* p, I16 a) {
     }
 }
 
+VPD_INLINE __m256 low_bf16(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
+VPD_INLINE __m256 high_bf16(__m256 a) {
+    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
+}
+VPD_INLINE F16 low_bf16(F16 a) { return {low_bf16(a.lo), low_bf16(a.hi)}; }
+VPD_INLINE F16 high_bf16(F16 a) { return {high_bf16(a.lo), high_bf16(a.hi)}; }
+VPD_INLINE __m256 dot_4x8(__m256 a_, __m256 b_, __m256 sum) {
+    const __m256i a = _mm256_castps_si256(a_), b = _mm256_castps_si256(b_);
+    const __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(0xff)), a_odd = _mm256_srli_epi16(a, 8);
+    const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), b_odd = _mm256_srai_epi16(b, 8);
+    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even), _mm256_madd_epi16(a_odd, b_odd));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum), both));
+}
+// Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
+VPD_INLINE F16 dot_4x8(F16 a, F16 b, F16 sum) { return {dot_4x8(a.lo, b.lo, sum.lo), dot_4x8(a.hi, b.hi, sum.hi)}; }
+
 #else  // portable: four vectors of four lanes, which GCC and Clang turn into SSE2, NEON or whatever the target has
 
 typedef float F4 __attribute__((vector_size(16)));
@@ -182,6 +215,19 @@ VPD_INLINE uint32_t bits(Mask m) {
 VPD_INLINE void store_widened(int64_t* p, I16 a) {
     for (int i = 0; i < LANES; ++i) p[i] = a.v[i / 4][i % 4];
 }
+
+VPD_INLINE F16 low_bf16(F16 a) VPD_EACH(F16, (F4)((I4)a.v[i] << 16))
+VPD_INLINE F16 high_bf16(F16 a) VPD_EACH(F16, (F4)((I4)a.v[i] & ~0xffff))
+VPD_INLINE I4 product_of_bytes(I4 a, I4 b, int byte) {
+    return (a >> 8 * byte & 0xff) * (b << (24 - 8 * byte) >> 24);
+}
+VPD_INLINE F4 dot_4x8(F4 a, F4 b, F4 sum) {
+    I4 result = (I4)sum;
+    for (int byte = 0; byte < 4; ++byte) result += product_of_bytes((I4)a, (I4)b, byte);
+    return (F4)result;
+}
+// Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
+VPD_INLINE F16 dot_4x8(F16 a, F16 b, F16 sum) VPD_EACH(F16, dot_4x8(a.v[i], b.v[i], sum.v[i]))
 
 #undef VPD_EACH
 
