@@ -1,0 +1,84 @@
+"""Weights in the layout that the native matrix kernels read, in float32, bfloat16 or 8-bit integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpd_fast.errors import InputError
+
+PANEL = 32  # rows of the weight that a kernel handles side by side
+WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers along k that share 32 bits
+LARGEST = 127  # of the symmetric 8-bit weights
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The right factor of C[t] = A[t] @ B[t].T, with B (taps,n,k).
+
+    data: (taps, ceil(n/32), ceil(k/w), 32*w), w = 1 for float32, 2 for bfloat16, 4 for int8; number (i, j) of B[t] is
+        data[t, i // 32, j // w, i % 32 * w + j % w], and padding is zero.
+    scales, sums: (taps,n) float32 for int8, else None: B = data * scales, and the sums of data over k.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+    n: int
+    k: int
+
+    @property
+    def taps(self) -> int:
+        """Matrices in it: 1, or the taps of a Winograd transform."""
+        return self.data.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, bfloat16 or int8."""
+        return self.data.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all its tensors."""
+        return sum(x.nbytes for x in (self.data, self.scales, self.sums) if x is not None)
+
+    @classmethod
+    def pack(cls, weight: Tensor, dtype: torch.dtype) -> PackedWeight:
+        """Round a floating-point weight (taps,n,k) to `dtype`; int8 symmetrically, with a scale per row.
+
+        Raises InputError for other shapes and dtypes, and for int8 if the weight is not finite.
+        """
+        if weight.dim() != 3 or not weight.is_floating_point() or 0 in weight.shape:
+            raise InputError(f"weight must be a floating-point tensor (taps, n, k), got {tuple(weight.shape)}")
+        if dtype not in WIDTHS:
+            raise InputError(f"dtype must be one of {', '.join(map(str, WIDTHS))}, got {dtype}")
+        scales = sums = None
+        if dtype == torch.int8:
+            weight, scales = _round_to_int8(weight)
+            sums = weight.sum(2, dtype=torch.int32).float()
+        _, n, k = weight.shape
+        width = WIDTHS[dtype]
+        padded = F.pad(weight.to(dtype), (0, -k % width, 0, -n % PANEL))
+        data = padded.unflatten(1, (-1, PANEL)).unflatten(3, (-1, width))  # taps, panel, row, element, number
+        return cls(data.transpose(2, 3).flatten(3).contiguous(), scales, sums, n, k)
+
+    def numbers(self) -> Tensor:
+        """The stored numbers in order: (taps,n,k) of `dtype`."""
+        elements = self.data.unflatten(3, (PANEL, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+        return elements[:, : self.n, : self.k]
+
+    def unpack(self) -> Tensor:
+        """The weight (taps,n,k) in float32, as rounded."""
+        numbers = self.numbers().float()
+        return numbers if self.scales is None else numbers * self.scales[:, :, None]
+
+
+def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    largest = weight.abs().amax(2)
+    if not torch.isfinite(largest).all():
+        raise InputError("weight has values that are not finite, which 8-bit integers cannot hold")
+    scales = torch.where(largest > 0, largest / LARGEST, 1.0).float()
+    return (weight / scales[:, :, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales
