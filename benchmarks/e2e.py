@@ -8,16 +8,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from timing import device_name, measure, rows_of, table, write_rows
 
 from vpd_fast import VPD, VPDConfig
+from vpd_fast.benchmark.environment import peak_bytes, reset_peak
+from vpd_fast.benchmark.parity import cosine
 from vpd_fast.errors import InputError
 from vpd_fast.models.attention_backends import BACKENDS, PLAIN
 from vpd_fast.models.random_weights import randomize
@@ -53,15 +53,9 @@ def logits_and_peak_gib(device: str, run: Callable[[], torch.Tensor]) -> tuple[t
         logits = run()
         torch.cuda.synchronize()
         return logits, torch.cuda.max_memory_allocated() / 2**30
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    reset_peak()
     logits = run()
-    peak_kib = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
-    return logits, int(peak_kib) / 2**20
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of the angle between two tensors."""
-    return torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+    return logits, peak_bytes() / 2**30
 
 
 def measured_rows(models: dict[str, VPD], images: torch.Tensor, rounds: int) -> list[dict[str, Any]]:

@@ -1,28 +1,35 @@
-"""Measuring variants of one computation side by side, and keeping the results.
+"""Measuring variants of one computation side by side in this process, and keeping the results.
 
-Machines change speed while one measures. So variants take turns, round by round, and a speed-up is the median over the
-rounds of a ratio taken within a round.
+How times become numbers is in `vpd_fast.benchmark.statistics`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
 import re
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vpd_fast import info
+from vpd_fast.benchmark.environment import device_name, environment, peak_bytes, reset_peak, resident_bytes
+from vpd_fast.benchmark.statistics import percentile, rows_of
+
+__all__ = [
+    "copy_gb_per_s",
+    "device_name",
+    "extra_memory",
+    "matmul_gflop_per_s",
+    "measure",
+    "percentile",
+    "rows_of",
+    "table",
+    "write_rows",
+]
 
 RESULTS = Path(os.environ.get("VPD_FAST_RESULTS", Path(__file__).parent / "results"))
 SAMPLE_SECONDS = 2e-3  # short computations are repeated until a sample takes this long
@@ -111,15 +118,6 @@ def measure(
     return times
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of the values lie, interpolated."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
 def extra_memory(device: str, function: Callable[[], Any]) -> int:
     """Bytes that a call needs at its peak, beyond its result: of the GPU, or of the process (Linux)."""
     function()  # what is made once, such as workspaces, does not count
@@ -131,41 +129,13 @@ def extra_memory(device: str, function: Callable[[], Any]) -> int:
         result = function()
         peak = torch.cuda.max_memory_allocated()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide the need
-        before = _resident_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        reset_peak()
+        before = resident_bytes()
         result = function()
-        peak = _resident_bytes("VmHWM")
+        peak = peak_bytes()
     tensors = result if isinstance(result, (tuple, list)) else [result]
     own = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
     return max(0, peak - before - own)
-
-
-def _resident_bytes(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def rows_of(
-    times: dict[str, list[float]],
-    baseline: str,
-    gigabytes: float | None = None,
-    gflop: float | None = None,
-    **facts: Any,
-) -> list[dict[str, Any]]:
-    """One row per variant: milliseconds (p20, p50, p80), speed-up over the baseline, rates if the amounts are given."""
-    rows = []
-    for name, values in times.items():
-        p50 = percentile(values, 50)
-        ratios = [base / value for base, value in zip(times[baseline], values, strict=True)]
-        row = {**facts, "variant": name, "rounds": len(values)}
-        row |= {f"p{p}_ms": round(1e3 * percentile(values, p), 4) for p in (20, 50, 80)}
-        row |= {"speedup": round(statistics.median(ratios), 2), "over": baseline}
-        if gigabytes is not None:
-            row["gb_per_s"] = round(gigabytes / p50, 2)
-        if gflop is not None:
-            row["gflop_per_s"] = round(gflop / p50, 1)
-        rows.append(row)
-    return rows
 
 
 def copy_gb_per_s(device: str) -> float:
@@ -182,33 +152,6 @@ def matmul_gflop_per_s(device: str, dtype: torch.dtype) -> float:
     a = torch.randn(side, side, device=device).to(dtype)
     times = measure({"product": lambda: a @ a}, device, rounds=10)["product"]
     return 2 * side**3 / percentile(times, 20) / 1e9
-
-
-def device_name(device: str) -> str:
-    """The name of the CPU or GPU."""
-    return torch.cuda.get_device_name() if device == "cuda" else info.cpu_name()
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the numbers depend on: device, threads, instruction set, versions, commit, time."""
-    report = info.collect()
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    except OSError:  # no git
-        commit = None
-    packages = ("torch", "numpy", "triton")
-    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "isa": report["cpu"]["isa"]["chosen"] if report["cpu"]["isa"] else None,
-        "vpd_fast": report["vpd_fast"],
-        "commit": commit,
-        "python": report["python"],
-        **{name: importlib.metadata.version(name) for name in packages if name in installed},
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def write_rows(suite: str, device: str, rows: list[dict[str, Any]]) -> Path:

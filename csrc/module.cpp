@@ -23,7 +23,12 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "resolve_isa", [](const std::string& name) { return vpd::isa_name(vpd::resolve_isa(name)); }, py::arg("name"),
         "The level that runs for a requested name; '' means the fastest usable one");
+    vpd::bind_conv2d(m);
     vpd::bind_cross_attention_maps(m);
     vpd::bind_cross_attention_maps_backward(m);
+    vpd::bind_group_norm_affine(m);
+    vpd::bind_linear(m);
+    vpd::bind_self_attention(m);
     vpd::bind_upsample_argmax(m);
+    vpd::bind_winograd_conv2d(m);
 }

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vpd_fast import ops
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.models import VPD
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from vpd_fast.engine import load_engine, optimize
 
 __version__ = "0.1.0"
-__all__ = ["VPD", "BackboneConfig", "VPDConfig", "__version__", "ops"]
+__all__ = ["VPD", "BackboneConfig", "VPDConfig", "__version__", "load_engine", "ops", "optimize"]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """`vpd_fast.inference` and `vpd_fast.checkpoints` are imported when first used: they need OpenCV and the like."""
-    if name in ("inference", "checkpoints"):
+_MODULES = ("checkpoints", "engine", "inference")
+
+
+def __getattr__(name: str) -> Any:
+    """What needs OpenCV and the like is imported when first used."""
+    if name in _MODULES:
         return importlib.import_module(f"vpd_fast.{name}")
+    if name in ("load_engine", "optimize"):
+        return getattr(importlib.import_module("vpd_fast.engine"), name)
     raise AttributeError(f"module 'vpd_fast' has no attribute {name!r}")

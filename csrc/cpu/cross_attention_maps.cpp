@@ -12,27 +12,6 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-VPD_INLINE float to_float(float x) { return x; }
-VPD_INLINE float to_float(uint16_t x) { return from_bf16(x); }
-VPD_INLINE void narrow(float x, float* to) { *to = x; }
-VPD_INLINE void narrow(float x, uint16_t* to) { *to = to_bf16(x); }
-
-VPD_INLINE float pair_of(uint16_t low, uint16_t high) {  // as one element
-    const uint32_t bits = low | static_cast<uint32_t>(high) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof bits);
-    return result;
-}
-
-// Element i of `size` numbers; a missing partner is zero.
-template <typename E, typename T>
-VPD_INLINE float element(const T* numbers, int64_t i, int64_t size) {
-    if constexpr (E::WIDTH == 1)
-        return to_float(numbers[i]);
-    else
-        return pair_of(numbers[2 * i], 2 * i + 1 < size ? numbers[2 * i + 1] : 0);
-}
-
 // Rounds probabilities [token][query] to elements [pair of tokens][query], in place.
 VPD_INLINE void make_elements(Bf16, float* p, int64_t tile, int64_t tokens) {
 #if defined(__AVX512BF16__)
@@ -123,29 +102,11 @@ private:
 
     // q_[element][query]; queries beyond the last are zero.
     void load_queries(int64_t head) {
-        const T* from = queries(head);
-        const int64_t stride = plan_.q_stride[1];
-        const bool aligned = E::WIDTH == 1 || (plan_.dim % 2 == 0 && stride % 2 == 0);
-        if (sizeof(T) * E::WIDTH == sizeof(float) && aligned) {  // elements are there already
-            transpose(reinterpret_cast<const float*>(from), stride / E::WIDTH, count_, q_elements_, q_, tile_);
-        } else {
-            for (int64_t r = 0; r < count_; ++r)
-                for (int64_t i = 0; i < q_elements_; ++i)
-                    q_[i * tile_ + r] = element<E>(from + r * stride, i, plan_.dim);
-        }
+        load_columns<E>(queries(head), plan_.q_stride[1], count_, plan_.dim, q_, tile_);
         for (int64_t i = 0; i < q_elements_ && count_ < tile_; ++i)
             for (int64_t r = count_; r < tile_; ++r) q_[i * tile_ + r] = 0.0f;
         // A negative scale becomes a sign of q, so that the largest score stays the largest.
-        if (plan_.scale < 0) flip_signs(E::WIDTH == 2 ? 0x80008000u : 0x80000000u);
-    }
-
-    void flip_signs(uint32_t signs) {
-        for (int64_t i = 0; i < q_elements_ * tile_; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, q_ + i, sizeof bits);
-            bits ^= signs;
-            std::memcpy(q_ + i, &bits, sizeof bits);
-        }
+        if (plan_.scale < 0) flip_signs<E>(q_, q_elements_ * tile_);
     }
 
     // Leaves the probabilities, not yet divided by their sums, in scores_, and adds their maps to sums_.
@@ -171,15 +132,7 @@ private:
             for (int64_t i = column; i < plan_.dim * tile_; i += tile_)
                 store(out_ + i, VPD_ISA::multiply(load(out_ + i), inverse));
         }
-        const int64_t stride = plan_.heads * plan_.dim;
-        T* to = results(head);
-        if constexpr (sizeof(T) == sizeof(float)) {
-            transpose(out_, tile_, plan_.dim, count_, to, stride);
-        } else {
-            transpose(out_, tile_, plan_.dim, count_, rows_, plan_.dim);
-            for (int64_t r = 0; r < count_; ++r)
-                for (int64_t d = 0; d < plan_.dim; ++d) narrow(rows_[r * plan_.dim + d], to + r * stride + d);
-        }
+        store_columns(out_, tile_, count_, plan_.dim, rows_, results(head), plan_.heads * plan_.dim);
     }
 
     void store_maps(int64_t head) {
@@ -243,17 +196,6 @@ VPD_INLINE void pack_k_row(const uint16_t* from, int64_t dim, float* to) {
     }
 }
 
-// And of V, along the tokens: a row of it, or of pairs with the next row, which is null after the last.
-template <typename E>
-VPD_INLINE void pack_v_row(const uint16_t* from, const uint16_t* next, int64_t dim, float* to) {
-    if (E::WIDTH == 1)
-        for (int64_t d = 0; d < dim; ++d) to[d] = to_float(from[d]);
-    else if (next)
-        for (int64_t d = 0; d < dim; ++d) to[d] = pair_of(from[d], next[d]);
-    else
-        for (int64_t d = 0; d < dim; ++d) to[d] = pair_of(from[d], 0);
-}
-
 // K as [token][element], V as [element along the tokens][dim].
 template <typename E>
 void pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
@@ -266,7 +208,7 @@ void pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int6
             pack_k_row<E>(k + l * plan.k_stride[1], plan.dim, to);
         for (int64_t l = 0; l < plan.tokens; l += E::WIDTH, to += plan.dim) {
             const uint16_t* row = v + l * plan.v_stride[1];
-            pack_v_row<E>(row, l + 1 < plan.tokens ? row + plan.v_stride[1] : nullptr, plan.dim, to);
+            load_row<E>(row, l + 1 < plan.tokens ? row + plan.v_stride[1] : nullptr, plan.dim, to);
         }
     }
 }

@@ -51,14 +51,9 @@ struct Factors {
     int64_t row, step;
 };
 
-// c[ROWS][columns] (+)= a[ROWS][size] * b[size][columns] for COLUMNS_ vectors out of `width` columns.
+// sum[ROWS][columns] += a[ROWS][size] * b[size][columns] for COLUMNS_ vectors out of `width` columns.
 template <typename E, int ROWS, int COLUMNS_>
-void multiply_block(Factors a, const float* b, int64_t size, float* c, int64_t width, bool add) {
-    F16 sum[ROWS][COLUMNS_];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int j = 0; j < COLUMNS_; ++j) sum[r][j] = add ? load(c + r * width + j * LANES) : broadcast(0.0f);
+VPD_INLINE void accumulate(Factors a, const float* b, int64_t size, int64_t width, F16 (&sum)[ROWS][COLUMNS_]) {
     for (int64_t i = 0; i < size; ++i, a.data += a.step, b += width) {
         F16 column[COLUMNS_];
 #pragma GCC unroll 2
@@ -70,6 +65,17 @@ void multiply_block(Factors a, const float* b, int64_t size, float* c, int64_t w
             for (int j = 0; j < COLUMNS_; ++j) sum[r][j] = E::multiply_add(factor, column[j], sum[r][j]);
         }
     }
+}
+
+// c[ROWS][columns] (+)= a[ROWS][size] * b[size][columns] for COLUMNS_ vectors out of `width` columns.
+template <typename E, int ROWS, int COLUMNS_>
+void multiply_block(Factors a, const float* b, int64_t size, float* c, int64_t width, bool add) {
+    F16 sum[ROWS][COLUMNS_];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS_; ++j) sum[r][j] = add ? load(c + r * width + j * LANES) : broadcast(0.0f);
+    accumulate<E>(a, b, size, width, sum);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2

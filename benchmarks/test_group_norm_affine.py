@@ -1,0 +1,75 @@
+"""group_norm_affine against GroupNorm, which also writes the normalised activations, and against their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timing import measure, rows_of
+from torch.nn.functional import group_norm
+
+from vpd_fast import _native, ops
+
+CASES = {  # height and width, channels of the sources; 32 groups as everywhere in Stable Diffusion 1.5
+    "512x512x128": (512, (128,)),
+    "128x128x512": (128, (512,)),
+    "64x64x320": (64, (320,)),
+    "64x64x(640+320)": (64, (640, 320)),
+    "32x32x640": (32, (640,)),
+    "8x8x(1280+1280)": (8, (1280, 1280)),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def variants_of(case: str, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+    """PyTorch reads channels-last images too; its functions take one tensor, so joining two is part of its time."""
+    side, channels = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(1, side, side, c, generator=generator).to(dtype) for c in channels]
+    x, x2 = sources[0], sources[1] if len(sources) > 1 else None
+    weight, bias = (torch.randn(sum(channels), generator=generator) for _ in range(2))
+    like = weight.to(dtype), bias.to(dtype)
+
+    def joined() -> torch.Tensor:
+        return (x if x2 is None else torch.cat([x, x2], -1)).permute(0, 3, 1, 2)
+
+    def statistics() -> torch.Tensor:
+        variance, mean = torch.var_mean(joined().float().unflatten(1, (32, -1)), dim=(2, 3, 4), correction=0)
+        scale = weight.unflatten(0, (32, -1)) * (variance + 1e-5).rsqrt()[:, :, None]
+        shift = bias.unflatten(0, (32, -1)) - mean[:, :, None] * scale
+        return torch.stack([scale.flatten(1), shift.flatten(1)], 1)
+
+    def native(isa: str) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VPD_FAST_ISA", isa)
+            return ops.group_norm_affine(x, weight, bias, 32, 1e-5, x2, impl="cpu")
+
+    return {
+        "pytorch group_norm": lambda: group_norm(joined(), 32, *like, 1e-5),
+        "pytorch var_mean": statistics,
+        **{f"cpu {isa}": lambda isa=isa: native(isa) for isa in _native.load("_C").usable_isas()},
+    }
+
+
+def require_parity(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
+    """No time is reported for numbers that are not GroupNorm's."""
+    expected = variants["pytorch var_mean"]()
+    for name, variant in variants.items():
+        if name != "pytorch group_norm":
+            torch.testing.assert_close(
+                variant(), expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("case", list(CASES))
+def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
+    if device != "cpu":
+        pytest.skip("group_norm_affine has a CPU kernel only")
+    variants = variants_of(case, DTYPES[dtype])
+    require_parity(variants)
+    side, channels = CASES[case]
+    gigabytes = side * side * sum(channels) * DTYPES[dtype].itemsize / 1e9  # the activations, read once
+    facts = {"case": case, "dtype": dtype, "threads": torch.get_num_threads()}
+    keep(rows_of(measure(variants, device, seconds=5), "pytorch group_norm", gigabytes, **facts))

@@ -1,0 +1,49 @@
+// out = epilogue(A B^T): what `linear` and `conv2d` have in common once the rows of A lie in the cache.
+//
+// B is a packed weight: panels of 32 columns, [panel][element][column], an element being 1 float32, 2 bfloat16 or 4
+// 8-bit integers of the summed dimension. A row of A holds the same elements, and for 8 bits its scale and zero behind
+// them: a number is scale * (u8 - zero).
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace vpd {
+
+constexpr int64_t PANEL = 32;              // columns of a packed weight that are neighbours in memory
+constexpr int64_t MOST_ROWS_OF_BLOCK = 96;  // that are multiplied with a panel before their results are stored
+
+enum class Precision { float32, bfloat16, int8 };  // of a weight, and of A while it is multiplied
+enum class Activation { none, relu, silu, geglu };
+
+// (images, rows, columns) or (images, height, width, channels); columns or channels are neighbours. In elements.
+struct Source {
+    const void* data;  // null: there is none
+    bool bf16;         // otherwise float32
+    int64_t channels;
+    int64_t image, row, column;  // strides
+};
+
+struct GemmPlan {
+    Precision precision;
+    const float* weight;         // (panels, elements, PANEL), 32 bits each
+    const float *scales, *sums;  // (n), of 8 bits: weight = data * scale, sum of data over k; otherwise null
+    const float* bias;           // (n), or null
+    int64_t n, k;
+    int64_t images, rows;        // rows of A of one image
+    Activation activation;       // geglu: of a panel's 32 columns 16 are values, and then come their 16 gates
+    Source residual;             // (images, rows, n_out), added last; n_out is n, or half of it for geglu
+    void* out;                   // likewise
+    bool out_bf16;
+    int64_t out_image, out_row;  // strides in elements
+
+    int64_t elements, panels;    // of a row of A, of the weight
+    int64_t row_floats;          // from one row of A to the next
+};
+
+}  // namespace vpd
+
+// Multiplies rows [first, first + count) of all images, which lie in `a`, with panels [first_panel, last_panel).
+VPD_DECLARE_PER_ISA(void gemm_panels(const ::vpd::GemmPlan& plan, const float* a, int64_t first, int64_t count,
+                                     int64_t first_panel, int64_t last_panel))

@@ -1,0 +1,95 @@
+// One row of A on its way from memory to the elements that are multiplied: transformed in float32, then rounded.
+//
+// Whole vectors are stored, also where less is left: what follows in the row is written later, and behind the last
+// number there is room for 16 more, which become zero.
+#pragma once
+
+#include <cfloat>
+
+#include "cpu/elementwise.h"
+#include "cpu/gemm.h"
+#include "cpu/matrix_tile.h"
+
+namespace vpd::VPD_ISA {
+namespace {
+
+// a -> silu(a * scale + shift) * factor, channel by channel; null or false: without.
+struct Transform {
+    const float *scale, *shift;
+    bool silu;
+    const float* factor;
+
+    bool nothing() const { return !scale && !silu && !factor; }
+    Transform from(int64_t channel) const {
+        return {scale ? scale + channel : nullptr, shift ? shift + channel : nullptr, silu,
+                factor ? factor + channel : nullptr};
+    }
+};
+
+// Of the numbers of a row. It includes 0. `unusual` becomes NaN if one of them is infinite or NaN.
+struct Range {
+    F16 low = broadcast(0.0f), high = broadcast(0.0f), unusual = broadcast(0.0f);
+
+    __attribute__((always_inline)) void include(F16 x) {
+        low = min(x, low), high = max(x, high), unusual = multiply_add(x, broadcast(0.0f), unusual);
+    }
+};
+
+template <typename T>
+VPD_INLINE F16 load_some(const T* p, int64_t count) {
+    return count < LANES ? load_part(p, count) : load(p);
+}
+
+// to[i] = transform(from[i]); returns the range of what it stored if it is wanted.
+template <typename From, typename To>
+VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform& t, To* to, Range* range) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t left = count - i;
+        F16 x = load_some(from + i, left);
+        if (t.scale) x = multiply_add(x, load_some(t.scale + i, left), load_some(t.shift + i, left));
+        if (t.silu) x = silu(x);
+        if (t.factor) x = VPD_ISA::multiply(x, load_some(t.factor + i, left));
+        if (range) range->include(x);
+        store(to + i, x);
+    }
+}
+
+template <typename To>
+VPD_INLINE void transform_piece(const Source& source, int64_t offset, int64_t count, const Transform& t, To* to,
+                                Range* range) {
+    source.bf16 ? transform_piece(static_cast<const uint16_t*>(source.data) + offset, count, t, to, range)
+                : transform_piece(static_cast<const float*>(source.data) + offset, count, t, to, range);
+}
+
+template <typename To>
+VPD_INLINE void clear_piece(To* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, broadcast(0.0f));
+}
+
+VPD_INLINE float reduce_sum(F16 a) {
+    float lanes[LANES];
+    store(lanes, a);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+// Rounds `size` numbers to bytes, and writes scale and zero behind their elements. A row that is not finite gets a scale
+// that is not, which makes its results NaN; one whose scale would be denormal is zero.
+VPD_INLINE void quantize_row(const float* numbers, int64_t size, const Range& range, float* to) {
+    const float low = -reduce_max(subtract(broadcast(0.0f), range.low)), high = reduce_max(range.high);
+    float scale = (high - low) / 255.0f + reduce_sum(range.unusual);
+    if (scale < FLT_MIN) scale = 0.0f;
+    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const int32_t zero = inverse > 0.0f ? static_cast<int32_t>(-low * inverse + 0.5f) : 0;
+    const F16 factor = broadcast(inverse), shift = broadcast(static_cast<float>(zero));
+    auto* bytes = reinterpret_cast<uint8_t*>(to);
+    for (int64_t i = 0; i < size; i += LANES)
+        store_u8(bytes + i, add(VPD_ISA::multiply(load(numbers + i), factor), shift));
+    float* end = to + elements<Quad>(size);
+    end[0] = scale;
+    __builtin_memcpy(end + 1, &zero, sizeof zero);
+}
+
+}  // namespace
+}  // namespace vpd::VPD_ISA

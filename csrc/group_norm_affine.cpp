@@ -1,0 +1,75 @@
+// Binding of group_norm_affine: checks sizes and shares chunks of rows among threads.
+#include "cpu/group_norm_affine.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+#include "support.h"
+
+namespace vpd {
+namespace {
+
+namespace py = pybind11;
+
+using Source = std::tuple<uintptr_t, std::string, int64_t, std::array<int64_t, 2>>;  // address, dtype, channels, strides
+
+constexpr int64_t LEAST_ROWS = 128;  // of a chunk: few enough statistics compared to what they summarise
+constexpr int64_t MOST_CHUNKS = 64;  // of an image: enough for as many threads
+
+void group_norm_affine(const std::vector<Source>& sources, const std::array<int64_t, 2>& shape, int64_t groups,
+                       double eps, const std::array<uintptr_t, 3>& addresses, int threads,
+                       const std::string& isa_name) {
+    const Isa isa = resolve_isa(isa_name);
+    GroupNormAffinePlan plan{};
+    std::tie(plan.batch, plan.rows) = std::tuple_cat(shape);
+    plan.n_sources = static_cast<int64_t>(sources.size());
+    require(plan.n_sources == 1 || plan.n_sources == 2, "there must be one source or two");
+    require(plan.batch >= 0 && plan.rows > 0 && groups > 0, "all sizes but the batch must be positive");
+    int64_t channels = 0;
+    for (int64_t s = 0; s < plan.n_sources; ++s) {
+        const auto& [address, dtype, count, strides] = sources[s];
+        require(dtype == "float32" || dtype == "bfloat16", "dtype must be float32 or bfloat16");
+        require(count > 0, "every source must have channels");
+        plan.sources[s] = {reinterpret_cast<const void*>(address), dtype == "bfloat16", count, strides[0], strides[1],
+                           plan.width};
+        plan.width += padded(count), channels += count;
+    }
+    require(channels % groups == 0, "groups must divide the channels");
+    plan.groups = groups, plan.eps = eps;
+    plan.weight = reinterpret_cast<const float*>(addresses[0]), plan.bias = reinterpret_cast<const float*>(addresses[1]);
+    plan.out = reinterpret_cast<float*>(addresses[2]);
+    plan.chunk = std::max(LEAST_ROWS, (plan.rows + MOST_CHUNKS - 1) / MOST_CHUNKS);
+    plan.chunks = (plan.rows + plan.chunk - 1) / plan.chunk;
+
+    const int64_t items = plan.batch * plan.chunks, per_thread = padded(group_norm_affine_scratch(plan));
+    const auto statistics = allocate(2 * items * 2 * plan.width);  // doubles
+    const auto scratch = allocate(std::min<int64_t>(std::max(threads, 1), items) * per_thread);
+    double* doubles = reinterpret_cast<double*>(statistics.get());
+
+    py::gil_scoped_release unlocked;
+    in_parts(items, threads, [&](int64_t first, int64_t last, int64_t part) {
+        VPD_DISPATCH(isa, group_norm_affine_gather, plan, doubles, first, last, scratch.get() + part * per_thread);
+    });
+    in_parts(plan.batch, threads, [&](int64_t first, int64_t last, int64_t) {
+        VPD_DISPATCH(isa, group_norm_affine_finish, plan, doubles, first, last);
+    });
+}
+
+}  // namespace
+
+int64_t group_norm_affine_scratch(const GroupNormAffinePlan& plan) { return 3 * plan.width; }
+
+void bind_group_norm_affine(py::module_& m) {
+    m.def("group_norm_affine", &group_norm_affine, py::arg("sources"), py::arg("shape"), py::arg("groups"),
+          py::arg("eps"), py::arg("addresses"), py::arg("threads"), py::arg("isa") = "",
+          "sources: one or two (address, dtype, channels, (image stride, row stride)), float32 or bfloat16, strides in\n"
+          "elements; shape: (batch, rows); addresses: of float32 weight and bias (all channels) and contiguous float32\n"
+          "out (batch, 2, all channels).");
+}
+
+}  // namespace vpd

@@ -1,0 +1,336 @@
+"""Fast models against the plain ones: every task, precision, batch and size; reports; bad input; threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vpd_fast
+from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast.engine import Policy
+from vpd_fast.errors import InputError
+from vpd_fast.models.random_weights import randomize
+
+# Least cosine of every feature and of the result to the plain float32 model's.
+GATES = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.995}
+CASES = ["seg_small", "seg_small_a64", "refer_small", "depth_small"]
+FULL_SIZE = [pytest.param(case, marks=pytest.mark.slow) for case in ("seg_sd15", "refer_sd15", "depth_sd15")]
+SMALL = BackboneConfig(model_channels=32, num_heads=4, context_dim=16, vae_ch=32)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+def conditioned(model: VPD, images: Tensor) -> tuple[Tensor, ...]:
+    """Arguments of a call: the images and what the task is conditioned on."""
+    generator, config = torch.Generator().manual_seed(3), model.config
+    if config.task == "referring":
+        return images, torch.randn(len(images), config.tokens, config.backbone.context_dim, generator=generator)
+    if config.task == "depth":
+        return images, torch.randint(config.num_scenes, (len(images),), generator=generator)
+    return (images,)
+
+
+def result(model: VPD, inputs: tuple[Tensor, ...]) -> Tensor:
+    out = model(*inputs)
+    return out["pred_d"] if isinstance(out, dict) else out
+
+
+def small_model(task: str = "segmentation", **settings: object) -> VPD:
+    values = {"num_classes": 7, "tokens": 5, "num_scenes": 3, "base_size": 128, "channels": 32, "max_attn_size": 8}
+    return randomize(VPD(VPDConfig(task=task, backbone=SMALL, **(values | settings))), seed=1).eval()
+
+
+def some_images(batch: int = 1, height: int = 64, width: int = 64) -> Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.mark.parametrize("precision", GATES)
+@pytest.mark.parametrize("name", CASES + FULL_SIZE)
+def test_features_and_results_agree_with_the_original(golden: Callable, name: str, precision: str) -> None:
+    """The stored tensors are the original code's; the number is printed even when it passes (pytest -rP)."""
+    case = golden(name)
+    model, inputs, expected = case.model(), case.inputs(), case.tensors
+    fast = vpd_fast.optimize(model, precision)
+    del model
+    stride = case.settings.get("stride", 1)
+    produced = {}
+    if case.config.task == "depth":
+        produced["pred_d"] = fast(*inputs)["pred_d"][..., ::stride, ::stride]
+    else:
+        features = fast.extract_feat(*inputs)
+        logits = fast.decode(features, inputs[0].shape[2:])
+        produced |= {"logits": logits[..., ::stride, ::stride], "argmax": logits.argmax(1)}
+        widths = [fast.config.backbone.model_channels * m for m in fast.config.backbone.channel_mult]
+        for i, (feature, width) in enumerate(zip(features, widths, strict=True)):
+            produced[f"feature{i}"] = feature
+            produced[f"feature{i}_every8th"] = feature[:, ::8]
+            produced[f"maps{i}"] = feature[:, width:]
+    common = sorted(set(produced) & set(expected))
+    assert common
+    for key in common:
+        if key == "argmax":
+            print(f"{name} {precision}: {(produced[key] == expected[key]).double().mean().item():.4f} of labels equal")
+            continue
+        similarity = cosine(produced[key], expected[key])
+        print(f"{name} {precision} {key}: cosine {similarity:.6f}")
+        assert similarity >= GATES[precision], key
+
+
+@pytest.mark.parametrize("precision", GATES)
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 128, 64), (2, 64, 192), (3, 64, 64)])
+@pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
+def test_batches_and_sizes(task: str, batch: int, height: int, width: int, precision: str) -> None:
+    model = small_model(task)
+    inputs = conditioned(model, some_images(batch, height, width))
+    with torch.no_grad():
+        expected = result(model, inputs)
+    fast = vpd_fast.optimize(model, precision)
+    together = result(fast, inputs)
+    assert together.shape == expected.shape
+    assert together.dtype == torch.float32
+    assert cosine(together, expected) >= GATES[precision]
+    for i in range(batch):  # an image's result does not depend on its neighbours
+        alone = result(fast, tuple(x[i : i + 1] for x in inputs))
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"attn_selector": "up_cross+down_cross+mid_cross"}, {"use_attn": False}])
+def test_other_selections_of_maps(settings: dict) -> None:
+    model = small_model(**settings)
+    images = some_images(2, 128, 128)
+    with torch.no_grad():
+        expected = model.extract_feat(images)
+    for actual, wanted in zip(vpd_fast.optimize(model, "fp32").extract_feat(images), expected, strict=True):
+        assert cosine(actual, wanted) > 0.999999
+        assert actual.shape == wanted.shape
+
+
+def test_self_attention_maps() -> None:
+    model = small_model(attn_selector="up_self+down_cross", max_attn_size=8)
+    images = some_images(1, 128, 128)
+    with torch.no_grad():
+        expected = model.extract_feat(images)
+    for actual, wanted in zip(vpd_fast.optimize(model, "fp32").extract_feat(images), expected, strict=True):
+        assert cosine(actual, wanted) > 0.999999
+
+
+def test_other_texts_are_not_mistaken_for_the_last_one() -> None:
+    model = small_model("referring")
+    fast = vpd_fast.optimize(model, "fp32")
+    images = some_images()
+    for seed in (0, 1, 0):
+        tokens = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            torch.testing.assert_close(fast(images, tokens), model(images, tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_depth_of_several_scenes_in_one_batch() -> None:
+    model = small_model("depth")
+    fast, images = vpd_fast.optimize(model, "fp32"), some_images(3)
+    with torch.no_grad():
+        for scenes in (torch.tensor([0, 2, 1]), torch.tensor([1, 1, 1]), None):
+            expected = model(images, scenes)["pred_d"]
+            torch.testing.assert_close(fast(images, scenes)["pred_d"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_is_not_changed_and_may_be_deleted() -> None:
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fast = vpd_fast.optimize(model, "fp32")
+    expected = fast(some_images())
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    torch.testing.assert_close(fast(some_images()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", GATES)
+def test_results_do_not_share_memory_with_later_ones(precision: str) -> None:
+    fast = vpd_fast.optimize(small_model(), precision)
+    features, logits = fast.extract_feat(some_images()), fast(some_images())
+    copies = [x.clone() for x in (*features, logits)]
+    fast(some_images(2, 128, 128))
+    fast(-some_images())
+    for kept, copy in zip((*features, logits), copies, strict=True):
+        torch.testing.assert_close(kept, copy, rtol=0, atol=0)
+
+
+def test_two_threads_may_call_one_model() -> None:
+    model = small_model("referring")
+    fast = vpd_fast.optimize(model, "int8")
+    calls = [conditioned(model, some_images() * factor) for factor in (1.0, -0.5)]
+    calls[1][1].neg_()
+    expected = [fast(*call) for call in calls]
+    failures = []
+
+    def work(i: int) -> None:
+        for _ in range(4):
+            if not torch.equal(fast(*calls[i]), expected[i]):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_predict_gives_the_same_kind_of_result() -> None:
+    import numpy as np
+
+    model = small_model()
+    photo = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    plain = model.predict(photo, with_maps=True)
+    fast = vpd_fast.optimize(model, "fp32").predict(photo, with_maps=True)
+    assert (plain.labels == fast.labels).mean() > 0.999
+    assert plain.maps.names == fast.maps.names
+
+
+def test_nothing_is_converted_between_layers() -> None:
+    """A bfloat16 engine keeps activations in bfloat16 and channels-last: PyTorch only converts at its two ends."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            name = func.overloadpacket.__name__
+            if name in ("_to_copy", "copy_", "clone", "contiguous", "cat"):
+                self.calls.append(name)
+            return func(*args, **kwargs or {})
+
+    fast = vpd_fast.optimize(small_model(), "bf16")
+    images = some_images()
+    fast.encode(images)
+    with Count() as count:
+        latents = fast.encode(images)
+    # Images to channels-last, latents to float32 and, in the KL encoder's attention, in and out of its group norm.
+    assert sorted(count.calls) == ["_to_copy"] * 3 + ["clone"]
+    context = fast.context(1)
+    fast.features(latents, context)
+    with Count() as count:
+        fast.features(latents, context)
+    # Four features to float32, and put together with their maps.
+    assert sorted(count.calls) == ["_to_copy"] * 4 + ["cat"] * 4
+
+
+def test_report_says_what_each_layer_became() -> None:
+    fast = vpd_fast.optimize(small_model(), "int8", policy=Policy(precisions={"unet.input_blocks.1.*": "bf16"}))
+    report = fast.report()
+    rows = {row["name"]: row for row in report.rows()}
+    assert set(rows) == set(fast.layers)
+    assert rows["encoder.conv_in"]["precision"] == "bf16"
+    assert rows["unet.input_blocks.1.0.conv1"]["precision"] == "bf16"
+    assert rows["unet.input_blocks.2.0.conv1"]["precision"] == "int8"
+    assert rows["unet.input_blocks.1.0.conv1"]["reason"].endswith("policy: unet.input_blocks.1.*")
+    text = str(report)
+    assert all(name in text for name in fast.layers)
+    assert "time (22 layers)" in text
+    with pytest.raises(InputError, match="calibration images"):
+        fast.report(sensitivity=True)
+
+
+def test_policy_without_winograd() -> None:
+    model, images = small_model(), some_images()
+    with_it = vpd_fast.optimize(model, "fp32")
+    without = vpd_fast.optimize(model, "fp32", policy=Policy(winograd=False))
+    kinds = {layer.kind for name, layer in without.layers.items() if not getattr(layer, "upsample", False)}
+    assert "winograd_conv2d" not in kinds
+    assert "winograd_conv2d" in {layer.kind for layer in with_it.layers.values()}
+    torch.testing.assert_close(without(images), with_it(images), rtol=1e-3, atol=1e-4)
+
+
+def test_calibration_measures_and_does_not_harm() -> None:
+    model, images = small_model(), some_images(2, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        # Channels of very different ranges, which is what smoothing is for.
+        for block in model.unet.unet.diffusion_model.modules():
+            if isinstance(block, torch.nn.GroupNorm):
+                block.weight[::7] *= 30
+        expected = model(images)
+    plain = vpd_fast.optimize(model, "int8")
+    fast = vpd_fast.optimize(model, "int8", calibration=[images])
+    errors = [(m(images) - expected).norm().item() for m in (plain, fast)]
+    assert errors[1] < errors[0]
+    rows = fast.report(sensitivity=True).rows()
+    assert rows == sorted(rows, key=lambda row: row["snr_db"])
+    assert {row["precision"] for row in rows} == {"int8"}
+    assert rows[0]["snr_db"] > 15
+    assert len(rows) == sum(row["precision"] == "int8" for row in fast.report().rows() if ".kv" not in row["name"])
+    assert "SNR dB" in str(fast.report(sensitivity=True))
+
+
+def test_bad_input() -> None:
+    model = small_model()
+    for precision, message in (("int4", "'fp32', 'bf16', 'int8'"), ("fp16", "does not run"), ("fp8", "does not run")):
+        with pytest.raises(InputError, match=message):
+            vpd_fast.optimize(model, precision)
+    with pytest.raises(InputError, match=r"model\.eval"):
+        vpd_fast.optimize(small_model().train(), "fp32")
+    with pytest.raises(InputError, match=r"must be a vpd_fast\.VPD, got Linear"):
+        vpd_fast.optimize(torch.nn.Linear(1, 1), "fp32")
+    with pytest.raises(InputError, match="float32"):
+        vpd_fast.optimize(small_model().bfloat16(), "bf16")
+    with pytest.raises(InputError, match="fits no layer"):
+        vpd_fast.optimize(model, "int8", policy=Policy(precisions={"unet.nothing": "bf16"}))
+    with pytest.raises(InputError, match="must be one of fp32, bf16, int8"):
+        Policy(precisions={"*": "int4"})
+    with pytest.raises(InputError, match="on the CPU"):
+        vpd_fast.optimize(VPD.empty(model.config).eval(), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no images"),
+        (torch.zeros(1, 3, 64, 64), "constant"),
+        (torch.full((1, 3, 64, 64), float("nan")), "not finite"),
+        (torch.rand(1, 3, 64, 64) * 255, "must be in"),
+        (torch.rand(1, 3, 60, 64), "64"),
+        (torch.rand(1, 4, 64, 64), "3"),
+        ("photo.jpg", "calibration"),
+    ],
+)
+def test_bad_calibration_images(images: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        vpd_fast.optimize(small_model(), "int8", calibration=images)
+
+
+def test_calibration_of_another_precision() -> None:
+    with pytest.raises(InputError, match="int8"):
+        vpd_fast.optimize(small_model(), "bf16", calibration=[some_images()])
+
+
+def test_what_a_fast_model_cannot_do() -> None:
+    model = small_model()
+    fast = vpd_fast.optimize(model, "fp32")
+    assert not fast.training
+    assert fast.eval() is fast
+    assert fast.to("cpu") is fast
+    for call in (
+        lambda: fast.train(),
+        lambda: fast.load_state_dict(model.state_dict()),
+        lambda: fast.save_pretrained("somewhere"),
+        lambda: fast.gradient_checkpointing_enable(),
+        lambda: fast.to("cuda"),
+        lambda: fast.bfloat16(),
+        lambda: fast.half(),
+        lambda: vpd_fast.optimize(fast, "fp32"),
+    ):
+        with pytest.raises(InputError):
+            call()
+    assert not fast(some_images().requires_grad_()).requires_grad
+    with pytest.raises(InputError, match="multiples of 64"):
+        fast(some_images(1, 60, 64))

@@ -1,0 +1,82 @@
+"""All variants by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from vpd_fast.benchmark import peers
+from vpd_fast.benchmark.variants import Source, Variant, make_fast, make_plain
+from vpd_fast.errors import InputError
+
+
+def _nothing_missing() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant that can be made.
+
+    precision: whose gate it must pass, or None for what the others are compared with. why_missing: how to install what
+    it needs, or None. size: about how much memory it has at most while it is made, in plain float32 models.
+    """
+
+    make: Callable[[Source], Variant]
+    precision: str | None
+    why_missing: Callable[[], str | None] = _nothing_missing
+    size: float = 2.0
+
+
+BASELINES = ("plain", "sdpa")  # the second where the probabilities of the first do not fit into memory
+FAST = ("fp32", "bf16", "int8")
+_DIFFUSERS = partial(peers.why_missing, "diffusers", extra="diffusers")
+_OPENVINO = partial(peers.why_missing, "openvino", extra="openvino")
+_OPENVINO_INT8 = partial(peers.why_missing, "openvino", "nncf", extra="openvino")
+PEERS = {
+    "diffusers-fp32": Entry(partial(peers.make_diffusers, dtype=torch.float32), "fp32", _DIFFUSERS),
+    "diffusers-bf16": Entry(partial(peers.make_diffusers, dtype=torch.bfloat16), "bf16", _DIFFUSERS),
+    "diffusers-compile": Entry(
+        partial(peers.make_diffusers, dtype=torch.bfloat16, compiled=True), "bf16", peers.why_no_compile
+    ),
+    "openvino-fp32": Entry(partial(peers.make_openvino, precision="fp32"), "fp32", _OPENVINO, size=3.0),
+    "openvino-bf16": Entry(partial(peers.make_openvino, precision="bf16"), "bf16", _OPENVINO, size=3.0),
+    "openvino-int8": Entry(partial(peers.make_openvino, precision="int8"), "int8", _OPENVINO_INT8, size=4.0),
+}
+ENTRIES = {
+    "plain": Entry(make_plain, None),
+    "sdpa": Entry(partial(make_plain, attention_backend="sdpa"), None),
+    **{f"fast {p}": Entry(partial(make_fast, precision=p), p, size=3.0 if p == "fp32" else 2.0) for p in FAST},
+    **PEERS,
+}
+
+
+def choose(precisions: list[str], peer_names: list[str]) -> tuple[list[str], list[str]]:
+    """Names of the variants to measure, and why peers that were asked for are left out.
+
+    precisions: of the fast model. peer_names: names of peers, or their first parts ("openvino"), or "all" or "none".
+    Raises InputError for unknown ones.
+    """
+    for precision in precisions:
+        if precision not in FAST:
+            raise InputError(f"--precision must be some of {', '.join(FAST)}, got {precision!r}")
+    names, missing = [f"fast {p}" for p in FAST if p in precisions], []
+    for wanted in peer_names:
+        if wanted not in ("all", "none") and not any(_is(name, wanted) for name in PEERS):
+            known = ", ".join(PEERS)
+            raise InputError(f"--peers must be all, none, diffusers, openvino or some of {known}, got {wanted!r}")
+    for name, entry in PEERS.items():
+        if any(_is(name, wanted) for wanted in peer_names):
+            reason = entry.why_missing()
+            if reason is None:
+                names.append(name)
+            else:
+                missing.append(f"{name}: {reason}")
+    return names, missing
+
+
+def _is(name: str, wanted: str) -> bool:
+    return wanted in ("all", name, name.partition("-")[0])

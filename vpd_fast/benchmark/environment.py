@@ -1,0 +1,74 @@
+"""What measured numbers depend on, and how much memory there is."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpd_fast import info
+
+PACKAGES = ("torch", "numpy", "triton", "diffusers", "openvino", "nncf")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def device_name(device: str) -> str:
+    """The name of the CPU or GPU."""
+    return torch.cuda.get_device_name() if device == "cuda" else info.cpu_name()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, threads, instruction set, versions, commit, time."""
+    report = info.collect()
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git
+        commit = None
+    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "isa": report["cpu"]["isa"]["chosen"] if report["cpu"]["isa"] else None,
+        "vpd_fast": report["vpd_fast"],
+        "commit": commit,
+        "python": report["python"],
+        **{name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def resident_bytes() -> int:
+    """Memory of this process now (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Most memory this process had, since it started or since `reset_peak` (Linux)."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` start again from the memory that is really in use (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide the need
+    _CLEAR.write_text("5")
+
+
+def _status(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", _STATUS.read_text())[1])
+
+
+def total_memory() -> int:
+    """Bytes that all processes may use together: of the machine, or of the container's limit."""
+    machine = 1024 * int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    texts = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([machine, *(int(text) for text in texts if text.isdigit())])

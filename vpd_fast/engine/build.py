@@ -1,0 +1,76 @@
+"""From a specification to a layer: rounded, packed, and with the algorithm and the reasons written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, Winograd
+from vpd_fast.engine.policy import NAMES, Policy
+from vpd_fast.engine.specs import Spec
+from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.winograd_conv2d import winograd_weight
+
+ALGORITHMS = {0: "direct", 9: "Winograd F(2x2), upsampling", 16: "Winograd F(2x2)", 36: "Winograd F(4x4)"}
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a layer became: a row of the report."""
+
+    name: str
+    kind: str
+    precision: str
+    shape: tuple[int, ...]  # of the weight, before it was packed
+    algorithm: str
+    bytes: int
+    rewrites: tuple[str, ...] = ()
+    reason: str = ""
+    snr_db: float | None = None  # of the layer's result in this precision, on the calibration images
+
+
+@torch.no_grad()
+def build_layer(
+    spec: Spec, precision: str, policy: Policy, out_dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Layer, LayerInfo]:
+    """The layer of `spec` in an engine of `precision`.
+
+    out_dtype: of the activations. scale: (c,) factors of the input's channels; the weight is divided by them.
+    """
+    weight, bias = (None if t is None else t.detach() for t in spec.make())
+    if spec.kind == "group_norm":
+        layer: Layer = GroupNorm(weight.float().clone(), bias.float().clone(), **spec.settings)
+        return layer, LayerInfo(spec.name, GroupNorm.kind, "fp32", tuple(weight.shape), "statistics", 2 * weight.nbytes)
+    dtype, reason = policy.precision(spec.name, precision)
+    shape = tuple(weight.shape)
+    if scale is not None:
+        weight = weight / scale.view(1, -1, *[1] * (weight.dim() - 2))
+    settings: dict[str, Any] = dict(spec.settings)
+    if spec.kind == "linear":
+        kind, packed, algorithm = Linear, PackedWeight.pack(weight[None].float(), dtype), "matrix product"
+    else:
+        taps, why = 0, f"stride {settings['stride']}"
+        if spec.upsample or (settings["stride"] == 1 and shape[2:] == (3, 3) and spec.side):
+            taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample)
+        kind, packed, settings = _convolution(weight, taps, dtype, settings, spec.upsample)
+        algorithm, reason = ALGORITHMS[taps], "; ".join(filter(None, (why if spec.side else "", reason)))
+    bias = None if bias is None else bias.float().clone()
+    layer = kind(packed, bias, out_dtype, scale, **settings)
+    info = LayerInfo(
+        spec.name, kind.kind, NAMES[dtype], shape, algorithm, sum(t.nbytes for t in layer.tensors().values()),
+        spec.rewrites, reason,
+    )  # fmt: skip
+    return layer, info
+
+
+def _convolution(
+    weight: Tensor, taps: int, dtype: torch.dtype, settings: dict[str, Any], upsample: bool
+) -> tuple[type[Layer], PackedWeight, dict[str, Any]]:
+    if taps:
+        del settings["stride"], settings["padding"]
+        return Winograd, PackedWeight.pack(winograd_weight(weight, taps), dtype), settings | {"upsample": upsample}
+    rows = weight.permute(0, 2, 3, 1).flatten(1)
+    return Conv2d, PackedWeight.pack(rows[None].float(), dtype), settings | {"kernel": tuple(weight.shape[2:])}

@@ -1,0 +1,188 @@
+"""Calibration: the inputs that layers see on given images, the smoothing of their channels, and each layer's error.
+
+An 8-bit row shares one scale among its channels, so channels of much smaller range are rounded coarsely. Dividing the
+input's channels by their range^alpha and multiplying the weight's by it changes nothing but the rounding (Xiao et al.,
+SmoothQuant, ICML 2023, equation 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpd_fast.config import SIZE_MULTIPLE
+from vpd_fast.engine.blocks import to_nchw, to_nhwc
+from vpd_fast.engine.layers import Layer, Linear, Product
+from vpd_fast.engine.policy import Policy
+from vpd_fast.engine.specs import Spec
+from vpd_fast.errors import InputError
+from vpd_fast.models import checks
+from vpd_fast.models.vpd import VPD
+from vpd_fast.ops._packing import LARGEST
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
+SIDE = 16  # of the square of positions that is kept of each layer's input
+
+
+def check_images(calibration: Sequence[Tensor] | Tensor, model: VPD) -> list[Tensor]:
+    """Batches of calibration images. Raises InputError for a wrong shape or range."""
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    if not batches:
+        raise InputError("calibration has no images")
+    least, most = (0.0, 1.0) if model.config.task == "depth" else (-1.0, 1.0)
+    for i, images in enumerate(batches):
+        name = f"calibration[{i}]"
+        if isinstance(images, Tensor) and images.dim() == 3:
+            images = images[None]
+        try:
+            checks.images(images, model.device, model.dtype, SIZE_MULTIPLE)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        if not torch.isfinite(images).all():
+            raise InputError(f"{name} has values that are not finite")
+        low, high = images.min().item(), images.max().item()
+        if low < least - 1e-3 or high > most + 1e-3:
+            raise InputError(f"{name} has values in [{low:.3g}, {high:.3g}]; images must be in [{least:g}, {most:g}]")
+        if low == high:
+            raise InputError(f"{name} is constant ({low:.3g}): it says nothing about ranges")
+        batches[i] = images
+    return batches
+
+
+@dataclass
+class _Seen:
+    """What a layer saw: the largest magnitude of each input channel, and a square of positions of the first batch."""
+
+    largest: Tensor
+    sample: Tensor  # (1,h,w,c) float32, or (1,n,c) of a linear layer
+
+
+class _Recorder:
+    """Stands in for a layer and notes its input as the matrix product gets it."""
+
+    def __init__(self, layer: Product, seen: dict[str, _Seen], name: str) -> None:
+        self._layer, self._seen, self._name = layer, seen, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, x: Tensor, x2: Tensor | None = None, affine: Tensor | None = None, **options: Any) -> Tensor:
+        rows = (x if x2 is None else torch.cat([x, x2.to(x.dtype)], dim=-1)).float()
+        if affine is not None:
+            scale, shift = (t.view(t.shape[0], *[1] * (rows.dim() - 2), -1) for t in affine.unbind(1))
+            rows = torch.addcmul(shift, rows, scale)
+        if getattr(self._layer, "silu", False):
+            rows = F.silu(rows)
+        if getattr(self._layer, "norm", None):
+            rows = F.layer_norm(rows, rows.shape[-1:], eps=self._layer.eps)
+        largest = rows.abs().flatten(0, -2).amax(0)
+        seen = self._seen.get(self._name)
+        if seen is None:
+            self._seen[self._name] = _Seen(largest, _middle(rows))
+        else:
+            seen.largest = torch.maximum(seen.largest, largest)
+        return self._layer(x, x2=x2, affine=affine, **options)
+
+
+def _middle(rows: Tensor) -> Tensor:
+    if rows.dim() == 3:
+        step = max(1, rows.shape[1] // SIDE**2)
+        return rows[:1, ::step].clone()
+    top, left = (max(0, (size - SIDE) // 2) for size in rows.shape[1:3])
+    return rows[:1, top : top + SIDE, left : left + SIDE].clone()
+
+
+class Calibration:
+    """The inputs of all layers on the calibration images."""
+
+    def __init__(self, seen: dict[str, _Seen], policy: Policy) -> None:
+        self._seen, self._policy = seen, policy
+
+    @classmethod
+    @torch.no_grad()
+    def run(cls, model: VPD, batches: Sequence[Tensor], policy: Policy) -> Calibration:
+        """Run a fast model of high precision on the images."""
+        seen: dict[str, _Seen] = {}
+        layers = model.layers
+        for name, layer in layers.items():
+            if isinstance(layer, Product):
+                layers[name] = _Recorder(layer, seen, name)
+        for images in batches:
+            if model.config.task == "referring":
+                config = model.config
+                tokens = torch.zeros(len(images), config.tokens, config.backbone.context_dim)
+                model.decode(model.extract_feat(images, tokens))
+            else:
+                model(images)
+        return cls(seen, policy)
+
+    def _rounded(self, spec: Spec) -> bool:
+        return spec.kind != "group_norm" and self._policy.precision(spec.name, "int8")[0] == torch.int8
+
+    @torch.no_grad()
+    def scale(self, spec: Spec) -> Tensor | None:
+        """Factors of the layer's input channels with the smallest error, or None: 1 is best, or it is not 8-bit."""
+        seen = self._seen.get(spec.name)
+        if seen is None or not self._policy.smoothing or not self._rounded(spec):
+            return None
+        weight = spec.make()[0]
+        ranges = weight.abs().flatten(2).amax((0, 2)) if weight.dim() == 4 else weight.abs().amax(0)
+        matrix, rows = _as_product(spec, weight, seen.sample)
+        exact, best = rows @ matrix.T, (float("inf"), None)
+        for alpha in ALPHAS:
+            smooth = seen.largest.clamp_min(1e-5) ** -alpha * ranges.clamp_min(1e-5) ** (1 - alpha) if alpha else None
+            error = (_rounded_product(rows, matrix, smooth) - exact).square().sum().item()
+            best = min(best, (error, smooth), key=lambda pair: pair[0])
+        smooth = best[1]
+        return None if smooth is None else smooth / smooth.mean()
+
+    @torch.no_grad()
+    def snr_db(self, spec: Spec, layer: Layer) -> float | None:
+        """Signal-to-noise ratio in decibels of the 8-bit layer's products on what was kept of its input."""
+        seen = self._seen.get(spec.name)
+        if seen is None or not self._rounded(spec):
+            return None
+        weight = spec.make()[0]
+        plain = {"bias": None, "activation": None, "out_dtype": torch.float32}
+        plain |= {"norm": None} if isinstance(layer, Linear) else {"silu": False}
+        result = type(layer)(**{**vars(layer), **plain})(seen.sample)
+        exact = _product(spec, weight, seen.sample)
+        noise = (result - exact).square().sum()
+        return (10 * torch.log10(exact.square().sum() / noise.clamp_min(1e-30))).item()
+
+
+def _product(spec: Spec, weight: Tensor, sample: Tensor) -> Tensor:
+    if spec.kind == "linear":
+        return sample @ weight.T
+    x = to_nchw(sample)
+    if spec.upsample:
+        return to_nhwc(F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1))
+    top, left, bottom, right = spec.settings["padding"]
+    return to_nhwc(F.conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=spec.settings["stride"]))
+
+
+def _as_product(spec: Spec, weight: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, taps*c) and (positions, taps*c) of what is a matrix product, channels last."""
+    if spec.kind == "linear":
+        return weight, sample.flatten(0, -2)
+    height, width = weight.shape[2:]
+    patches = F.unfold(to_nchw(sample), (height, width), padding=height // 2)[0]  # c*taps, positions
+    rows = patches.view(weight.shape[1], height * width, -1).permute(2, 1, 0).flatten(1)
+    return weight.permute(0, 2, 3, 1).flatten(1), rows
+
+
+def _rounded_product(rows: Tensor, matrix: Tensor, smooth: Tensor | None) -> Tensor:
+    if smooth is not None:
+        smooth = smooth.repeat(rows.shape[1] // len(smooth))
+        rows, matrix = rows * smooth, matrix / smooth
+    low, high = rows.amin(1, keepdim=True).clamp_max(0), rows.amax(1, keepdim=True).clamp_min(0)
+    step = ((high - low) / 255).clamp_min(1e-30)
+    zero = (-low / step).round()
+    rows = ((rows / step).round() + zero).clamp(0, 255).sub(zero) * step
+    step = (matrix.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-30)
+    return rows @ ((matrix / step).round() * step).T

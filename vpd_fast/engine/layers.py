@@ -1,0 +1,169 @@
+"""The layers of a fast model: a packed weight and how to call the fused operator with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vpd_fast import ops
+from vpd_fast.ops._packing import PackedWeight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Tensors and settings of one layer; activations are (B,H,W,C) or (B,N,C).
+
+    out_dtype: of what it returns.
+    """
+
+    kind: ClassVar[str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has to be stored, by field name."""
+        found: dict[str, Tensor] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, PackedWeight):
+                parts = {"weight": value.data, "weight_scales": value.scales, "weight_sums": value.sums}
+                found |= {name: x for name, x in parts.items() if x is not None}
+            elif isinstance(value, Tensor):
+                found[f.name] = value
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Everything else, as plain values."""
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, PackedWeight):
+                found |= {"n": value.n, "k": value.k}
+            elif isinstance(value, torch.dtype):
+                found[f.name] = str(value).removeprefix("torch.")
+            elif not isinstance(value, Tensor):
+                found[f.name] = value
+        return found
+
+
+@dataclass(frozen=True)
+class GroupNorm(Layer):
+    """Scale and shift per channel that a group norm amounts to; the next layer applies them."""
+
+    kind: ClassVar[str] = "group_norm"
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+
+    def __call__(self, x: Tensor, x2: Tensor | None = None) -> Tensor:
+        """(B,H,W,C1) [and (B,H,W,C2)] -> (B,2,C1+C2) float32."""
+        return ops.group_norm_affine(x, self.weight, self.bias, self.groups, self.eps, x2=x2)
+
+
+@dataclass(frozen=True)
+class Product(Layer):
+    """What all layers with a weight have in common."""
+
+    weight: PackedWeight
+    bias: Tensor | None
+    out_dtype: torch.dtype
+    scale: Tensor | None = None  # of the input's channels: smoothing, whose inverse is in the weight
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Linear(Product):
+    """Rows times a weight, with everything around it fused; see `vpd_fast.ops.linear`."""
+
+    kind: ClassVar[str] = "linear"
+    norm: str | None = None
+    eps: float = 1e-5
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        """(B,...,k) -> (B,...,n); options: x2, affine, residual."""
+        shape = x.shape[:-1]
+        rows = {name: _rows(t) if name != "affine" else t for name, t in options.items()}
+        out = ops.linear(
+            _rows(x),
+            self.weight,
+            self.bias,
+            norm=self.norm,
+            eps=self.eps,
+            scale=self.scale,
+            activation=self.activation,
+            out_dtype=self.out_dtype,
+            **rows,
+        )
+        return out.view(*shape, out.shape[-1])
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 3 else x.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Conv2d(Product):
+    """Direct convolution; see `vpd_fast.ops.conv2d`."""
+
+    kind: ClassVar[str] = "conv2d"
+    kernel: tuple[int, int] = (3, 3)
+    stride: int = 1
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # top, left, bottom, right
+    silu: bool = False
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        """(B,H,W,C) -> (B,H',W',n); options: x2, affine, residual."""
+        return ops.conv2d(
+            x,
+            self.weight,
+            self.bias,
+            kernel=tuple(self.kernel),
+            stride=self.stride,
+            padding=tuple(self.padding),
+            silu=self.silu,
+            scale=self.scale,
+            activation=self.activation,
+            out_dtype=self.out_dtype,
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class Winograd(Product):
+    """3x3 convolution of stride 1 by Winograd's algorithm; see `vpd_fast.ops.winograd_conv2d`."""
+
+    kind: ClassVar[str] = "winograd_conv2d"
+    upsample: bool = False
+    silu: bool = False
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        """(B,H,W,C) -> (B,H,W,n), or (B,2H,2W,n) if it upsamples; options: x2, affine, residual."""
+        return ops.winograd_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            upsample=self.upsample,
+            silu=self.silu,
+            scale=self.scale,
+            activation=self.activation,
+            out_dtype=self.out_dtype,
+            **options,
+        )
+
+
+KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd)}
+
+
+def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:
+    """Inverse of `Layer.tensors` and `Layer.settings`."""
+    settings, tensors = dict(settings), dict(tensors)
+    if kind != GroupNorm.kind:
+        data = tensors.pop("weight")
+        sizes = settings.pop("n"), settings.pop("k")
+        settings["weight"] = PackedWeight(
+            data, tensors.pop("weight_scales", None), tensors.pop("weight_sums", None), *sizes
+        )
+        settings["out_dtype"] = getattr(torch, settings["out_dtype"])
+    return KINDS[kind](**{"bias": None, **settings, **tensors})

@@ -1,0 +1,97 @@
+"""`optimize`: from a plain model to a fast one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vpd_fast.engine.build import build_layer
+from vpd_fast.engine.calibrate import Calibration, check_images
+from vpd_fast.engine.model import FastVPD
+from vpd_fast.engine.policy import PRECISIONS, Policy
+from vpd_fast.engine.specs import layer_specs
+from vpd_fast.errors import InputError
+from vpd_fast.models.vpd import VPD
+
+ELSEWHERE = {"fp16": "no CPU computes in it faster than in bf16", "fp8": "no CPU has instructions for it"}
+
+
+def optimize(
+    model: VPD,
+    precision: str = "fp32",
+    calibration: Sequence[Tensor] | Tensor | None = None,
+    policy: Policy | None = None,
+    *,
+    progress: bool = False,
+) -> FastVPD:
+    """The fast form of a model: the same calls and results, inference only, on the CPU.
+
+    model: a plain model in evaluation mode, float32, on the CPU. It is not changed, and may be deleted afterwards:
+        layers are converted one by one and share nothing with it.
+    precision: "fp32", "bf16" (bfloat16 weights and activations) or "int8" (8-bit weights and inputs of nearly all
+        convolutions and linear layers, bfloat16 between them; inputs are rounded with a scale of their own for each
+        position, so no calibration is needed).
+    calibration: for "int8", images (B,3,H,W) as the model takes them, or a list of such; evens out the ranges of input
+        channels (Xiao et al., SmoothQuant, ICML 2023) and measures each layer's error for `report(sensitivity=True)`.
+    policy: choices of one's own; see `Policy`.
+    progress: show a progress bar.
+
+    Raises InputError for another model or precision, one in training mode, not on the CPU or not in float32, and for
+    calibration images of a wrong shape, not finite or constant.
+    """
+    _check(model, precision)
+    policy = policy or Policy()
+    if not isinstance(policy, Policy):
+        raise InputError(f"policy must be a vpd_fast.engine.Policy, got {type(policy).__name__}")
+    specs = list(layer_specs(model))
+    policy.check_names([spec.name for spec in specs])
+    activations = torch.float32 if precision == "fp32" else torch.bfloat16
+    measured = None
+    if calibration is not None:
+        if precision != "int8":
+            raise InputError(f'calibration is for precision "int8", not {precision!r}')
+        images = check_images(calibration, model)
+        exact = _assemble(model, "bf16", specs, Policy(winograd=False), torch.bfloat16, None, progress)
+        measured = Calibration.run(exact, images, policy)
+        del exact
+    return _assemble(model, precision, specs, policy, activations, measured, progress)
+
+
+def _assemble(
+    model: VPD,
+    precision: str,
+    specs: list,
+    policy: Policy,
+    activations: torch.dtype,
+    measured: Calibration | None,
+    progress: bool,
+) -> FastVPD:
+    layers, infos = {}, []
+    for spec in tqdm(specs, desc=f"optimize to {precision}", unit="layer", disable=not progress):
+        scale = measured.scale(spec) if measured else None
+        layers[spec.name], info = build_layer(spec, precision, policy, activations, scale)
+        snr = measured.snr_db(spec, layers[spec.name]) if measured else None
+        infos.append(replace(info, snr_db=snr))
+    kept = {k: v.clone() for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)}
+    return FastVPD.assemble(model.config, kept, layers, tuple(infos), precision)
+
+
+def _check(model: VPD, precision: str) -> None:
+    if isinstance(model, FastVPD):
+        raise InputError("model is a fast model already; optimize the plain model")
+    if not isinstance(model, VPD):
+        raise InputError(f"model must be a vpd_fast.VPD, got {type(model).__name__}")
+    if precision in ELSEWHERE:
+        raise InputError(f'precision "{precision}" does not run on a CPU: {ELSEWHERE[precision]}; use "bf16" or "int8"')
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if any(module.training for module in model.modules()):
+        raise InputError("model is in training mode, and a fast model is for inference; call model.eval() first")
+    if model.device.type != "cpu":
+        raise InputError(f"model must be on the CPU, got {model.device}: fast models run there only")
+    if model.dtype != torch.float32:
+        raise InputError(f"model must be in float32, which is what layers are rounded from, got {model.dtype}")

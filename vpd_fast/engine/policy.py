@@ -1,0 +1,86 @@
+"""Which layer runs in which precision and by which algorithm, and why."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from vpd_fast.errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
+
+# Patterns of layer names -> precision and the reason. The first that fits decides.
+KEPT = {
+    "int8": {
+        "encoder.conv_in": ("bf16", "3 input channels: little work, and its error goes through the whole network"),
+        "encoder.conv_out": ("bf16", "makes the latents: little work"),
+        "encoder.*.downsample": ("bf16", "nothing bypasses it, so all of its error stays; measured the most sensitive"),
+        "unet.conv_in": ("bf16", "4 input channels: little work"),
+        "head.*": ("bf16", "makes the result, and is 1 % of the work"),
+        "*.attn2.kv": ("bf16", "runs once per text"),
+    },
+    "bf16": {},
+    "fp32": {},
+}
+SMALLEST_WINOGRAD = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # side in positions
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Choices of `optimize` that one may want to make oneself.
+
+    precisions: patterns of layer names (as `report()` shows them; * and ? as in file names) -> "fp32", "bf16" or
+        "int8", the first that fits decides; before the defaults.
+    winograd: let 3x3 convolutions run as Winograd convolutions where that is faster. They take 16/9 of the memory of a
+        direct convolution's weights, in float32 4 times.
+    smoothing: with calibration, even out the ranges of the input channels of 8-bit layers.
+    """
+
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    winograd: bool = True
+    smoothing: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.precisions, Mapping):
+            raise InputError(f"policy.precisions must map layer names to precisions, got {self.precisions!r}")
+        for pattern, precision in self.precisions.items():
+            if precision not in PRECISIONS:
+                expected = ", ".join(PRECISIONS)
+                raise InputError(f"policy.precisions[{pattern!r}] must be one of {expected}, got {precision!r}")
+
+    def precision(self, name: str, default: str) -> tuple[torch.dtype, str]:
+        """Dtype of the weight of layer `name` in an engine of precision `default`, and the reason."""
+        for pattern, precision in self.precisions.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return PRECISIONS[precision], f"policy: {pattern}"
+        for pattern, (precision, reason) in KEPT[default].items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return PRECISIONS[precision], reason
+        return PRECISIONS[default], ""
+
+    def winograd_taps(self, side: int, channels: int, dtype: torch.dtype, upsample: bool) -> tuple[int, str]:
+        """Products of a Winograd tile for a 3x3 convolution of stride 1, or 0 for a direct one, and the reason.
+
+        side: height of the output at the model's image size.
+        """
+        if upsample:
+            return 9, "upsampled image is never made"
+        if not self.winograd:
+            return 0, "policy: winograd=False"
+        if channels % 16:
+            return 0, f"{channels} channels do not fill vectors"
+        if side < SMALLEST_WINOGRAD[dtype]:
+            return 0, f"reading a larger weight costs more than {side}x{side} positions save"
+        return (36, "F(4x4)") if dtype == torch.float32 else (16, "F(2x2): larger tiles lose accuracy below float32")
+
+    def check_names(self, names: list[str]) -> None:
+        """Raises InputError if a pattern fits no layer: it would be silently ignored."""
+        for pattern in self.precisions:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(
+                    f"policy.precisions: {pattern!r} fits no layer; layers are {', '.join(names[:5])}, ..."
+                )

@@ -1,0 +1,104 @@
+"""Fast models on disk: engine.json says what the layers are, engine.safetensors holds their tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vpd_fast.checkpoints.save import write_json
+from vpd_fast.config import VPDConfig
+from vpd_fast.engine.build import LayerInfo
+from vpd_fast.engine.layers import from_parts
+from vpd_fast.engine.model import FastVPD
+from vpd_fast.errors import CheckpointError
+from vpd_fast.files import write_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+SETTINGS, TENSORS = "engine.json", "engine.safetensors"
+CONDITIONING = "conditioning"
+
+
+def save_engine(model: FastVPD, folder: str | Path) -> None:
+    """Write a fast model; `load_engine` reads it back. Nothing half-written stays behind."""
+    folder = Path(folder)
+    tensors = {f"{CONDITIONING}:{name}": t for name, t in model.state_dict().items()}
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "precision": model.precision,
+        "config": model.config.to_dict(),
+        "report": [asdict(info) for info in model.infos],
+        "layers": {},
+    }
+    for name, layer in model.layers.items():
+        settings["layers"][name] = {"kind": layer.kind} | layer.settings()
+        tensors |= {f"{name}:{part}": t for part, t in layer.tensors().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: t.contiguous() for name, t in tensors.items()}
+    write_files(
+        {
+            folder / TENSORS: lambda path: save_file(contiguous, path),
+            folder / SETTINGS: lambda path: write_json(path, settings),
+        }
+    )
+
+
+def load_engine(folder: str | Path) -> FastVPD:
+    """The fast model that `save` wrote into `folder`: ready to run, without the weights it was made from.
+
+    The tensors stay in the file and are read as they are used. Raises CheckpointError if the folder is no engine.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    try:
+        config = VPDConfig.from_dict(settings["config"])
+        tensors = _read_tensors(folder / TENSORS)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(":")
+            parts.setdefault(name, {})[part] = tensor
+        conditioning = parts.pop(CONDITIONING)
+        layers = {}
+        for name, values in settings["layers"].items():
+            layers[name] = from_parts(values.pop("kind"), values, parts.pop(name))
+        if parts:
+            raise ValueError(f"{TENSORS} has layers that {SETTINGS} does not know: {', '.join(list(parts)[:3])}")
+        infos = tuple(LayerInfo(**_with_tuples(row)) for row in settings["report"])
+        return FastVPD.assemble(config, conditioning, layers, infos, settings["precision"])
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {SETTINGS} and {TENSORS} do not fit together ({error})") from error
+
+
+def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is no saved engine: it has no {SETTINGS}; save one with fast.save()"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        came = settings.get("format") if isinstance(settings, dict) else settings
+        raise CheckpointError(f"{path}: expected format {FORMAT} of an engine, got {came!r}; optimize the model again")
+    return settings
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error

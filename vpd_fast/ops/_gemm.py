@@ -1,0 +1,156 @@
+"""What `linear` and `conv2d` share: checks of their arguments, the arithmetic of the reference, arguments of the kernels.
+
+Rows of 8 bits: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255, zero = floor(-low / scale + 1/2)
+and u8 = round(x / scale + zero), so that x ~ scale * (u8 - zero) and 0 is exact. The products are summed exactly:
+
+    sum_k x[k] * w[n, k] ~ scale * scales[n] * (sum_k u8[k] * data[n, k] - zero * sums[n])
+
+A row with an infinity or a NaN gives NaN throughout; one whose scale would be below the smallest normal float32 is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpd_fast import _native
+from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._packing import PANEL, PackedWeight
+
+DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = (None, "relu", "silu", "geglu")
+LEVELS = 255  # steps between the least and the largest 8-bit number
+
+
+def geglu_rows(n: int) -> Tensor:
+    """Order of the rows of a weight (2n, k), n values and their n gates, that activation="geglu" expects.
+
+    Values and gates alternate in runs of 16 (the last run may be shorter), so that both are in one panel of the packed
+    weight: `PackedWeight.pack(weight[geglu_rows(n)][None], dtype)`, and likewise the bias.
+    """
+    runs = torch.arange(n).split(PANEL // 2)
+    return torch.cat([part for run in runs for part in (run, run + n)])
+
+
+def check_weight(weight: Any, k: int, activation: str | None) -> int:
+    """The number of output columns. Raises InputError unless `weight` has k columns and one tap."""
+    kind = type(weight).__name__
+    check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight, got {kind}")
+    check(weight.taps == 1, f"weight must have one tap, got {weight.taps}")
+    check(weight.k == k, f"weight must have {k} columns as the input says, got {weight.k}")
+    check(activation in ACTIVATIONS, f"activation must be None, 'relu', 'silu' or 'geglu', got {activation!r}")
+    if activation != "geglu":
+        return weight.n
+    check(weight.n % 2 == 0, f"weight must have an even number of rows for geglu, got {weight.n}")
+    return weight.n // 2
+
+
+def check_vectors(bias: Any, affine: Any, scale: Any, *, n: int, batch: int, channels: int) -> None:
+    """Raises InputError unless each is None or a float32 tensor: (n), (batch, 2, channels) and (channels)."""
+    if bias is not None:
+        check_tensor("bias", bias, "N", DTYPES[:1], N=n)
+    if affine is not None:
+        check_tensor("affine", affine, "B 2 C", DTYPES[:1], "B", **{"B": batch, "2": 2, "C": channels})
+    if scale is not None:
+        check_tensor("scale", scale, "C", DTYPES[:1], C=channels)
+
+
+def check_out(out: Any, out_dtype: torch.dtype | None, x: Tensor, shape: dict[str, int]) -> Tensor:
+    """`out`, or a new tensor. Raises InputError unless it has that dtype and shape (sizes by their names)."""
+    check(out_dtype in (None, *DTYPES), f"out_dtype must be None, float32 or bfloat16, got {out_dtype!r}")
+    if out is None:
+        return x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
+    check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
+    check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
+    overlaps = any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True))
+    check(not overlaps, f"out must not be expanded: its elements share memory (strides {out.stride()})")
+    return out
+
+
+def check_places(op: str, device: torch.device, tensors: dict[str, Tensor | None]) -> None:
+    """Raises InputError for a tensor on another device, and for one that requires gradients while they are recorded."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check(tensor.device == device, f"{name} must be on {device} as x is, got {tensor.device}")
+        check(
+            not (torch.is_grad_enabled() and tensor.requires_grad),
+            f"{name} requires gradients, which {op} does not compute: call it under torch.no_grad()",
+        )
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def quantize_rows(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., k) float32 rounded to 8 bits: whole numbers u8 - zero as float32, and the scales (..., 1)."""
+    low, high = a.amin(-1, keepdim=True).clamp(max=0), a.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / LEVELS
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    inverse = torch.where((scale > 0) & scale.isfinite(), 1 / scale, 0.0)
+    zero = torch.where(inverse > 0, torch.floor(-low * inverse + 0.5), 0.0)
+    finite = a.where(a.isfinite(), 0.0)  # of rows that are not, the scale makes NaN of everything
+    u8 = (finite * inverse + zero).round_().clamp_(0, LEVELS)
+    return u8 - zero, torch.where(scale.isfinite(), scale, torch.nan)
+
+
+def product(a: Tensor, weight: PackedWeight) -> Tensor:
+    """Rows (..., k) float32 times the weight, in its precision: (..., n) float32."""
+    if weight.dtype != torch.int8:
+        return a.to(weight.dtype).float() @ weight.unpack()[0].T
+    whole, scale = quantize_rows(a)
+    exact = whole.double() @ weight.numbers()[0].double().T
+    return exact.float() * (scale * weight.scales[0])
+
+
+def finish(result: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor) -> None:
+    """Stores activation(result + bias) + residual."""
+    result = result if bias is None else result + bias
+    if activation == "geglu":
+        order = geglu_rows(result.shape[-1] // 2).to(result.device)
+        values, gates = result[..., torch.argsort(order)].chunk(2, -1)
+        result = values * F.gelu(gates)
+    elif activation:
+        result = F.relu(result) if activation == "relu" else F.silu(result)
+    out.copy_(result if residual is None else result + residual)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def cpu_refuses(x: Tensor, *_: Any) -> str | None:
+    """Why the native kernel cannot run, or None."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    return _native.why_missing("_C")
+
+
+def last_contiguous(x: Tensor | None) -> Tensor | None:
+    """x, copied if its channels are not next to each other."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def evenly_spaced(x: Tensor | None) -> Tensor | None:
+    """(B, rows, C) with channels next to each other: x itself, or a copy where its strides do not allow that."""
+    return last_contiguous(x if x is None or x.dim() == 3 else x.flatten(1, 2))
+
+
+def strided(x: Tensor | None) -> tuple | None:
+    """Address, dtype, channels and the three strides that the kernel reads; (B, rows, C) has two."""
+    if x is None:
+        return None
+    return x.data_ptr(), _name(x.dtype), x.shape[-1], (*x.stride()[:-1], 0)[:3]
+
+
+def vectors_and_weight(weight: PackedWeight, *vectors: Tensor | None) -> tuple[list[Tensor | None], tuple, tuple]:
+    """The tensors, which must live while the kernel runs; the weight and the vectors as the kernel takes them."""
+    kept = [None if x is None else x.contiguous() for x in (weight.data, weight.scales, weight.sums, *vectors)]
+    addresses = tuple(0 if x is None else x.data_ptr() for x in kept)
+    return kept, (addresses[:3], _name(weight.dtype), weight.n, weight.k), addresses[3:]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,207 @@
+"""Rows times a packed weight, with what comes before and after it fused.
+
+Rows are made, normalised and rounded block by block, multiplied while they are in the cache, and the sums go through bias,
+activation and residual before they are stored: nothing but inputs, weight and result touches memory.
+
+All arithmetic but the product itself is float32. Its factors have the precision of the weight: float32, bfloat16 (sums in
+float32), or 8 bits with a scale for each row (`_gemm.py` says how rows are rounded). What is not finite in a row makes its
+results not finite; with 8-bit weights, NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vpd_fast import _native
+from vpd_fast.ops import _gemm
+from vpd_fast.ops._checks import check, check_impl, check_tensor
+from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._gemm import DTYPES, geglu_rows
+from vpd_fast.ops._packing import PackedWeight
+
+__all__ = ["geglu_rows", "linear"]
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    norm: str | None = None,
+    eps: float = 1e-5,
+    affine: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """activation(prologue(cat([x, x2], -1)) @ weight.T + bias) + residual.
+
+    x: (B, M, K1) float32 or bfloat16. x2: (B, M, K2) likewise, maybe of the other dtype. Channels that are next to each
+        other are read in place, whatever the other strides; others are copied.
+    weight: PackedWeight of one tap, N x K with K = K1 + K2. Its dtype is the precision of the product.
+    The prologue, of which any part may be missing, in this order:
+        norm: "layer": (a - mean) / sqrt(variance + eps) over the row, without parameters.
+        affine: (B, 2, K) float32: a * affine[:, 0] + affine[:, 1] (`group_norm_affine`).
+        scale: (K,) float32: a * scale.
+    bias: (N,) float32. activation: None, "relu", "silu", or "geglu", for which the rows of the weight are in the order
+        of `geglu_rows(N // 2)`: value * gelu(gate), with the exact gelu.
+    residual: like the result, float32 or bfloat16; may be `out` itself.
+    out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
+        not overlap the inputs.
+    impl: "auto", "cpu" or "reference".
+
+    Returns out (B, M, N), for geglu (B, M, N // 2). Inference only. Raises InputError for a wrong shape, dtype, device,
+    weight or impl, and for inputs that require gradients while they are recorded.
+
+        >>> weight = PackedWeight.pack(layer.weight[None], torch.int8)
+        >>> linear(x, weight, layer.bias, residual=x)
+    """
+    arguments = _check(
+        x,
+        weight,
+        bias,
+        x2=x2,
+        norm=norm,
+        eps=eps,
+        affine=affine,
+        scale=scale,
+        residual=residual,
+        activation=activation,
+        out_dtype=out_dtype,
+        out=out,
+    )
+    torch.ops.vpd_fast.linear(*arguments, check_impl(impl))
+    return arguments[-1]
+
+
+def _check(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    norm: str | None = None,
+    eps: float = 1e-5,
+    affine: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> tuple:
+    check_tensor("x", x, "B M K1", DTYPES, "B")
+    batch, rows, k = x.shape
+    if x2 is not None:
+        check_tensor("x2", x2, "B M K2", DTYPES, "B", B=batch, M=rows)
+        k += x2.shape[2]
+    n_out = _gemm.check_weight(weight, k, activation)
+    _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=k)
+    check(norm in (None, "layer"), f"norm must be None or 'layer', got {norm!r}")
+    check(
+        isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0,
+        f"eps must be a finite number that is not negative, got {eps!r}",
+    )
+    shape = {"B": batch, "M": rows, "N": n_out}
+    if residual is not None:
+        check_tensor("residual", residual, "B M N", DTYPES, "B", **shape)
+    out = _gemm.check_out(out, out_dtype, x, shape)
+    tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
+    _gemm.check_places("linear", x.device, tensors | {"residual": residual, "out": out})
+    return (
+        *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
+        *(bias, norm == "layer", float(eps), affine, scale, activation or "", residual, out),
+    )
+
+
+def _reference(
+    x: Tensor,
+    x2: Tensor | None,
+    data: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    norm: bool,
+    eps: float,
+    affine: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    a = x.float() if x2 is None else torch.cat([x.float(), x2.float()], dim=2)
+    if norm:
+        a = a - a.mean(-1, keepdim=True)
+        a = a * (a.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if affine is not None:
+        a = a * affine[:, :1] + affine[:, 1:]
+    a = a if scale is None else a * scale
+    result = _gemm.product(a, PackedWeight(data, scales, sums, n, a.shape[-1]))
+    _gemm.finish(result, bias, activation, residual, out)
+
+
+def _cpu(
+    x: Tensor,
+    x2: Tensor | None,
+    data: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    norm: bool,
+    eps: float,
+    affine: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    if out.numel() == 0:
+        return
+    x, x2, residual = (_gemm.last_contiguous(t) for t in (x, x2, residual))
+    target = _gemm.last_contiguous(out)
+    k = x.shape[2] + (0 if x2 is None else x2.shape[2])
+    packed = PackedWeight(data, scales, sums, n, k)
+    kept, packed_addresses, vectors = _gemm.vectors_and_weight(packed, bias, affine, scale)
+    _native.load("_C").linear(
+        x=_gemm.strided(x),
+        x2=_gemm.strided(x2),
+        shape=tuple(x.shape[:2]),
+        weight=packed_addresses,
+        vectors=vectors,
+        norm=norm,
+        eps=eps,
+        activation=activation,
+        residual=_gemm.strided(residual),
+        out=_gemm.strided(target),
+        threads=torch.get_num_threads(),
+        isa=_native.isa(),
+    )
+    del kept
+    if target is not out:
+        out.copy_(target)
+
+
+register(
+    Op(
+        name="linear",
+        arguments=(
+            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, bool norm, float eps, "
+            "Tensor? affine, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out"
+        ),
+        returns="()",
+        fake=lambda *_: None,
+        check=_check,
+        implementations=(
+            Implementation("cpu", _cpu, _gemm.cpu_refuses),
+            Implementation("reference", _reference),
+        ),
+    )
+)

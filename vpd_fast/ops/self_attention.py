@@ -1,0 +1,130 @@
+"""Attention of every position to every position, without the probabilities in memory.
+
+With q_h, k_h, v_h the slices of head h: out = softmax(scale * q_h k_h^T) v_h, heads side by side.
+
+The kernel reads keys piece by piece and keeps probabilities relative to a score near the largest so far (Milakov and
+Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022), so it needs memory
+for a packed copy of k and v only. Scores, softmax and sums are float32; for bfloat16, where the machine multiplies
+such numbers, the probabilities are rounded to bfloat16 for the second product, and their sum is of the rounded ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpd_fast import _native
+from vpd_fast.ops._attention import image_and_row_strides, last_contiguous, no_autocast, split_heads
+from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
+from vpd_fast.ops._checks import check, check_impl, check_tensor
+from vpd_fast.ops._dispatch import Implementation, Op, register
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Multi-head attention.
+
+    q: (B, N, heads * D). k, v: (B, M, heads * D), or (1, M, heads * D) for all images; k and v may be one tensor. All
+        of one dtype, float32 or bfloat16 (float16, float64: by the reference). Any strides; read in place if the last
+        is 1, such as slices of one fused projection.
+    scale: of the scores, a number; None: D ** -0.5.
+    out: where the result goes, of q's shape and dtype, any strides but expanded; must not share memory with the inputs.
+        None: allocated.
+    impl: "auto", "cpu" or "reference".
+
+    Returns out. A query with a score of NaN or infinity gets NaN. Inference only. Raises InputError for wrong shapes,
+    dtypes, devices, scale or impl, and for tensors that require gradients while they are recorded.
+
+        >>> q, k, v = qkv.chunk(3, dim=-1)
+        >>> out = self_attention(q, k, v, heads=8)
+    """
+    arguments = _check(q, k, v, heads, scale, out)
+    torch.ops.vpd_fast.self_attention(*arguments, check_impl(impl))
+    return arguments[3]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None, out: Tensor | None = None) -> tuple:
+    scale = check_attention(q, k, v, heads, scale)
+    if out is None:
+        out = q.new_empty(q.shape)
+    batch, length, width = q.shape
+    check_tensor("out", out, "B N heads*D", QKV_DTYPES, "B N", B=batch, N=length, **{"heads*D": width})
+    check(
+        out.dtype == q.dtype and out.device == q.device,
+        f"out must be {q.dtype} on {q.device} as q is, got {out.dtype} on {out.device}",
+    )
+    check(
+        all(size <= 1 or stride != 0 for size, stride in zip(out.shape, out.stride(), strict=True)),
+        f"out must not be expanded: its elements share memory (shape {tuple(out.shape)}, strides {out.stride()})",
+    )
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        check(
+            not (torch.is_grad_enabled() and tensor.requires_grad),
+            f"{name} requires gradients, which self_attention does not compute: call it under torch.no_grad()",
+        )
+    return q, k, v, out, heads, scale
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
+    with no_autocast(q.device):
+        q, k, v = (split_heads(x, heads, maps_dtype(q)) for x in (q, k, v))
+        probabilities = torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
+        out.copy_((probabilities @ v).transpose(1, 2).flatten(2))
+
+
+def _cpu_refuses(q: Tensor, *_: Any) -> str | None:
+    if q.device.type != "cpu":
+        return f"q is on {q.device}, not on the CPU"
+    if q.dtype not in CPU_DTYPES:
+        return f"q is {q.dtype}, not {' or '.join(map(str, CPU_DTYPES))}"
+    return _native.why_missing("_C")
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
+    if not out.numel():
+        return
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    result = out if out.stride(-1) == 1 else torch.empty(out.shape, dtype=out.dtype)
+    tensors = (q, k, v, result)
+    _native.load("_C").self_attention(
+        tuple(x.data_ptr() for x in tensors),
+        str(q.dtype).removeprefix("torch."),
+        (q.shape[0], k.shape[0], q.shape[1], k.shape[1], heads, q.shape[2] // heads),
+        tuple(image_and_row_strides(x) for x in tensors),
+        scale,
+        torch.get_num_threads(),
+        _native.isa(),
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+def _fake(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+register(
+    Op(
+        name="self_attention",
+        arguments="Tensor q, Tensor k, Tensor v, Tensor(a!) out, int heads, float scale",
+        returns="()",
+        fake=_fake,
+        check=_check,
+        implementations=(
+            Implementation("cpu", _cpu, _cpu_refuses),
+            Implementation("reference", _reference),
+        ),
+    )
+)
