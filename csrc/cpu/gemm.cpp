@@ -1,8 +1,7 @@
 // Rows of A, in the cache, times panels of a packed weight; the epilogue takes the sums while they are in the first level.
 #include "cpu/gemm.h"
 
-#include "cpu/elementwise.h"
-#include "cpu/matrix_tile.h"
+#include "cpu/row_prologue.h"
 
 namespace vpd::VPD_ISA {
 namespace {
@@ -25,7 +24,7 @@ VPD_INLINE F16 subtract_multiple(F16 sum, int32_t zero, const int32_t* total) {
 
 // What the epilogue needs of a panel; zero beyond the last column.
 struct Columns {
-    float bias[PANEL], scales[PANEL];
+    alignas(64) float bias[PANEL], scales[PANEL];
     int32_t sums[PANEL];
 
     static Columns of(const GemmPlan& plan, int64_t panel) {
@@ -40,79 +39,157 @@ struct Columns {
     }
 };
 
-VPD_INLINE F16 load_residual(const Source& residual, int64_t at, int64_t count) {
-    if (residual.bf16) {
-        const auto* p = static_cast<const uint16_t*>(residual.data) + at;
-        return count < LANES ? load_part(p, count) : load(p);
+// A block of sums, [row][PANEL], on its way to consecutive rows of one image.
+template <typename T>
+struct Block {
+    const float *sums, *scale_and_zero;  // the latter of 8 bits, of the first row
+    int64_t row_floats;                  // from one row's to the next
+    T* out;
+    int64_t out_row;
+    const void* residual;
+    bool residual_bf16;
+    int64_t residual_row;
+    int64_t rows, columns;  // columns of the result
+};
+
+template <typename T>
+VPD_INLINE void store_columns(F16 x, const Block<T>& block, int64_t row, int64_t column, int64_t count) {
+    if (block.residual) {
+        const int64_t at = row * block.residual_row + column;
+        x = add(x, block.residual_bf16 ? load_some(static_cast<const uint16_t*>(block.residual) + at, count)
+                                       : load_some(static_cast<const float*>(block.residual) + at, count));
     }
-    const auto* p = static_cast<const float*>(residual.data) + at;
-    return count < LANES ? load_part(p, count) : load(p);
+    T* to = block.out + row * block.out_row + column;
+    count < LANES ? store_part(to, x, count) : store(to, x);
 }
 
-// The rows of one block and one panel: from their sums to what is stored.
-template <typename E, typename T>
-class Epilogue {
-public:
-    Epilogue(const GemmPlan& plan, int64_t panel)
-        : plan_(plan), columns_(Columns::of(plan, panel)), geglu_(plan.activation == Activation::geglu) {
-        const int64_t width = geglu_ ? LANES : PANEL, n = geglu_ ? plan.n / 2 : plan.n;
-        first_ = panel * width;
-        count_ = n - first_ < width ? n - first_ : width;
-    }
-
-    // a: the row's elements, of which 8 bits need scale and zero. row: of all images.
-    __attribute__((always_inline)) void run(const float* sums, const float* a, int64_t image, int64_t row) const {
-        F16 low, high;
-        finish_sums(sums, a, &low, &high);
-        if (geglu_) {
-            if (count_ < LANES) {  // the gates follow directly upon the values
+// FULL: the panel has all its columns.
+template <typename E, typename T, Activation ACTIVATION, bool FULL>
+void finish_block(const Columns& columns, const Block<T> block) {
+    constexpr int64_t WIDTH = ACTIVATION == Activation::geglu ? LANES : PANEL;
+    const int64_t count = FULL ? WIDTH : block.columns;
+    const F16 low_bias = load(columns.bias), high_bias = load(columns.bias + LANES);
+    const F16 low_scale = load(columns.scales), high_scale = load(columns.scales + LANES);
+    const float* scale_and_zero = block.scale_and_zero;
+    for (int64_t r = 0; r < block.rows; ++r, scale_and_zero += block.row_floats) {
+        F16 low = load(block.sums + r * PANEL), high = load(block.sums + r * PANEL + LANES);
+        if constexpr (E::WIDTH == 4) {
+            const F16 scale = broadcast(scale_and_zero[0]);
+            int32_t zero;
+            __builtin_memcpy(&zero, scale_and_zero + 1, sizeof zero);
+            low = from_int32(subtract_multiple(low, zero, columns.sums));
+            high = from_int32(subtract_multiple(high, zero, columns.sums + LANES));
+            low = multiply_add(low, VPD_ISA::multiply(scale, low_scale), low_bias);
+            high = multiply_add(high, VPD_ISA::multiply(scale, high_scale), high_bias);
+        } else {
+            low = add(low, low_bias), high = add(high, high_bias);
+        }
+        if constexpr (ACTIVATION == Activation::geglu) {
+            if (!FULL) {  // the gates follow directly upon the values
                 float both[PANEL];
                 store(both, low), store(both + LANES, high);
-                high = load(both + count_);
+                high = load(both + count);
             }
-            return store_columns(VPD_ISA::multiply(low, gelu(high)), image, row, 0, count_);
+            store_columns(VPD_ISA::multiply(low, gelu(high)), block, r, 0, count);
+            continue;
         }
-        if (plan_.activation == Activation::relu) {
+        if constexpr (ACTIVATION == Activation::relu) {
             low = max(broadcast(0.0f), low), high = max(broadcast(0.0f), high);  // NaN stays
-        } else if (plan_.activation == Activation::silu) {
+        } else if constexpr (ACTIVATION == Activation::silu) {
             low = silu(low), high = silu(high);
         }
-        store_columns(low, image, row, 0, count_);
-        if (count_ > LANES) store_columns(high, image, row, LANES, count_ - LANES);
+        store_columns(low, block, r, 0, count);
+        if (FULL || count > LANES) store_columns(high, block, r, LANES, count - LANES);
+    }
+}
+
+template <typename E, typename T, Activation ACTIVATION>
+VPD_INLINE void finish_block(const Columns& columns, const Block<T>& block) {
+    block.columns == (ACTIVATION == Activation::geglu ? LANES : PANEL)
+        ? finish_block<E, T, ACTIVATION, true>(columns, block)
+        : finish_block<E, T, ACTIVATION, false>(columns, block);
+}
+
+template <typename E, typename T>
+VPD_INLINE void finish_block(Activation activation, const Columns& columns, const Block<T>& block) {
+    switch (activation) {
+        case Activation::none: return finish_block<E, T, Activation::none>(columns, block);
+        case Activation::relu: return finish_block<E, T, Activation::relu>(columns, block);
+        case Activation::silu: return finish_block<E, T, Activation::silu>(columns, block);
+        case Activation::geglu: return finish_block<E, T, Activation::geglu>(columns, block);
+    }
+}
+
+// A row of A, counted within its image.
+struct Position {
+    int64_t image, row;
+};
+
+// Where the results of one panel go. Consecutive rows of A may be of several images.
+template <typename E, typename T>
+class Target {
+public:
+    Target(const GemmPlan& plan, int64_t panel)
+        : plan_(plan), columns_(Columns::of(plan, panel)), geglu_(plan.activation == Activation::geglu) {
+        const int64_t width = geglu_ ? LANES : PANEL, n = geglu_ ? plan.n / 2 : plan.n;
+        column_ = panel * width;
+        count_ = n - column_ < width ? n - column_ : width;
+    }
+
+    // The rows' memory is fetched while their sums are computed: stores to rows far apart would wait for it.
+    void prefetch(Position first, int64_t count) const {
+        each_image(first, count, [&](const Block<T>& block) {
+            for (int64_t r = 0; r < block.rows; ++r) {
+                __builtin_prefetch(block.out + r * block.out_row, 1);
+                __builtin_prefetch(block.out + r * block.out_row + count_ - 1, 1);
+                if (!block.residual) continue;
+                const char* residual = static_cast<const char*>(block.residual);
+                const int64_t bytes = block.residual_bf16 ? 2 : 4;
+                __builtin_prefetch(residual + r * block.residual_row * bytes);
+                __builtin_prefetch(residual + (r * block.residual_row + count_ - 1) * bytes);
+            }
+        });
+    }
+
+    // sums: [row][PANEL]; a: the first row's elements. Returns the position behind the last row.
+    Position finish(const float* sums, const float* a, Position first, int64_t count) const {
+        return each_image(first, count, [&](Block<T> block) {
+            block.sums = sums, block.scale_and_zero = a + plan_.elements;
+            finish_block<E, T>(plan_.activation, columns_, block);
+            sums += block.rows * PANEL, a += block.rows * plan_.row_floats;
+        });
     }
 
 private:
-    __attribute__((always_inline)) void finish_sums(const float* sums, const float* a, F16* low, F16* high) const {
-        *low = load(sums), *high = load(sums + LANES);
-        const F16 low_bias = load(columns_.bias), high_bias = load(columns_.bias + LANES);
-        if constexpr (E::WIDTH == 4) {
-            const F16 scale = broadcast(a[0]);
-            int32_t zero;
-            __builtin_memcpy(&zero, a + 1, sizeof zero);
-            *low = from_int32(subtract_multiple(*low, zero, columns_.sums));
-            *high = from_int32(subtract_multiple(*high, zero, columns_.sums + LANES));
-            *low = multiply_add(*low, VPD_ISA::multiply(scale, load(columns_.scales)), low_bias);
-            *high = multiply_add(*high, VPD_ISA::multiply(scale, load(columns_.scales + LANES)), high_bias);
-        } else {
-            *low = add(*low, low_bias), *high = add(*high, high_bias);
+    template <typename Function>
+    Position each_image(Position at, int64_t count, Function function) const {
+        const Source& residual = plan_.residual;
+        while (count > 0) {
+            const int64_t left = plan_.rows - at.row, rows = left < count ? left : count;
+            const int64_t from = at.image * residual.image + at.row * residual.row + column_;
+            const void* addend = nullptr;
+            if (residual.data) addend = static_cast<const char*>(residual.data) + from * (residual.bf16 ? 2 : 4);
+            T* out = static_cast<T*>(plan_.out) + at.image * plan_.out_image + at.row * plan_.out_row + column_;
+            function(Block<T>{nullptr, nullptr, plan_.row_floats, out, plan_.out_row, addend, residual.bf16,
+                              residual.row, rows, count_});
+            count -= rows, at.row += rows;
+            if (at.row == plan_.rows) at.row = 0, ++at.image;
         }
-    }
-
-    __attribute__((always_inline)) void store_columns(F16 x, int64_t image, int64_t row, int64_t column, int64_t count) const {
-        column += first_;
-        if (plan_.residual.data) {
-            const int64_t at = image * plan_.residual.image + row * plan_.residual.row + column;
-            x = add(x, load_residual(plan_.residual, at, count));
-        }
-        T* to = static_cast<T*>(plan_.out) + image * plan_.out_image + row * plan_.out_row + column;
-        count < LANES ? store_part(to, x, count) : store(to, x);
+        return at;
     }
 
     const GemmPlan& plan_;
     const Columns columns_;
     const bool geglu_;
-    int64_t first_, count_;  // columns of the result
+    int64_t column_, count_;  // of the result
 };
+
+// Its arguments are in registers. Through memory they would wait for the results before them to be stored.
+template <typename E>
+__attribute__((noinline)) void multiply_tile(int64_t rows, const float* a, int64_t row_floats, const float* b,
+                                             int64_t size, float* sums, bool add) {
+    multiply<E>(rows, {a, row_floats, 1}, b, size, sums, PANEL, add);
+}
 
 template <typename E, typename T>
 void multiply_panels(const GemmPlan& plan, const float* a, int64_t first, int64_t count, int64_t first_panel,
@@ -120,21 +197,24 @@ void multiply_panels(const GemmPlan& plan, const float* a, int64_t first, int64_
     const int64_t size = plan.elements, row_floats = plan.row_floats;
     const int64_t blocks = (count + MOST_ROWS_OF_BLOCK - 1) / MOST_ROWS_OF_BLOCK;
     const int64_t chunks = (size + ELEMENTS_OF_CHUNK - 1) / ELEMENTS_OF_CHUNK;
-    float sums[MOST_ROWS_OF_BLOCK * PANEL];
+    alignas(64) float sums[MOST_ROWS_OF_BLOCK * PANEL];
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const float* b = plan.weight + panel * size * PANEL;
-        const Epilogue<E, T> epilogue(plan, panel);
+        const Target<E, T> target(plan, panel);
+        Position position{first / plan.rows, first % plan.rows};
         for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t begin = count * block / blocks, end = count * (block + 1) / blocks;
+            const int64_t begin = count * block / blocks, rows = count * (block + 1) / blocks - begin;
+            const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + tiles - 1) / tiles;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const int64_t i = size * chunk / chunks, next = size * (chunk + 1) / chunks;
-                const Factors rows{a + begin * row_floats + i, row_floats, 1};
-                multiply<E>(end - begin, rows, b + i * PANEL, next - i, sums, PANEL, chunk > 0);
-            }
-            int64_t image = (first + begin) / plan.rows, row = (first + begin) % plan.rows;
-            for (int64_t r = begin; r < end; ++r) {
-                epilogue.run(sums + (r - begin) * PANEL, a + r * row_floats + size, image, row);
-                if (++row == plan.rows) row = 0, ++image;
+                for (int64_t r = 0; r < rows; r += most) {
+                    const int64_t height = rows - r < most ? rows - r : most;
+                    const float* from = a + (begin + r) * row_floats;
+                    const bool last = chunk + 1 == chunks;
+                    if (last) target.prefetch(position, height);
+                    multiply_tile<E>(height, from + i, row_floats, b + i * PANEL, next - i, sums + r * PANEL, chunk > 0);
+                    if (last) position = target.finish(sums + r * PANEL, from, position, height);
+                }
             }
         }
     }

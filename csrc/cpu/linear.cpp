@@ -8,36 +8,32 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-// Numbers that are summed in several vectors, so that no addition waits for the one before.
-VPD_INLINE float mean_of(const float* numbers, int64_t size) {
-    F16 sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
-    for (int64_t i = 0; i < size; i += LANES) sums[i / LANES % 4] = add(sums[i / LANES % 4], load(numbers + i));
-    return reduce_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) / static_cast<float>(size);
-}
+// Numbers are summed in several vectors, so that no addition waits for the one before.
+VPD_INLINE float sum_of(F16 (&sums)[4]) { return reduce_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))); }
 
-// Numbers -> (number - mean) * rsqrt(variance + eps), in place. Beyond the last there are zeros, and they stay.
-VPD_INLINE void normalize(float* numbers, int64_t size, float eps) {
-    const F16 mean = broadcast(mean_of(numbers, size));
-    F16 sum = broadcast(0.0f), other = sum;
+// Mean and inverse deviation of numbers behind which there are zeros.
+VPD_INLINE void set_norm(const float* numbers, int64_t size, float eps, Transform* t) {
+    constexpr int64_t STEP = 4 * LANES;
+    F16 sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)}, squares[4];
     int64_t i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES) {
-        const F16 a = subtract(load(numbers + i), mean), b = subtract(load(numbers + i + LANES), mean);
-        sum = multiply_add(a, a, sum), other = multiply_add(b, b, other);
-        store(numbers + i, a), store(numbers + i + LANES, b);
-    }
-    for (; i < size; i += LANES) {
-        F16 a = subtract(load(numbers + i), mean);
-        if (size - i < LANES) {
-            float lanes[LANES];
-            store(lanes, a);
-            a = load_part(lanes, size - i);
+    for (; i + STEP <= size; i += STEP)
+        for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], load(numbers + i + j * LANES));
+    for (; i < size; i += LANES) sums[0] = add(sums[0], load(numbers + i));
+    t->mean = sum_of(sums) / static_cast<float>(size);
+    const F16 mean = broadcast(t->mean);
+    for (F16& square : squares) square = broadcast(0.0f);
+    for (i = 0; i + STEP <= size; i += STEP)
+        for (int j = 0; j < 4; ++j) {
+            const F16 difference = subtract(load(numbers + i + j * LANES), mean);
+            squares[j] = multiply_add(difference, difference, squares[j]);
         }
-        sum = multiply_add(a, a, sum);
-        store(numbers + i, a);
+    for (; i + LANES <= size; i += LANES) {
+        const F16 difference = subtract(load(numbers + i), mean);
+        squares[0] = multiply_add(difference, difference, squares[0]);
     }
-    const float variance = reduce_sum(add(sum, other)) / static_cast<float>(size);
-    const F16 factor = broadcast(1.0f / std::sqrt(variance + eps));
-    for (i = 0; i < size; i += LANES) store(numbers + i, VPD_ISA::multiply(load(numbers + i), factor));
+    float total = sum_of(squares);
+    for (; i < size; ++i) total += (numbers[i] - t->mean) * (numbers[i] - t->mean);
+    t->norm = true, t->inverse_deviation = 1.0f / std::sqrt(total / static_cast<float>(size) + eps);
 }
 
 // To: what the elements of A hold; 8 bits are made of float32.
@@ -55,11 +51,12 @@ VPD_INLINE void make_row(const LinearPlan& plan, int64_t image, int64_t row, To*
             transform_piece(x, offset, x.channels, t.from(channel), to + channel, range);
         channel += x.channels;
     }
+    if (plan.norm) {
+        store(scratch + channel, broadcast(0.0f));
+        set_norm(scratch, channel, plan.eps, &t);
+        transform_piece(scratch, channel, t, to, range);
+    }
     store(to + channel, broadcast(0.0f));  // what is beyond the last number is read in whole elements
-    if (!plan.norm) return;
-    store(scratch + channel, broadcast(0.0f));
-    normalize(scratch, plan.gemm.k, plan.eps);
-    transform_piece(scratch, plan.gemm.k, t, to, range);
 }
 
 }  // namespace

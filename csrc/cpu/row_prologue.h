@@ -13,26 +13,26 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-// a -> silu(a * scale + shift) * factor, channel by channel; null or false: without.
+// a -> silu((a - mean) * inverse_deviation * scale + shift) * factor, channel by channel; null or false: without.
 struct Transform {
     const float *scale, *shift;
     bool silu;
     const float* factor;
+    bool norm = false;
+    float mean = 0.0f, inverse_deviation = 1.0f;
 
-    bool nothing() const { return !scale && !silu && !factor; }
+    bool nothing() const { return !scale && !silu && !factor && !norm; }
     Transform from(int64_t channel) const {
-        return {scale ? scale + channel : nullptr, shift ? shift + channel : nullptr, silu,
-                factor ? factor + channel : nullptr};
+        Transform t = *this;
+        if (scale) t.scale += channel, t.shift += channel;
+        if (factor) t.factor += channel;
+        return t;
     }
 };
 
 // Of the numbers of a row. It includes 0. `unusual` becomes NaN if one of them is infinite or NaN.
 struct Range {
     F16 low = broadcast(0.0f), high = broadcast(0.0f), unusual = broadcast(0.0f);
-
-    __attribute__((always_inline)) void include(F16 x) {
-        low = min(x, low), high = max(x, high), unusual = multiply_add(x, broadcast(0.0f), unusual);
-    }
 };
 
 template <typename T>
@@ -40,18 +40,39 @@ VPD_INLINE F16 load_some(const T* p, int64_t count) {
     return count < LANES ? load_part(p, count) : load(p);
 }
 
-// to[i] = transform(from[i]); returns the range of what it stored if it is wanted.
+// The first `count` of the 16 channels from `channel` on; the other lanes are 0, and a transform of 0 without parameters.
+VPD_INLINE F16 transformed(F16 x, const Transform& t, int64_t channel, int64_t count) {
+    if (t.norm) x = VPD_ISA::multiply(subtract(x, broadcast(t.mean)), broadcast(t.inverse_deviation));
+    if (t.scale) x = multiply_add(x, load_some(t.scale + channel, count), load_some(t.shift + channel, count));
+    if (t.silu) x = silu(x);
+    if (t.factor) x = VPD_ISA::multiply(x, load_some(t.factor + channel, count));
+    return x;
+}
+
+// to[i] = transform(from[i]); adds to the range of what it stored if it is wanted.
 template <typename From, typename To>
 VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform& t, To* to, Range* range) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t left = count - i;
-        F16 x = load_some(from + i, left);
-        if (t.scale) x = multiply_add(x, load_some(t.scale + i, left), load_some(t.shift + i, left));
-        if (t.silu) x = silu(x);
-        if (t.factor) x = VPD_ISA::multiply(x, load_some(t.factor + i, left));
-        if (range) range->include(x);
+    F16 low = broadcast(0.0f), high = low, unusual = low;
+    const Transform own = t;  // nothing that is stored can change it
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const F16 x = transformed(load(from + i), own, i, LANES);
+        if (range) low = min(x, low), high = max(x, high), unusual = multiply_add(x, broadcast(0.0f), unusual);
         store(to + i, x);
     }
+    if (i < count) {
+        F16 x = transformed(load_part(from + i, count - i), own, i, count - i);
+        if (own.norm) {  // the other lanes are not 0
+            float lanes[LANES];
+            store(lanes, x);
+            x = load_part(lanes, count - i);
+        }
+        if (range) low = min(x, low), high = max(x, high), unusual = multiply_add(x, broadcast(0.0f), unusual);
+        store(to + i, x);
+    }
+    if (!range) return;
+    range->low = min(low, range->low), range->high = max(high, range->high);
+    range->unusual = add(unusual, range->unusual);
 }
 
 template <typename To>
@@ -67,17 +88,29 @@ VPD_INLINE void clear_piece(To* to, int64_t count) {
 }
 
 VPD_INLINE float reduce_sum(F16 a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(a);
+#else
     float lanes[LANES];
     store(lanes, a);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
+#endif
+}
+
+VPD_INLINE float largest_of(F16 a) {  // no lane is NaN
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(a);
+#else
+    return reduce_max(a);
+#endif
 }
 
 // Rounds `size` numbers to bytes, and writes scale and zero behind their elements. A row that is not finite gets a scale
 // that is not, which makes its results NaN; one whose scale would be denormal is zero.
 VPD_INLINE void quantize_row(const float* numbers, int64_t size, const Range& range, float* to) {
-    const float low = -reduce_max(subtract(broadcast(0.0f), range.low)), high = reduce_max(range.high);
+    const float low = -largest_of(subtract(broadcast(0.0f), range.low)), high = largest_of(range.high);
     float scale = (high - low) / 255.0f + reduce_sum(range.unusual);
     if (scale < FLT_MIN) scale = 0.0f;
     const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;

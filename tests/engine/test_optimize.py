@@ -98,7 +98,9 @@ def test_batches_and_sizes(task: str, batch: int, height: int, width: int, preci
     assert cosine(together, expected) >= GATES[precision]
     for i in range(batch):  # an image's result does not depend on its neighbours
         alone = result(fast, tuple(x[i : i + 1] for x in inputs))
-        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=0)
+        # PyTorch's sigmoid rounds the tail of a tensor, which its size decides, by another formula than the rest.
+        rtol = 1e-6 if task == "depth" else 0
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("settings", [{"attn_selector": "up_cross+down_cross+mid_cross"}, {"use_attn": False}])

@@ -146,8 +146,8 @@ def make_fast(source: Source, precision: str) -> Variant:
     return ModelVariant(vpd_fast.optimize(source.load(), precision), upsample_argmax)
 
 
-def make_loaded(folder: Path) -> Variant:
-    """A fast model that was saved, without the weights it was made from."""
+def make_loaded(_: Source, folder: Path) -> Variant:
+    """A fast model that was saved in `folder`, without the weights it was made from."""
     import vpd_fast
 
     return ModelVariant(vpd_fast.load_engine(folder), upsample_argmax)

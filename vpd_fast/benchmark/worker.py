@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from typing import Any
 
 from vpd_fast.benchmark.variants import Case, Source, Variant
 
+PATIENCE = 2  # seconds for a process to end by itself
 _SPAWN = multiprocessing.get_context("spawn")  # a forked copy would share memory, threads and their locks
 
 
@@ -51,8 +53,9 @@ class Worker:
         self._ask("save", folder)
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process: at once if it is waiting, by force if it computes."""
         self._connection.close()
+        self._process.join(PATIENCE)
         self._process.kill()
         self._process.join()
         self._process.close()
@@ -106,7 +109,9 @@ def _serve(connection: Connection, make: Callable[[Source], Variant], source: So
 
 def _make(make: Callable[[Source], Variant], source: Source) -> Variant:
     import torch
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind when one is killed
     torch.set_num_threads(source.threads)
     return make(source)
 

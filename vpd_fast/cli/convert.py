@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vpd_fast.cli import options, running
 from vpd_fast.errors import InputError
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -20,12 +21,15 @@ def convert(
         typer.Option(
             metavar="FORMAT",
             help="pretrained: this project's folder. vpd: a file like the released ones. ldm: a file with Stable "
-            "Diffusion's original names. diffusers: a folder.",
+            "Diffusion's original names. diffusers: a folder. engine: a folder of the fast model, see --precision.",
         ),
     ],
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPES)}. [default: as in the source]")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(options.PRECISIONS)}.")
+    ] = "int8",
 ) -> None:
     """Convert a checkpoint, and print what became of its tensors.
 
@@ -34,9 +38,22 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if to == "engine":
+        return _to_engine(source, destination, precision)
     import torch
 
     from vpd_fast.checkpoints import convert as convert_checkpoint
 
     report = convert_checkpoint(source, destination, to=to, dtype=dtype and getattr(torch, DTYPES[dtype]))
     typer.echo(str(report))
+
+
+def _to_engine(source: Path, destination: Path, precision: str) -> None:
+    if precision not in options.PRECISIONS:
+        raise InputError(f"--precision must be one of {', '.join(options.PRECISIONS)}, got {precision!r}")
+    from vpd_fast.checkpoints import load_checkpoint
+    from vpd_fast.engine import optimize
+
+    fast = optimize(load_checkpoint(source), precision, progress=running.error_console().is_terminal)
+    fast.save(destination)
+    typer.echo(str(fast.report()))

@@ -66,14 +66,14 @@ def output_stems(images: Sequence[Path], output: Path, suffixes: Sequence[str]) 
     return stems
 
 
-def prepare_output(folder: Path) -> None:
-    """Make the folder and make sure that files can be written there. Raises InputError."""
+def prepare_output(folder: Path, option: str = "--output") -> None:
+    """Make the folder and make sure that files can be written there. Raises InputError, which names the option."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot write there ({error.strerror or error})") from error
+        raise InputError(f"{option} {folder}: cannot write there ({error.strerror or error})") from error
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Path:

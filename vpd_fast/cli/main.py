@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vpd_fast.cli.bench import bench
 from vpd_fast.cli.convert import convert
 from vpd_fast.cli.info import info
 from vpd_fast.cli.maps import maps
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (predict, maps, convert, info):
+for command in (predict, maps, convert, bench, info):
     app.command()(command)
 
 

@@ -47,7 +47,7 @@ def maps(
     ] = False,
     output: options.Output = Path("vpd_results"),
     device: options.Device = "cpu",
-    precision: options.Precision = "fp32",
+    precision: options.Precision = None,
     attention_backend: options.AttentionBackend = "plain",
     json: options.Json = False,
 ) -> None:

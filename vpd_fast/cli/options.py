@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from vpd_fast.models import VPD
 
+ENGINE_FILE = "engine.json"  # what makes a folder one of a fast model, see vpd_fast.engine.storage
+PRECISIONS = ("fp32", "bf16", "int8")  # of vpd_fast.engine.policy, which would import PyTorch
+
 # Panels of --help.
 MODEL, SEGMENTATION, REFERRING, DEPTH, RUNNING = "Model", "Segmentation", "Referring", "Depth", "Running"
 
@@ -26,7 +29,8 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        help="A released VPD file, or a file or folder written by this project; its task is recognised.",
+        help="A released VPD file, or a file or folder (also of a fast model) written by this project; its task is "
+        "recognised.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -57,7 +61,14 @@ Output = Annotated[
     typer.Option("--output", "-o", metavar="FOLDER", help="Where results go; made if needed.", rich_help_panel=RUNNING),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=RUNNING)]
-Precision = Annotated[str, typer.Option(metavar="NAME", help="Only fp32 for now.", rich_help_panel=RUNNING)]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Run the fast form of the model, on a CPU: fp32, bf16 or int8. [default: the plain model, in fp32]",
+        rich_help_panel=RUNNING,
+    ),
+]
 AttentionBackend = Annotated[
     str,
     typer.Option(
@@ -96,12 +107,18 @@ class ModelOptions:
     task: str | None
     config: Path | None
     device: str
-    precision: str
+    precision: str | None
     attention_backend: str = "plain"
 
     def __post_init__(self) -> None:
-        if self.precision != "fp32":
-            raise InputError(f"--precision must be fp32, the only one there is for now, got {self.precision!r}")
+        if self.precision not in (None, *PRECISIONS):
+            raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.precision and self.attention_backend != "plain":
+            raise InputError("--attention-backend is for the plain model; leave --precision out")
+        if self.precision and not self.device.startswith("cpu"):
+            raise InputError(
+                f"--precision {self.precision}: fast models run on the CPU only, got --device {self.device}"
+            )
         if self.task is not None and self.task not in TASKS:
             raise InputError(f"--task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if (self.checkpoint is None) == (self.random_weights is None):
@@ -118,11 +135,29 @@ class ModelOptions:
         check_backend(self.attention_backend)  # before the weights are read
         if self.checkpoint is None:
             model = _random_model(self.random_weights, self.task, self.config).to(device).eval()
+        elif (self.checkpoint / ENGINE_FILE).exists():
+            return self._load_engine()
         else:
             from vpd_fast.checkpoints import load_checkpoint
 
             model = load_checkpoint(self.checkpoint, task=self.task, device=device)
+        if self.precision is not None:
+            from vpd_fast.engine import optimize
+
+            return optimize(model, self.precision)
         model.attention_backend = self.attention_backend
+        return model
+
+    def _load_engine(self) -> VPD:
+        from vpd_fast.engine import load_engine
+
+        model = load_engine(self.checkpoint)
+        if self.precision not in (None, model.precision):
+            raise InputError(f"--precision {self.precision}: {self.checkpoint} is a fast model in {model.precision}")
+        if self.task not in (None, model.config.task):
+            raise InputError(f"--task {self.task}: {self.checkpoint} is a {model.config.task} model")
+        if self.attention_backend != "plain" or not self.device.startswith("cpu"):
+            raise InputError(f"{self.checkpoint} is a fast model: it has neither --attention-backend nor --device")
         return model
 
     def header(self, model: VPD, notes: list[str]) -> dict[str, Any]:
@@ -134,7 +169,8 @@ class ModelOptions:
         )
         return {
             "vpd_fast": __version__, "task": model.config.task, **weights, "device": str(model.device),
-            "precision": self.precision, "attention_backend": self.attention_backend, "notes": notes,
+            "precision": getattr(model, "precision", "fp32"), "fast": hasattr(model, "precision"),
+            "attention_backend": self.attention_backend, "notes": notes,
         }  # fmt: skip
 
 

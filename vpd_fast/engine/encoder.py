@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
-from vpd_fast.engine.blocks import Layers, one_head_attention, res_block
+from vpd_fast.engine.blocks import Layers, call, convolve, one_head_attention, res_block
+from vpd_fast.engine.workspace import Workspace
 
 
-def encode(layers: Layers, images: Tensor) -> Tensor:
+def encode(layers: Layers, images: Tensor, memory: Workspace) -> Tensor:
     """Images (B,H,W,3) in [-1,1] -> scaled latents (B,H/8,W/8,c)."""
-    x = layers["encoder.conv_in"](images)
+    x = call(layers["encoder.conv_in"], memory, images)
+    for step in _steps(layers):
+        last, x = x, step(layers=layers, memory=memory, x=x)
+        memory.give(last)
+    return layers["encoder.conv_out"](x, affine=layers["encoder.norm_out"](x))
+
+
+def _steps(layers: Layers) -> Iterator[Callable[..., Tensor]]:
+    """What happens between conv_in and conv_out, one tensor in and one out."""
     for level in itertools.count():
         for block in itertools.count():
             name = f"encoder.down.{level}.{block}"
             if f"{name}.conv1" not in layers:
                 break
-            x = res_block(layers, name, x)
-        downsample = layers.get(f"encoder.down.{level}.downsample")
-        if downsample is None:
+            yield partial(res_block, name=name)
+        name = f"encoder.down.{level}.downsample"
+        if name not in layers:
             break
-        x = downsample(x)
-    x = res_block(layers, "encoder.mid.block_1", x)
-    x = one_head_attention(layers, "encoder.mid.attn", x)
-    x = res_block(layers, "encoder.mid.block_2", x)
-    return layers["encoder.conv_out"](x, affine=layers["encoder.norm_out"](x))
+        yield partial(convolve, name=name)
+    yield partial(res_block, name="encoder.mid.block_1")
+    yield partial(one_head_attention, name="encoder.mid.attn")
+    yield partial(res_block, name="encoder.mid.block_2")

@@ -72,6 +72,15 @@ class Product(Layer):
     scale: Tensor | None = None  # of the input's channels: smoothing, whose inverse is in the weight
     activation: str | None = None
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Of the output for an input of this size."""
+        return height, width
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of the output for an input (B,H,W,C)."""
+        n = self.weight.n // 2 if self.activation == "geglu" else self.weight.n
+        return x.shape[0], *self.size(*x.shape[1:3]), n
+
 
 @dataclass(frozen=True)
 class Linear(Product):
@@ -82,7 +91,7 @@ class Linear(Product):
     eps: float = 1e-5
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,...,k) -> (B,...,n); options: x2, affine, residual."""
+        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out."""
         shape = x.shape[:-1]
         rows = {name: _rows(t) if name != "affine" else t for name, t in options.items()}
         out = ops.linear(
@@ -113,8 +122,14 @@ class Conv2d(Product):
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # top, left, bottom, right
     silu: bool = False
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Of the output for an input of this size."""
+        top, left, bottom, right = self.padding
+        height, width = height + top + bottom - self.kernel[0], width + left + right - self.kernel[1]
+        return height // self.stride + 1, width // self.stride + 1
+
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,H,W,C) -> (B,H',W',n); options: x2, affine, residual."""
+        """(B,H,W,C) -> (B,H',W',n); options: x2, affine, residual, out."""
         return ops.conv2d(
             x,
             self.weight,
@@ -138,8 +153,12 @@ class Winograd(Product):
     upsample: bool = False
     silu: bool = False
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Of the output for an input of this size."""
+        return (2 * height, 2 * width) if self.upsample else (height, width)
+
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,H,W,C) -> (B,H,W,n), or (B,2H,2W,n) if it upsamples; options: x2, affine, residual."""
+        """(B,H,W,C) -> (B,H,W,n), or (B,2H,2W,n) if it upsamples; options: x2, affine, residual, out."""
         return ops.winograd_conv2d(
             x,
             self.weight,

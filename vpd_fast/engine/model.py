@@ -19,6 +19,7 @@ from vpd_fast.engine.layers import Layer
 from vpd_fast.engine.report import EngineReport
 from vpd_fast.engine.text import TextMemo
 from vpd_fast.engine.unet import Structure, run_unet
+from vpd_fast.engine.workspace import WorkspacePool
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
 from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
@@ -72,6 +73,7 @@ class FastVPD(VPD):
         nn.Module.train(model, False)
         model.layers, model.infos, model.precision = dict(layers), infos, precision
         model._structure, model._text = structure, TextMemo(model.layers)
+        model._workspaces = WorkspacePool()
         return model
 
     @staticmethod
@@ -83,7 +85,8 @@ class FastVPD(VPD):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> latents (B,4,H/8,W/8), times `latent_scale`."""
         checks.images(images, self.device, self.dtype, SIZE_MULTIPLE)
-        return to_nchw(encode(self.layers, to_nhwc(images)).float())
+        with self._workspaces.lease() as memory:
+            return to_nchw(encode(self.layers, to_nhwc(images), memory).float())
 
     @torch.no_grad()
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
@@ -93,11 +96,13 @@ class FastVPD(VPD):
         """
         if context.stride(0) == 0:
             context = context[:1]  # one text for all images
-        features, maps = run_unet(self.layers, self._structure, to_nhwc(latents), self._text(context))
-        parts = [[x.float()] for x in features]
-        for level, kind in sorted(maps.sums):
-            parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))
-        return [to_nchw(torch.cat(part, dim=-1)) for part in parts]
+        with self._workspaces.lease() as memory:
+            text = self._text(context)
+            features, maps = run_unet(self.layers, self._structure, to_nhwc(latents), text, memory)
+            parts = [[x.float()] for x in features]
+            for level, kind in sorted(maps.sums):
+                parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))
+            return [to_nchw(torch.cat(part, dim=-1)) for part in parts]  # a copy, which outlives the workspace
 
     def report(self, sensitivity: bool = False) -> EngineReport:
         """What each layer became and why; prints as a table.
@@ -134,12 +139,16 @@ class FastVPD(VPD):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastVPD:
         """What `to`, `cuda`, `half` and the like do, and here may only do where they change nothing."""
-        probe = fn(self.backbone.gamma)
+        message = (
+            f"a fast model stays on the CPU and in the precision it was made for ({self.precision}); "
+            "optimize the plain model again for another one"
+        )
+        try:
+            probe = fn(self.backbone.gamma)
+        except (AssertionError, RuntimeError) as error:  # a device that is not there
+            raise InputError(message) from error
         if (probe.device, probe.dtype) != (self.device, self.dtype):
-            raise InputError(
-                f"a fast model stays on the CPU and in the precision it was made for ({self.precision}); "
-                "optimize the plain model again for another one"
-            )
+            raise InputError(message)
         return self
 
 

@@ -46,6 +46,5 @@ def _project(layers: Layers, context: Tensor) -> Projected:
         elif role == "v":  # the probability of the only token is 1
             result = layers[f"{transformer}.attn2.out"](layer(context)).float()
             out = layers[f"{transformer}.attn1.out"]
-            assert isinstance(out, Linear)
             projected[transformer] = [replace(out, bias=out.bias + row) for row in result[:, 0]]
     return projected

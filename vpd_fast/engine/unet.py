@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.engine.blocks import Layers, res_block
+from vpd_fast.engine.blocks import Layers, call, convolve, res_block
 from vpd_fast.engine.layers import Linear
 from vpd_fast.engine.text import Projected
+from vpd_fast.engine.workspace import Workspace
 from vpd_fast.models.unet import UNetWrapper
 
 
@@ -59,26 +62,25 @@ class MapSums:
             self.sums[place[1], "cross"] = q.new_ones(q.shape[0], q.shape[1], 1, dtype=torch.float32)
 
 
-def run_unet(layers: Layers, structure: Structure, latents: Tensor, text: Projected) -> tuple[list[Tensor], MapSums]:
-    """Latents (B,h,w,c) -> four features (B,H,W,C), high resolution first, and the sums of maps (B,H*W,L or H*W)."""
+def run_unet(
+    layers: Layers, structure: Structure, latents: Tensor, text: Projected, memory: Workspace
+) -> tuple[list[Tensor], MapSums]:
+    """Latents (B,h,w,c) -> four features (B,H,W,C), high resolution first, and the sums of maps (B,H*W,L or H*W).
+
+    The features are in memory of the workspace.
+    """
     maps = MapSums(structure)
     features: dict[int, Tensor] = {}
-    skips: list[Tensor] = []
-    x = layers["unet.conv_in"](latents)
-    skips.append(x)
+    x = call(layers["unet.conv_in"], memory, latents)
+    skips = [x]
     for name, place, level in structure.blocks[1:]:
         skip = skips.pop() if place == "up" else None
-        if f"{name}.0.conv1" in layers:
-            x = res_block(layers, f"{name}.0", x, skip)
-            if f"{name}.1.proj_in" in layers:
-                x = _transformer(layers, f"{name}.1", x, text, maps, (place, level), structure.heads)
-            if place == "mid":
-                x = res_block(layers, f"{name}.2", x)
-            for i in (1, 2):  # what upsamples is the last of a block
-                if f"{name}.{i}" in layers:
-                    x = layers[f"{name}.{i}"](x)
-        else:
-            x = layers[f"{name}.0"](x)  # downsamples
+        for step in _steps(layers, name, skip, text, maps, (place, level), structure.heads):
+            last, x = x, step(layers=layers, memory=memory, x=x)
+            if not any(last is kept for kept in (*skips, *features.values())):
+                memory.give(last)
+        if skip is not None:
+            memory.give(skip)
         if place == "down":
             skips.append(x)
         if name in structure.taps:
@@ -86,27 +88,67 @@ def run_unet(layers: Layers, structure: Structure, latents: Tensor, text: Projec
     return [features[level] for level in sorted(features)], maps
 
 
+def _steps(
+    layers: Layers,
+    block: str,
+    skip: Tensor | None,
+    text: Projected,
+    maps: MapSums,
+    place: tuple[str, int],
+    heads: int,
+) -> Iterator[Callable[..., Tensor]]:
+    """What a block of the UNet does, one tensor in and one out."""
+    for i in itertools.count():
+        name = f"{block}.{i}"
+        if f"{name}.conv1" in layers:
+            yield partial(res_block, name=name, x2=skip if i == 0 else None)
+        elif f"{name}.proj_in" in layers:
+            yield partial(_transformer, name=name, text=text, maps=maps, place=place, heads=heads)
+        elif name in layers:  # resamples
+            yield partial(convolve, name=name)
+        else:
+            break
+
+
 def _transformer(
-    layers: Layers, name: str, x: Tensor, text: Projected, maps: MapSums, place: tuple[str, int], heads: int
+    layers: Layers,
+    name: str,
+    memory: Workspace,
+    x: Tensor,
+    text: Projected,
+    maps: MapSums,
+    place: tuple[str, int],
+    heads: int,
 ) -> Tensor:
-    t = layers[f"{name}.proj_in"](x, affine=layers[f"{name}.norm"](x)).flatten(1, 2)
-    q, k, v = layers[f"{name}.attn1.qkv"](t).chunk(3, dim=-1)
+    t = call(layers[f"{name}.proj_in"], memory, x, affine=layers[f"{name}.norm"](x))
+    qkv = call(layers[f"{name}.attn1.qkv"], memory, t)
+    q, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
     attended = maps.attend("self", place, q, k, v, heads)
     if attended is None:
         attended = ops.self_attention(q, k, v, heads)
-    known = text[name]
+    memory.give(qkv)
+    attended, known = attended.view(x.shape), text[name]
     if isinstance(known, tuple):
-        t = layers[f"{name}.attn1.out"](attended, residual=t)
-        q = layers[f"{name}.attn2.q"](t)
-        attended = maps.attend("cross", place, q, *known, heads)
+        t = _replaced(memory, t, call(layers[f"{name}.attn1.out"], memory, attended, residual=t))
+        q = call(layers[f"{name}.attn2.q"], memory, t)
+        attended = maps.attend("cross", place, q.flatten(1, 2), *known, heads)
         if attended is None:
-            attended, _ = ops.cross_attention_maps(q, *known, heads, need_maps=False)
-        t = layers[f"{name}.attn2.out"](attended, residual=t)
+            attended, _ = ops.cross_attention_maps(q.flatten(1, 2), *known, heads, need_maps=False)
+        memory.give(q)
+        t = _replaced(memory, t, call(layers[f"{name}.attn2.out"], memory, attended.view(x.shape), residual=t))
     else:
-        t = _for_each_text(known, attended, t)
+        t = _replaced(memory, t, _for_each_text(known, attended, t))
         maps.add_single_token(place, q)
-    hidden = layers[f"{name}.ff1"](t)
-    return layers[f"{name}.ff2"](hidden.view(*x.shape[:3], -1), x2=t.view(x.shape), residual=x)
+    hidden = call(layers[f"{name}.ff1"], memory, t)
+    out = call(layers[f"{name}.ff2"], memory, hidden, x2=t, residual=x)
+    memory.give(hidden)
+    memory.give(t)
+    return out
+
+
+def _replaced(memory: Workspace, old: Tensor, new: Tensor) -> Tensor:
+    memory.give(old)
+    return new
 
 
 def _for_each_text(outs: list[Linear], attended: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""What a benchmark found: rows for JSON, and tables to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vpd_fast.benchmark.catalog import ENTRIES
+from vpd_fast.benchmark.parity import GATES, passes
+from vpd_fast.benchmark.runner import Measurement, Seconds
+from vpd_fast.benchmark.statistics import milliseconds, percentile, speedup
+from vpd_fast.benchmark.variants import BACKBONE, STAGES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+MIB = 2**20
+
+
+def row_of(measurement: Measurement, task: str, threads: int) -> Row:
+    """One variant in one case, as plain values.
+
+    Always: case, task, variant, threads. parity: "passed", "failed" or, without a baseline, "unchecked"; not given for
+    the baseline. Speed-ups are given if it passed: "speedup" of the whole pass for variants that do all of it,
+    "backbone_speedup" of encoder and UNet, "stage_speedups". Times are of a batch, "ms_per_image" is not.
+    """
+    row: Row = {"case": str(measurement.case), "task": task, "variant": measurement.variant, "threads": threads}
+    if measurement.error:
+        row["error"] = measurement.error
+    is_baseline = measurement.variant == measurement.baseline
+    row |= {} if is_baseline else _parity(measurement)
+    row["peak_mib"] = {name: round(value / MIB, 1) for name, value in measurement.memory.items()}
+    if measurement.seconds:
+        stages = [stage for stage in STAGES if stage in measurement.seconds[0]]
+        row |= milliseconds(_total(measurement.seconds, stages))
+        row["ms_per_image"] = round(row["p50_ms"] / measurement.case.batch, 4)
+        row["stages_ms"] = {stage: _median_ms(measurement.seconds, [stage]) for stage in stages}
+        row["backbone_ms"] = _median_ms(measurement.seconds, BACKBONE)
+        if is_baseline or row["parity"] == "passed":
+            row |= _speedups(measurement, stages)
+    return row
+
+
+def _parity(measurement: Measurement) -> Row:
+    precision = ENTRIES[measurement.variant].precision
+    if measurement.agreement is None or precision is None:
+        return {"parity": "unchecked"}
+    found = measurement.agreement
+    cosines = {name: _rounded(found[name]) for name in ("latents", "features", "logits") if name in found}
+    verdict = "passed" if passes(found, precision) else "failed"
+    labels = {"equal_labels": round(found["labels"], 6)} if "labels" in found else {}
+    return {"parity": verdict, "gate": GATES[precision], "cosines": cosines, **labels}
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 7)
+
+
+def _speedups(measurement: Measurement, stages: Sequence[str]) -> Row:
+    # Rounds in which the baseline was not there, because it failed, have nothing to be compared with.
+    base = measurement.baseline_seconds
+    own = measurement.seconds[: len(base)]
+    if not base:
+        return {}
+
+    def over(chosen: Sequence[str]) -> float:
+        return speedup(_total(base, chosen), _total(own, chosen))
+
+    row: Row = {"over": measurement.baseline}
+    if set(stages) == set(base[0]):
+        row["speedup"] = over(stages)
+    row["backbone_speedup"] = over(BACKBONE)
+    row["stage_speedups"] = {stage: over([stage]) for stage in stages}
+    return row
+
+
+def _total(seconds: Sequence[Seconds], stages: Sequence[str]) -> list[float]:
+    return [sum(values[stage] for stage in stages) for values in seconds]
+
+
+def _median_ms(seconds: Sequence[Seconds], stages: Sequence[str]) -> float:
+    return round(1e3 * percentile(_total(seconds, stages), 50), 4)
+
+
+COLUMNS = (
+    "variant",
+    "ms per image",
+    "p20 - p80",
+    "speed-up",
+    "encoder",
+    "UNet",
+    "head",
+    "post",
+    "encoder + UNet",
+    "features",
+    "logits",
+    "labels",
+    "peak MiB",
+)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows of one case: milliseconds, speed-ups over the plain model, least cosines, equal labels, memory."""
+    from rich.table import Table
+
+    first = rows[0]
+    shown = Table(title=f"{first['task']}, {first['case']}, {first['threads']} threads", title_justify="left")
+    for i, column in enumerate(COLUMNS):
+        shown.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*_cells(row), style="red" if "error" in row or row.get("parity") == "failed" else None)
+    return shown
+
+
+def _cells(row: Row) -> list[str]:
+    if "p50_ms" not in row:
+        return [row["variant"], "FAILED"]
+    batch = row["p50_ms"] / row["ms_per_image"]
+    stages = [_number(row["stages_ms"].get(stage), 1 / batch) for stage in STAGES]
+    verdict = "FAILED" if row.get("parity") == "failed" else _times(row.get("speedup"))
+    backbone = f"{_number(row['backbone_ms'], 1 / batch)} {_times(row.get('backbone_speedup')):>7}"
+    cosines = row.get("cosines", {})
+    memory = row["peak_mib"]
+    peak = f"{memory.get('run', 0):.0f}"
+    if "loaded" in memory:
+        peak += f" ({memory['loaded']:.0f} from disk)"
+    return [
+        row["variant"],
+        _number(row["ms_per_image"]),
+        f"{_number(row['p20_ms'], 1 / batch)} - {_number(row['p80_ms'], 1 / batch)}",
+        verdict,
+        *stages,
+        backbone,
+        _cosine(min(cosines["features"])) if cosines else "",
+        _cosine(cosines["logits"]) if "logits" in cosines else "",
+        f"{100 * row['equal_labels']:.2f} %" if "equal_labels" in row else "",
+        peak,
+    ]
+
+
+def _number(value: float | None, factor: float = 1.0) -> str:
+    """Milliseconds with three digits or so."""
+    if value is None:
+        return ""
+    value *= factor
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def remarks(rows: Sequence[Row], left_out: Sequence[str]) -> list[str]:
+    """What a reader of the tables must know, one line each."""
+    found = []
+    for row in rows:
+        where = f"{row['variant']}, {row['case']}"
+        if "error" in row:
+            found.append(f"FAILED: {where}: {row['error']}")
+        elif row.get("parity") == "failed":
+            found.append(
+                f"FAILED: {where}: a cosine is below {row['gate']}, so its time means nothing: {row['cosines']}"
+            )
+    return found + [f"left out: {line}" for line in left_out]

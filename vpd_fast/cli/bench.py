@@ -1,0 +1,200 @@
+"""`vpd-fast bench`: plain and fast models and other libraries, side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vpd_fast.cli import files, options, running
+from vpd_fast.config import SIZE_MULTIPLE
+from vpd_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from vpd_fast.benchmark.runner import Bench
+    from vpd_fast.config import VPDConfig
+
+MEASURING, OUTPUT = "Measuring", "Output"
+
+
+def bench(
+    checkpoint: options.Checkpoint = None,
+    random_weights: options.RandomWeights = None,
+    task: options.Task = None,
+    config: options.Config = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Of the fast models: fp32, bf16, int8.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = "fp32,bf16,int8",
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="all, none, diffusers, openvino, or one such as openvino-int8; what is not installed is left out.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = "all",
+    size: Annotated[
+        str, typer.Option(metavar="N,...", help="Height and width in pixels.", rich_help_panel=MEASURING)
+    ] = "512",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Images per pass.", rich_help_panel=MEASURING)] = "1",
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each variant.", rich_help_panel=MEASURING)] = 10,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="Stop a case after this time, if three rounds are done.", rich_help_panel=MEASURING),
+    ] = 600,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each variant. [default: as PyTorch chooses]", rich_help_panel=MEASURING),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all numbers there.", rich_help_panel=OUTPUT)
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw them there, as PNG.", rich_help_panel=OUTPUT)
+    ] = None,
+) -> None:
+    """Measure time, memory and agreement of the plain model, its fast forms and other libraries on this CPU.
+
+    Every variant runs in a process of its own; they take turns, round by round, and a speed-up is the median of the
+    ratios within a round. It is shown only if features and logits agree with the plain model's. Other libraries compute
+    encoder and UNet only. An interruption keeps what is there.
+    """
+    from vpd_fast.benchmark import catalog
+    from vpd_fast.benchmark.variants import Case
+
+    random_weights = 0 if checkpoint is None and random_weights is None else random_weights
+    model_options = options.ModelOptions(checkpoint, random_weights, task, config, "cpu", "fp32")
+    names, left_out = catalog.choose(_names(precision), _names(peers))
+    sizes = _numbers("--size", size, SIZE_MULTIPLE)
+    cases = [Case(side, images) for side in sizes for images in _numbers("--batch", batch, 1)]
+    _check_output("--json", json, ".json")
+    _check_output("--chart", chart, ".png")
+
+    with tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
+        run = _prepare(model_options, Path(scratch), names, cases, rounds, seconds, threads)
+        finished = False
+        try:
+            _run(run)
+            finished = True
+        finally:
+            # Also after an interruption: what is finished is worth having.
+            _report(run, left_out, model_options, finished, json, chart)
+    if any(measurement.error for measurement in run.measurements):
+        raise typer.Exit(1)
+
+
+def _prepare(
+    model_options: options.ModelOptions,
+    scratch: Path,
+    names: list[str],
+    cases: list[Any],
+    rounds: int,
+    seconds: float,
+    threads: int | None,
+) -> Bench:
+    """The run, with its weights in a file that all processes share."""
+    import torch
+
+    from vpd_fast.benchmark.runner import Bench
+    from vpd_fast.benchmark.variants import Source
+
+    with running.error_console().status("preparing the weights"):
+        model = model_options.load()
+        path = model_options.checkpoint
+        if path is None:
+            path = scratch / "model"
+            model.save_pretrained(path)
+        model_config: VPDConfig = model.config
+        del model
+    source = Source(path, scratch, threads or torch.get_num_threads())
+    return Bench(source, model_config, names, cases, rounds, seconds)
+
+
+def _run(run: Bench) -> None:
+    """Run it with a progress bar on stderr, if that is a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = running.error_console()
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=run.steps)
+        run.on_step = lambda text, done: progress.update(bar, description=text, advance=done)
+        run.run()
+
+
+def _report(
+    run: Bench,
+    left_out: list[str],
+    model_options: options.ModelOptions,
+    finished: bool,
+    json: Path | None,
+    chart: Path | None,
+) -> None:
+    """Print the tables and write the files."""
+    from rich.console import Console
+
+    from vpd_fast.benchmark import report
+    from vpd_fast.benchmark.environment import environment
+
+    threads = run.source.threads
+    rows = [report.row_of(m, run.config.task, threads) for m in run.measurements]
+    console = Console()
+    if not console.is_terminal:  # nothing to fit into
+        console = Console(width=220)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        console.print(report.table([row for row in rows if row["case"] == case]))
+    for line in report.remarks(rows, left_out):
+        typer.echo(line)
+    if not finished:
+        typer.echo("not finished: these are the rounds that were complete")
+    about = environment("cpu") | {"threads": threads}
+    if json is not None:
+        weights = {"checkpoint": str(model_options.checkpoint)} if model_options.checkpoint else {
+            "random_weights": model_options.random_weights
+        }  # fmt: skip
+        values = {
+            "environment": about,
+            "model": {**weights, "config": run.config.to_dict()},
+            "finished": finished,
+            "left_out": left_out,
+            "rows": rows,
+        }
+        files.write_json(json, values)
+    if chart is not None and rows:
+        from vpd_fast.benchmark.chart import draw
+        from vpd_fast.inference.results import save_png
+
+        footer = f"{about['device']}, {threads} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
+        save_png(draw(rows, footer), chart)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str, multiple: int) -> list[int]:
+    """Positive multiples of a number, separated by commas. Raises InputError."""
+    try:
+        numbers = [int(part) for part in _names(text)]
+    except ValueError:
+        numbers = []
+    if not numbers or any(number < 1 or number % multiple for number in numbers):
+        kind = f"positive multiples of {multiple}" if multiple > 1 else "positive integers"
+        raise InputError(f"{option} must be {kind} separated by commas, got {text!r}")
+    return list(dict.fromkeys(numbers))
+
+
+def _check_output(option: str, path: Path | None, suffix: str) -> None:
+    """Before hours are spent: can the file be written? Raises InputError."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise InputError(f"{option} must be a file name that ends in {suffix}, got {str(path)!r}")
+    files.prepare_output(path.parent, option)
