@@ -1,7 +1,8 @@
-// What the attention kernels share: how the elements of their matrices look, and the softmax of a tile of queries.
+// What the attention kernels share: how the elements of their matrices look, how they are loaded and stored, and the
+// softmax of a tile of queries.
 //
 // The lanes of a vector are queries. So the numbers of a softmax lie in different vectors (nothing is reduced across
-// lanes), tokens and head dimensions need no padding, and K and V are read where they are, as factors that are broadcast.
+// lanes), and keys and head dimensions need no padding for it: K and V are factors that are broadcast.
 #pragma once
 
 #include "cpu/elementwise.h"

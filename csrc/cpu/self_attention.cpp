@@ -203,9 +203,11 @@ public:
     Worker(const SelfAttentionPlan& plan, const float* packed, float* memory)
         : plan_(plan), layout_(plan), scaling_(plan.scale), packed_(packed), p_(memory) {
         rows_ = p_ + L::BLOCK_ELEMENTS * TILE;
-        for (Tile& tile : tiles_) {
-            tile.q = &tile == tiles_ ? rows_ + plan.dim * TILE : (&tile)[-1].out + layout_.padded_dim() * TILE;
-            tile.out = tile.q + layout_.q_elements * TILE;
+        float* next = rows_ + plan.dim * TILE;
+        for (int64_t t = 0; t < layout_.tiles; ++t) {
+            tiles_[t].q = next;
+            tiles_[t].out = next += layout_.q_elements * TILE;
+            next += layout_.padded_dim() * TILE;
         }
     }
 

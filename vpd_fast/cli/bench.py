@@ -70,7 +70,7 @@ def bench(
     from vpd_fast.benchmark.variants import Case
 
     random_weights = 0 if checkpoint is None and random_weights is None else random_weights
-    model_options = options.ModelOptions(checkpoint, random_weights, task, config, "cpu", "fp32")
+    model_options = options.ModelOptions(checkpoint, random_weights, task, config, "cpu", None)
     names, left_out = catalog.choose(_names(precision), _names(peers))
     sizes = _numbers("--size", size, SIZE_MULTIPLE)
     cases = [Case(side, images) for side in sizes for images in _numbers("--batch", batch, 1)]
@@ -108,6 +108,8 @@ def _prepare(
     with running.error_console().status("preparing the weights"):
         model = model_options.load()
         path = model_options.checkpoint
+        if hasattr(model, "precision"):
+            raise InputError(f"--checkpoint {path} is a fast model; give the weights it was made from")
         if path is None:
             path = scratch / "model"
             model.save_pretrained(path)

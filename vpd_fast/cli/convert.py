@@ -39,7 +39,8 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if to == "engine":
-        return _to_engine(source, destination, precision)
+        _to_engine(source, destination, precision)
+        return
     import torch
 
     from vpd_fast.checkpoints import convert as convert_checkpoint
