@@ -18,8 +18,8 @@ namespace vpd {
 using Tensor4 = std::tuple<uintptr_t, std::string, int64_t, std::array<int64_t, 3>>;  // address, dtype, channels, strides
 using Packed = std::tuple<std::array<uintptr_t, 3>, std::string, int64_t, int64_t>;   // data, scales, sums; dtype, n, k
 
-constexpr int64_t FLOATS_OF_BLOCK = 96 << 10;  // of rows of A: they stay in the second cache level
-constexpr int64_t BLOCKS_PER_THREAD = 4;       // at least, for rows to be what threads share
+constexpr int64_t FLOATS_OF_BLOCK = 256 << 10;  // of rows of A: about what the second cache level holds
+constexpr int64_t MOST_ROWS_TOGETHER = 384;     // for each thread: with more of them, each has rows of its own
 
 inline bool is_bf16(const std::string& dtype) {
     require(dtype == "float32" || dtype == "bfloat16", "dtype must be float32 or bfloat16");
@@ -70,23 +70,29 @@ inline GemmPlan make_gemm(const Packed& weight, uintptr_t bias, int64_t images, 
 // they are made first, together, and then each thread has panels of the weight, which are read only once.
 template <typename MakeRows>
 void run_gemm(const GemmPlan& plan, Isa isa, int64_t threads, MakeRows make_rows) {
-    const int64_t rows = plan.images * plan.rows, row_floats = plan.row_floats;
+    const int64_t rows = plan.images * plan.rows, row_floats = plan.row_floats, panels = plan.panels;
     const int64_t fits = FLOATS_OF_BLOCK / row_floats / 12 * 12;
     const int64_t block = std::max<int64_t>(12, std::min(fits, MOST_ROWS_OF_BLOCK));
     const int64_t blocks = (rows + block - 1) / block;
     threads = std::max<int64_t>(threads, 1);
     const int64_t scratch_floats = padded(plan.k + 2 * LANES);
-    const bool shared = blocks < BLOCKS_PER_THREAD * threads;
-    const auto a = allocate((shared ? rows : std::min(threads, blocks) * block) * row_floats);
+    const bool together = rows <= MOST_ROWS_TOGETHER * threads;
+    const auto a = allocate((together ? rows : std::min(threads, blocks) * block) * row_floats);
     const auto scratch = allocate(threads * scratch_floats);
 
     pybind11::gil_scoped_release unlocked;
-    if (shared) {
+    if (together) {
         in_parts(rows, threads, [&](int64_t first, int64_t last, int64_t part) {
             make_rows(first, last - first, a.get() + first * row_floats, scratch.get() + part * scratch_floats);
         });
-        in_parts(plan.panels, threads, [&](int64_t first, int64_t last, int64_t) {
-            VPD_DISPATCH(isa, gemm_panels, plan, a.get(), 0, rows, first, last);
+        // With fewer panels than threads rows are shared as well. Items are (rows, panel).
+        const int64_t groups = std::min(rows, (2 * threads + panels - 1) / panels);
+        in_parts(groups * panels, threads, [&](int64_t first, int64_t last, int64_t) {
+            for (int64_t group = first / panels; group * panels < last; ++group) {
+                const int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin;
+                VPD_DISPATCH(isa, gemm_panels, plan, a.get() + begin * row_floats, begin, count,
+                             std::max(first - group * panels, int64_t{0}), std::min(last - group * panels, panels));
+            }
         });
         return;
     }
@@ -95,7 +101,7 @@ void run_gemm(const GemmPlan& plan, Isa isa, int64_t threads, MakeRows make_rows
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = rows * i / blocks, count = rows * (i + 1) / blocks - begin;
             make_rows(begin, count, own, scratch.get() + part * scratch_floats);
-            VPD_DISPATCH(isa, gemm_panels, plan, own, begin, count, 0, plan.panels);
+            VPD_DISPATCH(isa, gemm_panels, plan, own, begin, count, 0, panels);
         }
     });
 }

@@ -120,12 +120,7 @@ VPD_INLINE void finish_block(Activation activation, const Columns& columns, cons
     }
 }
 
-// A row of A, counted within its image.
-struct Position {
-    int64_t image, row;
-};
-
-// Where the results of one panel go. Consecutive rows of A may be of several images.
+// Where the results of one panel go.
 template <typename E, typename T>
 class Target {
 public:
@@ -136,24 +131,23 @@ public:
         count_ = n - column_ < width ? n - column_ : width;
     }
 
-    // The rows' memory is fetched while their sums are computed: stores to rows far apart would wait for it.
-    void prefetch(Position first, int64_t count) const {
-        each_image(first, count, [&](const Block<T>& block) {
-            for (int64_t r = 0; r < block.rows; ++r) {
-                __builtin_prefetch(block.out + r * block.out_row, 1);
-                __builtin_prefetch(block.out + r * block.out_row + count_ - 1, 1);
-                if (!block.residual) continue;
-                const char* residual = static_cast<const char*>(block.residual);
-                const int64_t bytes = block.residual_bf16 ? 2 : 4;
-                __builtin_prefetch(residual + r * block.residual_row * bytes);
-                __builtin_prefetch(residual + (r * block.residual_row + count_ - 1) * bytes);
+    // Fetches what `finish` will add, while the sums are computed.
+    void prefetch(int64_t row, int64_t count) const {
+        each_image(row, count, [](const Block<T>& block) {
+            for (int64_t r = 0; r < block.rows; ++r) __builtin_prefetch(block.out + r * block.out_row, 1);
+            if (!block.residual) return;
+            const int64_t bytes = block.residual_bf16 ? 2 : 4;
+            const char* residual = static_cast<const char*>(block.residual);
+            for (int64_t r = 0; r < block.rows; ++r, residual += block.residual_row * bytes) {
+                __builtin_prefetch(residual);
+                __builtin_prefetch(residual + (block.columns - 1) * bytes);
             }
         });
     }
 
-    // sums: [row][PANEL]; a: the first row's elements. Returns the position behind the last row.
-    Position finish(const float* sums, const float* a, Position first, int64_t count) const {
-        return each_image(first, count, [&](Block<T> block) {
+    // sums: [row][PANEL]; a: the first row's elements; row, counted through all images, and `count`: which they are.
+    void finish(const float* sums, const float* a, int64_t row, int64_t count) const {
+        each_image(row, count, [&](Block<T> block) {
             block.sums = sums, block.scale_and_zero = a + plan_.elements;
             finish_block<E, T>(plan_.activation, columns_, block);
             sums += block.rows * PANEL, a += block.rows * plan_.row_floats;
@@ -162,20 +156,19 @@ public:
 
 private:
     template <typename Function>
-    Position each_image(Position at, int64_t count, Function function) const {
+    __attribute__((always_inline)) void each_image(int64_t row, int64_t count, Function function) const {
         const Source& residual = plan_.residual;
         while (count > 0) {
-            const int64_t left = plan_.rows - at.row, rows = left < count ? left : count;
-            const int64_t from = at.image * residual.image + at.row * residual.row + column_;
+            const int64_t image = row / plan_.rows, position = row % plan_.rows;
+            const int64_t left = plan_.rows - position, rows = left < count ? left : count;
+            const int64_t from = image * residual.image + position * residual.row + column_;
             const void* addend = nullptr;
             if (residual.data) addend = static_cast<const char*>(residual.data) + from * (residual.bf16 ? 2 : 4);
-            T* out = static_cast<T*>(plan_.out) + at.image * plan_.out_image + at.row * plan_.out_row + column_;
+            T* out = static_cast<T*>(plan_.out) + image * plan_.out_image + position * plan_.out_row + column_;
             function(Block<T>{nullptr, nullptr, plan_.row_floats, out, plan_.out_row, addend, residual.bf16,
                               residual.row, rows, count_});
-            count -= rows, at.row += rows;
-            if (at.row == plan_.rows) at.row = 0, ++at.image;
+            row += rows, count -= rows;
         }
-        return at;
     }
 
     const GemmPlan& plan_;
@@ -184,11 +177,12 @@ private:
     int64_t column_, count_;  // of the result
 };
 
-// Its arguments are in registers. Through memory they would wait for the results before them to be stored.
+// At most MOST_ROWS rows. Its arguments are in registers: in memory they would wait for the stores before them.
 template <typename E>
 __attribute__((noinline)) void multiply_tile(int64_t rows, const float* a, int64_t row_floats, const float* b,
                                              int64_t size, float* sums, bool add) {
-    multiply<E>(rows, {a, row_floats, 1}, b, size, sums, PANEL, add);
+    for (int64_t column = 0; column < PANEL; column += COLUMNS * LANES)
+        multiply_rows<E, COLUMNS>(rows, {a, row_floats, 1}, b + column, size, sums + column, PANEL, add);
 }
 
 template <typename E, typename T>
@@ -201,7 +195,6 @@ void multiply_panels(const GemmPlan& plan, const float* a, int64_t first, int64_
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const float* b = plan.weight + panel * size * PANEL;
         const Target<E, T> target(plan, panel);
-        Position position{first / plan.rows, first % plan.rows};
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t begin = count * block / blocks, rows = count * (block + 1) / blocks - begin;
             const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + tiles - 1) / tiles;
@@ -210,10 +203,9 @@ void multiply_panels(const GemmPlan& plan, const float* a, int64_t first, int64_
                 for (int64_t r = 0; r < rows; r += most) {
                     const int64_t height = rows - r < most ? rows - r : most;
                     const float* from = a + (begin + r) * row_floats;
-                    const bool last = chunk + 1 == chunks;
-                    if (last) target.prefetch(position, height);
+                    if (chunk + 1 == chunks) target.prefetch(first + begin + r, height);
                     multiply_tile<E>(height, from + i, row_floats, b + i * PANEL, next - i, sums + r * PANEL, chunk > 0);
-                    if (last) position = target.finish(sums + r * PANEL, from, position, height);
+                    if (chunk + 1 == chunks) target.finish(sums + r * PANEL, from, first + begin + r, height);
                 }
             }
         }

@@ -67,34 +67,50 @@ VPD_INLINE void accumulate(Factors a, const float* b, int64_t size, int64_t widt
     }
 }
 
-// c[ROWS][columns] (+)= a[ROWS][size] * b[size][columns] for COLUMNS_ vectors out of `width` columns.
-template <typename E, int ROWS, int COLUMNS_>
-void multiply_block(Factors a, const float* b, int64_t size, float* c, int64_t width, bool add) {
+// What becomes of 16 sums, of one row and the columns from `column` on, before they are stored: nothing.
+struct Unchanged {
+    VPD_INLINE F16 finish(F16 sum, int64_t, int64_t) { return sum; }
+};
+
+// c[ROWS][columns] (+)= a[ROWS][size] * b[size][columns] for COLUMNS_ vectors out of `width` columns, finished.
+template <typename E, int ROWS, int COLUMNS_, typename Finish>
+void multiply_block(Factors a, const float* b, int64_t size, float* c, int64_t width, bool add, const Finish& finish,
+                    int64_t row, int64_t column) {
     F16 sum[ROWS][COLUMNS_];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
         for (int j = 0; j < COLUMNS_; ++j) sum[r][j] = add ? load(c + r * width + j * LANES) : broadcast(0.0f);
     accumulate<E>(a, b, size, width, sum);
+#if defined(__AVX512F__)
+    // Ends the life of the loop's registers: GCC would choose them to suit `finish`, and spill sums within the loop.
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int j = 0; j < COLUMNS_; ++j) store(c + r * width + j * LANES, sum[r][j]);
+        for (int j = 0; j < COLUMNS_; ++j) asm("" : "+v"(sum[r][j]));
+#endif
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS_; ++j)
+            store(c + r * width + j * LANES, finish.finish(sum[r][j], row + r, column + j * LANES));
 }
 
 // multiply_block for a number of rows known at run time only, at most ROWS.
-template <typename E, int COLUMNS_, int ROWS = MOST_ROWS>
-VPD_INLINE void multiply_rows(int64_t rows, Factors a, const float* b, int64_t size, float* c, int64_t width,
-                              bool add) {
+template <typename E, int COLUMNS_, typename Finish = Unchanged, int ROWS = MOST_ROWS>
+VPD_INLINE void multiply_rows(int64_t rows, Factors a, const float* b, int64_t size, float* c, int64_t width, bool add,
+                              const Finish& finish = Finish(), int64_t row = 0, int64_t column = 0) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return multiply_rows<E, COLUMNS_, ROWS - 1>(rows, a, b, size, c, width, add);
+        if (rows < ROWS)
+            return multiply_rows<E, COLUMNS_, Finish, ROWS - 1>(rows, a, b, size, c, width, add, finish, row, column);
     }
-    multiply_block<E, ROWS, COLUMNS_>(a, b, size, c, width, add);
+    multiply_block<E, ROWS, COLUMNS_>(a, b, size, c, width, add, finish, row, column);
 }
 
-// c[rows][width] (+)= a[rows][size] * b[size][width]; the width is a multiple of 16.
-template <typename E>
-void multiply(int64_t rows, Factors a, const float* b, int64_t size, float* c, int64_t width, bool add = false) {
+// c[rows][width] (+)= a[rows][size] * b[size][width], finished; the width is a multiple of 16.
+template <typename E, typename Finish = Unchanged>
+void multiply(int64_t rows, Factors a, const float* b, int64_t size, float* c, int64_t width, bool add = false,
+              const Finish& finish = Finish()) {
     const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int64_t block = 0; block < blocks; ++block) {  // of equal heights, as far as possible
         const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
@@ -102,8 +118,9 @@ void multiply(int64_t rows, Factors a, const float* b, int64_t size, float* c, i
         float* to = c + first * width;
         int64_t column = 0;
         for (; column + COLUMNS * LANES <= width; column += COLUMNS * LANES)
-            multiply_rows<E, COLUMNS>(count, from, b + column, size, to + column, width, add);
-        if (COLUMNS > 1 && column < width) multiply_rows<E, 1>(count, from, b + column, size, to + column, width, add);
+            multiply_rows<E, COLUMNS>(count, from, b + column, size, to + column, width, add, finish, first, column);
+        if (COLUMNS > 1 && column < width)
+            multiply_rows<E, 1>(count, from, b + column, size, to + column, width, add, finish, first, column);
     }
 }
 

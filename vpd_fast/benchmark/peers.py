@@ -139,6 +139,7 @@ def _fused_attention(self: CrossAttention, q: Tensor, k: Tensor, v: Tensor, _: A
 
 def make_openvino(source: Source, precision: str) -> Variant:
     """OpenVINO's CPU plugin on our plain modules without maps; INT8 by NNCF's quantisation after training."""
+    sys.modules["openvino_telemetry"] = None  # its processes would compute while others are measured
     import openvino
 
     model = source.load()

@@ -163,7 +163,5 @@ def remarks(rows: Sequence[Row], left_out: Sequence[str]) -> list[str]:
         if "error" in row:
             found.append(f"FAILED: {where}: {row['error']}")
         elif row.get("parity") == "failed":
-            found.append(
-                f"FAILED: {where}: a cosine is below {row['gate']}, so its time means nothing: {row['cosines']}"
-            )
+            found.append(f"FAILED: {where}: a cosine is below {row['gate']}: {row['cosines']}")
     return found + [f"left out: {line}" for line in left_out]

@@ -111,6 +111,11 @@ class Bench:
             self._close(list(self._members))
         return self.measurements
 
+    def ordered(self) -> list[Measurement]:
+        """The measurements by case, and in the order of the catalog."""
+        names = list(ENTRIES)
+        return sorted(self.measurements, key=lambda m: (self.cases.index(m.case), names.index(m.variant)))
+
     def baseline_of(self, case: Case) -> str:
         """The plain model, or where its probabilities do not fit into memory, the one that does not store them."""
         needed = 2 * self._model_bytes + plain_bytes(self.config, case)

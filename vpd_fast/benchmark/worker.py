@@ -69,6 +69,10 @@ class Worker:
 
     def _receive(self) -> Any:
         try:
+            # The pipe alone does not tell of the end: processes that a library started may hold its other side.
+            while not self._connection.poll(PATIENCE):
+                if not self._process.is_alive() and not self._connection.poll():
+                    raise WorkerError(self._why_gone())
             succeeded, value = self._connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerError(self._why_gone()) from error

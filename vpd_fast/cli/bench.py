@@ -146,7 +146,7 @@ def _report(
     from vpd_fast.benchmark.environment import environment
 
     threads = run.source.threads
-    rows = [report.row_of(m, run.config.task, threads) for m in run.measurements]
+    rows = [report.row_of(m, run.config.task, threads) for m in run.ordered()]
     console = Console()
     if not console.is_terminal:  # nothing to fit into
         console = Console(width=220)

@@ -1,11 +1,13 @@
-"""What `linear` and `conv2d` share: checks of their arguments, the arithmetic of the reference, arguments of the kernels.
+"""What `linear` and `conv2d` share: checks of arguments, the arithmetic of the reference, arguments of the kernels.
 
-Rows of 8 bits: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255, zero = floor(-low / scale + 1/2)
-and u8 = round(x / scale + zero), so that x ~ scale * (u8 - zero) and 0 is exact. The products are summed exactly:
+Rows of 8 bits: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255,
+zero = floor(-low / scale + 1/2) and u8 = round(x / scale + zero), so that x ~ scale * (u8 - zero) and 0 is exact. The
+products are summed exactly:
 
     sum_k x[k] * w[n, k] ~ scale * scales[n] * (sum_k u8[k] * data[n, k] - zero * sums[n])
 
-A row with an infinity or a NaN gives NaN throughout; one whose scale would be below the smallest normal float32 is zero.
+A row with an infinity or a NaN gives NaN throughout; one whose scale would be below the smallest normal float32 is
+zero.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
+from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._packing import PANEL, PackedWeight
 
@@ -40,11 +43,13 @@ def check_weight(weight: Any, k: int, activation: str | None) -> int:
     kind = type(weight).__name__
     check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight, got {kind}")
     check(weight.taps == 1, f"weight must have one tap, got {weight.taps}")
-    check(weight.k == k, f"weight must have {k} columns as the input says, got {weight.k}")
+    if weight.k != k:  # torch.compile can not trace a message of sizes that it does not know
+        raise InputError(f"weight must have {k} columns as the input says, got {weight.k}")
     check(activation in ACTIVATIONS, f"activation must be None, 'relu', 'silu' or 'geglu', got {activation!r}")
     if activation != "geglu":
         return weight.n
-    check(weight.n % 2 == 0, f"weight must have an even number of rows for geglu, got {weight.n}")
+    if weight.n % 2:
+        raise InputError(f"weight must have an even number of rows for geglu, got {weight.n}")
     return weight.n // 2
 
 
@@ -65,8 +70,8 @@ def check_out(out: Any, out_dtype: torch.dtype | None, x: Tensor, shape: dict[st
         return x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
     check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
     check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
-    overlaps = any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True))
-    check(not overlaps, f"out must not be expanded: its elements share memory (strides {out.stride()})")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise InputError(f"out must not be expanded: its elements share memory (strides {out.stride()})")
     return out
 
 

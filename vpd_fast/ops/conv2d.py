@@ -1,8 +1,8 @@
 """Direct convolution of NHWC images by a packed weight, with what comes before and after it fused.
 
 A matrix product whose left factor, the inputs that each output position reads ("im2col"), exists block by block in the
-cache only. For kernels, strides and sizes that `winograd_conv2d` is not made for. Precision and what is not finite: as in
-`linear`; a row of 8 bits is what one output position reads.
+cache only. For kernels, strides and sizes that `winograd_conv2d` is not made for. Precision and what is not finite: as
+in `linear`; a row of 8 bits is what one output position reads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
+from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._checks import MAX_SIDE, check, check_impl, check_size, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
@@ -42,11 +43,11 @@ def conv2d(
 ) -> Tensor:
     """activation(convolution + bias) + residual.
 
-    With a = cat([x, x2], -1), the input of the convolution is silu(a * affine[:, 0] + affine[:, 1]) * scale, of which any
-    part may be missing, with zeros around it.
+    With a = cat([x, x2], -1), the input of the convolution is silu(a * affine[:, 0] + affine[:, 1]) * scale, of which
+    any part may be missing, with zeros around it.
 
-    x: (B, H, W, C1) float32 or bfloat16. x2: (B, H, W, C2) likewise, maybe of the other dtype. Channels that are next to
-        each other are read in place, whatever the other strides; others are copied.
+    x: (B, H, W, C1) float32 or bfloat16. x2: (B, H, W, C2) likewise, maybe of the other dtype. Channels that are next
+        to each other are read in place, whatever the other strides; others are copied.
     weight: PackedWeight of one tap, N x (kernel height * kernel width * C), C = C1 + C2, with the channels innermost:
         `PackedWeight.pack(layer.weight.permute(0, 2, 3, 1).flatten(1)[None], dtype)`. Its dtype is the precision of the
         product.
@@ -58,8 +59,8 @@ def conv2d(
         not overlap the inputs.
     impl: "auto", "cpu" or "reference".
 
-    Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and for
-    inputs that require gradients while they are recorded.
+    Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
+    for inputs that require gradients while they are recorded.
     """
     arguments = _check(
         x,
@@ -111,7 +112,8 @@ def _check(
     check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
     top, left, bottom, right = padding
     sides = (height + top + bottom - kernel[0]) // stride + 1, (width + left + right - kernel[1]) // stride + 1
-    check(min(sides) > 0, f"kernel {kernel} must fit into the image {height}x{width} with padding {padding}")
+    if min(sides) <= 0:
+        raise InputError(f"kernel {kernel} must fit into the image {height}x{width} with padding {padding}")
     shape = {"B": batch, "height": sides[0], "width": sides[1], "N": n_out}
     if residual is not None:
         check_tensor("residual", residual, "B height width N", DTYPES, "B", **shape)
@@ -213,9 +215,9 @@ register(
     Op(
         name="conv2d",
         arguments=(
-            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, SymInt[2] kernel, "
-            "SymInt stride, SymInt[4] padding, Tensor? affine, bool silu, Tensor? scale, str activation, Tensor? residual, "
-            "Tensor(a!) out"
+            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, "
+            "SymInt[2] kernel, SymInt stride, SymInt[4] padding, Tensor? affine, bool silu, Tensor? scale, "
+            "str activation, Tensor? residual, Tensor(a!) out"
         ),
         returns="()",
         fake=lambda *_: None,

@@ -1,11 +1,11 @@
 """Rows times a packed weight, with what comes before and after it fused.
 
-Rows are made, normalised and rounded block by block, multiplied while they are in the cache, and the sums go through bias,
-activation and residual before they are stored: nothing but inputs, weight and result touches memory.
+Rows are made, normalised and rounded block by block, multiplied while they are in the cache, and the sums go through
+bias, activation and residual before they are stored: nothing but inputs, weight and result touches memory.
 
-All arithmetic but the product itself is float32. Its factors have the precision of the weight: float32, bfloat16 (sums in
-float32), or 8 bits with a scale for each row (`_gemm.py` says how rows are rounded). What is not finite in a row makes its
-results not finite; with 8-bit weights, NaN.
+All arithmetic but the product itself is float32. Its factors have the precision of the weight: float32, bfloat16 (sums
+in float32), or 8 bits with a scale for each row (`_gemm.py` says how rows are rounded). What is not finite in a row
+makes its results not finite; with 8-bit weights, NaN.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ register(
     Op(
         name="linear",
         arguments=(
-            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, bool norm, float eps, "
-            "Tensor? affine, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out"
+            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, bool norm, "
+            "float eps, Tensor? affine, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out"
         ),
         returns="()",
         fake=lambda *_: None,

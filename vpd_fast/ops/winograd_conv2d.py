@@ -9,25 +9,26 @@ each tap of the transform (Lavin, Gray, "Fast algorithms for convolutional neura
         transformed inputs vanishes, so 9 of 16 taps remain, 4 times fewer, and the enlarged image is never made
 
 Transforms and sums are float32. Before the products, transformed inputs are rounded to the precision of the weight: to
-bfloat16, or to 8 bits, symmetrically, with a scale for each tile and tap. Results of tiles whose input is not finite are
-not finite either; with 8-bit weights they are NaN.
+bfloat16, or to 8 bits, symmetrically, with a scale for each tile and tap. In front of such a rounding, SiLU may be off
+by 5e-5 of its value. A tile whose input is not finite has results that are not; with 8-bit weights they are NaN.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
+from vpd_fast.errors import InputError
+from vpd_fast.ops import _gemm
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._packing import LARGEST, PackedWeight
 
-DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = (None, "relu", "silu")
 STEPS = {9: 1, 16: 2, 36: 4}  # taps -> input pixels from one tile to the next
 LEAST_MAGNITUDE = 1e-30  # of a row of 8 bits: smaller numbers become zero
@@ -97,22 +98,26 @@ def winograd_conv2d(
 ) -> Tensor:
     """conv2d of a 3x3 kernel with stride 1 and zero padding 1, fused with what comes before and after it.
 
-    With a = cat([x, x2], -1), the input of the convolution is silu(a * affine[:, 0] + affine[:, 1]) * scale, of which any
-    part may be missing, then enlarged to twice its size (nearest) if `upsample`; the result is
+    With a = cat([x, x2], -1), the input of the convolution is silu(a * affine[:, 0] + affine[:, 1]) * scale, of which
+    any part may be missing, then enlarged to twice its size (nearest) if `upsample`; the result is
     activation(convolution + bias) + residual.
 
-    x: (B, H, W, C1) float32 or bfloat16; x2: (B, H, W, C2) likewise, maybe of the other dtype. Channels that are next to
-        each other are read in place, whatever the other strides; others are copied.
+    x: (B, H, W, C1) float32 or bfloat16. x2: (B, H, W, C2) likewise, maybe of the other dtype. Channels that are next
+        to each other are read in place, whatever the other strides; others are copied.
     weight: PackedWeight of `winograd_weight(w, taps)`, with N rows and C = C1 + C2 columns; taps must be 9 for
         `upsample`, otherwise 16 or 36. Its dtype is the precision of the products.
-    bias: (N,) float32. affine: (B, 2, C) float32, scale and shift per channel (`group_norm_affine`). scale: (C,) float32.
+    bias: (N,) float32. affine: (B, 2, C) float32, scale and shift per channel (`group_norm_affine`). scale: (C,)
+        float32.
     activation: None, "relu" or "silu". residual: like the result, float32 or bfloat16; may be `out` itself.
-    out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, with channels next to
-        each other; it must not overlap the inputs.
+    out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
+        not overlap the inputs.
     impl: "auto", "cpu" or "reference".
 
-    Returns out (B, H, W, N), or (B, 2H, 2W, N) with `upsample`. Inference only. Raises InputError for a wrong shape, dtype,
-    device, weight or impl, and for inputs that require gradients while they are recorded.
+    Returns out (B, H, W, N), or (B, 2H, 2W, N) with `upsample`. Inference only. Raises InputError for a wrong shape,
+    dtype, device, weight or impl, and for inputs that require gradients while they are recorded.
+
+        >>> weight = PackedWeight.pack(winograd_weight(layer.weight, 16), torch.bfloat16)
+        >>> winograd_conv2d(x, weight, layer.bias, affine=group_norm_affine(x, gamma, beta, 32, 1e-6), silu=True)
     """
     arguments = _check(
         x,
@@ -152,63 +157,32 @@ def _check(
     if x2 is not None:
         check_tensor("x2", x2, "B H W C2", DTYPES, may_be_empty="B", B=batch, H=height, W=width)
         channels += x2.shape[3]
-    n = _check_weight(weight, channels, upsample)
-    for name, value, shape in (("bias", bias, "N"), ("affine", affine, "B 2 C"), ("scale", scale, "C")):
-        if value is not None:
-            sizes = {"N": n, "B": batch, "2": 2, "C": channels}
-            check_tensor(name, value, shape, (torch.float32,), "B", **{word: sizes[word] for word in shape.split()})
     for name, flag in (("silu", silu), ("upsample", upsample)):
         check(isinstance(flag, bool), f"{name} must be True or False, got {flag!r}")
+    _check_weight(weight, channels, upsample)
+    _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=channels)
     check(activation in ACTIVATIONS, f"activation must be None, 'relu' or 'silu', got {activation!r}")
     zoom = 2 if upsample else 1
-    shape = {"B": batch, "height": height * zoom, "width": width * zoom, "N": n}
+    shape = {"B": batch, "height": height * zoom, "width": width * zoom, "N": weight.n}
     if residual is not None:
         check_tensor("residual", residual, "B height width N", DTYPES, "B", **shape)
-    check(out_dtype in (None, *DTYPES), f"out_dtype must be None, float32 or bfloat16, got {out_dtype!r}")
-    if out is None:
-        out = x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
-    _check_out(out, out_dtype, shape)
-    tensors = {"x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale, "residual": residual}
-    _check_places(x, tensors | {"out": out})
+    out = _gemm.check_out(out, out_dtype, x, shape)
+    tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
+    _gemm.check_places("winograd_conv2d", x.device, tensors | {"residual": residual, "out": out})
     return (
-        *(x, x2, weight.data, weight.scales, weight.sums),
-        *(n, bias, affine, silu, scale, activation or "", residual, out),
+        *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
+        *(bias, affine, silu, scale, activation or "", residual, out),
     )
 
 
-def _check_weight(weight: PackedWeight, channels: int, upsample: bool) -> int:
-    """The weight's rows."""
+def _check_weight(weight: PackedWeight, channels: int, upsample: bool) -> None:
     kind = type(weight).__name__
     check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight of winograd_weight(...), got {kind}")
-    check(weight.k == channels, f"weight must have the {channels} columns of the input's channels, got {weight.k}")
-    expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
-    fits = weight.taps == 9 if upsample else weight.taps in (16, 36)
-    check(fits, f"weight must have {expected}, got {weight.taps}")
-    return weight.n
-
-
-def _check_out(out: Tensor, out_dtype: torch.dtype | None, shape: dict[str, int]) -> None:
-    check_tensor("out", out, "B height width N", DTYPES, "B", **shape)
-    check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
-    check(
-        out.stride(3) == 1 or out.shape[3] == 1,
-        f"out must have its channels next to each other, got strides {out.stride()}",
-    )
-    check(
-        all(size <= 1 or stride != 0 for size, stride in zip(out.shape, out.stride(), strict=True)),
-        f"out must not be expanded: its elements share memory (shape {tuple(out.shape)}, strides {out.stride()})",
-    )
-
-
-def _check_places(x: Tensor, others: dict[str, Tensor | None]) -> None:
-    for name, tensor in {"x": x, **others}.items():
-        if tensor is None:
-            continue
-        check(tensor.device == x.device, f"{name} must be on {x.device} as x is, got {tensor.device}")
-        check(
-            not (torch.is_grad_enabled() and tensor.requires_grad),
-            f"{name} requires gradients, which winograd_conv2d does not compute: call it under torch.no_grad()",
-        )
+    if weight.k != channels:  # torch.compile makes no text of sizes that it has not fixed yet
+        raise InputError(f"weight must have the {channels} columns of the input's channels, got {weight.k}")
+    if weight.taps != 9 if upsample else weight.taps not in (16, 36):
+        expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
+        raise InputError(f"weight must have {expected}, got {weight.taps}")
 
 
 @functools.cache
@@ -241,10 +215,7 @@ def _reference(
     products = _products(_tiles(a, weight.taps), inward, weight)
     result = torch.einsum("yi,xj,ijbrcn->brycxn", outward, outward, products)
     result = result.flatten(1, 2).flatten(2, 3)[:, : out.shape[1], : out.shape[2]]
-    result = result if bias is None else result + bias
-    if activation:
-        result = F.relu(result) if activation == "relu" else F.silu(result)
-    out.copy_(result if residual is None else result + residual)
+    _gemm.finish(result, bias, activation, residual, out)
 
 
 def _tiles(a: Tensor, taps: int) -> Tensor:
@@ -268,12 +239,6 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
     return flat.unflatten(1, rows.shape[2:5]).unflatten(0, rows.shape[:2])
 
 
-def _cpu_refuses(x: Tensor, *_: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, not on the CPU"
-    return _native.why_missing("_C")
-
-
 def _cpu(
     x: Tensor,
     x2: Tensor | None,
@@ -289,38 +254,28 @@ def _cpu(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    if x.shape[0] == 0:
+    if out.numel() == 0:
         return
-    x, x2, residual = (None if t is None else _rows(t) for t in (x, x2, residual))
-    numbers = [None if t is None else t.contiguous() for t in (data, scales, sums, bias, affine, scale)]
-    data, scales, sums, bias, affine, scale = (None if t is None else t.data_ptr() for t in numbers)
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (x, x2, residual, out))
+    packed = PackedWeight(data, scales, sums, n, x.shape[3] + (0 if x2 is None else x2.shape[3]))
+    kept, packed_addresses, vectors = _gemm.vectors_and_weight(packed, bias, affine, scale)
     _native.load("_C").winograd_conv2d(
-        taps=numbers[0].shape[0],
+        x=_gemm.strided(x),
+        x2=_gemm.strided(x2),
         shape=tuple(x.shape[:3]),
-        x=_strided(x),
-        x2=_strided(x2),
-        precision=str(numbers[0].dtype).removeprefix("torch."),
-        weight=data,
-        scales=scales,
-        sums=sums,
-        bias=bias,
-        affine=affine,
-        factor=scale,
+        taps=packed.taps,
+        weight=packed_addresses,
+        vectors=vectors,
         silu=silu,
         activation=activation,
-        residual=_strided(residual),
-        out=_strided(out),
+        residual=_gemm.strided(residual),
+        out=_gemm.strided(target),
         threads=torch.get_num_threads(),
         isa=_native.isa(),
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _strided(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.data_ptr(), x.dtype == torch.bfloat16, x.shape[3], x.stride()[:3])
+    del kept
+    if target is not out:
+        out.copy_(target)
 
 
 register(
@@ -334,7 +289,7 @@ register(
         fake=lambda *_: None,
         check=_check,
         implementations=(
-            Implementation("cpu", _cpu, _cpu_refuses),
+            Implementation("cpu", _cpu, _gemm.cpu_refuses),
             Implementation("reference", _reference),
         ),
     )

@@ -1,0 +1,71 @@
+"""Whole forward passes, with labels, of `vpd_fast.optimize` in every precision, against the plain model.
+
+`vpd-fast bench` does the same with a process for each variant, and with other libraries.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timing import measure, rows_of
+
+import vpd_fast
+from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast.benchmark.parity import agreement, passes
+from vpd_fast.benchmark.variants import Case, ModelVariant, plain_labels
+from vpd_fast.models.random_weights import randomize
+from vpd_fast.ops import upsample_argmax
+
+PRECISIONS = ("fp32", "bf16", "int8")
+SMALL = BackboneConfig(model_channels=64, context_dim=128, num_heads=4, vae_ch=64)
+CASES = {
+    "a fifth as wide, 256x256": (VPDConfig(num_classes=20, channels=64, base_size=256, backbone=SMALL), Case(256)),
+    "full size, 512x512": (VPDConfig(), Case(512)),
+}
+SOME = pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] if "full" in name else []) for name in CASES]
+)
+
+
+@functools.lru_cache(maxsize=1)
+def plain_model(case: str) -> VPD:
+    """The same random weights every time."""
+    return randomize(VPD.empty(CASES[case][0]), seed=0).eval()
+
+
+def variants_of(case: str, precision: str) -> dict[str, ModelVariant]:
+    """The plain and the fast model. Fails if they do not agree, because then times mean nothing."""
+    model = plain_model(case)
+    fast = vpd_fast.optimize(model, precision)
+    variants = {"plain": ModelVariant(model, plain_labels), precision: ModelVariant(fast, upsample_argmax)}
+    outputs = {}
+    for name, variant in variants.items():
+        variant.prepare(CASES[case][1])
+        outputs[name] = variant.run()[1]
+    found = agreement(outputs[precision], outputs["plain"])
+    assert passes(found, precision), f"{precision} does not agree with the plain model: {found}"
+    return variants
+
+
+@SOME
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_side_by_side(case: str, precision: str, device: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    if device != "cpu":
+        pytest.skip("fast models run on the CPU only")
+    variants = variants_of(case, precision)
+    times = measure({name: variant.run for name, variant in variants.items()}, rounds=10, seconds=60)
+    rows = rows_of(times, "plain", case=case, threads=torch.get_num_threads())
+    keep([row for row in rows if row["variant"] == precision or precision == PRECISIONS[0]])
+
+
+@SOME
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_by_one(benchmark, case: str, precision: str) -> None:
+    """Under pytest-benchmark, for its statistics and comparison between commits."""
+    variant = variants_of(case, precision)[precision]
+    benchmark.group = case
+    benchmark.pedantic(variant.run, rounds=5)

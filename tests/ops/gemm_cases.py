@@ -1,0 +1,112 @@
+"""What the tests of `linear` and `conv2d` share: implementations, inputs, the float64 oracle, and error budgets.
+
+The oracle takes the weight as it is stored, so its rounding, which is `PackedWeight`'s, does not count.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from vpd_fast import _native
+from vpd_fast.ops import geglu_rows
+from vpd_fast.ops._packing import PackedWeight
+
+ISAS = _native.load("_C").usable_isas()
+VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), "reference"]
+PRECISIONS = [torch.float32, torch.bfloat16, torch.int8]
+DTYPES = [torch.float32, torch.bfloat16]
+UNIT = 2.0**-24  # rounding of float32
+
+
+def choose_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of an implementation; sets the instruction set level that the variant says."""
+    name, _, isa = variant.partition(":")
+    if isa:
+        monkeypatch.setenv("VPD_FAST_ISA", isa)
+    return name
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def make_weight(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
+    return PackedWeight.pack(randn(1, n, k, seed=7) / k**0.5, dtype)
+
+
+def activated(values: Tensor, activation: str | None) -> Tensor:
+    """In the dtype of `values`; for geglu their columns are in the order of `geglu_rows`."""
+    if activation == "geglu":
+        n = values.shape[-1] // 2
+        in_order = torch.empty_like(values)
+        in_order[..., geglu_rows(n)] = values
+        return in_order[..., :n] * gelu(in_order[..., n:])
+    return {"relu": torch.relu, "silu": silu, None: lambda x: x}[activation](values)
+
+
+def complete(
+    a: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """Rows of A -> the result, all in the dtype of the rows, but the factors of a bfloat16 product."""
+    values = a @ weight.unpack()[0].to(a.dtype).T
+    values = values if bias is None else values + bias.to(a.dtype)
+    values = activated(values, activation)
+    return values if residual is None else values + residual.to(a.dtype)
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    """L2 distance, relative to the exact one's length."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_close(actual: Tensor, same: Tensor, exact: Tensor, k: int, what: object = "") -> None:
+    """At most twice the error of PyTorch in the same precisions, plus the rounding of the store.
+
+    The kernel adds k products up one after the other, PyTorch by parts. Each addition rounds a partial sum, which grows
+    like the square root of the terms in it, by up to UNIT, 0.58 UNIT on average: k^(1/2) * 0.41 UNIT of the result for
+    rounding errors of random signs; k^(1/2) * UNIT is allowed. The activations' polynomials (1.5e-7 of their argument)
+    are covered by eight roundings more.
+    """
+    assert actual.shape == exact.shape
+    assert actual.isfinite().all(), what
+    budget = 2 * relative(same.to(actual.dtype), exact) + torch.finfo(actual.dtype).eps / 2 + (k**0.5 + 8) * UNIT
+    assert relative(actual, exact) <= budget, (relative(actual, exact), budget, what)
+
+
+def assert_within_rounding_to_8_bits(actual: Tensor, rows: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    """Element by element: a number of a row is off by at most half a step, which the weights then multiply.
+
+    The step is a 255th of the row's range, 0 included. What is left is float32 rounding: four operations on the result
+    and the rounding of the step, 8 units of the largest possible sum at most.
+
+    actual: float32 (..., n), the product and the bias only. rows: (..., k) float64.
+    """
+    assert actual.dtype == torch.float32
+    numbers = weight.unpack()[0].double()
+    exact = rows @ numbers.T
+    exact = exact if bias is None else exact + bias.double()
+    step = (rows.amax(-1, keepdim=True).clamp(min=0) - rows.amin(-1, keepdim=True).clamp(max=0)) / 255
+    bound = step * numbers.abs().sum(1) * (0.5 + 8 * 256 * UNIT) + 8 * UNIT * exact.abs()
+    assert ((actual - exact).abs() <= bound).all(), ((actual - exact).abs() / bound).max()
+
+
+def assert_same_as_reference(actual: Tensor, reference: Tensor, exact_rows: bool = False) -> None:
+    """Of 8 bits, both do the same arithmetic: rows differ by the rounding of the last few float32 operations.
+
+    A result may be the difference of larger numbers, so the distance of a row is taken relative to the average row.
+
+    exact_rows: the rows come to be without sums and products whose rounding may differ. Otherwise a number within a few
+    roundings of the middle between two of 255 steps may go either way, which happens to one in 10^4; then a row is off
+    by a step of one number, 1 / 255 of some 5 deviations, less than 2 % of the row even if it has one number only.
+    """
+    # bfloat16: where the numbers before the store differ, the stored ones may differ by a whole step of 2^-8.
+    rounding = 8 * UNIT if actual.dtype == torch.float32 else 2.0**-8
+    actual, reference = (t.double().flatten(0, -2) for t in (actual, reference))
+    size = reference.norm(dim=1).clamp(min=reference.norm(dim=1).mean().item())
+    distance = (actual - reference).norm(dim=1) / size
+    assert distance.max() <= (rounding if exact_rows else 0.02 + rounding)
+    assert (distance > rounding).sum() <= 2 + len(distance) // 20

@@ -1,0 +1,434 @@
+"""linear against float64, for every implementation, instruction set level and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from vpd_fast import ops
+from vpd_fast.errors import InputError
+from vpd_fast.ops._packing import PackedWeight
+
+from .attention_cases import poison_memory
+from .gemm_cases import (
+    DTYPES,
+    ISAS,
+    PRECISIONS,
+    VARIANTS,
+    assert_close,
+    assert_same_as_reference,
+    assert_within_rounding_to_8_bits,
+    choose_variant,
+    complete,
+    make_weight,
+    randn,
+)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    yield from poison_memory()
+
+
+@pytest.fixture(params=VARIANTS)
+def impl(request, monkeypatch) -> str:
+    """Name of an implementation; the CPU kernel once per instruction set level."""
+    return choose_variant(request.param, monkeypatch)
+
+
+def rows_of(
+    x: Tensor,
+    x2: Tensor | None,
+    norm: str | None,
+    affine: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What the prologue makes, in `dtype`."""
+    a = x.to(dtype) if x2 is None else torch.cat([x.to(dtype), x2.to(dtype)], -1)
+    a = layer_norm(a, a.shape[-1:], eps=eps) if norm else a
+    a = a if affine is None else a * affine[:, :1].to(dtype) + affine[:, 1:].to(dtype)
+    return a if scale is None else a * scale.to(dtype)
+
+
+def check(
+    impl: str,
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    exact_rows: bool = False,
+    **prologue: Tensor | str | None,
+) -> Tensor:
+    """Runs linear and holds the result to float64, or for 8 bits to the reference, which is held to the rounding."""
+    options = dict(activation=activation, residual=residual, out_dtype=out_dtype, **prologue)
+    actual = ops.linear(x, weight, bias, impl=impl, **options)
+    assert actual.dtype == (out_dtype or x.dtype)
+    prologue = {name: prologue.get(name) for name in ("x2", "norm", "affine", "scale")}
+    exact_a = rows_of(x, **prologue, dtype=torch.float64)
+    if weight.dtype == torch.int8:
+        plain = ops.linear(x, weight, bias, out_dtype=torch.float32, impl=impl, **prologue)
+        assert_within_rounding_to_8_bits(plain, exact_a, weight, bias)
+        assert_same_as_reference(actual, ops.linear(x, weight, bias, impl="reference", **options), exact_rows)
+        return actual
+    same_a = rows_of(x, **prologue, dtype=torch.float32).to(weight.dtype).float()
+    rest = weight, bias, activation, residual
+    assert_close(actual, complete(same_a, *rest), complete(exact_a, *rest), weight.k, options.keys())
+    return actual
+
+
+SIZES = [  # rows, k, n
+    (1, 1, 1),
+    (3, 2, 5),
+    (5, 3, 16),
+    (12, 5, 17),
+    (13, 15, 31),
+    (24, 16, 32),
+    (25, 17, 33),
+    (97, 40, 48),
+    (193, 33, 100),
+    (7, 320, 64),
+    (400, 31, 70),
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("m", "k", "n"), SIZES)
+def test_sizes(impl: str, m: int, k: int, n: int, precision: torch.dtype) -> None:
+    x, bias = randn(2, m, k), randn(n)
+    check(impl, x, make_weight(n, k, precision), bias, exact_rows=True)
+    check(impl, x, make_weight(n, k, precision), exact_rows=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("k", [1023, 1025, 2100, 4100, 8200])
+def test_long_sums_are_taken_in_pieces(impl: str, k: int, precision: torch.dtype) -> None:
+    check(impl, randn(1, 26, k), make_weight(40, k, precision), randn(40), exact_rows=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("x2_dtype", [None, *DTYPES])
+@pytest.mark.parametrize("out_dtype", [None, *DTYPES])
+def test_dtypes(impl: str, x_dtype, x2_dtype, out_dtype, precision) -> None:
+    x, k = randn(2, 19, 23, dtype=x_dtype), 23 if x2_dtype is None else 60
+    x2 = None if x2_dtype is None else randn(2, 19, 37, dtype=x2_dtype)
+    for residual_dtype in DTYPES:
+        residual = randn(2, 19, 35, dtype=residual_dtype)
+        weight = make_weight(35, k, precision)
+        check(impl, x, weight, randn(35), x2=x2, residual=residual, out_dtype=out_dtype, exact_rows=True)
+
+
+PROLOGUES = [
+    (),
+    ("norm",),
+    ("affine",),
+    ("scale",),
+    ("norm", "scale"),
+    ("affine", "scale"),
+    ("norm", "affine", "scale"),
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("parts", PROLOGUES, ids="+".join)
+@pytest.mark.parametrize("second", [0, 16, 21])
+@pytest.mark.parametrize("first", [32, 37, 130])
+def test_prologue(impl: str, first: int, second: int, parts: tuple[str, ...], precision: torch.dtype) -> None:
+    """Sources whose widths are multiples of 16 and such that are not, side by side."""
+    k = first + second
+    whole = {"norm": "layer", "affine": 1 + 0.3 * randn(3, 2, k), "scale": 1 + randn(k).abs()}
+    x, x2 = 3 + 2 * randn(3, 11, first), randn(3, 11, second) if second else None
+    check(impl, x, make_weight(18, k, precision), randn(18), x2=x2, **{name: whole[name] for name in parts})
+
+
+def test_layer_norm_of_numbers_far_from_zero(impl: str) -> None:
+    """The mean is 1000 times the deviation: the variance must not be a difference of large numbers."""
+    check(impl, 1000 + randn(1, 9, 320), make_weight(33, 320, torch.float32), norm="layer")
+
+
+def test_eps(impl: str) -> None:
+    x, weight = 1e-3 * randn(1, 5, 48), make_weight(20, 48, torch.float32)
+    actual = ops.linear(x, weight, norm="layer", eps=0.5, impl=impl)
+    exact, same = (rows_of(x, None, "layer", None, None, dtype, 0.5) for dtype in (torch.float64, torch.float32))
+    assert_close(actual, complete(same, weight, None, None, None), complete(exact, weight, None, None, None), 48)
+    zero = ops.linear(torch.zeros(1, 2, 48), weight, norm="layer", impl=impl)
+    assert not zero.any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("n", [2, 6, 30, 32, 34, 48, 64, 70, 96])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "geglu"])
+def test_activations(impl: str, activation: str | None, n: int, out_dtype, precision) -> None:
+    n_out = n // 2 if activation == "geglu" else n
+    residual = randn(2, 14, n_out, dtype=torch.bfloat16)
+    x, weight = 4 * randn(2, 14, 40), make_weight(n, 40, precision)
+    for addend in (None, residual):
+        check(impl, x, weight, randn(n), activation=activation, residual=addend, out_dtype=out_dtype, exact_rows=True)
+
+
+def test_geglu_is_that_of_the_plain_model(impl: str) -> None:
+    """A projection to values and then gates, as in a transformer block, with its rows in the operator's order."""
+    projection = torch.nn.Linear(32, 80)
+    order = ops.geglu_rows(40)
+    assert sorted(order.tolist()) == list(range(80))
+    x = randn(1, 10, 32)
+    with torch.no_grad():
+        weight = PackedWeight.pack(projection.weight[order][None], torch.float32)
+        actual = ops.linear(x, weight, projection.bias[order], activation="geglu", impl=impl)
+        values, gates = projection(x).chunk(2, -1)
+    torch.testing.assert_close(actual, values * torch.nn.functional.gelu(gates))
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+def test_sums_of_8_bits_are_exact(impl: str) -> None:
+    """Numbers that 8 bits hold exactly, in sums far beyond what float32 could add up without rounding."""
+    k = 16384
+    x = torch.where(torch.arange(k) % 3 == 0, 255.0, torch.arange(k) % 251 + 0.0)[None, None].repeat(1, 3, 1)
+    numbers = torch.where(torch.arange(k) % 2 == 0, 127.0, -126.0).repeat(1, 5, 1)
+    numbers[0, 1:] += torch.arange(4)[:, None] % 2 - 1
+    numbers[0, :, 0] = 127  # so that the weight's scale is 1
+    weight = PackedWeight.pack(numbers, torch.int8)
+    assert (weight.scales == 1).all()
+    exact = x.double() @ numbers[0].double().T
+    actual = ops.linear(x, weight, out_dtype=torch.float32, impl=impl)
+    assert (actual.double() - exact).abs().max() <= 2 * 2.0**-24 * exact.abs().max()
+    # And with a zero in the middle: sums that nearly cancel keep all their digits.
+    shifted = ops.linear(x - 128, weight, out_dtype=torch.float32, impl=impl)
+    exact = (x - 128).double() @ numbers[0].double().T
+    assert (shifted.double() - exact).abs().max() <= 2 * 2.0**-24 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["positive", "negative", "one sign changes", "one large number", "tiny"])
+def test_ranges_of_8_bits(impl: str, kind: str) -> None:
+    x = randn(1, 20, 70)
+    x = {
+        "positive": 5 + x.abs(),
+        "negative": -5 - x.abs(),
+        "one sign changes": x.abs() - 0.1,
+        "one large number": x.index_fill(2, torch.tensor([3]), 1e4),
+        "tiny": x * 1e-30,
+    }[kind]
+    check(impl, x, make_weight(33, 70, torch.int8), exact_rows=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_zero_rows_give_the_bias(impl: str, precision: torch.dtype) -> None:
+    bias = randn(40)
+    for value in (0.0, -0.0, 1e-41):
+        out = ops.linear(torch.full((1, 3, 24), value), make_weight(40, 24, precision), bias, impl=impl)
+        assert torch.equal(out, bias.expand(1, 3, -1))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_what_is_not_finite_stays_in_its_row(impl: str, norm: str | None, special: float, precision) -> None:
+    x, weight = randn(1, 30, 37), make_weight(40, 37, precision)
+    expected = ops.linear(x, weight, norm=norm, impl=impl)
+    for column in (0, 20, 36):
+        bad = x.clone()
+        bad[0, 13, column] = special
+        out = ops.linear(bad, weight, norm=norm, impl=impl)
+        assert not out[0, 13].isfinite().any()
+        assert precision != torch.int8 or out[0, 13].isnan().all()
+        others = torch.arange(30) != 13
+        assert torch.equal(out[:, others], expected[:, others])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def strided_variants() -> dict[str, Tensor]:
+    x = randn(3, 10, 40)
+    wide = torch.full((3, 20, 130), float("nan"))
+    wide[:, ::2, 30:70] = x
+    spread = torch.full((3, 10, 80), float("nan"))
+    spread[..., ::2] = x
+    return {
+        "columns of a wider tensor": wide[:, ::2, 30:70],
+        "every second channel": spread[..., ::2],
+        "transposed": x.mT.contiguous().mT,
+        "images innermost": x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        "one image for all": x[:1].expand(3, -1, -1),
+        "one row for all": x[:, :1].expand(-1, 10, -1),
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", list(strided_variants()))
+def test_strides_do_not_matter(impl: str, layout: str, precision: torch.dtype) -> None:
+    x = strided_variants()[layout]
+    weight, double = make_weight(40, 40, precision), make_weight(40, 80, precision)
+    expected = ops.linear(x.contiguous(), weight, residual=x.contiguous(), impl=impl)
+    assert torch.equal(ops.linear(x, weight, residual=x, impl=impl), expected)
+    expected = ops.linear(x.contiguous(), double, x2=x.contiguous(), norm="layer", impl=impl)
+    assert torch.equal(ops.linear(x, double, x2=x, norm="layer", impl=impl), expected)
+    if "for all" not in layout:
+        out = torch.empty_strided(x.shape, x.stride())
+        assert ops.linear(x, weight, residual=x, impl=impl, out=out) is out
+        assert torch.equal(out, ops.linear(x, weight, residual=x, impl=impl))
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 33, 70])
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "geglu"])
+def test_writes_the_result_and_nothing_else(impl: str, n: int, out_dtype: torch.dtype, activation: str | None) -> None:
+    buffer = torch.full((2, 40, n + 40), -7.0, dtype=out_dtype)
+    out = buffer[:, 3:36, 20 : 20 + n]
+    weight = make_weight(2 * n if activation else n, 20, torch.bfloat16)
+    ops.linear(randn(2, 33, 20), weight, activation=activation, out=out, impl=impl)
+    assert torch.equal(out, ops.linear(randn(2, 33, 20), weight, activation=activation, out_dtype=out_dtype, impl=impl))
+    assert not (out == -7).any()
+    out.fill_(-7)
+    assert (buffer == -7).all()
+
+
+def test_result_in_place_of_the_residual(impl: str) -> None:
+    x, weight, residual = randn(2, 30, 20), make_weight(50, 20, torch.float32), randn(2, 30, 50)
+    expected = ops.linear(x, weight, residual=residual, impl=impl)
+    assert torch.equal(ops.linear(x, weight, residual=residual, out=residual, impl=impl), expected)
+    assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_batch(impl: str, batch: int) -> None:
+    """Five images of 50 rows: blocks of rows begin and end within images."""
+    x, affine, residual = randn(batch, 50, 20), randn(batch, 2, 20), randn(batch, 50, 33)
+    weight = make_weight(33, 20, torch.int8)
+    whole = ops.linear(x, weight, affine=affine, residual=residual, impl=impl)
+    assert whole.shape == (batch, 50, 33)
+    for i in range(batch):
+        part = slice(i, i + 1)
+        one = ops.linear(x[part], weight, affine=affine[part], residual=residual[part], impl=impl)
+        assert torch.equal(whole[part], one)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("m", "n"), [(500, 40), (90, 200), (30, 10), (1, 70), (2100, 33)])
+def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str, precision, m: int, n: int) -> None:
+    """500 rows are blocks of one thread, and with two threads rows that both share."""
+    monkeypatch.setenv("VPD_FAST_ISA", isa)
+    x, weight, bias = randn(1, m, 37, dtype=torch.bfloat16), make_weight(n, 37, precision), randn(n)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(ops.linear(x, weight, bias, norm="layer", impl="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Images that are more than 2**31 elements apart, without that much memory."""
+    try:
+        storage = torch.empty((1 << 31) + 1000)  # touched at both ends only
+    except RuntimeError:
+        pytest.skip("no 8 GiB of address space")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        storage = torch.empty((1 << 31) + 1000)
+    weight = make_weight(16, 16, torch.float32)
+    x = storage.as_strided((2, 4, 16), (1 << 31, 16, 1))
+    out = storage[100:].as_strided((2, 4, 16), (1 << 31, 16, 1))
+    x.copy_(randn(2, 4, 16))
+    expected = ops.linear(x.contiguous(), weight)
+    assert torch.equal(ops.linear(x, weight), expected)
+    assert torch.equal(ops.linear(x, weight, out=out), expected)
+
+
+# --- contract ---------------------------------------------------------------------------------------------------------
+
+X = torch.zeros(2, 5, 8)
+WEIGHT = make_weight(6, 8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(5, 8)}, r"x must have shape \(B, M, K1\), got \(5, 8\)"),
+        ({"x": torch.zeros(2, 0, 8)}, "x has no elements along M"),
+        ({"x": X.half()}, "x must be torch.float32 or torch.bfloat16, got torch.float16"),
+        ({"x2": torch.zeros(2, 4, 8)}, r"x2 must have shape \(B=2, M=5, K2\), got \(2, 4, 8\)"),
+        ({"x2": X}, "weight must have 16 columns as the input says, got 8"),
+        ({"weight": torch.zeros(6, 8)}, "weight must be a PackedWeight, got Tensor"),
+        ({"weight": make_weight(6, 9, torch.int8)}, "weight must have 8 columns as the input says, got 9"),
+        ({"weight": PackedWeight.pack(torch.zeros(2, 6, 8), torch.int8)}, "weight must have one tap, got 2"),
+        ({"bias": torch.zeros(5)}, r"bias must have shape \(N=6\), got \(5,\)"),
+        ({"bias": torch.zeros(6).bfloat16()}, "bias must be torch.float32, got torch.bfloat16"),
+        ({"affine": torch.zeros(1, 2, 8)}, r"affine must have shape \(B=2, 2=2, C=8\), got \(1, 2, 8\)"),
+        ({"scale": torch.zeros(6)}, r"scale must have shape \(C=8\), got \(6,\)"),
+        ({"norm": "batch"}, "norm must be None or 'layer', got 'batch'"),
+        ({"eps": -1.0}, "eps must be a finite number that is not negative, got -1.0"),
+        ({"activation": "gelu"}, "activation must be None, 'relu', 'silu' or 'geglu', got 'gelu'"),
+        (
+            {"activation": "geglu", "weight": make_weight(7, 8, torch.float32)},
+            "weight must have an even number of rows for geglu, got 7",
+        ),
+        ({"residual": torch.zeros(2, 5, 8)}, r"residual must have shape \(B=2, M=5, N=6\), got \(2, 5, 8\)"),
+        ({"out_dtype": torch.int8}, "out_dtype must be None, float32 or bfloat16, got torch.int8"),
+        ({"out": torch.zeros(2, 5, 5)}, r"out must have shape \(B=2, M=5, N=6\), got \(2, 5, 5\)"),
+        (
+            {"out": torch.zeros(2, 5, 6), "out_dtype": torch.bfloat16},
+            "out must be of out_dtype=torch.bfloat16, got torch.float32",
+        ),
+        ({"out": torch.zeros(2, 1, 6).expand(2, 5, 6)}, "out must not be expanded"),
+        ({"x": X.clone().requires_grad_()}, "x requires gradients, which linear does not compute"),
+        ({"bias": torch.zeros(6, device="meta")}, "bias must be on cpu as x is, got meta"),
+        ({"impl": "gpu"}, "impl must be 'auto' or an implementation .* got 'gpu'"),
+        ({"impl": 3}, "impl must be a string, got 3"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    arguments = {"x": X, "weight": WEIGHT, **change}
+    with pytest.raises(InputError, match=message):
+        ops.linear(**arguments)
+
+
+def test_gradients_are_fine_where_none_are_recorded() -> None:
+    x = X.clone().requires_grad_()
+    with torch.no_grad():
+        assert not ops.linear(x, WEIGHT).requires_grad
+
+
+def test_why_an_implementation_cannot_run() -> None:
+    assert ops.explain("linear", X, WEIGHT) == {"cpu": "ok", "reference": "ok"}
+    weight = PackedWeight(WEIGHT.data.to("meta"), None, None, 6, 8)
+    assert ops.explain("linear", X.to("meta"), weight)["cpu"] == "x is on meta, not on the CPU"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_opcheck(precision: torch.dtype) -> None:
+    weight = make_weight(6, 20, precision)
+    x, x2, residual = randn(2, 5, 8), randn(2, 5, 12, dtype=torch.bfloat16), randn(2, 5, 3)
+    vectors = randn(6), True, 1e-5, randn(2, 2, 20), randn(20)
+    for name in ("auto", "cpu", "reference"):
+        numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n
+        arguments = *numbers, *vectors, "geglu", residual, torch.zeros(2, 5, 3), name
+        torch.library.opcheck(torch.ops.vpd_fast.linear.default, arguments)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_torch_compile_through_the_public_function(precision: torch.dtype) -> None:
+    weight, bias = make_weight(12, 8, precision), randn(12)
+
+    def run(x: Tensor) -> Tensor:
+        return ops.linear(x * 2, weight, bias, norm="layer", activation="geglu") + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 7):
+        x = randn(2, rows, 8)
+        assert torch.equal(compiled(x), run(x))
