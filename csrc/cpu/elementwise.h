@@ -95,6 +95,24 @@ VPD_INLINE F16 reciprocal(F16 a) { return divide(broadcast(1.0f), a); }
 
 #endif
 
+#if defined(__AVX512F__)
+
+VPD_INLINE Mask first_lanes(int64_t n) { return static_cast<Mask>((1u << n) - 1); }
+// The first n (at most 16) of them; the other lanes are 0.
+VPD_INLINE F16 load_part(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+VPD_INLINE F16 load_part(const uint16_t* p, int64_t n) {
+    const __m256i narrow = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+VPD_INLINE void store_part(float* p, F16 a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+VPD_INLINE void store_part(uint16_t* p, F16 a, int64_t n) {
+    uint16_t lanes[LANES];
+    store(lanes, a);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+
+#else
+
 // The first n (at most 16) of them; the other lanes are 0.
 template <typename T>
 VPD_INLINE F16 load_part(const T* p, int64_t n) {
@@ -109,6 +127,8 @@ VPD_INLINE void store_part(T* p, F16 a, int64_t n) {
     store(lanes, a);
     __builtin_memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
+
+#endif
 
 VPD_INLINE void store_u8_part(uint8_t* p, F16 a, int64_t n) {
     uint8_t lanes[LANES];

@@ -54,13 +54,23 @@ constexpr int64_t BYTES_AHEAD = 2048;  // to be fetched: what the processor fore
 // to[i] = transform(from[i]); adds to the range of what it stored if it is wanted.
 template <typename From, typename To>
 VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform& t, To* to, Range* range) {
-    F16 low = broadcast(0.0f), high = low, unusual = low;
-    const Transform own = t;  // nothing that is stored can change it
+    constexpr int64_t STEP = 2 * LANES;
+    F16 low = broadcast(0.0f), high = low, unusual[2] = {low, low};  // two: each addition waits for the one before
+    const Transform own = t;                                         // nothing that is stored can change it
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
+    for (; i + STEP <= count; i += STEP) {
         __builtin_prefetch(reinterpret_cast<const char*>(from + i) + BYTES_AHEAD);
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < 2; ++j) {
+            const int64_t at = i + j * LANES;
+            const F16 x = transformed(load(from + at), own, at, LANES);
+            if (range) low = min(x, low), high = max(x, high), unusual[j] = multiply_add(x, broadcast(0.0f), unusual[j]);
+            store(to + at, x);
+        }
+    }
+    for (; i + LANES <= count; i += LANES) {
         const F16 x = transformed(load(from + i), own, i, LANES);
-        if (range) low = min(x, low), high = max(x, high), unusual = multiply_add(x, broadcast(0.0f), unusual);
+        if (range) low = min(x, low), high = max(x, high), unusual[0] = multiply_add(x, broadcast(0.0f), unusual[0]);
         store(to + i, x);
     }
     if (i < count) {
@@ -70,12 +80,12 @@ VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform
             store(lanes, x);
             x = load_part(lanes, count - i);
         }
-        if (range) low = min(x, low), high = max(x, high), unusual = multiply_add(x, broadcast(0.0f), unusual);
+        if (range) low = min(x, low), high = max(x, high), unusual[0] = multiply_add(x, broadcast(0.0f), unusual[0]);
         store(to + i, x);
     }
     if (!range) return;
     range->low = min(low, range->low), range->high = max(high, range->high);
-    range->unusual = add(unusual, range->unusual);
+    range->unusual = add(add(unusual[0], unusual[1]), range->unusual);
 }
 
 template <typename To>

@@ -18,6 +18,11 @@ from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
 
 CASE = Case(64, batch=2)
+# At 64x64 this network's lowest level has one position, and a group of one number has no variance: rounding explodes.
+ROUNDED = Case(128)
+# Rounding costs a small network more than a large one, and what others do about that is not ours to promise. Wrong
+# weights give cosines far from 1.
+LEAST = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.9}
 
 
 @pytest.fixture
@@ -80,11 +85,10 @@ def test_a_saved_fast_model_is_the_same(source, tmp_path) -> None:
 def test_diffusers_has_our_weights(source, name: str, task: str) -> None:
     pytest.importorskip("diffusers")
     weights, entry = source(task), catalog.ENTRIES[name]
-    seconds, outputs = run(entry.make(weights))
+    seconds, outputs = run(entry.make(weights), ROUNDED)
     assert list(seconds) == ["encoder", "unet"]
-    found = agreement(outputs, run(make_plain(weights))[1])
-    assert passes(found, entry.precision), found
-    assert found["latents"] > 0.999
+    found = agreement(outputs, run(make_plain(weights), ROUNDED)[1])
+    assert min(found["latents"], *found["features"]) > LEAST[entry.precision]
 
 
 @pytest.mark.slow
@@ -98,6 +102,7 @@ def test_compiled_diffusers(source) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16", "openvino-int8"])
 def test_openvino_has_our_weights(source, name: str) -> None:
     entry = catalog.ENTRIES[name]
@@ -105,11 +110,10 @@ def test_openvino_has_our_weights(source, name: str) -> None:
     if reason:
         pytest.skip(reason)
     weights = source()
-    seconds, outputs = run(entry.make(weights), Case(64))
+    seconds, outputs = run(entry.make(weights), ROUNDED)
     assert list(seconds) == ["encoder", "unet"]
-    found = agreement(outputs, run(make_plain(weights), Case(64))[1])
-    # What 8 bits cost this small network with OpenVINO's choices is not ours to promise; wrong weights give about 0.
-    assert found["features"][0] > {"openvino-fp32": 0.9999, "openvino-bf16": 0.999, "openvino-int8": 0.9}[name]
+    found = agreement(outputs, run(make_plain(weights), ROUNDED)[1])
+    assert min(found["latents"], *found["features"]) > LEAST[entry.precision]
 
 
 def test_a_process_of_its_own(source, tmp_path) -> None:
@@ -148,7 +152,6 @@ def test_a_process_that_cannot_start_or_is_killed(source, tmp_path) -> None:
 
 
 def test_choosing(monkeypatch) -> None:
-    monkeypatch.setattr(peers, "why_missing", None)  # is bound in the catalog already
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("openvino", "nncf") else name)
     assert catalog.choose(["int8", "fp32"], ["none"]) == (["fast fp32", "fast int8"], [])
     names, left_out = catalog.choose(["bf16"], ["diffusers", "openvino-int8"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,14 @@ def test_tables_numbers_and_chart(small, tmp_path, capsys) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
 
 
-def test_an_interruption_keeps_what_is_there(small, tmp_path, capsys, monkeypatch) -> None:
-    passes, ask = [], Worker.run
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_is_there(small, tmp_path, capsys, monkeypatch, how: int) -> None:
+    passes, ask, before = [], Worker.run, signal.getsignal(signal.SIGTERM)
 
     def interrupted(self: Worker) -> dict[str, float]:
         passes.append(self)
         if len(passes) == 6:
-            raise KeyboardInterrupt
+            signal.raise_signal(how)
         return ask(self)
 
     monkeypatch.setattr(Worker, "run", interrupted)
@@ -76,6 +78,8 @@ def test_an_interruption_keeps_what_is_there(small, tmp_path, capsys, monkeypatc
     assert "not finished" in capsys.readouterr().out
     assert paths[1].exists()
     assert all(worker._process._closed for worker in passes)
+    assert not passes[0]._log.parent.exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_variant_that_fails_is_reported_and_is_the_exit_code(small, tmp_path, capsys, monkeypatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -77,7 +80,7 @@ def bench(
     _check_output("--json", json, ".json")
     _check_output("--chart", chart, ".png")
 
-    with tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
+    with _interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
         run = _prepare(model_options, Path(scratch), names, cases, rounds, seconds, threads)
         finished = False
         try:
@@ -88,6 +91,20 @@ def bench(
             _report(run, left_out, model_options, finished, json, chart)
     if any(measurement.error for measurement in run.measurements):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _interrupted_by_termination() -> Iterator[None]:
+    """Being asked to end, by `timeout` for example, counts as an interruption: gigabytes in files must not stay."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare(

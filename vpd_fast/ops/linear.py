@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import _native
+from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
@@ -104,10 +105,8 @@ def _check(
     n_out = _gemm.check_weight(weight, k, activation)
     _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=k)
     check(norm in (None, "layer"), f"norm must be None or 'layer', got {norm!r}")
-    check(
-        isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0,
-        f"eps must be a finite number that is not negative, got {eps!r}",
-    )
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise InputError(f"eps must be a finite number that is not negative, got {eps!r}")
     shape = {"B": batch, "M": rows, "N": n_out}
     if residual is not None:
         check_tensor("residual", residual, "B M N", DTYPES, "B", **shape)
