@@ -40,45 +40,40 @@ VPD_INLINE F16 load_some(const T* p, int64_t count) {
     return count < LANES ? load_part(p, count) : load(p);
 }
 
-// The first `count` of the 16 channels from `channel` on; the other lanes are 0, and a transform of 0 without parameters.
+// The first `count` of the 16 channels from `channel` on; of 0 without norm and parameters it is 0.
+template <bool SILU>
 VPD_INLINE F16 transformed(F16 x, const Transform& t, int64_t channel, int64_t count) {
     if (t.norm) x = VPD_ISA::multiply(subtract(x, broadcast(t.mean)), broadcast(t.inverse_deviation));
     if (t.scale) x = multiply_add(x, load_some(t.scale + channel, count), load_some(t.shift + channel, count));
-    if (t.silu) x = silu(x);
+    if (SILU) x = silu(x);
     if (t.factor) x = VPD_ISA::multiply(x, load_some(t.factor + channel, count));
     return x;
 }
 
 constexpr int64_t BYTES_AHEAD = 2048;  // to be fetched: what the processor foresees ends with a page of 4096 bytes
 
-// to[i] = transform(from[i]); adds to the range of what it stored if it is wanted.
-template <typename From, typename To>
-VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform& t, To* to, Range* range) {
+template <bool SILU, typename From, typename To>
+VPD_INLINE void transform_numbers(const From* from, int64_t count, const Transform t, To* to, Range* range) {
     constexpr int64_t STEP = 2 * LANES;
     F16 low = broadcast(0.0f), high = low, unusual[2] = {low, low};  // two: each addition waits for the one before
-    const Transform own = t;                                         // nothing that is stored can change it
     int64_t i = 0;
     for (; i + STEP <= count; i += STEP) {
         __builtin_prefetch(reinterpret_cast<const char*>(from + i) + BYTES_AHEAD);
 #pragma GCC unroll 2
         for (int64_t j = 0; j < 2; ++j) {
             const int64_t at = i + j * LANES;
-            const F16 x = transformed(load(from + at), own, at, LANES);
+            const F16 x = transformed<SILU>(load(from + at), t, at, LANES);
             if (range) low = min(x, low), high = max(x, high), unusual[j] = multiply_add(x, broadcast(0.0f), unusual[j]);
             store(to + at, x);
         }
     }
-    for (; i + LANES <= count; i += LANES) {
-        const F16 x = transformed(load(from + i), own, i, LANES);
-        if (range) low = min(x, low), high = max(x, high), unusual[0] = multiply_add(x, broadcast(0.0f), unusual[0]);
-        store(to + i, x);
-    }
-    if (i < count) {
-        F16 x = transformed(load_part(from + i, count - i), own, i, count - i);
-        if (own.norm) {  // the other lanes are not 0
+    for (; i < count; i += LANES) {
+        const int64_t left = count - i;
+        F16 x = transformed<SILU>(load_some(from + i, left), t, i, left);
+        if (t.norm && left < LANES) {  // the other lanes are not 0
             float lanes[LANES];
             store(lanes, x);
-            x = load_part(lanes, count - i);
+            x = load_part(lanes, left);
         }
         if (range) low = min(x, low), high = max(x, high), unusual[0] = multiply_add(x, broadcast(0.0f), unusual[0]);
         store(to + i, x);
@@ -86,6 +81,12 @@ VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform
     if (!range) return;
     range->low = min(low, range->low), range->high = max(high, range->high);
     range->unusual = add(add(unusual[0], unusual[1]), range->unusual);
+}
+
+// to[i] = transform(from[i]); adds to the range of what it stored if it is wanted.
+template <typename From, typename To>
+VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform& t, To* to, Range* range) {
+    t.silu ? transform_numbers<true>(from, count, t, to, range) : transform_numbers<false>(from, count, t, to, range);
 }
 
 template <typename To>

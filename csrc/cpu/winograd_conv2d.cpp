@@ -87,7 +87,8 @@ private:
         float* products = products_ + tap * plan_.product_tap + first * PANEL;
         if constexpr (E::WIDTH == 4) {
             const float* row_scales = rows_ + plan_.scales_offset + tap * MOST_TILES + first;
-            multiply<E>(last - first, rows, weight, size, products, PANEL, false, Dequantize{zeros_, scales_, row_scales});
+            const Dequantize finish{zeros_, scales_, row_scales};
+            multiply<E>(last - first, rows, weight, size, products, PANEL, false, finish);
         } else {
             multiply<E>(last - first, rows, weight, size, products, PANEL);
         }
@@ -99,17 +100,18 @@ private:
         const Tile& tile = tiles_[pixel_row / W::OUT];
         const int64_t i = pixel_row % W::OUT;
         if (i >= tile.rows) return;
-        const Source& r = plan_.gemm.residual;
-        const int64_t out_size = plan_.gemm.out_bf16 ? 2 : 4, residual_size = r.bf16 ? 2 : 4;
-        const char* out = static_cast<const char*>(plan_.gemm.out) + (tile.out + i * plan_.gemm.out_row + first_) * out_size;
+        const GemmPlan& gemm = plan_.gemm;
+        const Source& r = gemm.residual;
+        const int64_t out_size = gemm.out_bf16 ? 2 : 4, residual_size = r.bf16 ? 2 : 4;
+        const char* out = static_cast<const char*>(gemm.out) + (tile.out + i * gemm.out_row + first_) * out_size;
         for (int64_t j = 0; j < tile.columns; ++j)
             for (int64_t at = 0; at < PANEL * out_size; at += 64)
-                __builtin_prefetch(out + j * plan_.out_column * out_size + at, 1);
+                __builtin_prefetch(out + j * plan_.out_column * out_size + at, 1, 2);
         if (!r.data) return;
         const char* residual = static_cast<const char*>(r.data) + (tile.residual + i * r.row + first_) * residual_size;
         for (int64_t j = 0; j < tile.columns; ++j)
             for (int64_t at = 0; at < PANEL * residual_size; at += 64)
-                __builtin_prefetch(residual + j * r.column * residual_size + at);
+                __builtin_prefetch(residual + j * r.column * residual_size + at, 0, 2);
     }
 
     void store_tile(int64_t number, int64_t column) const {
@@ -150,7 +152,8 @@ private:
 
     // WHOLE: all pixels are inside of the image, and all 16 channels exist; count: those from the first on.
     template <bool WHOLE>
-    __attribute__((always_inline)) void store_pixels(const Tile& tile, int64_t channel, int64_t count, Pixels& y) const {
+    __attribute__((always_inline)) void store_pixels(const Tile& tile, int64_t channel, int64_t count,
+                                                     Pixels& y) const {
         const GemmPlan& gemm = plan_.gemm;
         const Source& r = gemm.residual;
         if (r.data) {

@@ -1,9 +1,9 @@
-// 3x3 convolution, stride 1, zero padding 1, by Winograd's minimal filtering: products of transformed tiles of the input
-// with transformed weights, one matrix product for each tap of the transform.
+// 3x3 convolution, stride 1, zero padding 1, by Winograd's minimal filtering: products of transformed tiles of the
+// input with transformed weights, one matrix product for each tap of the transform.
 //
 // A block of tiles goes through three steps while it stays in the cache: its input is activated and transformed into
-// rows of elements, one for each tap and tile; these rows are multiplied with a panel of the weight, tap by tap; and the
-// products of a tile become its pixels.
+// rows of elements, one for each tap and tile; these rows are multiplied with a panel of the weight, tap by tap; and
+// the products of a tile become its pixels.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +32,9 @@ struct WinogradConv2dPlan {
                                       // strips of the tile columns. A block is where they meet.
 
     // In floats: the pixel of an activated row, with channels padded to whole vectors and one vector more; a row of
-    // elements, which lie [tap][tile][element]; and a tap's rows. Behind all rows are the 8-bit scales, [tap][MOST_TILES].
-    // Products lie [tap][tile][column], in a thread's scratch behind activated pixels. Strides are odd numbers of cache
-    // lines: what is read together must not fall into the same sets of the cache.
+    // elements, which lie [tap][tile][element]; and a tap's rows. Behind all rows are the 8-bit scales,
+    // [tap][MOST_TILES]. Products lie [tap][tile][column], in a thread's scratch behind activated pixels. Strides are
+    // odd numbers of cache lines: what is read together must not fall into the same sets of the cache.
     int64_t padded_channels, pixel, row, tap, scales_offset, products_offset, product_tap;
 };
 
@@ -52,9 +52,9 @@ static inline WinogradBlock winograd_block(const WinogradConv2dPlan& plan, int64
 
 }  // namespace vpd
 
-// The first transforms tile rows [first, last) of a block, counted within it, into `rows`; the second multiplies all rows
-// of the block with panels [first, last), and stores the results. Memory is aligned to 64 bytes. Scratch belongs to one
-// thread; `continued`: since it was used for the tile row just above, nothing but winograd_conv2d_multiply used it.
+// The first transforms tile rows [first, last) of a block, counted within it, into `rows`; the second multiplies all
+// rows of the block with panels [first, last), and stores the results. Memory is aligned to 64 bytes. Scratch belongs
+// to one thread; `continued`: since it was used for the tile row just above, only winograd_conv2d_multiply used it.
 VPD_DECLARE_PER_ISA(void winograd_conv2d_transform(const ::vpd::WinogradConv2dPlan& plan, int64_t block, int64_t first,
                                                    int64_t last, bool continued, float* rows, float* scratch);
                     void winograd_conv2d_multiply(const ::vpd::WinogradConv2dPlan& plan, int64_t block, int64_t first,

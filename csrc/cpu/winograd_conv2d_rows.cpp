@@ -91,9 +91,9 @@ private:
             for (int64_t i = 0; source.data && i < W::STEP && y + i < plan_.height; ++i)
                 for (int64_t j = 0; j < W::STEP && first + j < plan_.width; ++j) {
                     const int64_t size = source.bf16 ? 2 : 4;
-                    const char* from = static_cast<const char*>(source.data) +
-                                       (image * source.image + (y + i) * source.row + (first + j) * source.column) * size;
-                    for (int64_t at = 0; at < source.channels * size; at += 64) __builtin_prefetch(from + at);
+                    const int64_t at_pixel = image * source.image + (y + i) * source.row + (first + j) * source.column;
+                    const char* from = static_cast<const char*>(source.data) + at_pixel * size;
+                    for (int64_t at = 0; at < source.channels * size; at += 64) __builtin_prefetch(from + at, 0, 2);
                 }
     }
 
@@ -107,7 +107,7 @@ private:
         for (int64_t c = 0; c < plan_.padded_channels; c += LANES) {
             F16 d[W::IN], t[W::TAPS];
 #pragma GCC unroll 6
-            for (int i = 0; i < W::IN; ++i) d[i] = load(from[i] + c);
+            for (int i = 0; i < W::IN; ++i) d[i] = load_once(from[i] + c);
             W::input(d, t);
 #pragma GCC unroll 6
             for (int i = 0; i < W::TAPS; ++i) store(to + i * plan_.pixel + c, t[i]);
@@ -126,7 +126,7 @@ private:
         for (int i = 0; i < W::TAPS; ++i) {
             F16 d[W::IN], t[W::TAPS];
 #pragma GCC unroll 6
-            for (int j = 0; j < W::IN; ++j) d[j] = load(from.of[j] + i * line + c);
+            for (int j = 0; j < W::IN; ++j) d[j] = load_once(from.of[j] + i * line + c);
             W::input(d, t);
 #pragma GCC unroll 6
             for (int j = 0; j < W::TAPS; ++j) use(i * W::TAPS + j, t[j]);

@@ -65,7 +65,7 @@ def _bar(
 
 
 def _note(row: dict[str, Any]) -> str:
-    time = f"{row['ms_per_image']:.4g}" if "ms_per_image" in row else ""
+    time = f"{row['ms_per_image']:,.0f}" if "ms_per_image" in row else ""
     if "error" in row or row.get("parity") == "failed":
         return f"{time} FAILED".strip()
     if "speedup" in row:

@@ -1,0 +1,116 @@
+"""linear at the sizes of Stable Diffusion 1.5, against oneDNN's product through PyTorch.
+
+oneDNN gets rows that are joined, normalised and, for 8 bits, rounded already, and applies no activation and no
+residual: its time is that of the product alone. "eager" is the whole computation, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timing import measure, rows_of
+from torch import Tensor
+
+from vpd_fast import _native, ops
+from vpd_fast.ops._packing import PackedWeight
+
+CASES = {  # rows, widths of the sources, columns of the weight, what is fused
+    "qkv at 64": (4096, (320,), 960, "norm"),
+    "to_out at 64": (4096, (320,), 320, "residual"),
+    "geglu at 64": (4096, (320,), 2560, "geglu"),
+    "ff and proj_out at 64": (4096, (1280, 320), 320, "residual"),
+    "shortcut at 64": (4096, (640, 320), 320, "plain"),
+    "qkv at 32": (1024, (640,), 1920, "norm"),
+    "geglu at 32": (1024, (640,), 5120, "geglu"),
+    "ff and proj_out at 32": (1024, (2560, 640), 640, "residual"),
+    "qkv at 16": (256, (1280,), 3840, "norm"),
+    "geglu at 16": (256, (1280,), 10240, "geglu"),
+    "ff and proj_out at 16": (256, (5120, 1280), 1280, "residual"),
+    "qkv at 8": (64, (1280,), 3840, "norm"),
+    "geglu at 8": (64, (1280,), 10240, "geglu"),
+    "ff and proj_out at 8": (64, (5120, 1280), 1280, "residual"),
+    "attention of the encoder": (4096, (512,), 512, "affine"),
+    "shortcut at 512": (262144, (128,), 256, "plain"),
+    "shortcut at 256": (65536, (256,), 512, "plain"),
+    "lateral at 32": (1024, (640, 150), 256, "plain"),
+}
+MAIN = "qkv at 64"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+MOST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 4e-2}  # relative to float64: both factors are rounded
+
+
+def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
+    rows, widths, n, fused = CASES[case]
+    k, dtype = sum(widths), torch.float32 if precision == "float32" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    x, x2 = ([torch.randn(1, rows, width, generator=generator).to(dtype) for width in widths] + [None])[:2]
+    matrix = torch.randn(n, k, generator=generator) / k**0.5
+    bias = torch.randn(n, generator=generator)
+    options = {}
+    if fused in ("norm", "geglu"):
+        options["norm"] = "layer"
+    if fused == "residual":
+        options["residual"] = torch.randn(1, rows, n, generator=generator).to(dtype)
+    if fused == "affine":
+        options["affine"] = torch.rand(1, 2, k, generator=generator)
+    order = ops.geglu_rows(n // 2) if fused == "geglu" else torch.arange(n)
+    if fused == "geglu":
+        options["activation"] = "geglu"
+    weight, ordered = PackedWeight.pack(matrix[order][None], PRECISIONS[precision]), bias[order]
+
+    def native(isa: str) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VPD_FAST_ISA", isa)
+            return ops.linear(x, weight, ordered, x2=x2, impl="cpu", **options)
+
+    def eager(dtype: torch.dtype = dtype, rows: slice = slice(None)) -> Tensor:
+        a = torch.cat([t[:, rows].to(dtype) for t in (x, x2) if t is not None], -1)
+        a = F.layer_norm(a, (k,)) if "norm" in options else a
+        if "affine" in options:
+            a = a * options["affine"][:, :1].to(dtype) + options["affine"][:, 1:].to(dtype)
+        result = F.linear(a, matrix.to(dtype), bias.to(dtype))
+        if fused == "geglu":
+            values, gates = result.chunk(2, -1)
+            return values * F.gelu(gates)
+        return result + options["residual"][:, rows].to(dtype) if "residual" in options else result
+
+    few = slice(0, 64)
+    exact = eager(torch.float64, few)
+    error = ((native(_native.isa())[:, few].double() - exact).norm() / exact.norm()).item()
+    assert error <= MOST_ERROR[precision], f"error {error:.1e}"  # before any time is reported
+    levels = _native.load("_C").usable_isas()
+    return {
+        "onednn": product_alone(rows, matrix, bias, precision),
+        "eager": eager,
+        **{f"cpu {isa}": lambda isa=isa: native(isa) for isa in (levels if case == MAIN else levels[-1:])},
+    }
+
+
+def product_alone(rows: int, matrix: Tensor, bias: Tensor, precision: str) -> Callable[[], Tensor]:
+    """oneDNN's product with rows of that precision."""
+    if precision != "int8":
+        dtype = PRECISIONS[precision]
+        a, b, c = torch.randn(rows, matrix.shape[1]).to(dtype), matrix.to(dtype), bias.to(dtype)
+        return lambda: F.linear(a, b, c)
+    numbers = torch.randint(0, 256, (rows, matrix.shape[1]), dtype=torch.uint8)
+    scales = matrix.abs().amax(1) / 127
+    packed = torch.ops.onednn.qlinear_prepack((matrix / scales[:, None]).round().to(torch.int8), list(numbers.shape))
+    zeros = torch.zeros(len(bias), dtype=torch.int64)
+    return lambda: torch.ops.onednn.qlinear_pointwise(
+        *(numbers, 0.01, 128, packed, scales, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], "")
+    )
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("case", list(CASES))
+def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
+    if device != "cpu":
+        pytest.skip("linear has a CPU kernel only")
+    variants = variants_of(case, precision)
+    rows, widths, n, _ = CASES[case]
+    gflop = 2 * rows * sum(widths) * n / 1e9
+    facts = {"case": case, "precision": precision, "threads": torch.get_num_threads()}
+    keep(rows_of(measure(variants, device, rounds=10, seconds=6), "onednn", gflop=gflop, **facts))
