@@ -112,8 +112,9 @@ void bind_winograd_conv2d(py::module_& m) {
           py::arg("weight"), py::arg("vectors"), py::arg("silu"), py::arg("activation"), py::arg("residual"),
           py::arg("out"), py::arg("threads"), py::arg("isa") = "",
           "x, x2, residual, out: (address, dtype, channels, strides (image, row, column)) in elements; x2 and\n"
-          "residual may be None; shape: (images, height, width) of x; weight: ((data, scales, sums), dtype, n, k) as packed;\n"
-          "vectors: addresses of float32 bias (n), affine (images, 2, channels) and factor (channels), 0 for none.");
+          "residual may be None; shape: (images, height, width) of x; weight: ((data, scales, sums), dtype, n, k)\n"
+          "as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and factor (channels), 0\n"
+          "for none.");
 }
 
 }  // namespace vpd
