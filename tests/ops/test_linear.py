@@ -367,6 +367,10 @@ WEIGHT = make_weight(6, 8, torch.float32)
         ({"weight": torch.zeros(6, 8)}, "weight must be a PackedWeight, got Tensor"),
         ({"weight": make_weight(6, 9, torch.int8)}, "weight must have 8 columns as the input says, got 9"),
         ({"weight": PackedWeight.pack(torch.zeros(2, 6, 8), torch.int8)}, "weight must have one tap, got 2"),
+        (
+            {"x": torch.zeros(1, 1, 65537), "weight": make_weight(1, 65537, torch.int8)},
+            "weight of 8 bits must have at most 65536 columns, got 65537",
+        ),
         ({"bias": torch.zeros(5)}, r"bias must have shape \(N=6\), got \(5,\)"),
         ({"bias": torch.zeros(6).bfloat16()}, "bias must be torch.float32, got torch.bfloat16"),
         ({"affine": torch.zeros(1, 2, 8)}, r"affine must have shape \(B=2, 2=2, C=8\), got \(1, 2, 8\)"),

@@ -26,6 +26,7 @@ from vpd_fast.ops._packing import PANEL, PackedWeight
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = (None, "relu", "silu", "geglu")
 LEVELS = 255  # steps between the least and the largest 8-bit number
+MOST_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
 
 
 def geglu_rows(n: int) -> Tensor:
@@ -45,6 +46,8 @@ def check_weight(weight: Any, k: int, activation: str | None) -> int:
     check(weight.taps == 1, f"weight must have one tap, got {weight.taps}")
     if weight.k != k:  # torch.compile can not trace a message of sizes that it does not know
         raise InputError(f"weight must have {k} columns as the input says, got {weight.k}")
+    if weight.dtype == torch.int8 and weight.k > MOST_COLUMNS_8_BITS:
+        raise InputError(f"weight of 8 bits must have at most {MOST_COLUMNS_8_BITS} columns, got {weight.k}")
     check(activation in ACTIVATIONS, f"activation must be None, 'relu', 'silu' or 'geglu', got {activation!r}")
     if activation != "geglu":
         return weight.n
@@ -88,6 +91,20 @@ def check_places(op: str, device: torch.device, tensors: dict[str, Tensor | None
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def joined(x: Tensor, x2: Tensor | None) -> Tensor:
+    """cat([x, x2], -1) as float32, contiguous: in which order PyTorch sums would otherwise depend on the strides."""
+    return (x if x2 is None else torch.cat([x.float(), x2.float()], dim=-1)).float().contiguous()
+
+
+def prologue(a: Tensor, affine: Tensor | None, silu: bool, scale: Tensor | None) -> Tensor:
+    """silu(a * affine[:, 0] + affine[:, 1]) * scale of a (B, ..., C), of which any part may be missing."""
+    if affine is not None:
+        by_channel = affine.unflatten(1, (2, *[1] * (a.dim() - 2)))
+        a = a * by_channel[:, 0] + by_channel[:, 1]
+    a = F.silu(a) if silu else a
+    return a if scale is None else a * scale
 
 
 def quantize_rows(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -155,11 +155,7 @@ def _reference(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    a = x.float() if x2 is None else torch.cat([x.float(), x2.float()], dim=3)
-    if affine is not None:
-        a = a * affine[:, 0, None, None] + affine[:, 1, None, None]
-    a = F.silu(a) if silu else a
-    a = a if scale is None else a * scale
+    a = _gemm.prologue(_gemm.joined(x, x2), affine, silu, scale)
     top, left, bottom, right = padding
     a = F.pad(a, (0, 0, left, right, top, bottom)).unfold(1, kernel[0], stride).unfold(2, kernel[1], stride)
     rows = a.permute(0, 1, 2, 4, 5, 3).flatten(3)  # images, height, width, then what one output position reads

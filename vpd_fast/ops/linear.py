@@ -135,13 +135,11 @@ def _reference(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    a = x.float() if x2 is None else torch.cat([x.float(), x2.float()], dim=2)
+    a = _gemm.joined(x, x2)
     if norm:
         a = a - a.mean(-1, keepdim=True)
         a = a * (a.square().mean(-1, keepdim=True) + eps).rsqrt()
-    if affine is not None:
-        a = a * affine[:, :1] + affine[:, 1:]
-    a = a if scale is None else a * scale
+    a = _gemm.prologue(a, affine, False, scale)
     result = _gemm.product(a, PackedWeight(data, scales, sums, n, a.shape[-1]))
     _gemm.finish(result, bias, activation, residual, out)
 

@@ -205,11 +205,7 @@ def _reference(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    a = x.float() if x2 is None else torch.cat([x.float(), x2.float()], dim=3)
-    if affine is not None:
-        a = a * affine[:, 0, None, None] + affine[:, 1, None, None]
-    a = F.silu(a) if silu else a
-    a = a if scale is None else a * scale
+    a = _gemm.prologue(_gemm.joined(x, x2), affine, silu, scale)
     weight = PackedWeight(data, scales, sums, n, a.shape[3])
     inward, outward = (_transform(table, weight.taps, x.device) for table in ("input", "output"))
     products = _products(_tiles(a, weight.taps), inward, weight)
