@@ -51,11 +51,10 @@ def variants_of(case: str, precision: str) -> dict[str, ModelVariant]:
     return variants
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # where fast models run
 @SOME
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
-    if device != "cpu":
-        pytest.skip("fast models run on the CPU only")
     variants = variants_of(case, precision)
     times = measure({name: variant.run for name, variant in variants.items()}, rounds=10, seconds=60)
     rows = rows_of(times, "plain", case=case, threads=torch.get_num_threads())

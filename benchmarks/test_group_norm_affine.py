@@ -62,11 +62,10 @@ def require_parity(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
             )
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("case", list(CASES))
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
-    if device != "cpu":
-        pytest.skip("group_norm_affine has a CPU kernel only")
     variants = variants_of(case, DTYPES[dtype])
     require_parity(variants)
     side, channels = CASES[case]

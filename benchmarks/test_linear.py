@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import onednn
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,6 @@ CASES = {  # rows, widths of the sources, columns of the weight, what is fused
     "lateral at 32": (1024, (640, 150), 256, "plain"),
 }
 MAIN = "qkv at 64"
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-MOST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 4e-2}  # relative to float64: both factors are rounded
 
 
 def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
@@ -59,7 +58,7 @@ def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
     order = ops.geglu_rows(n // 2) if fused == "geglu" else torch.arange(n)
     if fused == "geglu":
         options["activation"] = "geglu"
-    weight, ordered = PackedWeight.pack(matrix[order][None], PRECISIONS[precision]), bias[order]
+    weight, ordered = PackedWeight.pack(matrix[order][None], onednn.PRECISIONS[precision]), bias[order]
 
     def native(isa: str) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
@@ -79,36 +78,19 @@ def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
 
     few = slice(0, 64)
     exact = eager(torch.float64, few)
-    error = ((native(_native.isa())[:, few].double() - exact).norm() / exact.norm()).item()
-    assert error <= MOST_ERROR[precision], f"error {error:.1e}"  # before any time is reported
+    onednn.require_parity(native(_native.isa())[:, few], exact, precision)
     levels = _native.load("_C").usable_isas()
     return {
-        "onednn": product_alone(rows, matrix, bias, precision),
+        "onednn": onednn.linear(rows, matrix, bias, precision),
         "eager": eager,
         **{f"cpu {isa}": lambda isa=isa: native(isa) for isa in (levels if case == MAIN else levels[-1:])},
     }
 
 
-def product_alone(rows: int, matrix: Tensor, bias: Tensor, precision: str) -> Callable[[], Tensor]:
-    """oneDNN's product with rows of that precision."""
-    if precision != "int8":
-        dtype = PRECISIONS[precision]
-        a, b, c = torch.randn(rows, matrix.shape[1]).to(dtype), matrix.to(dtype), bias.to(dtype)
-        return lambda: F.linear(a, b, c)
-    numbers = torch.randint(0, 256, (rows, matrix.shape[1]), dtype=torch.uint8)
-    scales = matrix.abs().amax(1) / 127
-    packed = torch.ops.onednn.qlinear_prepack((matrix / scales[:, None]).round().to(torch.int8), list(numbers.shape))
-    zeros = torch.zeros(len(bias), dtype=torch.int64)
-    return lambda: torch.ops.onednn.qlinear_pointwise(
-        *(numbers, 0.01, 128, packed, scales, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], "")
-    )
-
-
-@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
+@pytest.mark.parametrize("precision", list(onednn.PRECISIONS))
 @pytest.mark.parametrize("case", list(CASES))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
-    if device != "cpu":
-        pytest.skip("linear has a CPU kernel only")
     variants = variants_of(case, precision)
     rows, widths, n, _ = CASES[case]
     gflop = 2 * rows * sum(widths) * n / 1e9

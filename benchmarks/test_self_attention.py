@@ -82,11 +82,10 @@ def peak(device: str, dtype: torch.dtype) -> float:
     return matmul_gflop_per_s(device, dtype)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("case", [c if c[:5] != "16384" else pytest.param(c, marks=pytest.mark.slow) for c in SHAPES])
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
-    if device != "cpu":
-        pytest.skip("self_attention has a CPU kernel only")
     length, heads, dim, layers = SHAPES[case]
     tensors, variants = variants_of(case, DTYPES[dtype], device)
     require_parity(variants, tensors, heads)
@@ -100,11 +99,10 @@ def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> Non
     keep(rows)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
 @pytest.mark.parametrize("variant", ["sdpa", "kernel"])
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The 32x32 level under pytest-benchmark, for its statistics and comparison between commits."""
-    if device != "cpu":
-        pytest.skip("self_attention has a CPU kernel only")
     (q, k, v), variants = variants_of("1024x8x80", torch.float32, device)
     heads = SHAPES["1024x8x80"][1]
     variants["kernel"] = lambda: ops.self_attention(q, k, v, heads)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from vpd_fast import _native
-
-ISAS = _native.load("_C").usable_isas()
+from .variants import ISAS, choose_variant
 
 
 def implementation_params() -> list:
@@ -25,10 +23,8 @@ def implementation_params() -> list:
 
 def kernel_and_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict:
     """{"impl", "device", "dtype"} of a parameter of `implementation_params`, its instruction set level being set."""
-    name, device = request.param
-    name, _, isa = name.partition(":")
-    if isa:
-        monkeypatch.setenv("VPD_FAST_ISA", isa)
+    variant, device = request.param
+    name = choose_variant(variant, monkeypatch)
     # The CUDA C++ kernel takes 16 bits only.
     return {"impl": name, "device": device, "dtype": torch.bfloat16 if name == "cuda" else torch.float32}
 
@@ -122,11 +118,3 @@ def check_forward(call: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tens
     assert_close(out, same_out, exact_out, q.dtype)
     assert_close(maps, same_maps, exact_maps, torch.float32)
     return out, maps
-
-
-def poison_memory() -> Iterator[None]:
-    """Fixture body: torch.empty returns NaN, so that an element that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)  # in this mode uninitialised memory is filled with NaN
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -5,28 +5,16 @@ The oracle takes the weight as it is stored, so its rounding, which is `PackedWe
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from vpd_fast import _native
 from vpd_fast.ops import geglu_rows
 from vpd_fast.ops._packing import PackedWeight
 
-ISAS = _native.load("_C").usable_isas()
-VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), "reference"]
 PRECISIONS = [torch.float32, torch.bfloat16, torch.int8]
 DTYPES = [torch.float32, torch.bfloat16]
 UNIT = 2.0**-24  # rounding of float32
-
-
-def choose_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of an implementation; sets the instruction set level that the variant says."""
-    name, _, isa = variant.partition(":")
-    if isa:
-        monkeypatch.setenv("VPD_FAST_ISA", isa)
-    return name
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,31 +11,16 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._packing import PackedWeight
 
-from .attention_cases import poison_memory
 from .gemm_cases import (
     DTYPES,
-    ISAS,
     PRECISIONS,
-    VARIANTS,
     assert_close,
     assert_same_as_reference,
     assert_within_rounding_to_8_bits,
-    choose_variant,
     complete,
     make_weight,
     randn,
 )
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    yield from poison_memory()
-
-
-@pytest.fixture(params=VARIANTS)
-def impl(request, monkeypatch) -> str:
-    """Name of an implementation; the CPU kernel once per instruction set level."""
-    return choose_variant(request.param, monkeypatch)
 
 
 def sides(padding: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -256,11 +239,9 @@ def test_batch(impl: str, batch: int) -> None:
         assert torch.equal(whole[part], ops.conv2d(x[part], weight, affine=affine[part], silu=True, **how))
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("side", [4, 23, 50])
-def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str, precision: torch.dtype, side: int) -> None:
-    monkeypatch.setenv("VPD_FAST_ISA", isa)
+def test_threads_and_repetition_do_not_change_a_bit(isa: str, precision: torch.dtype, side: int) -> None:
     x, weight = randn(1, side, side, 6, dtype=torch.bfloat16), make_weight(40, 54, precision)
     before, results = torch.get_num_threads(), []
     try:

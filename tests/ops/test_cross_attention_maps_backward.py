@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,18 +10,14 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops.cross_attention_maps_backward import _check
 
-from .attention_cases import ISAS, assert_close, eager, kernel_and_place, make_qkv, poison_memory
+from .attention_cases import assert_close, eager, kernel_and_place, make_qkv
+from .variants import ISAS
 
 IMPLEMENTATIONS = [
     *(pytest.param((f"cpu:{isa}", "cpu"), id=f"cpu-{isa}") for isa in ISAS),
     pytest.param(("reference", "cpu"), id="reference"),
     *(pytest.param((name, "cuda"), marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("triton", "reference")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    yield from poison_memory()
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

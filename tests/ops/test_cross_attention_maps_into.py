@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,12 +9,7 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops.cross_attention_maps import _check_into
 
-from .attention_cases import implementation_params, kernel_and_place, make_qkv, poison_memory
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    yield from poison_memory()
+from .attention_cases import implementation_params, kernel_and_place, make_qkv
 
 
 @pytest.fixture(params=implementation_params())

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import group_norm
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops.group_norm_affine import _rows
 
-from .attention_cases import poison_memory
-
-ISAS = _native.load("_C").usable_isas()
 UNIT_ROUNDOFF = 2.0**-24
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    yield from poison_memory()
-
-
-@pytest.fixture(params=[*(f"cpu:{isa}" for isa in ISAS), "reference"])
-def impl(request, monkeypatch) -> str:
-    """Name of an implementation; the CPU kernel once per instruction set level."""
-    name, _, isa = request.param.partition(":")
-    if isa:
-        monkeypatch.setenv("VPD_FAST_ISA", isa)
-    return name
 
 
 def make_x(*shape: int, seed: int = 0, mean: float = 0.5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -219,9 +201,7 @@ def test_empty_batch(impl: str) -> None:
     assert ops.group_norm_affine(torch.zeros(0, 4, 4, 8), weight, bias, 2, 1e-5, impl=impl).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str) -> None:
-    monkeypatch.setenv("VPD_FAST_ISA", isa)
+def test_threads_and_repetition_do_not_change_a_bit(isa: str) -> None:
     x, (weight, bias) = make_x(3, 33, 17, 24), make_affine(24)
     before = torch.get_num_threads()
     try:
@@ -234,11 +214,9 @@ def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str) -> No
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reads_nothing_beyond_its_channels(monkeypatch, isa: str, dtype: torch.dtype) -> None:
+def test_reads_nothing_beyond_its_channels(isa: str, dtype: torch.dtype) -> None:
     """The memory ends with the last channel of the last row; behind it there is nothing to read."""
-    monkeypatch.setenv("VPD_FAST_ISA", isa)
     rows, channels = 11, 21
     count = rows * channels
     pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,31 +11,16 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._packing import PackedWeight
 
-from .attention_cases import poison_memory
 from .gemm_cases import (
     DTYPES,
-    ISAS,
     PRECISIONS,
-    VARIANTS,
     assert_close,
     assert_same_as_reference,
     assert_within_rounding_to_8_bits,
-    choose_variant,
     complete,
     make_weight,
     randn,
 )
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    yield from poison_memory()
-
-
-@pytest.fixture(params=VARIANTS)
-def impl(request, monkeypatch) -> str:
-    """Name of an implementation; the CPU kernel once per instruction set level."""
-    return choose_variant(request.param, monkeypatch)
 
 
 def rows_of(
@@ -315,12 +298,10 @@ def test_batch(impl: str, batch: int) -> None:
         assert torch.equal(whole[part], one)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("m", "n"), [(500, 40), (90, 200), (30, 10), (1, 70), (2100, 33)])
-def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str, precision, m: int, n: int) -> None:
+def test_threads_and_repetition_do_not_change_a_bit(isa: str, precision, m: int, n: int) -> None:
     """500 rows are blocks of one thread, and with two threads rows that both share."""
-    monkeypatch.setenv("VPD_FAST_ISA", isa)
     x, weight, bias = randn(1, m, 37, dtype=torch.bfloat16), make_weight(n, 37, precision), randn(n)
     before, results = torch.get_num_threads(), []
     try:

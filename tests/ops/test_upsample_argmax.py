@@ -6,21 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.errors import InputError
 
-ISAS = _native.load("_C").usable_isas()
-VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), "reference"]
 UNIT_ROUNDOFF = 2.0**-24
-
-
-@pytest.fixture(params=VARIANTS)
-def impl(request, monkeypatch) -> str:
-    """Name of an implementation; the CPU kernel once per instruction set level."""
-    name, _, isa = request.param.partition(":")
-    if isa:
-        monkeypatch.setenv("VPD_FAST_ISA", isa)
-    return name
 
 
 def make_logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -192,9 +181,7 @@ def test_discarding_channels_changes_nothing(impl: str, noise: float) -> None:
     assert_argmax_of(labels, interpolate(logits.double(), (80, 80), mode="bilinear"), logits)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str) -> None:
-    monkeypatch.setenv("VPD_FAST_ISA", isa)
+def test_threads_and_repetition_do_not_change_a_bit(isa: str) -> None:
     logits = make_smooth_logits(3, 30, 12, 13)
     before = torch.get_num_threads()
     try:
@@ -207,10 +194,8 @@ def test_threads_and_repetition_do_not_change_a_bit(monkeypatch, isa: str) -> No
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 100])
 def test_writes_all_labels_and_nothing_else(monkeypatch, isa: str, width: int) -> None:
-    monkeypatch.setenv("VPD_FAST_ISA", isa)
     buffers = []
 
     def new_empty(self: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

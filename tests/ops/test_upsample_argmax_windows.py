@@ -6,19 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.errors import InputError
 
-VARIANTS = [*(f"cpu:{isa}" for isa in _native.load("_C").usable_isas()), "reference"]
 UNIT_ROUNDOFF = 2.0**-24
-
-
-@pytest.fixture(params=VARIANTS)
-def impl(request, monkeypatch) -> str:
-    name, _, isa = request.param.partition(":")
-    if isa:
-        monkeypatch.setenv("VPD_FAST_ISA", isa)
-    return name
 
 
 def starts(image: int, crop: int, stride: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,20 +13,7 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._packing import PackedWeight
 
-from .attention_cases import poison_memory
-from .winograd_cases import ISAS, PRECISIONS, TAPS, everything, make_problem
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    yield from poison_memory()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    """Every instruction set level of the kernel."""
-    monkeypatch.setenv("VPD_FAST_ISA", request.param)
-    return request.param
+from .winograd_cases import PRECISIONS, TAPS, everything, make_problem
 
 
 def layouts_of(x: Tensor) -> dict[str, Tensor]:

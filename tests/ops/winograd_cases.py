@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.ops._packing import PackedWeight
 from vpd_fast.ops.winograd_conv2d import _INPUT, _OUTPUT, _WEIGHT, STEPS
 
-ISAS = _native.load("_C").usable_isas()
 TAPS = tuple(STEPS)
 PRECISIONS = (torch.float32, torch.bfloat16, torch.int8)
 UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}  # half the distance of neighbours, relative
