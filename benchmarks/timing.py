@@ -154,12 +154,17 @@ def matmul_gflop_per_s(device: str, dtype: torch.dtype) -> float:
     return 2 * side**3 / percentile(times, 20) / 1e9
 
 
-def write_rows(suite: str, device: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes RESULTS/<device name>/<suite>.json."""
+def write_rows(suite: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Writes RESULTS/<device name>/<suite>.json: rows, the environment, and further facts."""
     folder = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}.json"
-    content = {"environment": environment(device), "copy_gb_per_s": round(copy_gb_per_s(device), 1), "rows": rows}
+    content = {
+        "environment": environment(device),
+        "copy_gb_per_s": round(copy_gb_per_s(device), 1),
+        **facts,
+        "rows": rows,
+    }
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(unfinished, path)

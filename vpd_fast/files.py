@@ -11,8 +11,8 @@ from pathlib import Path
 def write_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Call every writer with a temporary name beside its file, then put all files in place.
 
-    Folders are made. Whatever a writer raises is passed on, and OSError where a file cannot be put in place; then the
-    temporary files are removed and no existing file has changed.
+    Folders are made. Whatever a writer raises is passed on; then the temporary files are removed and no existing file
+    has changed. OSError where a file cannot be put in place, which is tried only when all are written.
     """
     temporary: dict[Path, Path] = {}
     try:

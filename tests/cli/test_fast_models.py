@@ -59,6 +59,29 @@ def test_convert_to_an_engine_and_predict_with_it(saved, photo, tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--to", "engine", "--dtype", "fp16"], "--dtype is for checkpoints"),
+        (["--to", "vpd", "--precision", "int8"], "--precision is for --to engine"),
+        (["--to", "engine", "--precision", "int4"], "fp32, bf16, int8"),
+        (["--to", "fastengine"], "engine, got 'fastengine'"),
+    ],
+)
+def test_options_of_convert_that_contradict(saved, tmp_path, capsys, options, message):
+    assert run(["convert", str(saved), str(tmp_path / "out"), *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_never_replaces_a_file(saved, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("something")
+    assert run(["convert", str(saved), str(path), "--to", "engine"]) == 2
+    assert "an engine is a folder" in " ".join(capsys.readouterr().err.split())
+    assert path.read_text() == "something"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--precision", "bf16"], "is a fast model in int8"),
         (["--task", "depth"], "is a segmentation model"),
         (["--attention-backend", "sdpa"], "neither --attention-backend nor --device"),

@@ -274,6 +274,21 @@ def test_calibration_measures_and_does_not_harm() -> None:
     assert "SNR dB" in str(fast.report(sensitivity=True))
 
 
+def calibration_of(task: str) -> list:
+    """Images at a size that each task takes, and sentences."""
+    if task == "depth":
+        return [torch.rand(1, 3, 96, 64), torch.rand(2, 3, 64, 64)]  # multiples of 32
+    images = some_images(2)
+    return [images, (images, torch.randn(2, 5, SMALL.context_dim))] if task == "referring" else [images]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
+def test_calibration_reaches_every_8_bit_layer(task: str) -> None:
+    fast = vpd_fast.optimize(small_model(task), "int8", calibration=calibration_of(task))
+    measured = {row["name"] for row in fast.report(sensitivity=True).rows()}
+    assert measured == {row["name"] for row in fast.report().rows() if row["precision"] == "int8"}
+
+
 def test_bad_input() -> None:
     model = small_model()
     for precision, message in (("int4", "'fp32', 'bf16', 'int8'"), ("fp16", "does not run"), ("fp8", "does not run")):
@@ -287,6 +302,8 @@ def test_bad_input() -> None:
         vpd_fast.optimize(small_model().bfloat16(), "bf16")
     with pytest.raises(InputError, match="fits no layer"):
         vpd_fast.optimize(model, "int8", policy=Policy(precisions={"unet.nothing": "bf16"}))
+    with pytest.raises(InputError, match="fits no layer"):  # a statistic has no precision
+        vpd_fast.optimize(model, "int8", policy=Policy(precisions={"*.norm1": "bf16"}))
     with pytest.raises(InputError, match="must be one of fp32, bf16, int8"):
         Policy(precisions={"*": "int4"})
     with pytest.raises(InputError, match="on the CPU"):
@@ -302,6 +319,8 @@ def test_bad_input() -> None:
         (torch.rand(1, 3, 64, 64) * 255, "must be in"),
         (torch.rand(1, 3, 60, 64), "64"),
         (torch.rand(1, 4, 64, 64), "3"),
+        (torch.empty(0, 3, 64, 64), "no images"),
+        ((torch.rand(1, 3, 64, 64), torch.rand(1, 5, 16)), "calibration"),  # a sentence for a segmentation model
         ("photo.jpg", "calibration"),
     ],
 )
@@ -313,6 +332,13 @@ def test_bad_calibration_images(images: object, message: str) -> None:
 def test_calibration_of_another_precision() -> None:
     with pytest.raises(InputError, match="int8"):
         vpd_fast.optimize(small_model(), "bf16", calibration=[some_images()])
+
+
+def test_bad_calibration_sentences() -> None:
+    images = some_images(2)
+    for tokens in (torch.randn(1, 5, SMALL.context_dim), torch.randn(2, 5, 3), "the cat"):
+        with pytest.raises(InputError, match=r"calibration\[0\]"):
+            vpd_fast.optimize(small_model("referring"), "int8", calibration=[(images, tokens)])
 
 
 def test_what_a_fast_model_cannot_do() -> None:
@@ -330,6 +356,7 @@ def test_what_a_fast_model_cannot_do() -> None:
         lambda: fast.bfloat16(),
         lambda: fast.half(),
         lambda: vpd_fast.optimize(fast, "fp32"),
+        lambda: setattr(fast, "attention_backend", "sdpa"),
     ):
         with pytest.raises(InputError):
             call()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,76 @@ def test_loading_needs_no_other_weights(tmp_path: Path) -> None:
     code = f"import vpd_fast; print(vpd_fast.load_engine({str(tmp_path)!r}).precision)"
     shown = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "int8"
+
+
+def save_pair(folder: Path) -> tuple[Path, Path]:
+    """Engines of two widths, which have layers of the same names."""
+    for name, width in (("small", 32), ("large", 64)):
+        backbone = BackboneConfig(model_channels=width, num_heads=4, context_dim=16, vae_ch=32)
+        config = VPDConfig(num_classes=7, base_size=128, channels=32, backbone=backbone)
+        vpd_fast.optimize(randomize(VPD(config), seed=1).eval(), "int8").save(folder / name)
+    return folder / "small", folder / "large"
+
+
+def test_settings_of_another_engine(tmp_path: Path) -> None:
+    """Sizes that the tensors do not have would make native code read beyond them."""
+    small, large = save_pair(tmp_path)
+    settings = (large / "engine.json").read_text()
+    (small / "engine.json").write_text(settings)
+    with pytest.raises(CheckpointError, match="stored as"):
+        vpd_fast.load_engine(small)
+    changed = json.loads(settings)
+    changed["config"]["backbone"]["model_channels"] = 32
+    (large / "engine.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match="expected"):
+        vpd_fast.load_engine(large)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("unet.conv_in", {"n": 100_000}, "stored as"),
+        ("unet.conv_in", {"k": 1}, "stored as"),
+        ("unet.conv_in", {"out_dtype": "load"}, "load"),
+        ("unet.input_blocks.1.1.proj_in", {"kind": "group_norm"}, "do not fit"),
+        ("unet.input_blocks.1.1.proj_in", None, "not those of the configuration"),
+    ],
+)
+def test_spoiled_layers(tmp_path: Path, name: str, change: dict | None, message: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
+    settings = json.loads((tmp_path / "engine.json").read_text())
+    if change is None:  # missing from both files
+        del settings["layers"][name]
+        tensors = load_file(tmp_path / "engine.safetensors")
+        kept = {key: t for key, t in tensors.items() if not key.startswith(f"{name}:")}
+        save_file(kept, tmp_path / "engine.safetensors")
+    else:
+        settings["layers"][name] |= change
+    (tmp_path / "engine.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        vpd_fast.load_engine(tmp_path)
+
+
+def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
+    fast, path = vpd_fast.optimize(small_model("segmentation"), "bf16"), tmp_path / "file"
+    path.write_text("something")
+    with pytest.raises(CheckpointError, match="no saved engine"):
+        vpd_fast.load_engine(path)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        fast.save(path)
+    assert path.read_text() == "something"
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_copies_are_independent(task: str) -> None:
+    fast = vpd_fast.optimize(small_model(task), "int8")
+    expected = tensor(fast(*inputs(task)))
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(tensor(copied(*inputs(task))), expected, rtol=0, atol=0)
+        assert copied._text._layers is copied.layers
+        assert copied._workspaces is not fast._workspaces
 
 
 def test_bad_folders(tmp_path: Path) -> None:

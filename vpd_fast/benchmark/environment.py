@@ -28,8 +28,11 @@ def environment(device: str) -> dict[str, Any]:
     """Device, threads, instruction set, versions, commit, time."""
     report = info.collect()
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
+        here = Path(__file__).parent  # of a source checkout; an installed package has none
+        known = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        command = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = None if known.returncode else git.stdout.strip() or None
     except OSError:  # no git
         commit = None
     installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}

@@ -115,7 +115,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _cells(row: Row) -> list[str]:
     if "p50_ms" not in row:
-        return [row["variant"], "FAILED"]
+        return [row["variant"], "FAILED" if "error" in row else "not measured"]
     batch = row["p50_ms"] / row["ms_per_image"]
     stages = [_number(row["stages_ms"].get(stage), 1 / batch) for stage in STAGES]
     verdict = "FAILED" if row.get("parity") == "failed" else _times(row.get("speedup"))

@@ -28,8 +28,9 @@ def convert(
         str | None, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPES)}. [default: as in the source]")
     ] = None,
     precision: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(options.PRECISIONS)}.")
-    ] = "int8",
+        str | None,
+        typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(options.PRECISIONS)}. [default: int8]"),
+    ] = None,
 ) -> None:
     """Convert a checkpoint, and print what became of its tensors.
 
@@ -39,11 +40,19 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if to == "engine":
-        _to_engine(source, destination, precision)
+        if dtype is not None:
+            raise InputError("--dtype is for checkpoints; --precision says in what an engine computes")
+        _to_engine(source, destination, precision or "int8")
         return
+    if precision is not None:
+        raise InputError(f"--precision is for --to engine, not --to {to}; --dtype says in what a checkpoint is stored")
     import torch
 
     from vpd_fast.checkpoints import convert as convert_checkpoint
+    from vpd_fast.checkpoints.convert import TARGETS
+
+    if to not in TARGETS:
+        raise InputError(f"--to must be one of {', '.join([*TARGETS, 'engine'])}, got {to!r}")
 
     report = convert_checkpoint(source, destination, to=to, dtype=dtype and getattr(torch, DTYPES[dtype]))
     typer.echo(str(report))
@@ -52,6 +61,8 @@ def convert(
 def _to_engine(source: Path, destination: Path, precision: str) -> None:
     if precision not in options.PRECISIONS:
         raise InputError(f"--precision must be one of {', '.join(options.PRECISIONS)}, got {precision!r}")
+    if destination.exists() and not destination.is_dir():
+        raise InputError(f"{destination} is a file; an engine is a folder")
     from vpd_fast.checkpoints import load_checkpoint
     from vpd_fast.engine import optimize
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.config import SIZE_MULTIPLE
+from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
 from vpd_fast.engine.layers import Layer, Linear, Product
 from vpd_fast.engine.policy import Policy
@@ -29,20 +29,33 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
 SIDE = 16  # of the square of positions that is kept of each layer's input
 
 
-def check_images(calibration: Sequence[Tensor] | Tensor, model: VPD) -> list[Tensor]:
-    """Batches of calibration images. Raises InputError for a wrong shape or range."""
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    if not batches:
+Batch = tuple[Tensor, ...]  # what a model is called with
+
+
+def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) -> list[Batch]:
+    """Batches of calibration images, and of sentences of a referring model. Raises InputError for bad ones."""
+    items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    if not items:
         raise InputError("calibration has no images")
-    least, most = (0.0, 1.0) if model.config.task == "depth" else (-1.0, 1.0)
-    for i, images in enumerate(batches):
-        name = f"calibration[{i}]"
+    depth, referring = (model.config.task == task for task in ("depth", "referring"))
+    least, most = (0.0, 1.0) if depth else (-1.0, 1.0)
+    batches = []
+    for i, item in enumerate(items):
+        name, sentences = f"calibration[{i}]", None
+        images = item
+        if referring and isinstance(item, tuple) and len(item) == 2:
+            images, sentences = item
         if isinstance(images, Tensor) and images.dim() == 3:
             images = images[None]
         try:
-            checks.images(images, model.device, model.dtype, SIZE_MULTIPLE)
+            checks.images(images, model.device, model.dtype, SIZE_MULTIPLE // 2 if depth else SIZE_MULTIPLE)
+            if sentences is not None:
+                checks.same_batch(images, sentences, "tokens")
+                model.context(sentences)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+        if not len(images):
+            raise InputError(f"{name} has no images")
         if not torch.isfinite(images).all():
             raise InputError(f"{name} has values that are not finite")
         low, high = images.min().item(), images.max().item()
@@ -50,8 +63,17 @@ def check_images(calibration: Sequence[Tensor] | Tensor, model: VPD) -> list[Ten
             raise InputError(f"{name} has values in [{low:.3g}, {high:.3g}]; images must be in [{least:g}, {most:g}]")
         if low == high:
             raise InputError(f"{name} is constant ({low:.3g}): it says nothing about ranges")
-        batches[i] = images
+        if referring:
+            batches.append((images, _sentences(model.config, len(images)) if sentences is None else sentences))
+        else:
+            batches.append((images,))
     return batches
+
+
+def _sentences(config: VPDConfig, batch: int) -> Tensor:
+    """Stands in for the text encoder's last layer, whose layer norm leaves numbers of about this size."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, config.tokens, config.backbone.context_dim, generator=generator)
 
 
 @dataclass
@@ -88,6 +110,10 @@ class _Recorder:
             seen.largest = torch.maximum(seen.largest, largest)
         return self._layer(x, x2=x2, affine=affine, **options)
 
+    def with_bias(self, bias: Tensor) -> _Recorder:
+        """Of a layer with another bias, which counts as the same."""
+        return _Recorder(self._layer.with_bias(bias), self._seen, self._name)
+
 
 def _middle(rows: Tensor) -> Tensor:
     if rows.dim() == 3:
@@ -105,20 +131,15 @@ class Calibration:
 
     @classmethod
     @torch.no_grad()
-    def run(cls, model: VPD, batches: Sequence[Tensor], policy: Policy) -> Calibration:
+    def run(cls, model: VPD, batches: Sequence[Batch], policy: Policy) -> Calibration:
         """Run a fast model of high precision on the images."""
         seen: dict[str, _Seen] = {}
         layers = model.layers
         for name, layer in layers.items():
             if isinstance(layer, Product):
                 layers[name] = _Recorder(layer, seen, name)
-        for images in batches:
-            if model.config.task == "referring":
-                config = model.config
-                tokens = torch.zeros(len(images), config.tokens, config.backbone.context_dim)
-                model.decode(model.extract_feat(images, tokens))
-            else:
-                model(images)
+        for batch in batches:
+            model(*batch)
         return cls(seen, policy)
 
     def _rounded(self, spec: Spec) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -107,6 +107,10 @@ class Linear(Product):
         )
         return out.view(*shape, out.shape[-1])
 
+    def with_bias(self, bias: Tensor) -> Linear:
+        """The same layer with another bias (n,) float32."""
+        return replace(self, bias=bias)
+
 
 def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 3 else x.flatten(1, 2)
@@ -172,11 +176,12 @@ class Winograd(Product):
         )
 
 
+OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd)}
 
 
 def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:
-    """Inverse of `Layer.tensors` and `Layer.settings`."""
+    """Inverse of `Layer.tensors` and `Layer.settings`. Raises ValueError for a weight that its sizes do not fit."""
     settings, tensors = dict(settings), dict(tensors)
     if kind != GroupNorm.kind:
         data = tensors.pop("weight")
@@ -184,5 +189,6 @@ def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) 
         settings["weight"] = PackedWeight(
             data, tensors.pop("weight_scales", None), tensors.pop("weight_sums", None), *sizes
         )
-        settings["out_dtype"] = getattr(torch, settings["out_dtype"])
+        settings["weight"].require_consistent()
+        settings["out_dtype"] = OUT_DTYPES[settings["out_dtype"]]
     return KINDS[kind](**{"bias": None, **settings, **tensors})

@@ -22,6 +22,7 @@ from vpd_fast.engine.unet import Structure, run_unet
 from vpd_fast.engine.workspace import WorkspacePool
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
+from vpd_fast.models.attention_backends import PLAIN
 from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
 
 # What the layers replace, by task: attributes of the model.
@@ -117,6 +118,16 @@ class FastVPD(VPD):
         from vpd_fast.engine.storage import save_engine
 
         save_engine(self, folder)
+
+    @property
+    def attention_backend(self) -> str:
+        """Always "plain": a fast model has kernels of its own. Setting another raises InputError."""
+        return PLAIN
+
+    @attention_backend.setter
+    def attention_backend(self, name: str) -> None:
+        if name != PLAIN:
+            raise InputError("a fast model has attention kernels of its own; attention_backend is for plain models")
 
     def train(self, mode: bool = True) -> FastVPD:
         """Only mode=False: a fast model has no gradients. Raises InputError."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vpd_fast.engine.build import build_layer
-from vpd_fast.engine.calibrate import Calibration, check_images
+from vpd_fast.engine.calibrate import Batch, Calibration, check_batches
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import PRECISIONS, Policy
 from vpd_fast.engine.specs import layer_specs
@@ -23,7 +23,7 @@ ELSEWHERE = {"fp16": "no CPU computes in it faster than in bf16", "fp8": "no CPU
 def optimize(
     model: VPD,
     precision: str = "fp32",
-    calibration: Sequence[Tensor] | Tensor | None = None,
+    calibration: Sequence[Tensor | Batch] | Tensor | None = None,
     policy: Policy | None = None,
     *,
     progress: bool = False,
@@ -37,6 +37,7 @@ def optimize(
         position, so no calibration is needed).
     calibration: for "int8", images (B,3,H,W) as the model takes them, or a list of such; evens out the ranges of input
         channels (Xiao et al., SmoothQuant, ICML 2023) and measures each layer's error for `report(sensitivity=True)`.
+        A referring model's list may have tuples (images, tokens); without tokens, random ones are taken.
     policy: choices of one's own; see `Policy`.
     progress: show a progress bar.
 
@@ -48,15 +49,15 @@ def optimize(
     if not isinstance(policy, Policy):
         raise InputError(f"policy must be a vpd_fast.engine.Policy, got {type(policy).__name__}")
     specs = list(layer_specs(model))
-    policy.check_names([spec.name for spec in specs])
+    policy.check_names([spec.name for spec in specs if spec.kind != "group_norm"])
     activations = torch.float32 if precision == "fp32" else torch.bfloat16
     measured = None
     if calibration is not None:
         if precision != "int8":
             raise InputError(f'calibration is for precision "int8", not {precision!r}')
-        images = check_images(calibration, model)
+        batches = check_batches(calibration, model)
         exact = _assemble(model, "bf16", specs, Policy(winograd=False), torch.bfloat16, None, progress)
-        measured = Calibration.run(exact, images, policy)
+        measured = Calibration.run(exact, batches, policy)
         del exact
     return _assemble(model, precision, specs, policy, activations, measured, progress)
 

@@ -36,7 +36,7 @@ class Policy:
     precisions: patterns of layer names (as `report()` shows them; * and ? as in file names) -> "fp32", "bf16" or
         "int8", the first that fits decides; before the defaults.
     winograd: let 3x3 convolutions run as Winograd convolutions where that is faster. They take 16/9 of the memory of a
-        direct convolution's weights, in float32 4 times.
+        direct convolution's weights, in float32 4 times. Those of enlarged images always do: its products are exact.
     smoothing: with calibration, even out the ranges of the input channels of 8-bit layers.
     """
 
@@ -78,7 +78,7 @@ class Policy:
         return (36, "F(4x4)") if dtype == torch.float32 else (16, "F(2x2): larger tiles lose accuracy below float32")
 
     def check_names(self, names: list[str]) -> None:
-        """Raises InputError if a pattern fits no layer: it would be silently ignored."""
+        """Raises InputError if a pattern fits no layer with a precision: it would be silently ignored."""
         for pattern in self.precisions:
             if not fnmatch.filter(names, pattern):
                 raise InputError(

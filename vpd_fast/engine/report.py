@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from vpd_fast import _native
 from vpd_fast.engine.rewrites import REWRITES
 from vpd_fast.errors import InputError
 
@@ -65,9 +66,11 @@ class EngineReport:
     def _summary(self) -> str:
         counts = Counter(info.precision for info in self.layers if info.kind != "group_norm")
         parts = ", ".join(f"{n} in {precision}" for precision, n in counts.most_common())
-        return (
+        line = (
             f"{self.config.task} model in {self.precision}: layers with weights: {parts}; {self.bytes / 2**20:.0f} MiB"
         )
+        missing = _native.why_missing("_C")
+        return line if missing is None else f"{line}\nslow: every layer is computed by PyTorch, because {missing}"
 
     def _rewrites(self) -> list[str]:
         used = Counter(name for info in self.layers for name in info.rewrites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vpd_fast.checkpoints.save import write_json
+from vpd_fast.checkpoints.save import write_files, write_json
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.layers import from_parts
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, from_parts
 from vpd_fast.engine.model import FastVPD
+from vpd_fast.engine.specs import layer_specs
 from vpd_fast.errors import CheckpointError
-from vpd_fast.files import write_files
+from vpd_fast.models.vpd import VPD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,10 @@ CONDITIONING = "conditioning"
 
 
 def save_engine(model: FastVPD, folder: str | Path) -> None:
-    """Write a fast model; `load_engine` reads it back. Nothing half-written stays behind."""
+    """Write a fast model; `load_engine` reads it back.
+
+    Nothing half-written stays behind. Raises CheckpointError if the folder cannot be written.
+    """
     folder = Path(folder)
     tensors = {f"{CONDITIONING}:{name}": t for name, t in model.state_dict().items()}
     settings: dict[str, Any] = {
@@ -40,7 +45,6 @@ def save_engine(model: FastVPD, folder: str | Path) -> None:
     for name, layer in model.layers.items():
         settings["layers"][name] = {"kind": layer.kind} | layer.settings()
         tensors |= {f"{name}:{part}": t for part, t in layer.tensors().items()}
-    folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: t.contiguous() for name, t in tensors.items()}
     write_files(
         {
@@ -70,10 +74,29 @@ def load_engine(folder: str | Path) -> FastVPD:
             layers[name] = from_parts(values.pop("kind"), values, parts.pop(name))
         if parts:
             raise ValueError(f"{TENSORS} has layers that {SETTINGS} does not know: {', '.join(list(parts)[:3])}")
+        _require_layers(config, layers)
         infos = tuple(LayerInfo(**_with_tuples(row)) for row in settings["report"])
         return FastVPD.assemble(config, conditioning, layers, infos, settings["precision"])
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {SETTINGS} and {TENSORS} do not fit together ({error})") from error
+
+
+def _require_layers(config: VPDConfig, layers: dict[str, Layer]) -> None:
+    """Raises ValueError unless these are the layers of such a model, with weights of its sizes."""
+    specs = {spec.name: spec for spec in layer_specs(VPD.empty(config))}
+    if specs.keys() != layers.keys():
+        different = ", ".join(sorted(specs.keys() ^ layers.keys())[:3])
+        raise ValueError(f"the layers are not those of the configuration; {different}, ...")
+    for name, spec in specs.items():
+        layer, shape = layers[name], tuple(spec.make()[0].shape)
+        if isinstance(layer, GroupNorm):
+            sizes = tuple(layer.weight.shape)
+        elif isinstance(layer, Conv2d):
+            shape, sizes = (shape[0], math.prod(shape[1:])), (layer.weight.n, layer.weight.k)
+        else:
+            shape, sizes = shape[:2], (layer.weight.n, layer.weight.k)
+        if (spec.kind == "group_norm") != isinstance(layer, GroupNorm) or sizes != shape:
+            raise ValueError(f"layer {name} is {layer.kind} {sizes}, expected {spec.kind} {shape}")
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +107,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder} is no saved engine: it has no {SETTINGS}; save one with fast.save()"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,13 +27,19 @@ class TextMemo:
         """Context (B or 1,L,context_dim), the same for all images if 1 -> per transformer what its attn2 needs."""
         with self._lock:
             known = list(self._known)
-        for text, projected in known:
-            if text.shape == context.shape and torch.equal(text, context):
-                return projected
-        projected = _project(self._layers, context)
-        with self._lock:
-            self._known = [*self._known[-MOST_TEXTS + 1 :], (context.clone(), projected)]
-        return projected
+        found = next((k for k in known if k[0].shape == context.shape and torch.equal(k[0], context)), None)
+        if found is None:
+            found = context.clone(), _project(self._layers, context)
+        with self._lock:  # the last used is the last to go
+            self._known = [*(k for k in self._known if k is not found)][-MOST_TEXTS + 1 :] + [found]
+        return found[1]
+
+    def __deepcopy__(self, memo: dict) -> TextMemo:
+        """Of the copied layers, and empty."""
+        return TextMemo(copy.deepcopy(self._layers, memo))
+
+    def __reduce__(self) -> tuple:
+        return TextMemo, (self._layers,)
 
 
 def _project(layers: Layers, context: Tensor) -> Projected:
@@ -46,5 +52,5 @@ def _project(layers: Layers, context: Tensor) -> Projected:
         elif role == "v":  # the probability of the only token is 1
             result = layers[f"{transformer}.attn2.out"](layer(context)).float()
             out = layers[f"{transformer}.attn1.out"]
-            projected[transformer] = [replace(out, bias=out.bias + row) for row in result[:, 0]]
+            projected[transformer] = [out.with_bias(out.bias + row) for row in result[:, 0]]
     return projected

@@ -52,6 +52,9 @@ class WorkspacePool:
         self._idle: list[Workspace] = []
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple:
+        return WorkspacePool, ()  # a copy has memory of its own
+
     @contextmanager
     def lease(self) -> Iterator[Workspace]:
         """A workspace for one call."""

@@ -291,11 +291,10 @@ class VPDDepth(VPD):
     def context(self, class_ids: Tensor | None = None, batch_size: int = 1) -> Tensor:
         """Adapted embedding (B,1,context_dim) of the scenes `class_ids` (B,) long; None: the mean over all scenes."""
         if class_ids is None:
-            texts = self.class_embeddings.mean(0).expand(batch_size, -1)
-        else:
-            checks.class_ids(class_ids, self.config.num_scenes, self.device)
-            texts = self.class_embeddings[class_ids]
-        return self.encoder.text_adapter(texts, self.encoder.gamma)[:, None]
+            mean = self.class_embeddings.mean(0, keepdim=True)
+            return self.encoder.text_adapter(mean, self.encoder.gamma)[:, None].expand(batch_size, -1, -1)
+        checks.class_ids(class_ids, self.config.num_scenes, self.device)
+        return self.encoder.text_adapter(self.class_embeddings[class_ids], self.encoder.gamma)[:, None]
 
     def extract_feat(self, images: Tensor, class_ids: Tensor | None = None) -> list[Tensor]:
         """Features of images in [-1,1], one scene id each or none; see `features`."""

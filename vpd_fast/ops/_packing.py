@@ -40,6 +40,17 @@ class PackedWeight:
         """float32, bfloat16 or int8."""
         return self.data.dtype
 
+    def require_consistent(self) -> None:
+        """Raises ValueError unless the tensors have the shapes and dtypes that n and k say."""
+        expected = (self.taps, -(-self.n // PANEL), -(-self.k // WIDTHS.get(self.dtype, 1)))
+        if self.dtype not in WIDTHS or self.data.shape != (*expected, PANEL * WIDTHS[self.dtype]):
+            raise ValueError(f"weight {self.n}x{self.k} is stored as {self.dtype} {tuple(self.data.shape)}")
+        for name, vector in (("scales", self.scales), ("sums", self.sums)):
+            if (vector is not None) != (self.dtype == torch.int8):
+                raise ValueError(f"weight {self.n}x{self.k} of {self.dtype} must have {name} if it is int8, else none")
+            if vector is not None and (vector.shape != (self.taps, self.n) or vector.dtype != torch.float32):
+                raise ValueError(f"{name} of weight {self.n}x{self.k} are {vector.dtype} {tuple(vector.shape)}")
+
     @property
     def nbytes(self) -> int:
         """Memory of all its tensors."""

@@ -180,6 +180,8 @@ def _check_weight(weight: PackedWeight, channels: int, upsample: bool) -> None:
     check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight of winograd_weight(...), got {kind}")
     if weight.k != channels:  # torch.compile makes no text of sizes that it has not fixed yet
         raise InputError(f"weight must have the {channels} columns of the input's channels, got {weight.k}")
+    if weight.dtype == torch.int8 and weight.k > _gemm.MOST_COLUMNS_8_BITS:
+        raise InputError(f"weight of 8 bits must have at most {_gemm.MOST_COLUMNS_8_BITS} columns, got {weight.k}")
     if weight.taps != 9 if upsample else weight.taps not in (16, 36):
         expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
         raise InputError(f"weight must have {expected}, got {weight.taps}")
