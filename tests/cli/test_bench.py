@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_tables_numbers_and_chart(small, tmp_path, capsys) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Python raises KeyboardInterrupt only if SIGINT was not ignored when it started, as in the background it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_what_is_there(small, tmp_path, capsys, monkeypatch, how: int) -> None:
     passes, ask, before = [], Worker.run, signal.getsignal(signal.SIGTERM)
