@@ -8,6 +8,7 @@ python benchmarks/triton_resources.py
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,12 +26,22 @@ import triton
 from timing import table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vpd_fast.kernels import cross_attention_maps, cross_attention_maps_backward
+from vpd_fast.kernels import (
+    _product,
+    _rows,
+    conv2d,
+    cross_attention_maps,
+    cross_attention_maps_backward,
+    group_norm_affine,
+    linear,
+)
 
 HEADS = 8
 CAPABILITIES = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"} | {
+    torch.int8: "*i8"
+}
 OPTIONS = ("num_warps", "num_stages")
 
 Launch = tuple[Any, dict[str, Any]]  # kernel, arguments
@@ -48,16 +59,63 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, int, int | None]]:
         yield torch.bfloat16, 1024, dim, 77, None
 
 
-def launches(dtype: torch.dtype, rows: int, dim: int, tokens: int, count: int | None) -> list[Launch]:
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer_launches() -> list[Launch]:
+    """What layers of the UNet and the encoder launch: few and many rows, all that can be fused."""
+    recorded: list[Launch] = []
+    for module in (_product, _rows, group_norm_affine):
+        module.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
+    float32 = torch.float32
+    for precision in (torch.float32, torch.bfloat16, torch.int8):
+        dtype = torch.float32 if precision == torch.float32 else torch.bfloat16
+        for rows, widths, n, options in (
+            (4096, (320,), 960, {"norm": True}),
+            (4096, (320,), 2560, {"norm": True, "activation": "geglu"}),
+            (4096, (1280, 320), 320, {"residual": empty(1, 4096, 320, dtype=dtype)}),
+            (64, (5120, 1280), 1280, {"residual": empty(1, 64, 1280, dtype=dtype)}),
+            (64, (1280,), 10240, {"norm": True, "activation": "geglu"}),
+        ):
+            x, x2 = ([empty(1, rows, width, dtype=dtype) for width in widths] + [None])[:2]
+            vectors = {"column_scales": empty(1, n, dtype=float32), "sums": empty(1, n, dtype=float32)}
+            vectors = dict.fromkeys(vectors) if precision != torch.int8 else vectors
+            defaults = {"bias": empty(n, dtype=float32), "norm": False, "eps": 1e-5, "affine": None, "scale": None}
+            defaults |= {"activation": "", "residual": None}
+            out = empty(1, rows, n // 2 if "activation" in options else n, dtype=dtype)
+            linear.forward(x, x2, empty(n, sum(widths), dtype=precision), **vectors, **(defaults | options), out=out)
+        for side, widths, n, kernel, stride, padding, active in (
+            (512, (128,), 128, 3, 1, (1, 1, 1, 1), True),
+            (64, (640, 320), 320, 3, 1, (1, 1, 1, 1), True),
+            (64, (320,), 320, 3, 2, (1, 1, 1, 1), False),
+            (16, (1280,), 1280, 2, 1, (1, 0, 0, 1), False),
+            (8, (1280,), 1280, 3, 1, (1, 1, 1, 1), True),
+            (64, (4,), 320, 3, 1, (1, 1, 1, 1), False),
+        ):
+            x, x2 = ([empty(1, side, side, width, dtype=dtype) for width in widths] + [None])[:2]
+            vectors = {"column_scales": empty(1, n, dtype=float32), "sums": empty(1, n, dtype=float32)}
+            vectors = dict.fromkeys(vectors) if precision != torch.int8 else vectors
+            channels, out = sum(widths), empty(1, side // stride, side // stride, n, dtype=dtype)
+            conv2d.forward(
+                *(x, x2, empty(n, kernel * kernel * channels, dtype=precision)),
+                **vectors,
+                **{"bias": empty(n, dtype=float32), "kernel": (kernel, kernel), "stride": stride, "padding": padding},
+                **{"affine": empty(1, 2, channels, dtype=float32) if active else None, "silu": active, "scale": None},
+                **{"activation": "", "residual": out, "out": out},
+            )
+    for channels in (128, 320, 2560):
+        x, vector = empty(1, 4096, channels, dtype=torch.bfloat16), empty(channels, dtype=float32)
+        group_norm_affine.forward([x], vector, vector, 32, 1e-5, empty(1, 2, channels, dtype=float32))
+    return recorded
+
+
+def attention_launches(dtype: torch.dtype, rows: int, dim: int, tokens: int, count: int | None) -> list[Launch]:
     """What forward and backward launch, recorded instead of run; the tensors have no memory."""
     recorded: list[Launch] = []
     for module in (cross_attention_maps, cross_attention_maps_backward):
         module.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    q, k = empty(2, rows, HEADS * dim), empty(1, tokens, HEADS * dim)
+    q, k = (empty(*shape, HEADS * dim, dtype=dtype) for shape in ((2, rows), (1, tokens)))
     maps = empty(2, rows, count or tokens, dtype=torch.float32)
     categories = count and SimpleNamespace(
         ids=empty(tokens, dtype=torch.int32),
@@ -106,32 +164,54 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[s
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     instructions = re.findall(r"(wgmma)\.mma_async|(mma)\.sync", compiled.asm["ptx"])
     tensor_cores = " ".join(sorted({name for pair in instructions for name in pair if name}))
-    sixteen_bit = "q" in arguments and arguments["q"].dtype != torch.float32
+    operand = first_operand(arguments)
+    wanted = operand is not None and operand.dtype != torch.float32
+    tile = [arguments[name] for name in ("BM", "BN", "BK") if name in arguments]
+    options = [n for n in ("NORM", "SILU", "MASKED") if arguments.get(n)]
+    options += [str(arguments[n]) for n in ("ROUND", "ACTIVATION") if arguments.get(n)]
     return {
         "kernel": kernel.__name__,
         "architecture": f"sm_{capability}",
-        "dtype": str(arguments["q"].dtype).removeprefix("torch.") if "q" in arguments else "",
+        "dtype": "" if operand is None else str(operand.dtype).removeprefix("torch."),
         "head_dim": arguments.get("D", ""),
         "tokens": f"{arguments['L0']}+{arguments['L1']}" if "L0" in arguments else arguments.get("L_BLOCK", ""),
         "rows": arguments.get("ROWS", ""),
+        "tile": "x".join(map(str, tile)),
+        "options": " ".join([*options, *([f"splits {arguments['SPLITS']}"] if arguments.get("SPLITS", 1) > 1 else [])]),
         "categories": arguments.get("C_BLOCK") or "",
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared_bytes": compiled.metadata.shared,
         "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "tensor_cores": tensor_cores or ("missing" if sixteen_bit and "tt.dot" in compiled.asm["ttir"] else ""),
+        "tensor_cores": tensor_cores or ("missing" if wanted and "tt.dot" in compiled.asm["ttir"] else ""),
     }
+
+
+def first_operand(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor whose dtype is that of the products, or the input."""
+    return next((arguments[name] for name in ("q", "a", "x") if name in arguments), None)
+
+
+_JOBS: list[tuple[Any, dict[str, Any], int]] = []
+
+
+def _resources_of_job(i: int) -> dict[str, Any]:
+    return resources(*_JOBS[i])
 
 
 def main() -> int:
     """Prints the table. Returns the exit code."""
     different = {}
-    for shape in shapes():
-        for kernel, arguments in launches(*shape):
-            constants = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr]
-            dtype = arguments["q"].dtype if "q" in arguments else None
-            with_categories = arguments.get("ids") is not None
-            different.setdefault((kernel.__name__, dtype, with_categories, *constants), (kernel, arguments))
-    rows = [resources(*launch, capability) for launch in different.values() for capability in CAPABILITIES]
+    attention = [launch for shape in shapes() for launch in attention_launches(*shape)]
+    for kernel, arguments in [*attention, *layer_launches()]:
+        constants = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr]
+        operand, missing = first_operand(arguments), [n for n, value in arguments.items() if value is None]
+        dtype = None if operand is None else operand.dtype
+        different.setdefault((kernel.__name__, dtype, *missing, *constants), (kernel, arguments))
+    jobs = [(*launch, capability) for launch in different.values() for capability in CAPABILITIES]
+    # Forked, because kernels cannot be sent to another process; a child knows its jobs by their numbers.
+    _JOBS.extend(jobs)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        rows = pool.map(_resources_of_job, range(len(jobs)), chunksize=1)
     print(table(rows))
     return 1 if any(row["spilled_bytes"] or row["tensor_cores"] == "missing" for row in rows) else 0
 

@@ -6,16 +6,14 @@ second tile is None where one is enough. A matrix product over a split side is t
 Written without `from __future__ import annotations`: Triton reads the annotations of kernels.
 """
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from vpd_fast.kernels._common import dot, rounded
 
 LOG2_E = 1.4426950408889634
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on the CPU, for tests
 
 
 def split(size: int) -> tuple[int, int]:
@@ -34,11 +32,6 @@ def tile_config(dtype: torch.dtype, dim: int, tokens: int) -> dict[str, int]:
     # Blocks of 64 tokens, or 32 where that leaves less of the last block empty.
     few = dim > 128 or -tokens % 64 != -tokens % 32
     return {"ROWS": 64, "L_BLOCK": 32 if few else 64, **run}
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; those of an H200 for the interpreter, which has none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def batch_stride(x: torch.Tensor) -> int:
@@ -62,36 +55,6 @@ def map_arguments(name: str, x: torch.Tensor | None) -> dict[str, Any]:
     """A map (B, N, M) or (B, heads, N, M) and its strides, or None."""
     strides = (0, 0, 0, 0) if x is None else x.stride() if x.dim() == 4 else (x.stride(0), 0, *x.stride()[1:])
     return {name: x, **{f"{name}_{axis}": stride for axis, stride in zip("bhnm", strides, strict=True)}}
-
-
-def launch(kernel: Callable[..., Any], grid: tuple[int, ...], on: torch.Tensor, **arguments: Any) -> None:
-    """Runs a kernel on the device of the tensor `on`, which need not be the current one, on its current stream."""
-    guard = torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext()
-    with guard:
-        kernel[grid](**arguments)
-
-
-@triton.jit
-def dot(a, b, x):
-    """x + a b, products and sums in float32; x may be None.
-
-    The interpreter keeps bfloat16 as 16-bit integers and would multiply those, so operands are widened there. That
-    changes no value: tensor cores multiply 16-bit numbers exactly, too.
-    """
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, x, input_precision="ieee")
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 x in another type, to nearest. Triton's interpreter cuts bfloat16 off, so it gets the bits."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit

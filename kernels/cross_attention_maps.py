@@ -19,23 +19,19 @@ import torch
 import triton
 import triton.language as tl
 from vpd_fast.kernels._attention import (
-    INTERPRETED,
     add_dot,
     attention_arguments,
     batch_stride,
-    dot,
     dot_transposed,
-    launch,
     load_rows,
     map_arguments,
     masked_scores,
-    multiprocessors,
-    rounded,
     split,
     store_rows,
     tile_config,
     zero_rows,
 )
+from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
 
 MAX_HEAD_DIM = 256
 ONE_PASS_WIDTH = 128  # tokens + head dimension, both rounded up as `split` does: more does not fit the registers
@@ -252,11 +248,6 @@ def _category_block(categories: Any) -> int:
 
 def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str | None:
     """Why these kernels cannot run the operator (arguments as for `forward`), or None if they can."""
-    if not INTERPRETED.value:
-        if q.device.type != "cuda":
-            return f"q is on {q.device}, not on a GPU"
-        if torch.cuda.get_device_capability(q.device) < (8, 0):
-            return f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0"
     if q.shape[2] // heads > MAX_HEAD_DIM:
         return f"a head has {q.shape[2] // heads} channels; this takes at most {MAX_HEAD_DIM}"
     if k.shape[1] * max(k.stride(1), v.stride(1)) >= 2**31:

@@ -19,15 +19,13 @@ from vpd_fast.kernels._attention import (
     attention_arguments,
     batch_stride,
     dot_transposed,
-    launch,
     load_rows,
     map_arguments,
     masked_scores,
-    multiprocessors,
-    rounded,
     store_rows,
     zero_rows,
 )
+from vpd_fast.kernels._common import launch, multiprocessors, rounded
 
 REDUCE_BLOCK = 1024
 

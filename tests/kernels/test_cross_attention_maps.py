@@ -20,7 +20,8 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from vpd_fast.kernels import cross_attention_maps, cross_attention_maps_backward  # noqa: E402
-from vpd_fast.kernels._attention import INTERPRETED, rounded, split  # noqa: E402
+from vpd_fast.kernels._attention import split  # noqa: E402
+from vpd_fast.kernels._common import INTERPRETED, rounded  # noqa: E402
 
 DEVICES = [
     pytest.param(

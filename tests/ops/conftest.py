@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vpd_fast.ops._dispatch import registry
+
 from .variants import ISAS, VARIANTS, choose_variant
 
 
@@ -19,7 +21,16 @@ def _poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.fixture(params=VARIANTS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`impl` is every implementation of the operator after which the file is called."""
+    if "impl" in metafunc.fixturenames:
+        file = metafunc.module.__name__.rpartition(".test_")[2]
+        op = max((op for op in registry().values() if file.startswith(op.name)), key=lambda op: len(op.name))
+        known = {i.name for i in op.implementations}
+        metafunc.parametrize("impl", [v for v in VARIANTS if v.partition(":")[0] in known], indirect=True)
+
+
+@pytest.fixture
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of an implementation; the CPU kernel once per instruction set level."""
     return choose_variant(request.param, monkeypatch)

@@ -65,11 +65,14 @@ def assert_close(actual: Tensor, same: Tensor, exact: Tensor, k: int, what: obje
     assert relative(actual, exact) <= budget, (relative(actual, exact), budget, what)
 
 
-def assert_within_rounding_to_8_bits(actual: Tensor, rows: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+def assert_within_rounding_to_8_bits(
+    actual: Tensor, rows: Tensor, weight: PackedWeight, bias: Tensor | None, ranged: Tensor | None = None
+) -> None:
     """Element by element: a number of a row is off by at most half a step, which the weights then multiply.
 
-    The step is a 255th of the row's range, 0 included. What is left is float32 rounding: four operations on the result
-    and the rounding of the step, 8 units of the largest possible sum at most.
+    The step is a 255th of the row's range, 0 included; or of the range of `ranged` (..., many) if it is not the row's.
+    What is left is float32 rounding: four operations on the result and the rounding of the step, 8 units of the largest
+    possible sum at most.
 
     actual: float32 (..., n), the product and the bias only. rows: (..., k) float64.
     """
@@ -77,7 +80,8 @@ def assert_within_rounding_to_8_bits(actual: Tensor, rows: Tensor, weight: Packe
     numbers = weight.unpack()[0].double()
     exact = rows @ numbers.T
     exact = exact if bias is None else exact + bias.double()
-    step = (rows.amax(-1, keepdim=True).clamp(min=0) - rows.amin(-1, keepdim=True).clamp(max=0)) / 255
+    ranged = rows if ranged is None else ranged
+    step = (ranged.amax(-1, keepdim=True).clamp(min=0) - ranged.amin(-1, keepdim=True).clamp(max=0)) / 255
     bound = step * numbers.abs().sum(1) * (0.5 + 8 * 256 * UNIT) + 8 * UNIT * exact.abs()
     assert ((actual - exact).abs() <= bound).all(), ((actual - exact).abs() / bound).max()
 

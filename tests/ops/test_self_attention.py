@@ -13,6 +13,7 @@ from vpd_fast.errors import InputError
 from vpd_fast.ops.self_attention import _check
 
 from .attention_cases import assert_close, error, make_qkv, probabilities
+from .variants import within_limits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -47,13 +48,15 @@ def test_queries(impl: str, queries: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*range(1, 14), 20, 27, 40, 41, 64, 80, 97, 160, 161, 319, 321, 512])
 def test_head_dims(impl: str, dim: int, dtype: torch.dtype) -> None:
-    check_forward(impl, *make_qkv(2, 21, 37, 3, dim, dtype=dtype), 3)
+    with within_limits(impl, "at most 256", dim > 256):
+        check_forward(impl, *make_qkv(2, 21, 37, 3, dim, dtype=dtype), 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1024, 1024, 8, 40), (2, 256, 256, 8, 80), (1, 64, 64, 8, 160)])
 def test_sizes_of_the_unet(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check_forward(impl, *make_qkv(*shape, dtype=dtype), 8)
+    q, k, v = make_qkv(*shape, dtype=dtype)
+    check_forward(impl, q[:, :80] if impl == "triton" else q, k, v, 8)  # the interpreter takes a second for each tile
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,7 +64,8 @@ def test_sizes_of_the_unet(impl: str, shape: tuple[int, ...], dtype: torch.dtype
 def test_keys_that_leave_the_cache(impl: str, queries: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
     """Several tiles of queries share what they read then; k and v are one tensor, as in the KL encoder."""
     q, k, _ = make_qkv(2, queries, tokens, 1, dim, dtype=dtype, scale=1.0)
-    check_forward(impl, q, k, k, 1)
+    with within_limits(impl, "at most 256", dim > 256):
+        check_forward(impl, q, k, k, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

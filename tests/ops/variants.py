@@ -1,13 +1,26 @@
-"""Implementations of the operators that run on a CPU: the kernel, once per instruction set level, and the reference."""
+"""Implementations of the operators that run on a CPU, native kernels once per instruction set level."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+import torch
 
 from vpd_fast import _native
+from vpd_fast.errors import InputError
+from vpd_fast.ops._triton import triton_missing
 
 ISAS = _native.load("_C").usable_isas()
-VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), "reference"]
+INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]
+VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "reference"]
+
+
+def within_limits(impl: str, limit: str, exceeded: bool) -> contextlib.AbstractContextManager:
+    """What is done in it must be refused, because of that limit of the Triton kernels, if it exceeds the limit."""
+    if impl == "triton" and exceeded:
+        return pytest.raises(InputError, match=limit)
+    return contextlib.nullcontext()
 
 
 def choose_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from vpd_fast import _native
 from vpd_fast.ops._attention_checks import maps_dtype
 from vpd_fast.ops._categories import Categories
 from vpd_fast.ops._dispatch import never_refuses
+from vpd_fast.ops._triton import triton_missing
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,12 @@ def _cpu(p: Problem, out: Tensor, maps: Tensor | None) -> None:
 
 
 def triton_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
-    """Why Triton kernels cannot run here. With TRITON_INTERPRET=1 they run on the CPU, for tests."""
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"q is on {q.device}, not on a GPU"
+    """Why the Triton kernels of attention cannot run here, or None."""
     if q.dtype == torch.float64:
         return "q is float64"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it comes with PyTorch's GPU builds)"
+    reason = triton_missing(q, "q")
+    if reason is not None:
+        return reason
     from vpd_fast.kernels import cross_attention_maps as kernels
 
     return kernels.refuse(q, k, v, heads)

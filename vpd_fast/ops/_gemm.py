@@ -22,6 +22,7 @@ from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._packing import PANEL, PackedWeight
+from vpd_fast.ops._triton import triton_missing
 
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = (None, "relu", "silu", "geglu")
@@ -143,11 +144,35 @@ def finish(result: Tensor, bias: Tensor | None, activation: str, residual: Tenso
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def cpu_refuses(x: Tensor, *_: Any) -> str | None:
+def cpu_refuses(x: Tensor, _: Tensor | None, data: Tensor, *__: Any) -> str | None:
     """Why the native kernel cannot run, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
+    if data.dim() == 3:
+        return 'weight is laid out for a GPU; PackedWeight.for_device("cpu") changes that'
     return _native.why_missing("_C")
+
+
+def triton_refuses(x: Tensor, x2: Tensor | None, n: int, activation: str) -> str | None:
+    """Why the Triton kernels of a product cannot run, or None."""
+    reason = triton_missing(x)
+    if reason is not None:
+        return reason
+    if activation == "geglu" and n % PANEL:
+        return f"geglu of {n // 2} values, which are no runs of {PANEL // 2}"
+    from vpd_fast.kernels import _rows
+
+    return _rows.refuse(x, x2)
+
+
+def triton_weight(data: Tensor, n: int, k: int) -> Tensor:
+    """(n, k) contiguous; unpacked at every call if it is laid out for a CPU."""
+    return PackedWeight(data, None, None, n, k).numbers()[0].contiguous()
+
+
+def contiguous_or_none(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each tensor, copied if need be."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def last_contiguous(x: Tensor | None) -> Tensor | None:

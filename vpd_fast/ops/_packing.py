@@ -1,4 +1,4 @@
-"""Weights in the layout that the native matrix kernels read, in float32, bfloat16 or 8-bit integers."""
+"""Weights in the layouts that matrix kernels read, in float32, bfloat16 or 8-bit integers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ LARGEST = 127  # of the symmetric 8-bit weights
 class PackedWeight:
     """The right factor of C[t] = A[t] @ B[t].T, with B (taps,n,k).
 
-    data: (taps, ceil(n/32), ceil(k/w), 32*w), w = 1 for float32, 2 for bfloat16, 4 for int8; number (i, j) of B[t] is
-        data[t, i // 32, j // w, i % 32 * w + j % w], and padding is zero.
+    data: in panels, for CPUs: (taps, ceil(n/32), ceil(k/w), 32*w), w = 1 for float32, 2 for bfloat16, 4 for int8;
+        number (i, j) of B[t] is data[t, i // 32, j // w, i % 32 * w + j % w], and padding is zero. Or in rows, for
+        GPUs: (taps, n, k). The numbers are the same.
     scales, sums: (taps,n) float32 for int8, else None: B = data * scales, and the sums of data over k.
     """
 
@@ -70,14 +71,21 @@ class PackedWeight:
         if dtype == torch.int8:
             weight, scales = _round_to_int8(weight)
             sums = weight.sum(2, dtype=torch.int32).float()
-        _, n, k = weight.shape
-        width = WIDTHS[dtype]
-        padded = F.pad(weight.to(dtype), (0, -k % width, 0, -n % PANEL))
-        data = padded.unflatten(1, (-1, PANEL)).unflatten(3, (-1, width))  # taps, panel, row, element, number
-        return cls(data.transpose(2, 3).flatten(3).contiguous(), scales, sums, n, k)
+        return cls(_panels(weight.to(dtype)), scales, sums, *weight.shape[1:])
+
+    def for_device(self, device: torch.device | str) -> PackedWeight:
+        """The same numbers on that device, in the layout that its kernels read."""
+        device = torch.device(device)
+        data = self.data if device.type == "cpu" else self.numbers().contiguous()
+        if device.type == "cpu" and self.data.dim() == 3:
+            data = _panels(self.data)
+        moved = (None if t is None else t.to(device) for t in (data, self.scales, self.sums))
+        return PackedWeight(*moved, self.n, self.k)
 
     def numbers(self) -> Tensor:
         """The stored numbers in order: (taps,n,k) of `dtype`."""
+        if self.data.dim() == 3:
+            return self.data
         elements = self.data.unflatten(3, (PANEL, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
         return elements[:, : self.n, : self.k]
 
@@ -85,6 +93,15 @@ class PackedWeight:
         """The weight (taps,n,k) in float32, as rounded."""
         numbers = self.numbers().float()
         return numbers if self.scales is None else numbers * self.scales[:, :, None]
+
+
+def _panels(numbers: Tensor) -> Tensor:
+    """(taps,n,k) -> the layout for CPUs."""
+    _, n, k = numbers.shape
+    width = WIDTHS[numbers.dtype]
+    padded = F.pad(numbers, (0, -k % width, 0, -n % PANEL))
+    data = padded.unflatten(1, (-1, PANEL)).unflatten(3, (-1, width))  # taps, panel, row, element, number
+    return data.transpose(2, 3).flatten(3).contiguous()
 
 
 def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

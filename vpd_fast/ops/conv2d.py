@@ -2,7 +2,7 @@
 
 A matrix product whose left factor, the inputs that each output position reads ("im2col"), exists block by block in the
 cache only. For kernels, strides and sizes that `winograd_conv2d` is not made for. Precision and what is not finite: as
-in `linear`; a row of 8 bits is what one output position reads.
+in `linear`; a row of 8 bits is what one output position reads, but for the Triton kernels, where it is a whole image.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def conv2d(
     residual: like the result, float32 or bfloat16; may be `out` itself.
     out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
-    impl: "auto", "cpu" or "reference".
+    impl: "auto", "cpu", "triton" or "reference".
 
     Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
     for inputs that require gradients while they are recorded.
@@ -207,6 +207,44 @@ def _cpu(
         out.copy_(target.view(out.shape))
 
 
+def _triton(
+    x: Tensor,
+    x2: Tensor | None,
+    data: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: int,
+    padding: Sequence[int],
+    affine: Tensor | None,
+    silu: bool,
+    scale: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    if out.numel() == 0:
+        return
+    from vpd_fast.kernels import conv2d as kernels
+
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (x, x2, residual, out))
+    k = kernel[0] * kernel[1] * (x.shape[3] + (0 if x2 is None else x2.shape[3]))
+    weight = _gemm.triton_weight(data, n, k)
+    scales, sums, bias, affine, scale = _gemm.contiguous_or_none(scales, sums, bias, affine, scale)
+    prologue = {"affine": affine, "silu": silu, "scale": scale}
+    geometry = {"kernel": tuple(kernel), "stride": stride, "padding": tuple(padding)}
+    end = {"bias": bias, "activation": activation, "residual": residual, "out": target}
+    kernels.forward(x, x2, weight, scales, sums, **prologue, **geometry, **end)
+    if target is not out:
+        out.copy_(target)
+
+
+def _triton_refuses(x: Tensor, x2: Tensor | None, *rest: Any) -> str | None:
+    return _gemm.triton_refuses(x, x2, n=rest[3], activation=rest[-3])
+
+
 register(
     Op(
         name="conv2d",
@@ -220,6 +258,7 @@ register(
         check=_check,
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
+            Implementation("triton", _triton, _triton_refuses),
             Implementation("reference", _reference),
         ),
     )

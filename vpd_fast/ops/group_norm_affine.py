@@ -18,6 +18,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._triton import triton_missing
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,7 +32,7 @@ def group_norm_affine(
         those of torch.cat([x, x2], -1), without the copy. Rows evenly spaced and channels next to each other are read
         in place; other strides are copied.
     weight, bias: (C,) float32. groups: divides C. eps: added to the variance, as in torch.nn.GroupNorm.
-    impl: "auto", "cpu" or "reference".
+    impl: "auto", "cpu", "triton" or "reference".
     Returns (B, 2, C) float32: [:, 0] is the scale, [:, 1] the shift. Inference only. Raises InputError for a wrong
     shape, dtype, device, number of groups or impl, and for an input that requires gradients while they are recorded.
     """
@@ -106,6 +107,20 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: T
     return out
 
 
+def _triton_refuses(x: Tensor, *_: Any) -> str | None:
+    return triton_missing(x)
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: Tensor | None) -> Tensor:
+    from vpd_fast.kernels import group_norm_affine as kernels
+
+    out = _fake(x, weight)
+    if out.numel():
+        sources = [_rows(source) for source in (x, x2) if source is not None]
+        kernels.forward(sources, weight.contiguous(), bias.contiguous(), groups, eps, out)
+    return out
+
+
 def _rows(x: Tensor) -> Tensor:
     """(B, H * W, C) with channels next to each other; the memory of x where its strides allow."""
     rows = x.flatten(1, 2)
@@ -121,6 +136,7 @@ register(
         check=_check,
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
+            Implementation("triton", _triton, _triton_refuses),
             Implementation("reference", _reference),
         ),
     )

@@ -11,6 +11,7 @@ makes its results not finite; with 8-bit weights, NaN.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def linear(
     residual: like the result, float32 or bfloat16; may be `out` itself.
     out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
-    impl: "auto", "cpu" or "reference".
+    impl: "auto", "cpu", "triton" or "reference".
 
     Returns out (B, M, N), for geglu (B, M, N // 2). Inference only. Raises InputError for a wrong shape, dtype, device,
     weight or impl, and for inputs that require gradients while they are recorded.
@@ -186,6 +187,40 @@ def _cpu(
         out.copy_(target)
 
 
+def _triton(
+    x: Tensor,
+    x2: Tensor | None,
+    data: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    norm: bool,
+    eps: float,
+    affine: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    if out.numel() == 0:
+        return
+    from vpd_fast.kernels import linear as kernels
+
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (x, x2, residual, out))
+    weight = _gemm.triton_weight(data, n, x.shape[2] + (0 if x2 is None else x2.shape[2]))
+    scales, sums, bias, affine, scale = _gemm.contiguous_or_none(scales, sums, bias, affine, scale)
+    prologue = {"norm": norm, "eps": eps, "affine": affine, "scale": scale}
+    end = {"bias": bias, "activation": activation, "residual": residual, "out": target}
+    kernels.forward(x, x2, weight, scales, sums, **prologue, **end)
+    if target is not out:
+        out.copy_(target)
+
+
+def _triton_refuses(x: Tensor, x2: Tensor | None, *rest: Any) -> str | None:
+    return _gemm.triton_refuses(x, x2, n=rest[3], activation=rest[-3])
+
+
 register(
     Op(
         name="linear",
@@ -198,6 +233,7 @@ register(
         check=_check,
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
+            Implementation("triton", _triton, _triton_refuses),
             Implementation("reference", _reference),
         ),
     )

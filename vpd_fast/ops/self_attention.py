@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._attention import image_and_row_strides, last_contiguous, no_autocast, split_heads
+from vpd_fast.ops._attention import image_and_row_strides, last_contiguous, no_autocast, split_heads, triton_refuses
 from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
@@ -42,7 +42,7 @@ def self_attention(
     scale: of the scores, a number; None: D ** -0.5.
     out: where the result goes, of q's shape and dtype, any strides but expanded; must not share memory with the inputs.
         None: allocated.
-    impl: "auto", "cpu" or "reference".
+    impl: "auto", "cpu", "triton" or "reference".
 
     Returns out. A query with a score of NaN or infinity gets NaN. Inference only. Raises InputError for wrong shapes,
     dtypes, devices, scale or impl, and for tensors that require gradients while they are recorded.
@@ -111,6 +111,23 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float)
         out.copy_(result)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
+    if not out.numel():
+        return
+    from vpd_fast.kernels import cross_attention_maps as kernels
+
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    options = {"heads": heads, "scale": scale, "weight": 1.0, "categories": None, "average_heads": True}
+    kernels.forward(q, k, v, result, None, None, **options)
+    if result is not out:
+        out.copy_(result)
+
+
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> str | None:
+    return triton_refuses(q, k, v, heads)
+
+
 def _fake(*_: Any) -> None:
     """Nothing is returned."""
 
@@ -124,6 +141,7 @@ register(
         check=_check,
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
+            Implementation("triton", _triton, _triton_refuses),
             Implementation("reference", _reference),
         ),
     )

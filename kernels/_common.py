@@ -1,0 +1,66 @@
+"""What all Triton kernels share: launching, products and rounding, in the interpreter, too.
+
+Written without `from __future__ import annotations`: Triton reads the annotations of kernels.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on the CPU, for tests
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; those of an H200 for the interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def image_arguments(name: str, x: torch.Tensor | None, short: str | None = None) -> dict[str, Any]:
+    """A tensor (B, H, W, C) and its strides `<short>_b`, `_y` and `_x`, or None; a kernel's arguments."""
+    strides = (0, 0, 0) if x is None else x.stride()[:3]
+    return {name: x, **{f"{short or name}_{axis}": stride for axis, stride in zip("byx", strides, strict=True)}}
+
+
+def device_refuses(x: torch.Tensor, name: str = "x") -> str | None:
+    """Why kernels cannot run where the tensor `name` is, or None if they can."""
+    if INTERPRETED.value:
+        return None
+    if x.device.type != "cuda":
+        return f"{name} is on {x.device}, not on a GPU"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    return None
+
+
+def launch(kernel: Callable[..., Any], grid: tuple[int, ...], on: torch.Tensor, **arguments: Any) -> None:
+    """Runs a kernel on the device of the tensor `on`, which need not be the current one, on its current stream."""
+    guard = torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments)
+
+
+@triton.jit
+def dot(a, b, x):
+    """x + a b, products and sums in float32, or int32 for int8; x may be None.
+
+    The interpreter keeps bfloat16 as 16-bit integers and would multiply those, so operands are widened there. That
+    changes no value: tensor cores multiply 16-bit numbers exactly, too.
+    """
+    if INTERPRETED and a.dtype != tl.int8:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, x, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in another type, to nearest. Triton's interpreter cuts bfloat16 off, so it gets the bits."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

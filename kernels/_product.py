@@ -1,0 +1,260 @@
+"""The product of `linear` and `conv2d`: rows times a weight, and what follows it.
+
+A row is what one output position reads, gathered while it is loaded: for `linear` the position itself, for `conv2d` its
+neighbourhood. A tile of the result is computed by one program, or by several that share the columns of the rows; their
+sums are added in a fixed order by a second kernel, so no result depends on who comes first.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How output positions read an image: (B, OH, OW) from (B, H, W). A matrix is an image of width 1."""
+
+    out_height: int
+    out_width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    top: int = 0
+    left: int = 0
+
+    def reads_outside(self, height: int, width: int) -> bool:
+        """Whether some position reads beyond an image of this size."""
+        last_y = (self.out_height - 1) * self.stride - self.top + self.kernel[0]
+        last_x = (self.out_width - 1) * self.stride - self.left + self.kernel[1]
+        return self.top > 0 or self.left > 0 or last_y > height or last_x > width
+
+
+@triton.jit
+def _add_source(
+    acc, a, a_b, a_y, a_x, height, width, channels, first, all_channels, weight, k_total,
+    rows_b, rows_y, rows_x, valid, columns, in_n, begin, end,
+    KW: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """acc + the products of one source's channels, the steps begin to end of taps x blocks of channels.
+
+    MASKED: taps may be outside of the image, where it is zero.
+    """
+    blocks = tl.cdiv(channels, BK)
+    images = a + (rows_b * a_b)[:, None]
+    weights = (columns * k_total + first)[:, None]
+    for i in range(begin, end):
+        tap = i // blocks
+        c = (i % blocks) * BK + tl.arange(0, BK)
+        y = rows_y + tap // KW
+        x = rows_x + tap % KW
+        inside = valid
+        if MASKED:
+            inside = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        in_k = (c < channels)[None, :]
+        left = tl.load(images + (y * a_y + x * a_x)[:, None] + c[None, :], mask=inside[:, None] & in_k, other=0.0)
+        places = weights + (tap * all_channels + c)[None, :]
+        right = tl.load(weight + places, mask=in_n[:, None] & in_k, other=0.0)
+        acc = dot(left, tl.trans(right), acc)
+    return acc
+
+
+@triton.jit
+def _positions(rows, height, width):
+    """Image, y and x of rows that count the positions of all images."""
+    b = rows // (height * width)
+    within = (rows - b * (height * width)).to(tl.int32)
+    return b, within // width, within % width
+
+
+@triton.jit
+def _store(
+    acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums,
+    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out = activation(scales * acc + bias) + residual, for the tile of these rows that begins at column n0."""
+    valid = rows < total_rows
+    columns = n0 + tl.arange(0, BN)
+    in_n = columns < N
+    values = acc
+    if column_scales is not None:
+        # Whole numbers are exact: |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
+        places = rows // rows_per_scale
+        zero = tl.load(row_zeros + places, mask=valid, other=0.0).to(tl.int32)
+        total = tl.load(sums + columns, mask=in_n, other=0.0).to(tl.int32)
+        scale = tl.load(row_scales + places, mask=valid, other=0.0)[:, None]
+        scale *= tl.load(column_scales + columns, mask=in_n, other=0.0)[None, :]
+        values = (acc - zero[:, None] * total[None, :]).to(tl.float32) * scale
+    if bias is not None:
+        values += tl.load(bias + columns, mask=in_n, other=0.0)[None, :]
+    if ACTIVATION == "relu":
+        values = tl.where(values < 0, 0.0, values)  # keeps NaN
+    if ACTIVATION == "silu":
+        values = values / (1.0 + tl.exp(-values))
+    if ACTIVATION == "geglu":  # runs of 16 values and of their 16 gates take turns
+        pairs = tl.permute(tl.reshape(values, (BM, BN // 32, 2, 16)), (0, 1, 3, 2))
+        values, gates = tl.split(pairs)
+        values = values * (0.5 * gates * (1.0 + tl.erf(gates * 0.7071067811865476)))
+        values = tl.reshape(values, (BM, BN // 2))
+        columns = n0 // 2 + tl.arange(0, BN // 2)
+        in_n = columns < N // 2
+    b, y, x = _positions(rows, out_height, out_width)
+    inside = valid[:, None] & in_n[None, :]
+    if residual is not None:
+        places = residual + (b * r_b + y * r_y + x * r_x)[:, None] + columns[None, :]
+        values += tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    places = out + (b * o_b + y * o_y + x * o_x)[:, None] + columns[None, :]
+    tl.store(places, rounded(values, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product_kernel(
+    a, a_b, a_y, a_x, a_channels, a2, a2_b, a2_y, a2_x, a2_channels, height, width, stride, top, left,
+    weight, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums, bias,
+    residual, r_b, r_y, r_x, out, o_b, o_y, o_x, partial,
+    KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result (axis 0), or one part of its sums (axis 1), which goes to partial (SPLITS, rows, N)."""
+    across = tl.cdiv(N, BN)
+    down = tl.cdiv(total_rows, BM)
+    # GROUP tiles of rows take turns, so that a part of the weight is used again while it is in the cache.
+    group = tl.program_id(0) // (GROUP * across)
+    tall = tl.minimum(down - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * across)
+    rows = (group * GROUP + within % tall).to(tl.int64) * BM + tl.arange(0, BM)
+    n0 = within // tall * BN
+    columns = n0 + tl.arange(0, BN)
+    valid, in_n = rows < total_rows, columns < N
+    b, y, x = _positions(rows, out_height, out_width)
+    y = y * stride - top
+    x = x * stride - left
+    channels = a_channels + a2_channels
+    k_total = KH * KW * channels
+    acc = tl.zeros((BM, BN), tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32)
+    steps = KH * KW * tl.cdiv(a_channels, BK)
+    steps2 = KH * KW * tl.cdiv(a2_channels, BK)
+    share = tl.cdiv(steps + steps2, SPLITS)
+    begin = tl.program_id(1) * share
+    end = begin + share
+    acc = _add_source(
+        acc, a, a_b, a_y, a_x, height, width, a_channels, 0, channels, weight, k_total,
+        b, y, x, valid, columns, in_n, tl.minimum(begin, steps), tl.minimum(end, steps), KW, BK, MASKED,
+    )  # fmt: skip
+    if a2 is not None:
+        begin, end = tl.maximum(begin - steps, 0), tl.minimum(tl.maximum(end - steps, 0), steps2)
+        acc = _add_source(
+            acc, a2, a2_b, a2_y, a2_x, height, width, a2_channels, a_channels, channels, weight, k_total,
+            b, y, x, valid, columns, in_n, begin, end, KW, BK, MASKED,
+        )  # fmt: skip
+    if SPLITS > 1:
+        places = partial + ((tl.program_id(1) * total_rows + rows) * N)[:, None] + columns[None, :]
+        tl.store(places, acc, mask=valid[:, None] & in_n[None, :])
+    else:
+        _store(
+            acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
+            sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, ACTIVATION, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(
+    partial, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums, bias,
+    residual, r_b, r_y, r_x, out, o_b, o_y, o_x,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of the sums of one tile and finishes it."""
+    across = tl.cdiv(N, BN)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BM + tl.arange(0, BM)
+    n0 = tl.program_id(0) % across * BN
+    columns = n0 + tl.arange(0, BN)
+    inside = (rows < total_rows)[:, None] & (columns < N)[None, :]
+    places = partial + (rows * N)[:, None] + columns[None, :]
+    acc = tl.load(places, mask=inside, other=0)
+    for i in range(1, SPLITS):
+        acc += tl.load(places + i * total_rows * N, mask=inside, other=0)
+    _store(
+        acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
+        sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, ACTIVATION, BM, BN,
+    )  # fmt: skip
+
+
+def tile_config(rows: int, n: int, k: int, channels: int, dtype: torch.dtype, processors: int) -> dict[str, int]:
+    """Tile, pipeline and number of splits. k: columns of a row; channels: of the source with fewer of them."""
+    if dtype == torch.float32:  # no tensor cores
+        config = {"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 2}
+    else:
+        least, most = (16, 64) if dtype == torch.bfloat16 else (32, 128)
+        bk = max(least, min(most, triton.next_power_of_2(channels)))
+        config = {"BM": 128, "BN": 128, "BK": bk, "num_warps": 8, "num_stages": 3}
+        if triton.cdiv(rows, 128) * triton.cdiv(n, 128) < processors:
+            config |= {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 4}
+    tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
+    # Idle multiprocessors share the sums, as long as each part is worth a pipeline.
+    splits = max(1, min(processors // tiles, k // (8 * config["BK"]), 16))
+    return {**config, "GROUP": 8, "SPLITS": splits}
+
+
+def product(
+    a: torch.Tensor,
+    a2: torch.Tensor | None,
+    geometry: Geometry,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    column_scales: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+    row_scales: torch.Tensor | None = None,
+    row_zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str = "",
+    residual: torch.Tensor | None = None,
+    config: dict[str, int] | None = None,
+) -> None:
+    """out = activation(scaled(a times weight) + bias) + residual.
+
+    a, a2: (B, H, W, C), (B, H, W, C2) of the weight's dtype, channels next to each other. weight: (N, KH * KW * (C+C2))
+    contiguous. out, residual: (B, OH, OW, N) or N / 2, channels next to each other. row_scales, row_zeros: of 8 bits,
+    (B * OH * OW,) or (B,): a ~ scale * (stored - zero), and of a whole image only if no position reads outside of it.
+    """
+    batch, height, width, channels = a.shape
+    n, k = weight.shape
+    rows = batch * geometry.out_height * geometry.out_width
+    least = channels if a2 is None else min(channels, a2.shape[3])
+    config = dict(config or tile_config(rows, n, k, least, a.dtype, multiprocessors(a.device)))
+    finish: dict[str, Any] = {
+        **{"total_rows": rows, "N": n, "out_height": geometry.out_height, "out_width": geometry.out_width},
+        **{"row_scales": row_scales, "row_zeros": row_zeros},
+        "rows_per_scale": 1 if row_scales is None else max(1, rows // row_scales.numel()),
+        **{"column_scales": column_scales, "sums": sums, "bias": bias},
+        **image_arguments("residual", residual, "r"),
+        **image_arguments("out", out, "o"),
+        "ACTIVATION": activation,
+    }
+    splits, partial = config["SPLITS"], None
+    if splits > 1:
+        dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
+        partial = torch.empty(splits, rows, n, dtype=dtype, device=a.device)
+    tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
+    launch(
+        _product_kernel,
+        (tiles, splits),
+        a,
+        **image_arguments("a", a),
+        a_channels=channels,
+        **image_arguments("a2", a2),
+        a2_channels=0 if a2 is None else a2.shape[3],
+        **{"height": height, "width": width, "stride": geometry.stride, "top": geometry.top, "left": geometry.left},
+        weight=weight,
+        partial=partial,
+        **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
+        **finish,
+        **config,
+    )
+    if splits > 1:
+        tile = {"BM": 16, "BN": 64, "SPLITS": splits, "num_warps": 4}
+        tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
+        launch(_merge_kernel, (tiles,), a, partial=partial, **finish, **tile)

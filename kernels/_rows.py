@@ -1,0 +1,188 @@
+"""What `linear` and `conv2d` do before the product: rows are joined, normalised, activated and rounded.
+
+Rows of 8 bits are stored signed, u8 - 128 in the terms of `vpd_fast.ops._gemm`, because tensor cores take two factors
+of one kind.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from vpd_fast.kernels._common import image_arguments, launch, rounded
+
+WIDEST = 16384  # columns of a row, which is kept in registers
+ELEMENTS = 4096  # of the rows of one program, if one row is not longer
+PARTS = 1024  # ranges that are merged at a time
+
+
+@triton.jit
+def _load_source(x, offsets, valid, columns, channels):
+    """The channels `columns` at the positions `offsets` as float32, zero outside."""
+    inside = valid[:, None] & ((columns >= 0) & (columns < channels))[None, :]
+    return tl.load(x + offsets[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scale_and_zero(low, high):
+    """(scale, 1 / scale, zero) of a range, as `quantize_rows` in `vpd_fast.ops._gemm` defines them.
+
+    The scale of a range that is not finite is NaN, and its inverse 0.
+    """
+    scale = (tl.maximum(high, 0.0) - tl.minimum(low, 0.0)) / 255.0
+    scale = tl.where((low != low) | (scale == float("inf")), float("nan"), scale)
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)  # the smallest normal number
+    inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+    zero = tl.floor(tl.maximum(-low, 0.0) * inverse + 0.5)
+    return scale, inverse, tl.where(inverse > 0.0, zero, 0.0)
+
+
+@triton.jit
+def _rows_kernel(
+    x, x_b, x_y, x_x, x2, x2_b, x2_y, x2_x, height, width, tall, wide, top, left, affine, scale, eps,
+    out, scales, zeros, K1, K,
+    NORM: tl.constexpr, SILU: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one image (axis 0: images x blocks of rows), which count its positions with the padding around it.
+
+    ROUND: "" to the type of `out`; "row" to 8 bits, with scale and zero of each row; "image" to 8 bits with scale and
+    zero of the image, which are read; "range" writes the least and largest number of the program to scales and zeros.
+    """
+    blocks = tl.cdiv(tall * wide, ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    m = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    rows = b * tall * wide + m
+    y, x_ = m // wide - top, m % wide - left
+    there = (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
+    valid = m < tall * wide
+    columns = tl.arange(0, COLUMNS)
+    a = _load_source(x + b * x_b, y * x_y + x_ * x_x, there, columns, K1)
+    if x2 is not None:
+        a += _load_source(x2 + b * x2_b, y * x2_y + x_ * x2_x, there, columns - K1, K - K1)
+    own = columns < K
+    if NORM:
+        mean = tl.sum(a, 1) / K
+        difference = tl.where(own[None, :], a - mean[:, None], 0.0)
+        variance = tl.sum(difference * difference, 1) / K
+        a = difference * (1.0 / tl.sqrt(variance + eps))[:, None]
+    if affine is not None:
+        places = affine + b * 2 * K + columns
+        a = a * tl.load(places, mask=own, other=0.0)[None, :] + tl.load(places + K, mask=own, other=0.0)[None, :]
+    if SILU:
+        a = a / (1.0 + tl.exp(-a))
+    if scale is not None:
+        a *= tl.load(scale + columns, mask=own, other=0.0)[None, :]
+    a = tl.where(there[:, None] & own[None, :], a, 0.0)
+    inside = valid[:, None] & own[None, :]
+    places = out + (rows * K)[:, None] + columns[None, :]
+    if ROUND == "":
+        tl.store(places, rounded(a, out.dtype.element_ty), mask=inside)
+    else:
+        if ROUND == "image":
+            s = tl.load(scales + b)
+            inverse = tl.where(s > 0.0, 1.0 / s, 0.0)
+            number = a * inverse + tl.load(zeros + b)
+        else:
+            # Minimum and maximum ignore NaN, so it is looked for.
+            low = tl.where(tl.max((a != a).to(tl.int32), 1) > 0, float("nan"), tl.min(a, 1))
+            high = tl.max(a, 1)
+            if ROUND == "range":
+                bad = tl.max((low != low).to(tl.int32), 0) > 0
+                tl.store(scales + tl.program_id(0), tl.where(bad, float("nan"), tl.min(low, 0)))
+                tl.store(zeros + tl.program_id(0), tl.max(high, 0))
+            else:
+                s, inverse, zero = _scale_and_zero(low, high)
+                tl.store(scales + rows, s, mask=valid)
+                tl.store(zeros + rows, zero - 128.0, mask=valid)
+                number = a * inverse[:, None] + zero[:, None] - 128.0
+        if ROUND != "range":
+            number = tl.where(tl.abs(number) < float("inf"), number, 0.0)  # the scale makes NaN of such a row
+            number = (number + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to nearest, ties to even
+            tl.store(places, tl.minimum(tl.maximum(number, -128.0), 127.0).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _image_range_kernel(lows, highs, scales, zeros, parts, PARTS: tl.constexpr):
+    """Scale and zero of each image (axis 0) from the ranges of its parts (B, parts)."""
+    b = tl.program_id(0).to(tl.int64)
+    low = tl.zeros((PARTS,), tl.float32)
+    high = tl.zeros((PARTS,), tl.float32)
+    bad = tl.zeros((PARTS,), tl.int32)
+    for first in range(0, parts, PARTS):
+        columns = first + tl.arange(0, PARTS)
+        value = tl.load(lows + b * parts + columns, mask=columns < parts, other=0.0)
+        bad |= (value != value).to(tl.int32)
+        low = tl.minimum(low, value)
+        high = tl.maximum(high, tl.load(highs + b * parts + columns, mask=columns < parts, other=0.0))
+    least = tl.where(tl.max(bad, 0) > 0, float("nan"), tl.min(low, 0))
+    scale, _, zero = _scale_and_zero(least, tl.max(high, 0))
+    tl.store(scales + b, scale)
+    tl.store(zeros + b, zero - 128.0)
+
+
+def refuse(x: torch.Tensor, x2: torch.Tensor | None) -> str | None:
+    """Why rows of these sources (B, ..., C) cannot be prepared, or None if they can."""
+    columns = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+    if columns > WIDEST:
+        return f"a row has {columns} columns; this takes at most {WIDEST}"
+    for source in (x, x2):
+        if (
+            source is not None
+            and sum((n - 1) * s for n, s in zip(source.shape[1:], source.stride()[1:], strict=True)) >= 2**31
+        ):
+            return "an image spans more than 2**31 elements"
+    if x[:1].numel() // max(1, x.shape[-1]) * columns >= 2**31:
+        return "the prepared rows of an image have more than 2**31 elements"
+    return None
+
+
+def prepare(
+    x: torch.Tensor,
+    x2: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    norm: bool = False,
+    eps: float = 0.0,
+    affine: torch.Tensor | None = None,
+    silu: bool = False,
+    scale: torch.Tensor | None = None,
+    per_image: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The left factor (B, H', W', K) of that dtype with its padding, and for int8 scales and zeros, else None.
+
+    x, x2: (B, H, W, C), channels next to each other. padding: top, left, bottom, right. per_image: one scale and zero
+    for each image instead of each row. Others: as in `vpd_fast.ops.linear` and `conv2d`.
+    """
+    batch, height, width, k1 = x.shape
+    k = k1 + (0 if x2 is None else x2.shape[3])
+    top, left, bottom, right = padding
+    tall, wide = height + top + bottom, width + left + right
+    columns = triton.next_power_of_2(k)
+    rows = max(1, ELEMENTS // columns)
+    blocks = triton.cdiv(tall * wide, rows)
+    arguments: dict[str, Any] = {
+        **image_arguments("x", x),
+        **image_arguments("x2", x2),
+        **{"height": height, "width": width, "tall": tall, "wide": wide, "top": top, "left": left},
+        **{"affine": affine, "scale": scale, "eps": eps, "K1": k1, "K": k, "NORM": norm, "SILU": silu},
+        **{"ROWS": rows, "COLUMNS": columns, "num_warps": 4 if rows * columns <= ELEMENTS else 8},
+    }
+    out = torch.empty(batch, tall, wide, k, dtype=dtype, device=x.device)
+
+    def run(how: str, scales: torch.Tensor | None, zeros: torch.Tensor | None) -> None:
+        launch(_rows_kernel, (batch * blocks,), x, **arguments, out=out, scales=scales, zeros=zeros, ROUND=how)
+
+    if dtype != torch.int8:
+        run("", None, None)
+        return out, None, None
+    scales, zeros = x.new_empty((2, batch if per_image else batch * tall * wide), dtype=torch.float32)
+    if not per_image:
+        run("row", scales, zeros)
+        return out, scales, zeros
+    lows, highs = x.new_empty((2, batch * blocks), dtype=torch.float32)
+    run("range", lows, highs)
+    found = {"scales": scales, "zeros": zeros, "parts": blocks, "PARTS": PARTS}
+    launch(_image_range_kernel, (batch,), x, lows=lows, highs=highs, **found)
+    run("image", scales, zeros)
+    return out, scales, zeros
