@@ -279,7 +279,11 @@ def test_parameters_are_fine_where_no_gradients_are_recorded() -> None:
 
 def test_the_kernel_says_why_it_cannot_run() -> None:
     on_meta = {name: t.to("meta") if isinstance(t, Tensor) else t for name, t in GOOD.items()}
-    assert ops.explain("group_norm_affine", **on_meta) == {"cpu": "x is on meta, not on the CPU", "reference": "ok"}
+    assert ops.explain("group_norm_affine", **on_meta) == {
+        "cpu": "x is on meta, not on the CPU",
+        "triton": "x is on meta, not on a GPU",
+        "reference": "ok",
+    }
 
 
 def test_opcheck() -> None:

@@ -398,8 +398,10 @@ def test_gradients_are_fine_where_none_are_recorded() -> None:
         assert not ops.linear(x, WEIGHT).requires_grad
 
 
-def test_why_an_implementation_cannot_run() -> None:
-    assert ops.explain("linear", X, WEIGHT) == {"cpu": "ok", "reference": "ok"}
+def test_why_an_implementation_cannot_run(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    no_gpu = {"triton": "x is on cpu, not on a GPU"}
+    assert ops.explain("linear", X, WEIGHT) == {"cpu": "ok", **no_gpu, "reference": "ok"}
     weight = PackedWeight(WEIGHT.data.to("meta"), None, None, 6, 8)
     assert ops.explain("linear", X.to("meta"), weight)["cpu"] == "x is on meta, not on the CPU"
 

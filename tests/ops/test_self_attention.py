@@ -228,10 +228,12 @@ def test_calls_from_several_threads() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes_are_for_the_reference(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_for_the_reference(monkeypatch, dtype: torch.dtype) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = make_qkv(2, 21, 37, 3, 8, dtype=dtype)
     assert ops.explain("self_attention", q, k, v, 3) == {
         "cpu": f"q is {dtype}, not torch.float32 or torch.bfloat16",
+        "triton": "q is float64" if dtype == torch.float64 else "q is on cpu, not on a GPU",
         "reference": "ok",
     }
     check_forward("auto", q, k, v, 3)
