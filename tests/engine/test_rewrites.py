@@ -136,6 +136,18 @@ def test_upsampling(height: int, width: int) -> None:
     assert ((pixels_of(*factors) - expected).abs() <= budget).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 4)])
+def test_phases(height: int, width: int) -> None:
+    weight, x = torch.randn(4, 3, 3, 3), torch.randn(2, 3, height, width)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    actual = torch.empty_like(expected)
+    for phase, kernel in enumerate(rewrites.phase_weights(weight)):
+        y, x_ = divmod(phase, 2)
+        actual[:, :, y::2, x_::2] = F.conv2d(F.pad(x, (1 - x_, x_, 1 - y, y)), kernel)
+    assert_same(actual, expected)
+
+
 def test_every_rewrite_is_listed_and_used() -> None:
     """The table names what the layers of the three tasks were made with, and nothing else."""
     from vpd_fast import VPD

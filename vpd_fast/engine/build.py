@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, Winograd
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, PhaseConv2d, Winograd
 from vpd_fast.engine.policy import NAMES, Policy
+from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.engine.specs import Spec
 from vpd_fast.ops._packing import PackedWeight
 from vpd_fast.ops.winograd_conv2d import winograd_weight
 
+PHASES = "2x2 for each of 4 phases"
 ALGORITHMS = {0: "direct", 9: "Winograd F(2x2), upsampling", 16: "Winograd F(2x2)", 36: "Winograd F(4x4)"}
 
 
@@ -54,11 +56,12 @@ def build_layer(
     else:
         taps, why = 0, f"stride {settings['stride']}"
         if spec.upsample or (settings["stride"] == 1 and shape[2:] == (3, 3) and spec.side):
-            taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample)
+            taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample, weight.device.type)
         kind, packed, settings = _convolution(weight, taps, dtype, settings, spec.upsample)
-        algorithm, reason = ALGORITHMS[taps], "; ".join(filter(None, (why if spec.side else "", reason)))
+        algorithm = PHASES if kind is PhaseConv2d else ALGORITHMS[taps]
+        reason = "; ".join(filter(None, (why if spec.side else "", reason)))
     bias = None if bias is None else bias.float().clone()
-    layer = kind(packed, bias, out_dtype, scale, **settings)
+    layer = kind(packed.for_device(weight.device), bias, out_dtype, scale, **settings)
     info = LayerInfo(
         spec.name, kind.kind, NAMES[dtype], shape, algorithm, sum(t.nbytes for t in layer.tensors().values()),
         spec.rewrites, reason,
@@ -69,8 +72,12 @@ def build_layer(
 def _convolution(
     weight: Tensor, taps: int, dtype: torch.dtype, settings: dict[str, Any], upsample: bool
 ) -> tuple[type[Layer], PackedWeight, dict[str, Any]]:
-    if taps:
+    if taps or upsample:
         del settings["stride"], settings["padding"]
+    if taps:
         return Winograd, PackedWeight.pack(winograd_weight(weight, taps), dtype), settings | {"upsample": upsample}
+    if upsample:
+        phases = phase_weights(weight).permute(0, 1, 3, 4, 2).flatten(2)
+        return PhaseConv2d, PackedWeight.pack(phases.float(), dtype), settings
     rows = weight.permute(0, 2, 3, 1).flatten(1)
     return Conv2d, PackedWeight.pack(rows[None].float(), dtype), settings | {"kernel": tuple(weight.shape[2:])}

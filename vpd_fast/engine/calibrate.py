@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
-from vpd_fast.engine.layers import Layer, Linear, Product
+from vpd_fast.engine.layers import Layer, Product
 from vpd_fast.engine.policy import Policy
 from vpd_fast.engine.specs import Spec
 from vpd_fast.errors import InputError
@@ -170,7 +170,7 @@ class Calibration:
             return None
         weight = spec.make()[0]
         plain = {"bias": None, "activation": None, "out_dtype": torch.float32}
-        plain |= {"norm": None} if isinstance(layer, Linear) else {"silu": False}
+        plain |= {name: value for name, value in (("norm", None), ("silu", False)) if hasattr(layer, name)}
         result = type(layer)(**{**vars(layer), **plain})(seen.sample)
         exact = _product(spec, weight, seen.sample)
         noise = (result - exact).square().sum()

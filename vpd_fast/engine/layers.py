@@ -33,6 +33,17 @@ class Layer:
                 found[f.name] = value
         return found
 
+    def for_device(self, device: torch.device) -> Layer:
+        """The same layer with its tensors on that device, weights in the layout for it."""
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, PackedWeight):
+                moved[f.name] = value.for_device(device)
+            elif isinstance(value, Tensor):
+                moved[f.name] = value.to(device)
+        return replace(self, **moved)
+
     def settings(self) -> dict[str, Any]:
         """Everything else, as plain values."""
         found: dict[str, Any] = {}
@@ -176,8 +187,42 @@ class Winograd(Product):
         )
 
 
+@dataclass(frozen=True)
+class PhaseConv2d(Product):
+    """Nearest enlargement x2 and 3x3 convolution, as one 2x2 convolution for each of the four phases of the result.
+
+    weight: the phases (0,0), (0,1), (1,0), (1,1) of rewrites.phase_weights as its taps.
+    """
+
+    kind: ClassVar[str] = "phase_conv2d"
+    upsample: ClassVar[bool] = True
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Of the output for an input of this size."""
+        return 2 * height, 2 * width
+
+    def __call__(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None, **options: Any) -> Tensor:
+        """(B,H,W,C) -> (B,2H,2W,n); further options: x2, affine."""
+        out = x.new_empty(self.shape(x), dtype=self.out_dtype) if out is None else out
+        for phase in range(4):
+            y, x_ = divmod(phase, 2)
+            ops.conv2d(
+                x,
+                self.weight.tap(phase),
+                self.bias,
+                kernel=(2, 2),
+                padding=(1 - y, 1 - x_, y, x_),
+                scale=self.scale,
+                activation=self.activation,
+                residual=None if residual is None else residual[:, y::2, x_::2],
+                out=out[:, y::2, x_::2],
+                **options,
+            )
+        return out
+
+
 OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd)}
+KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd, PhaseConv2d)}
 
 
 def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:

@@ -15,6 +15,7 @@ from vpd_fast.engine import heads
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
 from vpd_fast.engine.build import LayerInfo
 from vpd_fast.engine.encoder import encode
+from vpd_fast.engine.graphs import GraphCache
 from vpd_fast.engine.layers import Layer
 from vpd_fast.engine.report import EngineReport
 from vpd_fast.engine.text import TextMemo
@@ -74,7 +75,7 @@ class FastVPD(VPD):
         nn.Module.train(model, False)
         model.layers, model.infos, model.precision = dict(layers), infos, precision
         model._structure, model._text = structure, TextMemo(model.layers)
-        model._workspaces = WorkspacePool()
+        model._workspaces, model._graphs = WorkspacePool(model.device), GraphCache()
         return model
 
     @staticmethod
@@ -86,8 +87,12 @@ class FastVPD(VPD):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> latents (B,4,H/8,W/8), times `latent_scale`."""
         checks.images(images, self.device, self.dtype, SIZE_MULTIPLE)
-        with self._workspaces.lease() as memory:
-            return to_nchw(encode(self.layers, to_nhwc(images), memory).float())
+
+        def stage(images: Tensor) -> list[Tensor]:
+            with self._workspaces.lease() as memory:
+                return [encode(self.layers, to_nhwc(images), memory).float()]
+
+        return to_nchw(self._graphs.run("encode", stage, images)[0])
 
     @torch.no_grad()
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
@@ -97,13 +102,29 @@ class FastVPD(VPD):
         """
         if context.stride(0) == 0:
             context = context[:1]  # one text for all images
-        with self._workspaces.lease() as memory:
-            text = self._text(context)
-            features, maps = run_unet(self.layers, self._structure, to_nhwc(latents), text, memory)
-            parts = [[x.float()] for x in features]
-            for level, kind in sorted(maps.sums):
-                parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))
-            return [to_nchw(torch.cat(part, dim=-1)) for part in parts]  # a copy, which outlives the workspace
+        text = self._text(context)
+
+        def stage(latents: Tensor) -> list[Tensor]:
+            with self._workspaces.lease() as memory:
+                features, maps = run_unet(self.layers, self._structure, to_nhwc(latents), text, memory)
+                parts = [[x.float()] for x in features]
+                for level, kind in sorted(maps.sums):
+                    parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))
+                return [torch.cat(part, dim=-1) for part in parts]  # a copy, which outlives the workspace
+
+        return [to_nchw(x) for x in self._graphs.run("features", stage, latents, also=text)]
+
+    @property
+    def graphs(self) -> bool:
+        """Whether encoder and UNet run as CUDA graphs, captured when images of a size come for the first time.
+
+        True by default, and of no effect on a CPU.
+        """
+        return self._graphs.enabled
+
+    @graphs.setter
+    def graphs(self, enabled: bool) -> None:
+        self._graphs.enabled = enabled
 
     def report(self, sensitivity: bool = False) -> EngineReport:
         """What each layer became and why; prints as a table.
@@ -151,7 +172,7 @@ class FastVPD(VPD):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastVPD:
         """What `to`, `cuda`, `half` and the like do, and here may only do where they change nothing."""
         message = (
-            f"a fast model stays on the CPU and in the precision it was made for ({self.precision}); "
+            f"a fast model stays where it is ({self.device}) and in the precision it was made for ({self.precision}); "
             "optimize the plain model again for another one"
         )
         try:

@@ -28,10 +28,10 @@ def optimize(
     *,
     progress: bool = False,
 ) -> FastVPD:
-    """The fast form of a model: the same calls and results, inference only, on the CPU.
+    """The fast form of a model: the same calls and results, inference only, on the device where the model is.
 
-    model: a plain model in evaluation mode, float32, on the CPU. It is not changed, and may be deleted afterwards:
-        layers are converted one by one and share nothing with it.
+    model: a plain model in evaluation mode, float32, on the CPU or a GPU. It is not changed, and may be deleted
+        afterwards: layers are converted one by one and share nothing with it.
     precision: "fp32", "bf16" (bfloat16 weights and activations) or "int8" (8-bit weights and inputs of nearly all
         convolutions and linear layers, bfloat16 between them; inputs are rounded with a scale of their own for each
         position, so no calibration is needed).
@@ -41,7 +41,7 @@ def optimize(
     policy: choices of one's own; see `Policy`.
     progress: show a progress bar.
 
-    Raises InputError for another model or precision, one in training mode, not on the CPU or not in float32, and for
+    Raises InputError for another model or precision, one in training mode, on another device or not in float32, and for
     calibration images of a wrong shape, not finite or constant.
     """
     _check(model, precision)
@@ -92,7 +92,7 @@ def _check(model: VPD, precision: str) -> None:
         raise InputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if any(module.training for module in model.modules()):
         raise InputError("model is in training mode, and a fast model is for inference; call model.eval() first")
-    if model.device.type != "cpu":
-        raise InputError(f"model must be on the CPU, got {model.device}: fast models run there only")
+    if model.device.type not in ("cpu", "cuda"):
+        raise InputError(f"model must be on the CPU or a GPU, got {model.device}")
     if model.dtype != torch.float32:
         raise InputError(f"model must be in float32, which is what layers are rounded from, got {model.dtype}")

@@ -35,8 +35,8 @@ class Policy:
 
     precisions: patterns of layer names (as `report()` shows them; * and ? as in file names) -> "fp32", "bf16" or
         "int8", the first that fits decides; before the defaults.
-    winograd: let 3x3 convolutions run as Winograd convolutions where that is faster. They take 16/9 of the memory of a
-        direct convolution's weights, in float32 4 times. Those of enlarged images always do: its products are exact.
+    winograd: let 3x3 convolutions run as Winograd convolutions where that is faster, which is on CPUs only. They take
+        16/9 of the memory of a direct convolution's weights, in float32 4 times.
     smoothing: with calibration, even out the ranges of the input channels of 8-bit layers.
     """
 
@@ -62,15 +62,19 @@ class Policy:
                 return PRECISIONS[precision], reason
         return PRECISIONS[default], ""
 
-    def winograd_taps(self, side: int, channels: int, dtype: torch.dtype, upsample: bool) -> tuple[int, str]:
+    def winograd_taps(
+        self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str
+    ) -> tuple[int, str]:
         """Products of a Winograd tile for a 3x3 convolution of stride 1, or 0 for a direct one, and the reason.
 
-        side: height of the output at the model's image size.
+        side: height of the output at the model's image size. device: "cpu" or "cuda".
         """
-        if upsample:
-            return 9, "upsampled image is never made"
+        if device != "cpu":
+            return 0, "no Winograd kernel for GPUs"
         if not self.winograd:
             return 0, "policy: winograd=False"
+        if upsample:
+            return 9, "upsampled image is never made"
         if channels % 16:
             return 0, f"{channels} channels do not fill vectors"
         if side < SMALLEST_WINOGRAD[dtype]:

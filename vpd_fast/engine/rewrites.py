@@ -16,7 +16,10 @@ REWRITES = {
     "time": ("the time embedding of t = 1 becomes part of the residual blocks' biases", "24 matrix-vector products"),
     "text": ("keys and values of a text are kept and used again", "5.8 GFLOP"),
     "one token": ("cross-attention to a single token is a bias", "25.7 GFLOP (depth only)"),
-    "upsampling": ("nearest x2 and its 3x3 convolution are one Winograd transform of 9 products", "50.9 of 67.9 GFLOP"),
+    "upsampling": (
+        "nearest x2 and its 3x3 convolution are one Winograd transform of 9 products, or 2x2 convolutions for 4 phases",
+        "50.9 or 37.7 of 67.9 GFLOP",
+    ),
     "latent mean": (
         "quant_conv and the latents' scale are folded into conv_out, without the log-variance",
         "half of both",
@@ -83,6 +86,19 @@ def merge_feed_forward(ff2: nn.Linear, proj_out: nn.Conv2d) -> tuple[Tensor, Ten
     """proj_out(ff2(g) + t) as one weight (n, k + n) over [g, t], and its bias."""
     p = proj_out.weight[:, :, 0, 0]
     return torch.cat([p @ ff2.weight, p], dim=1), p @ ff2.bias + proj_out.bias
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """Nearest enlargement x2 and then a 3x3 convolution (n,c,3,3), as 2x2 convolutions (4,n,c,2,2) of the input.
+
+    One for each phase (y, x) of the result's positions: (0,0), (0,1), (1,0), (1,1). Phase 0 of an axis reads the
+    position before its own and its own, phase 1 its own and the next.
+    """
+    first, second, third = weight.unbind(2)  # rows
+    rows = torch.stack([first, second + third, first + second, third]).unflatten(0, (2, 2))  # phase, row, n, c, column
+    first, second, third = rows.unbind(-1)
+    both = torch.stack([first, second + third, first + second, third]).unflatten(0, (2, 2))  # x, column, y, row, n, c
+    return both.permute(2, 0, 4, 5, 3, 1).flatten(0, 1)
 
 
 def deconvolution_as_linear(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

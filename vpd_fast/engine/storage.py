@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vpd_fast.checkpoints.save import write_files, write_json
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, from_parts
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, PhaseConv2d, Winograd, from_parts
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.specs import layer_specs
 from vpd_fast.errors import CheckpointError
@@ -43,6 +44,7 @@ def save_engine(model: FastVPD, folder: str | Path) -> None:
         "layers": {},
     }
     for name, layer in model.layers.items():
+        layer = layer.for_device(torch.device("cpu"))  # one layout in all files
         settings["layers"][name] = {"kind": layer.kind} | layer.settings()
         tensors |= {f"{name}:{part}": t for part, t in layer.tensors().items()}
     contiguous = {name: t.contiguous() for name, t in tensors.items()}
@@ -54,10 +56,12 @@ def save_engine(model: FastVPD, folder: str | Path) -> None:
     )
 
 
-def load_engine(folder: str | Path) -> FastVPD:
+def load_engine(folder: str | Path, device: torch.device | str = "cpu") -> FastVPD:
     """The fast model that `save` wrote into `folder`: ready to run, without the weights it was made from.
 
-    The tensors stay in the file and are read as they are used. Raises CheckpointError if the folder is no engine.
+    On the CPU the tensors stay in the file and are read as they are used. An engine runs on the kind of device that it
+    was made on; one that was made with Policy(winograd=False) runs on both. Raises CheckpointError if the folder is no
+    engine, or one for another device.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
@@ -76,6 +80,10 @@ def load_engine(folder: str | Path) -> FastVPD:
             raise ValueError(f"{TENSORS} has layers that {SETTINGS} does not know: {', '.join(list(parts)[:3])}")
         _require_layers(config, layers)
         infos = tuple(LayerInfo(**_with_tuples(row)) for row in settings["report"])
+        device = torch.device(device)
+        _require_device(layers, device)
+        layers = {name: layer.for_device(device) for name, layer in layers.items()}
+        conditioning = {name: t.to(device) for name, t in conditioning.items()}
         return FastVPD.assemble(config, conditioning, layers, infos, settings["precision"])
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {SETTINGS} and {TENSORS} do not fit together ({error})") from error
@@ -91,12 +99,20 @@ def _require_layers(config: VPDConfig, layers: dict[str, Layer]) -> None:
         layer, shape = layers[name], tuple(spec.make()[0].shape)
         if isinstance(layer, GroupNorm):
             sizes = tuple(layer.weight.shape)
+        elif isinstance(layer, PhaseConv2d):
+            shape, sizes = (shape[0], 4 * shape[1]), (layer.weight.n, layer.weight.k)
         elif isinstance(layer, Conv2d):
             shape, sizes = (shape[0], math.prod(shape[1:])), (layer.weight.n, layer.weight.k)
         else:
             shape, sizes = shape[:2], (layer.weight.n, layer.weight.k)
         if (spec.kind == "group_norm") != isinstance(layer, GroupNorm) or sizes != shape:
             raise ValueError(f"layer {name} is {layer.kind} {sizes}, expected {spec.kind} {shape}")
+
+
+def _require_device(layers: dict[str, Layer], device: torch.device) -> None:
+    """Raises ValueError if a layer has no kernel there."""
+    if device.type != "cpu" and any(isinstance(layer, Winograd) for layer in layers.values()):
+        raise ValueError("it has Winograd layers, which run on CPUs; optimize with Policy(winograd=False)")
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 class Workspace:
     """Buffers of one call at a time. Who takes a tensor gives it back when nobody needs its contents any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._free: list[Tensor] = []
         self._taken: dict[int, Tensor] = {}  # address: buffer
 
@@ -29,7 +30,7 @@ class Workspace:
         else:
             if self._free:  # a larger buffer replaces a smaller one instead of adding to it
                 del self._free[0]
-            buffer = torch.empty(max(size, 1), dtype=torch.uint8)
+            buffer = torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
         self._taken[buffer.data_ptr()] = buffer
         return buffer[:size].view(dtype).view(shape)
 
@@ -48,21 +49,24 @@ class Workspace:
 class WorkspacePool:
     """As many workspaces as calls run at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._idle: list[Workspace] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return WorkspacePool, ()  # a copy has memory of its own
+        return WorkspacePool, (self._device,)  # a copy has memory of its own
 
     @contextmanager
     def lease(self) -> Iterator[Workspace]:
-        """A workspace for one call."""
+        """A workspace for one call, or for a CUDA graph that is being captured, whose addresses nobody else may use."""
+        captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            workspace = self._idle.pop() if self._idle else Workspace()
+            workspace = self._idle.pop() if self._idle and not captured else Workspace(self._device)
         try:
             yield workspace
         finally:
             workspace.give_all()
-            with self._lock:
-                self._idle.append(workspace)
+            if not captured:
+                with self._lock:
+                    self._idle.append(workspace)

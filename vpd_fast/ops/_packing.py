@@ -36,6 +36,11 @@ class PackedWeight:
         """Matrices in it: 1, or the taps of a Winograd transform."""
         return self.data.shape[0]
 
+    def tap(self, i: int) -> PackedWeight:
+        """Its matrix i alone, in the same memory."""
+        parts = (None if t is None else t[i : i + 1] for t in (self.data, self.scales, self.sums))
+        return PackedWeight(*parts, self.n, self.k)
+
     @property
     def dtype(self) -> torch.dtype:
         """float32, bfloat16 or int8."""

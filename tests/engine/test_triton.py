@@ -1,0 +1,56 @@
+"""A whole fast model computed by the Triton kernels, interpreted: what a GPU will run, but for its speed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vpd_fast
+from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast.benchmark.parity import cosine
+from vpd_fast.engine import Policy
+from vpd_fast.models.random_weights import randomize
+from vpd_fast.ops import _dispatch
+from vpd_fast.ops._triton import triton_missing
+
+pytestmark = pytest.mark.skipif(
+    triton_missing(torch.empty(0)) is not None, reason="interpreted only without a GPU; tests marked gpu run there"
+)
+SMALL = BackboneConfig(
+    model_channels=32, num_heads=2, context_dim=16, vae_ch=32, vae_num_res_blocks=1, num_res_blocks=1
+)
+# Of features and result; narrow networks suffer more from rounding than the one they stand for.
+GATES = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
+
+
+@pytest.fixture
+def used(monkeypatch) -> set[str]:
+    """Triton kernels come first; the operators that they computed."""
+    names: set[str] = set()
+    choose = _dispatch.Op.choose
+
+    def triton_first(self: _dispatch.Op, impl: str, args: tuple) -> _dispatch.Implementation:
+        for candidate in self.implementations:
+            if impl == "auto" and candidate.name == "triton" and candidate.refuse(*args) is None:
+                names.add(self.name)
+                return candidate
+        return choose(self, impl, args)
+
+    monkeypatch.setattr(_dispatch.Op, "choose", triton_first)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", GATES)
+def test_agrees_with_the_plain_model(used: set[str], precision: str) -> None:
+    config = VPDConfig(num_classes=5, channels=32, base_size=64, backbone=SMALL)
+    model, images = randomize(VPD(config), seed=1).eval(), torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        expected = [*model.extract_feat(images), model(images)]
+    fast = vpd_fast.optimize(model, precision, policy=Policy(winograd=False))
+    features = fast.extract_feat(images)
+    for actual, plain in zip([*features, fast.decode(features, images.shape[2:])], expected, strict=True):
+        print(f"{precision}: cosine {cosine(actual, plain):.6f}")
+        assert cosine(actual, plain) >= GATES[precision]
+    attention = {"self_attention", "cross_attention_maps", "cross_attention_maps_into"}
+    assert used == {"linear", "conv2d", "group_norm_affine", *attention}

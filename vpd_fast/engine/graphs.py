@@ -1,0 +1,99 @@
+"""CUDA graphs of a fast model's stages: one launch instead of hundreds."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MOST_GRAPHS = 12  # of one model: three stages of four shapes
+Stage = Callable[..., "list[Tensor]"]
+
+
+class Graph(Protocol):
+    """A captured stage."""
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the stage returns for other inputs of the same shapes, in memory of its own."""
+
+
+class CudaGraph:
+    """A stage captured as a CUDA graph, with its inputs and outputs at fixed addresses."""
+
+    def __init__(self, stage: Stage, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(x.clone() for x in inputs)
+        stream = torch.cuda.Stream(inputs[0].device)
+        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
+        with torch.cuda.stream(stream):
+            stage(*self._inputs)  # compiles and tunes what is not yet
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._outputs = stage(*self._inputs)
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the stage returns for other inputs of the same shapes, in memory of its own."""
+        stream = torch.cuda.current_stream(inputs[0].device)
+        stream.wait_event(self._done)  # of an earlier call, perhaps on another stream
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        results = [x.clone() for x in self._outputs]
+        self._done.record(stream)
+        return results
+
+
+class GraphCache:
+    """Graphs by stage and shapes, the least recently used dropped; without a GPU stages simply run.
+
+    A stage that cannot be captured (out of memory, an operation that waits for the GPU) runs without a graph from then
+    on, with one warning.
+    """
+
+    def __init__(
+        self, capture: Callable[[Stage, tuple[Tensor, ...]], Graph] = CudaGraph, most: int = MOST_GRAPHS
+    ) -> None:
+        self.enabled = True
+        self._capture, self._most = capture, most
+        self._graphs: OrderedDict[Hashable, tuple[Graph, Any]] = OrderedDict()
+        self._refused: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def run(self, name: str, stage: Stage, *inputs: Tensor, also: Any = None) -> list[Tensor]:
+        """stage(*inputs), which returns tensors that nothing else writes to.
+
+        also: what else the stage depends on; it is kept as long as the graph, so it is the same if its id is.
+        """
+        if not self.enabled or not self.wanted(inputs[0]):
+            return stage(*inputs)
+        key = (name, id(also), *((x.shape, x.stride(), x.dtype) for x in inputs))
+        with self._lock:
+            if key in self._refused:
+                return stage(*inputs)
+            if key not in self._graphs:
+                try:
+                    self._graphs[key] = self._capture(stage, inputs), also
+                except RuntimeError as error:
+                    self._refused.add(key)
+                    warnings.warn(
+                        f"{name} runs without a CUDA graph, which could not be captured: {error}", stacklevel=3
+                    )
+                    return stage(*inputs)
+                while len(self._graphs) > self._most:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            return self._graphs[key][0].replay(inputs)
+
+    def __reduce__(self) -> tuple:
+        return GraphCache, (self._capture, self._most)  # a copy captures graphs of its own
+
+    @staticmethod
+    def wanted(x: Tensor) -> bool:
+        """Whether graphs can help where this tensor is, and no graph is being captured around the call."""
+        return x.is_cuda and not torch.cuda.is_current_stream_capturing()
