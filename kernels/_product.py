@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
 from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
 
 

@@ -9,7 +9,6 @@ have channels of both sources, and the order of all sums is fixed: no atomics.
 import torch
 import triton
 import triton.language as tl
-
 from vpd_fast.kernels._common import launch, multiprocessors
 
 CHANNELS = 64  # of a program: 128 bytes of bfloat16
