@@ -32,7 +32,7 @@ class CudaGraph:
         with torch.cuda.stream(stream):
             stage(*self._inputs)  # compiles and tunes what is not yet
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = stage(*self._inputs)
             self._done = torch.cuda.Event()
             self._done.record(stream)
