@@ -53,14 +53,23 @@ def dot(a, b, x):
     if INTERPRETED and a.dtype != tl.int8:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    elif a.dtype == tl.float8e4nv:
+        # Hopper's tensor cores add such products up with about 14 bits; every 128 the sum moves to a float32.
+        return tl.dot(a, b, x, max_num_imprecise_acc=128)
     return tl.dot(a, b, x, input_precision="ieee")
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in another type, to nearest. Triton's interpreter cuts bfloat16 off, so it gets the bits."""
+    """float32 x in another type, to nearest; for float8e4nv at most 448.
+
+    Triton's interpreter cuts bfloat16 off, so it gets the bits, and rounds small numbers of float8e4nv wrongly, so it
+    gets whole multiples of the smallest, 2^-9.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED and dtype == tl.float8e4nv:
+        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, x)  # 1.5 * 2^14
     return x.to(dtype)

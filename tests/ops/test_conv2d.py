@@ -11,6 +11,7 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._statistics import statistics_shape
 
 from .gemm_cases import (
     DTYPES,
@@ -295,7 +296,7 @@ WEIGHT = make_weight(8, 36, torch.float32)
     [
         ({"x": torch.zeros(5, 6, 4)}, r"x must have shape \(B, H, W, C1\), got \(5, 6, 4\)"),
         ({"x": torch.zeros(2, 5, 0, 4)}, "x has no elements along W"),
-        ({"x": X.double()}, "x must be torch.float32 or torch.bfloat16, got torch.float64"),
+        ({"x": X.double()}, "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64"),
         ({"x2": torch.zeros(2, 5, 5, 4)}, r"x2 must have shape \(B=2, H=5, W=6, C2\), got \(2, 5, 5, 4\)"),
         ({"x2": X}, "weight must have 72 columns as the input says, got 36"),
         ({"weight": None}, "weight must be a PackedWeight, got NoneType"),
@@ -317,7 +318,7 @@ WEIGHT = make_weight(8, 36, torch.float32)
         ({"activation": "tanh"}, "activation must be None, .* got 'tanh'"),
         ({"residual": torch.zeros(2, 5, 6, 8)}, r"residual must have shape \(B=2, height=3, width=4, N=8\)"),
         ({"out": torch.zeros(2, 3, 4, 9)}, r"out must have shape \(B=2, height=3, width=4, N=8\)"),
-        ({"out_dtype": torch.float16}, "out_dtype must be None, float32 or bfloat16, got torch.float16"),
+        ({"out_dtype": torch.float64}, "out_dtype must be None, float32, bfloat16 or float16, got torch.float64"),
         ({"affine": torch.zeros(2, 2, 4).requires_grad_()}, "affine requires gradients, which conv2d does not compute"),
         ({"impl": "gpu"}, "impl must be 'auto' or an implementation .* got 'gpu'"),
     ],
@@ -335,7 +336,9 @@ def test_opcheck(precision: torch.dtype) -> None:
     for name in ("auto", "cpu", "reference"):
         numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n, randn(8)
         how = (3, 3), 2, (1, 1, 1, 1), randn(2, 2, 6), True, randn(6), "silu"
-        torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, (*numbers, *how, residual, out, name))
+        known = (randn(2, 2, 3), torch.zeros(statistics_shape(2, 9, 8))) if name == "reference" else (None, None)
+        arguments = *numbers, *how, residual, out, *known, 64, name
+        torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, arguments)
 
 
 def test_torch_compile_through_the_public_function() -> None:

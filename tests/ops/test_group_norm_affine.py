@@ -247,7 +247,7 @@ GOOD = {
     [
         ({"x": torch.zeros(4, 4, 8)}, r"x must have shape \(B, H, W, C1\), got \(4, 4, 8\)"),
         ({"x": torch.zeros(1, 0, 4, 8)}, "x has no elements along H"),
-        ({"x": torch.zeros(1, 4, 4, 8).half()}, "x must be torch.float32 or torch.bfloat16, got torch.float16"),
+        ({"x": torch.zeros(1, 4, 4, 8).double()}, "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64"),
         ({"x": None}, "x must be a tensor .* got NoneType"),
         ({"x2": torch.zeros(1, 4, 5, 8)}, r"x2 must have shape \(B=1, H=4, W=4, C2\), got \(1, 4, 5, 8\)"),
         ({"x2": torch.zeros(1, 4, 4, 8)}, r"weight must have shape \(C=16\), got \(8,\)"),
@@ -289,7 +289,8 @@ def test_the_kernel_says_why_it_cannot_run() -> None:
 def test_opcheck() -> None:
     x, x2, (weight, bias) = make_x(2, 5, 6, 8), make_x(2, 5, 6, 4, dtype=torch.bfloat16), make_affine(12)
     for name in ("auto", "cpu", "reference"):
-        arguments = (x, weight, bias, 3, 1e-5, x2, name)
+        ranges = torch.zeros(2, 2, 3) if name == "reference" else None
+        arguments = (x, weight, bias, 3, 1e-5, x2, None, 1, None, 1, ranges, True, None, name)
         torch.library.opcheck(torch.ops.vpd_fast.group_norm_affine.default, arguments)
 
 
