@@ -61,15 +61,18 @@ def dot(a, b, x):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in another type, to nearest; for float8e4nv at most 448.
+    """float32 x in another type, to nearest; for float8e4nv it must be at most 448.
 
-    Triton's interpreter cuts bfloat16 off, so it gets the bits, and rounds small numbers of float8e4nv wrongly, so it
-    gets whole multiples of the smallest, 2^-9.
+    Triton's interpreter cuts bfloat16 off, so it gets the bits, and rounds float8e4nv wrongly, so it gets numbers that
+    need no rounding.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     if INTERPRETED and dtype == tl.float8e4nv:
-        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, x)  # 1.5 * 2^14
+        bits = x.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        small = (x + 24576.0) - 24576.0  # 1.5 * 2^14: multiples of the smallest number, 2^-9
+        x = tl.where(tl.abs(x) < 0.015625, small, normal)
     return x.to(dtype)

@@ -16,9 +16,9 @@ from vpd_fast.ops._statistics import statistics_shape
 from .gemm_cases import (
     DTYPES,
     PRECISIONS,
+    WITHIN_ROUNDING,
     assert_close,
     assert_same_as_reference,
-    assert_within_rounding_to_8_bits,
     complete,
     make_weight,
     randn,
@@ -64,15 +64,10 @@ def with_a_scale_per_image(
     **rest: object,
 ) -> tuple[Tensor, Tensor]:
     """conv2d in 8 bits as GPUs compute it: the whole image shares scale and zero. Also the numbers of each image."""
-    a = _gemm.prologue(_gemm.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"])
-    whole, scale = _gemm.quantize_rows(a.flatten(1))
-    places = {name: rest[name] for name in ("kernel", "stride", "padding")}
-    rows = rows_of(whole.view_as(a), None, None, False, None, **places, dtype=torch.float64)
-    result = (rows @ weight.numbers()[0].double().T).float() * (scale.view(-1, 1, 1, 1) * weight.scales[0])
-    shape = (*result.shape[:3], result.shape[3] // (2 if activation == "geglu" else 1))
-    out = torch.empty(shape, dtype=out_dtype or x.dtype)
-    _gemm.finish(result, bias, activation or "", residual, out)
-    return out, a.double().flatten(1)[:, None, None]
+    a = _gemm.prologue(_gemm.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"]).flatten(1)
+    ranges = torch.stack([a.amin(1, keepdim=True), a.amax(1, keepdim=True)], dim=1)
+    options = {"activation": activation, "residual": residual, "out_dtype": out_dtype, "impl": "reference", **rest}
+    return ops.conv2d(x, weight, bias, ranges=ranges, **options), a.double()[:, None, None]
 
 
 def check(
@@ -93,14 +88,14 @@ def check(
     assert actual.dtype == (out_dtype or x.dtype)
     default = {"x2": None, "affine": None, "silu": False, "scale": None, "kernel": (1, 1), "stride": 1, "padding": 0}
     exact_a = rows_of(x, **default | rest, dtype=torch.float64)
-    if weight.dtype == torch.int8:
+    if weight.dtype.itemsize == 1:
         plain = ops.conv2d(x, weight, bias, out_dtype=torch.float32, impl=impl, **rest)
         if impl == "triton":
             reference, ranged = with_a_scale_per_image(x, weight, bias, **default | options)
         else:
             reference, ranged = ops.conv2d(x, weight, bias, impl="reference", **options), None
-        assert_within_rounding_to_8_bits(plain, exact_a, weight, bias, ranged)
-        assert_same_as_reference(actual, reference, exact_rows)
+        WITHIN_ROUNDING[weight.dtype](plain, exact_a, weight, bias, ranged)
+        assert_same_as_reference(actual, reference, weight, exact_rows)
         return actual
     same_a = rows_of(x, **default | rest, dtype=torch.float32).to(weight.dtype).float()
     end = weight, bias, activation, residual

@@ -15,9 +15,9 @@ from vpd_fast.ops._statistics import statistics_shape
 from .gemm_cases import (
     DTYPES,
     PRECISIONS,
+    WITHIN_ROUNDING,
     assert_close,
     assert_same_as_reference,
-    assert_within_rounding_to_8_bits,
     complete,
     make_weight,
     randn,
@@ -61,10 +61,10 @@ def check(
     assert actual.dtype == (out_dtype or x.dtype)
     prologue = {name: prologue.get(name) for name in ("x2", "norm", "affine", "scale")}
     exact_a = rows_of(x, **prologue, dtype=torch.float64)
-    if weight.dtype == torch.int8:
+    if weight.dtype.itemsize == 1:
         plain = ops.linear(x, weight, bias, out_dtype=torch.float32, impl=impl, **prologue)
-        assert_within_rounding_to_8_bits(plain, exact_a, weight, bias)
-        assert_same_as_reference(actual, ops.linear(x, weight, bias, impl="reference", **options), exact_rows)
+        WITHIN_ROUNDING[weight.dtype](plain, exact_a, weight, bias)
+        assert_same_as_reference(actual, ops.linear(x, weight, bias, impl="reference", **options), weight, exact_rows)
         return actual
     same_a = rows_of(x, **prologue, dtype=torch.float32).to(weight.dtype).float()
     rest = weight, bias, activation, residual
