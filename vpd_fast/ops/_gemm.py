@@ -143,17 +143,21 @@ def round_rows_to_float8(a: Tensor, found: Range | None = None) -> tuple[Tensor,
     return f8.float(), torch.where(scale.isfinite(), scale, torch.nan)
 
 
+def rounded_rows(a: Tensor, dtype: torch.dtype, found: Range | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (..., k) float32 rounded to that 8-bit type, less their zeros, as float32, and the scales (..., 1)."""
+    return (round_rows_to_float8 if dtype == FLOAT8 else quantize_rows)(a, found)
+
+
 def product(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:
     """Rows (B, ..., k) float32 times the weight, in its precision: (B, ..., n) float32.
 
     ranges: (B, 2, parts), of whole images, from which 8-bit rows then have their scale.
     """
-    if weight.dtype == FLOAT8:
-        f8, scale = round_rows_to_float8(a, range_of_rows(a, ranges))
-        return (f8 @ weight.numbers()[0].float().T) * (scale * weight.scales[0])
-    if weight.dtype != torch.int8:
+    if weight.scales is None:
         return a.to(weight.dtype).float() @ weight.unpack()[0].T
-    whole, scale = quantize_rows(a, range_of_rows(a, ranges))
+    whole, scale = rounded_rows(a, weight.dtype, range_of_rows(a, ranges))
+    if weight.dtype == FLOAT8:
+        return (whole @ weight.numbers()[0].float().T) * (scale * weight.scales[0])
     exact = whole.double() @ weight.numbers()[0].double().T
     return exact.float() * (scale * weight.scales[0])
 
