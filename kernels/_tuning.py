@@ -2,7 +2,7 @@
 
 A table is a JSON file, one per device: those in `configs/` beside this file, or the file that VPD_FAST_TUNING names. It
 maps products, without their number of rows, to the configurations that were fastest for some numbers of rows; what has
-no entry within a factor of 1.5 goes by the rule. `python -m vpd_fast.engine.tune` makes a table.
+no entry within a factor of 1.5 goes by the rule. `vpd-fast tune` makes a table.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import triton
+
+from vpd_fast.errors import InputError
 
 FOLDER = Path(__file__).parent / "configs"
 NEAR = 1.5  # ratio of rows up to which a configuration is taken over
@@ -102,13 +104,13 @@ def _table(device: torch.device) -> dict[str, dict[int, Config]]:
     path = table_path(device)
     if not path.is_file():
         if os.environ.get("VPD_FAST_TUNING"):
-            raise FileNotFoundError(f"VPD_FAST_TUNING={path}: there is no such file")
+            raise InputError(f"VPD_FAST_TUNING={path}: there is no such file")
         return {}
     return read(path)
 
 
 def read(path: Path) -> dict[str, dict[int, Config]]:
-    """A table from its file. Raises ValueError if it is none."""
+    """A table from its file. Raises InputError if it is none."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["configs"]
         found: dict[str, dict[int, Config]] = {}
@@ -117,7 +119,7 @@ def read(path: Path) -> dict[str, dict[int, Config]]:
             found.setdefault(row["key"], {})[int(row["rows"])] = config
         return found
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of tuned configurations ({error!r}); delete it or tune again") from error
+        raise InputError(f"{path} is no table of tuned configurations ({error!r}); delete it or tune again") from error
 
 
 def nearest(table: dict[str, dict[int, Config]], product: Product) -> Config | None:
