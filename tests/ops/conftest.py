@@ -9,7 +9,7 @@ import torch
 
 from vpd_fast.ops._dispatch import registry
 
-from .variants import ISAS, VARIANTS, choose_variant
+from .variants import ISAS, choose_variant, variants
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         file = metafunc.module.__name__.rpartition(".test_")[2]
         op = max((op for op in registry().values() if file.startswith(op.name)), key=lambda op: len(op.name))
         known = getattr(metafunc.module, "IMPLEMENTATIONS", {i.name for i in op.implementations})
-        metafunc.parametrize("impl", [v for v in VARIANTS if v.partition(":")[0] in known], indirect=True)
+        metafunc.parametrize("impl", variants(known), indirect=True)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._packing import PackedWeight
@@ -23,6 +22,7 @@ from .gemm_cases import (
     make_weight,
     randn,
 )
+from .on_device import ops
 from .variants import within_limits
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._packing import FLOAT8
 
 from .gemm_cases import WITHIN_ROUNDING, assert_same_as_reference, make_weight, randn
+from .on_device import ops
 from .statistics_cases import assert_statistics, empty_statistics
 from .test_conv2d import GEOMETRIES, check, rows_of
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import group_norm
 
-from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._statistics import Statistics, fill_statistics, run_length, statistics_shape
 from vpd_fast.ops.group_norm_affine import _rows
 
-from .variants import INTERPRETED
+from .on_device import ops
+from .variants import INTERPRETED, variants
 
 UNIT_ROUNDOFF = 2.0**-24
 
@@ -312,7 +312,7 @@ def test_torch_compile_through_the_public_function() -> None:
         assert torch.equal(compiled(x, weight, bias), normalise(x, weight, bias))
 
 
-WITHOUT_NATIVE = pytest.mark.parametrize("name", ["reference", *INTERPRETED])
+WITHOUT_NATIVE = pytest.mark.parametrize("name", ["reference", *variants(["triton"], INTERPRETED)])
 
 
 # --- statistics that are known, and where the next layer's numbers will be -------------------------------------------

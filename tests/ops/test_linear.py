@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._packing import PackedWeight
 from vpd_fast.ops._statistics import statistics_shape
@@ -22,6 +21,7 @@ from .gemm_cases import (
     make_weight,
     randn,
 )
+from .on_device import ops
 from .variants import within_limits
 
 RUNS = "no runs of 16"  # what the Triton kernels refuse

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._packing import FLOAT8
 
 from .gemm_cases import make_weight, randn
+from .on_device import ops
 from .statistics_cases import assert_statistics, empty_statistics
 from .test_linear import PROLOGUES, check
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops.self_attention import _check
 
 from .attention_cases import assert_close, error, make_qkv, probabilities
+from .on_device import ops
 from .variants import within_limits
 
 DTYPES = [torch.float32, torch.bfloat16]
