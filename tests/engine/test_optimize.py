@@ -16,6 +16,8 @@ from vpd_fast.engine import Policy
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
 
+from .golden_cases import assert_agrees_with_the_original
+
 # Least cosine of every feature and of the result to the plain float32 model's.
 GATES = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.995}
 CASES = ["seg_small", "seg_small_a64", "refer_small", "depth_small"]
@@ -59,28 +61,7 @@ def test_features_and_results_agree_with_the_original(golden: Callable, name: st
     model, inputs, expected = case.model(), case.inputs(), case.tensors
     fast = vpd_fast.optimize(model, precision)
     del model
-    stride = case.settings.get("stride", 1)
-    produced = {}
-    if case.config.task == "depth":
-        produced["pred_d"] = fast(*inputs)["pred_d"][..., ::stride, ::stride]
-    else:
-        features = fast.extract_feat(*inputs)
-        logits = fast.decode(features, inputs[0].shape[2:])
-        produced |= {"logits": logits[..., ::stride, ::stride], "argmax": logits.argmax(1)}
-        widths = [fast.config.backbone.model_channels * m for m in fast.config.backbone.channel_mult]
-        for i, (feature, width) in enumerate(zip(features, widths, strict=True)):
-            produced[f"feature{i}"] = feature
-            produced[f"feature{i}_every8th"] = feature[:, ::8]
-            produced[f"maps{i}"] = feature[:, width:]
-    common = sorted(set(produced) & set(expected))
-    assert common
-    for key in common:
-        if key == "argmax":
-            print(f"{name} {precision}: {(produced[key] == expected[key]).double().mean().item():.4f} of labels equal")
-            continue
-        similarity = cosine(produced[key], expected[key])
-        print(f"{name} {precision} {key}: cosine {similarity:.6f}")
-        assert similarity >= GATES[precision], key
+    assert_agrees_with_the_original(case, inputs, expected, fast, GATES[precision])
 
 
 @pytest.mark.parametrize("precision", GATES)

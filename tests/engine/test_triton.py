@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from vpd_fast.engine.workspace import Workspace
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.ops import _dispatch
 from vpd_fast.ops._triton import triton_missing
+
+from .golden_cases import assert_agrees_with_the_original
 
 pytestmark = pytest.mark.skipif(
     triton_missing(torch.empty(0)) is not None, reason="interpreted only without a GPU; tests marked gpu run there"
@@ -91,3 +95,22 @@ def test_statistics_on_the_way_change_nothing_but_rounding(monkeypatch: pytest.M
     least = {"fp32": 0.9999999, "int8": 0.99, "fp8": 0.95}[precision]  # 8-bit images have one scale instead of many
     for one, other in zip(actual, expected, strict=True):
         assert cosine(one, other) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "fp8"])
+def test_arithmetic_of_gpus_agrees_with_the_original(
+    golden: Callable, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The full-size golden model, computed by the references of the operators with what differs on GPUs.
+
+    That is one scale for a whole image in 8-bit convolutions, ranges and group norms from statistics that layers find
+    on the way, four phases instead of Winograd's algorithm, and the formats that only GPUs have.
+    """
+    find_statistics(monkeypatch)
+    case = golden("seg_sd15")
+    model, inputs, expected = case.model(), case.inputs(), case.tensors
+    fast = vpd_fast.optimize(model, precision, policy=Policy(winograd=False, emulate=True))
+    del model
+    gate = {"bf16": 0.999, "fp16": 0.999, "int8": 0.996, "fp8": 0.98}[precision]
+    assert_agrees_with_the_original(case, inputs, expected, fast, gate)
