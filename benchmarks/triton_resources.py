@@ -117,9 +117,15 @@ def layer_launches() -> list[Launch]:
             vectors = scales_and_sums(n, precision)
             channels, out = sum(widths), empty(1, side // stride, side // stride, n, dtype=dtype)
             conv2d.forward(
-                *(x, x2, empty(n, kernel * kernel * channels, dtype=precision)),
+                *(x, x2, empty(1, n, kernel * kernel * channels, dtype=precision)),
                 **vectors,
-                **{"bias": empty(n, dtype=float32), "kernel": (kernel, kernel), "stride": stride, "padding": padding},
+                **{
+                    "bias": empty(n, dtype=float32),
+                    "kernel": (kernel, kernel),
+                    "stride": stride,
+                    "padding": padding,
+                    "upsample": False,
+                },
                 **{"affine": empty(1, 2, channels, dtype=float32) if active else None, "silu": active, "scale": None},
                 **{"activation": "", "residual": out, "out": out, "statistics": statistics_of(out)},
                 ranges=empty(1, 2, 32, dtype=float32) if active else None,

@@ -20,6 +20,7 @@ def forward(
     kernel: tuple[int, int],
     stride: int,
     padding: tuple[int, int, int, int],
+    upsample: bool,
     affine: torch.Tensor | None,
     silu: bool,
     scale: torch.Tensor | None,
@@ -29,16 +30,27 @@ def forward(
     ranges: torch.Tensor | None = None,
     statistics: tuple[torch.Tensor, int] | None = None,
 ) -> None:
-    """Fills out (B, OH, OW, N). weight: (N, KH * KW * C) contiguous. Others: as in `vpd_fast.ops.conv2d`."""
+    """Fills out (B, OH, OW, N). weight: (taps, N, KH * KW * C) contiguous. Others: as in `vpd_fast.ops.conv2d`.
+
+    The four phases of `upsample` read the same prepared image.
+    """
+    padding = (1, 1, 1, 1) if upsample else padding
     untouched = not silu and affine is None and scale is None
     scales = zeros = None
     if not untouched or any(t is not None and t.dtype != weight.dtype for t in (x, x2)):
-        how = {"affine": affine, "silu": silu, "scale": scale, "padding": tuple(padding), "per_image": True}
-        how["ranges"] = ranges
+        how = {"affine": affine, "silu": silu, "scale": scale, "padding": padding, "per_image": True, "ranges": ranges}
         (x, scales, zeros), x2, padding = prepare(x, x2, weight.dtype, **how), None, (0, 0, 0, 0)
-    geometry = Geometry(out.shape[1], out.shape[2], tuple(kernel), stride, padding[0], padding[1])
-    product(
-        *(x, x2, geometry, weight, out),
-        **{"column_scales": column_scales, "sums": sums, "row_scales": scales, "row_zeros": zeros},
-        **{"bias": bias, "activation": activation, "residual": residual, "statistics": statistics},
-    )
+    top, left = padding[:2]
+    finish = {"row_scales": scales, "row_zeros": zeros, "bias": bias, "activation": activation}
+    for i in range(len(weight)):
+        part = {"column_scales": column_scales, "sums": sums, "residual": residual, "statistics": statistics}
+        own, y, x_ = out, 0, 0
+        if upsample:
+            y, x_ = divmod(i, 2)
+            own = out[:, y::2, x_::2]
+            part |= {"residual": None if residual is None else residual[:, y::2, x_::2]}
+            if statistics is not None:
+                part["statistics"] = statistics[0].tensor_split(4, dim=1)[i], statistics[1]
+        part |= {name: None if part[name] is None else part[name][i] for name in ("column_scales", "sums")}
+        geometry = Geometry(own.shape[1], own.shape[2], tuple(kernel), stride, top - y, left - x_)
+        product(x, x2, geometry, weight[i], own, **finish, **part)

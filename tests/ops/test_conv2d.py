@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._packing import PackedWeight
@@ -112,6 +113,30 @@ def test_is_the_convolution_of_pytorch(impl: str) -> None:
         actual = ops.conv2d(x, weight, layer.bias, kernel=(3, 2), stride=2, padding=(1, 2, 0, 1), impl=impl)
         expected = layer(F.pad(x.permute(0, 3, 1, 2), (2, 1, 1, 0))).permute(0, 2, 3, 1)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("transformed", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 4), (5, 3)])
+def test_upsampling(impl: str, height: int, width: int, transformed: bool, precision: torch.dtype) -> None:
+    """Each phase is the 2x2 convolution that it says, and the whole is a convolution of the enlarged image."""
+    x, residual, bias = randn(2, height, width, 12), randn(2, 2 * height, 2 * width, 9), randn(9)
+    filters = randn(9, 12, 3, 3) / 10
+    weight = PackedWeight.pack(phase_weights(filters).permute(0, 1, 3, 4, 2).flatten(2), precision)
+    options = {"affine": randn(2, 2, 12), "silu": True, "x2": None} if transformed else {}
+    out = torch.full((2, 2 * height, 2 * width, 9), torch.nan)
+    given = {"kernel": (2, 2), "impl": impl, **options}
+    assert ops.conv2d(x, weight, bias, upsample=True, residual=residual, out=out, **given) is out
+    for i in range(4):
+        y, x_ = divmod(i, 2)
+        part, phase = {"padding": (1 - y, 1 - x_, y, x_)}, (slice(None), slice(y, None, 2), slice(x_, None, 2))
+        alone = ops.conv2d(x, weight.tap(i), bias, residual=residual[phase], **part, **given)
+        # Padding of 8-bit images belongs to what is rounded, but is always 0, which the range has in it.
+        torch.testing.assert_close(out[phase], alone, rtol=0, atol=0)
+    if precision == torch.float32:
+        a = _gemm.prologue(x, options.get("affine"), transformed, None).permute(0, 3, 1, 2)
+        expected = F.conv2d(F.interpolate(a, scale_factor=2.0, mode="nearest"), filters, bias, padding=1)
+        torch.testing.assert_close(out, expected.permute(0, 2, 3, 1) + residual, rtol=1e-4, atol=1e-4)
 
 
 GEOMETRIES = [  # height, width, kernel, stride, padding
@@ -298,6 +323,9 @@ WEIGHT = make_weight(8, 36, torch.float32)
         ({"kernel": 3}, r"kernel must be \(height, width\), got 3"),
         ({"kernel": (3, 0)}, "kernel must be two positive integers"),
         ({"kernel": (2, 3)}, "weight must have 24 columns as the input says, got 36"),
+        ({"upsample": 1}, "upsample must be True or False, got 1"),
+        ({"upsample": True}, r"upsample needs kernel \(2, 2\), stride 1, padding 0, got \(3, 3\), 1, \(0, 0, 0, 0\)"),
+        ({"upsample": True, "kernel": (2, 2)}, "weight must have 4 taps, got 1"),
         ({"stride": 0}, "stride must be a positive integer, got 0"),
         ({"stride": (2, 2)}, r"stride must be a positive integer, got \(2, 2\)"),
         ({"padding": (1, 1)}, r"padding must be an integer, or \(top, left, bottom, right\), .* got \(1, 1\)"),
@@ -330,7 +358,7 @@ def test_opcheck(precision: torch.dtype) -> None:
     x, x2, residual, out = randn(2, 5, 6, 4), randn(2, 5, 6, 2), randn(2, 3, 3, 8), torch.zeros(2, 3, 3, 8)
     for name in ("auto", "cpu", "reference"):
         numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n, randn(8)
-        how = (3, 3), 2, (1, 1, 1, 1), randn(2, 2, 6), True, randn(6), "silu"
+        how = (3, 3), 2, (1, 1, 1, 1), False, randn(2, 2, 6), True, randn(6), "silu"
         known = (randn(2, 2, 3), torch.zeros(statistics_shape(2, 9, 8))) if name == "reference" else (None, None)
         arguments = *numbers, *how, residual, out, *known, 64, name
         torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, PhaseConv2d, Winograd
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, Winograd
 from vpd_fast.engine.policy import NAMES, Policy
 from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.engine.specs import Spec
@@ -58,7 +58,7 @@ def build_layer(
         if spec.upsample or (settings["stride"] == 1 and shape[2:] == (3, 3) and spec.side):
             taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample, weight.device.type)
         kind, packed, settings = _convolution(weight, taps, dtype, settings, spec.upsample)
-        algorithm = PHASES if kind is PhaseConv2d else ALGORITHMS[taps]
+        algorithm = PHASES if spec.upsample and not taps else ALGORITHMS[taps]
         reason = "; ".join(filter(None, (why if spec.side else "", reason)))
     bias = None if bias is None else bias.float().clone()
     layer = kind(packed.for_device(weight.device), bias, out_dtype, scale, **settings)
@@ -78,6 +78,7 @@ def _convolution(
         return Winograd, PackedWeight.pack(winograd_weight(weight, taps), dtype), settings | {"upsample": upsample}
     if upsample:
         phases = phase_weights(weight).permute(0, 1, 3, 4, 2).flatten(2)
-        return PhaseConv2d, PackedWeight.pack(phases.float(), dtype), settings
+        how = {"kernel": (2, 2), "padding": (0, 0, 0, 0), "upsample": True}
+        return Conv2d, PackedWeight.pack(phases.float(), dtype), settings | how
     rows = weight.permute(0, 2, 3, 1).flatten(1)
     return Conv2d, PackedWeight.pack(rows[None].float(), dtype), settings | {"kernel": tuple(weight.shape[2:])}

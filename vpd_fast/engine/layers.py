@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,16 @@ class GroupNorm(Layer):
 class Product(Layer):
     """What all layers with a weight have in common."""
 
-    parts: ClassVar[int] = 1  # of the result that are made one after the other
     weight: PackedWeight
     bias: Tensor | None
     out_dtype: torch.dtype
     scale: Tensor | None = None  # of the input's channels: smoothing, whose inverse is in the weight
     activation: str | None = None
+
+    @property
+    def parts(self) -> int:
+        """Of the result, that are made one after the other."""
+        return 1
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Of the output for an input of this size."""
@@ -131,16 +134,23 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Conv2d(Product):
-    """Direct convolution; see `vpd_fast.ops.conv2d`."""
+    """Direct convolution; see `vpd_fast.ops.conv2d`. With `upsample` of the enlarged image, by four phases."""
 
     kind: ClassVar[str] = "conv2d"
     kernel: tuple[int, int] = (3, 3)
     stride: int = 1
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)  # top, left, bottom, right
+    upsample: bool = False
     silu: bool = False
+
+    @property
+    def parts(self) -> int:
+        return 4 if self.upsample else 1
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Of the output for an input of this size."""
+        if self.upsample:
+            return 2 * height, 2 * width
         top, left, bottom, right = self.padding
         height, width = height + top + bottom - self.kernel[0], width + left + right - self.kernel[1]
         return height // self.stride + 1, width // self.stride + 1
@@ -154,6 +164,7 @@ class Conv2d(Product):
             kernel=tuple(self.kernel),
             stride=self.stride,
             padding=tuple(self.padding),
+            upsample=self.upsample,
             silu=self.silu,
             scale=self.scale,
             activation=self.activation,
@@ -189,54 +200,8 @@ class Winograd(Product):
         )
 
 
-@dataclass(frozen=True)
-class PhaseConv2d(Product):
-    """Nearest enlargement x2 and 3x3 convolution, as one 2x2 convolution for each of the four phases of the result.
-
-    weight: the phases (0,0), (0,1), (1,0), (1,1) of rewrites.phase_weights as its taps.
-    """
-
-    kind: ClassVar[str] = "phase_conv2d"
-    parts: ClassVar[int] = 4
-    upsample: ClassVar[bool] = True
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Of the output for an input of this size."""
-        return 2 * height, 2 * width
-
-    def __call__(
-        self,
-        x: Tensor,
-        out: Tensor | None = None,
-        residual: Tensor | None = None,
-        statistics: Statistics | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """(B,H,W,C) -> (B,2H,2W,n); further options: x2, affine, ranges."""
-        out = x.new_empty(self.shape(x), dtype=self.out_dtype) if out is None else out
-        for phase in range(4):
-            y, x_ = divmod(phase, 2)
-            own = statistics
-            if own is not None:
-                own = own._replace(data=own.data.tensor_split(4, dim=1)[phase])
-            ops.conv2d(
-                x,
-                self.weight.tap(phase),
-                self.bias,
-                kernel=(2, 2),
-                padding=(1 - y, 1 - x_, y, x_),
-                scale=self.scale,
-                activation=self.activation,
-                residual=None if residual is None else residual[:, y::2, x_::2],
-                out=out[:, y::2, x_::2],
-                statistics=own,
-                **options,
-            )
-        return out
-
-
 OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd, PhaseConv2d)}
+KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd)}
 
 
 def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from vpd_fast.checkpoints.save import write_files, write_json
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, PhaseConv2d, Product, Winograd, from_parts
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Product, Winograd, from_parts
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import NAMES
 from vpd_fast.engine.specs import layer_specs
@@ -101,10 +101,9 @@ def _require_layers(config: VPDConfig, layers: dict[str, Layer]) -> None:
         layer, shape = layers[name], tuple(spec.make()[0].shape)
         if isinstance(layer, GroupNorm):
             sizes = tuple(layer.weight.shape)
-        elif isinstance(layer, PhaseConv2d):
-            shape, sizes = (shape[0], 4 * shape[1]), (layer.weight.n, layer.weight.k)
         elif isinstance(layer, Conv2d):
-            shape, sizes = (shape[0], math.prod(shape[1:])), (layer.weight.n, layer.weight.k)
+            positions = 4 if layer.upsample else math.prod(shape[2:])
+            shape, sizes = (shape[0], positions * shape[1]), (layer.weight.n, layer.weight.k)
         else:
             shape, sizes = shape[:2], (layer.weight.n, layer.weight.k)
         if (spec.kind == "group_norm") != isinstance(layer, GroupNorm) or sizes != shape:

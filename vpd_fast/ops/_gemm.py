@@ -43,11 +43,11 @@ def geglu_rows(n: int) -> Tensor:
     return torch.cat([part for run in runs for part in (run, run + n)])
 
 
-def check_weight(weight: Any, k: int, activation: str | None) -> int:
-    """The number of output columns. Raises InputError unless `weight` has k columns and one tap."""
+def check_weight(weight: Any, k: int, activation: str | None, taps: int = 1) -> int:
+    """The number of output columns. Raises InputError unless `weight` has k columns and so many taps."""
     kind = type(weight).__name__
     check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight, got {kind}")
-    check(weight.taps == 1, f"weight must have one tap, got {weight.taps}")
+    check(weight.taps == taps, f"weight must have {'one tap' if taps == 1 else f'{taps} taps'}, got {weight.taps}")
     if weight.k != k:  # torch.compile can not trace a message of sizes that it does not know
         raise InputError(f"weight must have {k} columns as the input says, got {weight.k}")
     if weight.dtype == torch.int8 and weight.k > MOST_COLUMNS_8_BITS:
@@ -208,8 +208,8 @@ def triton_refuses(x: Tensor, x2: Tensor | None, data: Tensor, n: int, activatio
 
 
 def triton_weight(weight: PackedWeight) -> Tensor:
-    """(n, k) contiguous; unpacked at every call if it is laid out for a CPU."""
-    return weight.numbers()[0].contiguous()
+    """(taps, n, k) contiguous; unpacked at every call if it is laid out for a CPU."""
+    return weight.numbers().contiguous()
 
 
 def contiguous_or_none(*tensors: Tensor | None) -> list[Tensor | None]:

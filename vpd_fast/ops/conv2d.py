@@ -7,7 +7,7 @@ in `linear`; a row of 8 bits is what one output position reads, but for the Trit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ def conv2d(
     kernel: Sequence[int],
     stride: int = 1,
     padding: int | Sequence[int] = 0,
+    upsample: bool = False,
     x2: Tensor | None = None,
     affine: Tensor | None = None,
     silu: bool = False,
@@ -55,6 +56,9 @@ def conv2d(
         `PackedWeight.pack(layer.weight.permute(0, 2, 3, 1).flatten(1)[None], dtype)`. Its dtype is the precision of the
         product.
     kernel: (height, width). stride: of both axes. padding: of all sides, or (top, left, bottom, right).
+    upsample: enlarge the image to twice its size (nearest) and convolve it with a 3x3 kernel, padding 1. That is a 2x2
+        convolution for each of the four phases (0,0), (0,1), (1,0), (1,1) of the result, whose weights are the four
+        taps of `weight`. kernel must be (2, 2), stride and padding what they are by default.
     bias: (N,) float32. affine: (B, 2, C) float32 (`group_norm_affine`). scale: (C,) float32.
     activation: None, "relu", "silu" or "geglu" (see `linear`).
     residual: like the result, of those dtypes; may be `out` itself.
@@ -75,6 +79,7 @@ def conv2d(
         kernel=kernel,
         stride=stride,
         padding=padding,
+        upsample=upsample,
         x2=x2,
         affine=affine,
         silu=silu,
@@ -98,6 +103,7 @@ def _check(
     kernel: Sequence[int],
     stride: int = 1,
     padding: int | Sequence[int] = 0,
+    upsample: bool = False,
     x2: Tensor | None = None,
     affine: Tensor | None = None,
     silu: bool = False,
@@ -117,11 +123,16 @@ def _check(
     kernel = check_size("kernel", kernel)
     check(_is_integer(stride, 1), f"stride must be a positive integer, got {stride!r}")
     padding = _check_padding(padding)
-    n_out = _gemm.check_weight(weight, kernel[0] * kernel[1] * channels, activation)
+    check(isinstance(upsample, bool), f"upsample must be True or False, got {upsample!r}")
+    if upsample and (kernel, stride, any(padding)) != ((2, 2), 1, False):
+        raise InputError(f"upsample needs kernel (2, 2), stride 1, padding 0, got {kernel}, {stride}, {padding}")
+    taps = 4 if upsample else 1
+    n_out = _gemm.check_weight(weight, kernel[0] * kernel[1] * channels, activation, taps)
     _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=channels)
     check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
     top, left, bottom, right = padding
     sides = (height + top + bottom - kernel[0]) // stride + 1, (width + left + right - kernel[1]) // stride + 1
+    sides = (2 * height, 2 * width) if upsample else sides
     if min(sides) <= 0:
         raise InputError(f"kernel {kernel} must fit into the image {height}x{width} with padding {padding}")
     shape = {"B": batch, "height": sides[0], "width": sides[1], "N": n_out}
@@ -130,11 +141,13 @@ def _check(
     if ranges is not None:
         check_tensor("ranges", ranges, "B 2 parts", DTYPES[:1], "B", **{"B": batch, "2": 2})
     out = _gemm.check_out(out, out_dtype, x, shape)
+    if upsample and statistics is not None and height * width % statistics.run:
+        raise InputError(f"statistics.run must divide the {height * width} positions of a phase, got {statistics.run}")
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
     _gemm.check_places("conv2d", x.device, tensors | {"residual": residual, "out": out, "ranges": ranges})
     return (
         *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
-        *(bias, kernel, stride, padding, affine, silu, scale, activation or "", residual, out, ranges),
+        *(bias, kernel, stride, padding, upsample, affine, silu, scale, activation or "", residual, out, ranges),
         *check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out),
     )
 
@@ -163,6 +176,7 @@ class _Arguments(NamedTuple):
     kernel: Sequence[int]
     stride: int
     padding: Sequence[int]
+    upsample: bool
     affine: Tensor | None
     silu: bool
     scale: Tensor | None
@@ -179,9 +193,29 @@ class _Arguments(NamedTuple):
         k = self.kernel[0] * self.kernel[1] * channels
         return PackedWeight(self.data, self.scales, self.sums, self.n, k)
 
+    def phases(self) -> Iterator[_Arguments]:
+        """The four convolutions of `upsample`."""
+        for i in range(4):
+            y, x = divmod(i, 2)
+            part = self.weight.tap(i)
+            yield self._replace(
+                data=part.data,
+                scales=part.scales,
+                sums=part.sums,
+                padding=(1 - y, 1 - x, y, x),
+                upsample=False,
+                residual=None if self.residual is None else self.residual[:, y::2, x::2],
+                out=self.out[:, y::2, x::2],
+                statistics=None if self.statistics is None else self.statistics.tensor_split(4, dim=1)[i],
+            )
+
 
 def _reference(*arguments: Any) -> None:
     call = _Arguments(*arguments)
+    if call.upsample:
+        for phase in call.phases():
+            _reference(*phase)
+        return
     kernel, stride = call.kernel, call.stride
     a = _gemm.prologue(_gemm.joined(call.x, call.x2), call.affine, call.silu, call.scale)
     top, left, bottom, right = call.padding
@@ -194,6 +228,10 @@ def _reference(*arguments: Any) -> None:
 
 def _cpu(*arguments: Any) -> None:
     call = _Arguments(*arguments)
+    if call.upsample:
+        for phase in call.phases():
+            _cpu(*phase)
+        return
     if call.out.numel() == 0:
         return
     x, x2 = _gemm.last_contiguous(call.x), _gemm.last_contiguous(call.x2)
@@ -235,7 +273,12 @@ def _triton(*arguments: Any) -> None:
         call.scales, call.sums, call.bias, call.affine, call.scale, call.ranges
     )
     prologue = {"affine": affine, "silu": call.silu, "scale": scale, "ranges": ranges}
-    geometry = {"kernel": tuple(call.kernel), "stride": call.stride, "padding": tuple(call.padding)}
+    geometry = {
+        "kernel": tuple(call.kernel),
+        "stride": call.stride,
+        "padding": tuple(call.padding),
+        "upsample": call.upsample,
+    }
     end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
     end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
     kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **geometry, **end)
@@ -253,8 +296,9 @@ register(
         name="conv2d",
         arguments=(
             "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, "
-            "SymInt[2] kernel, SymInt stride, SymInt[4] padding, Tensor? affine, bool silu, Tensor? scale, "
-            "str activation, Tensor? residual, Tensor(a!) out, Tensor? ranges, Tensor(b!)? statistics, SymInt run"
+            "SymInt[2] kernel, SymInt stride, SymInt[4] padding, bool upsample, Tensor? affine, bool silu, "
+            "Tensor? scale, str activation, Tensor? residual, Tensor(a!) out, Tensor? ranges, "
+            "Tensor(b!)? statistics, SymInt run"
         ),
         returns="()",
         fake=lambda *_: None,

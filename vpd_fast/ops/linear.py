@@ -207,7 +207,7 @@ def _triton(*arguments: Any) -> None:
     prologue = {"norm": call.norm, "eps": call.eps, "affine": affine, "scale": scale}
     end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
     end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
-    kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **end)
+    kernels.forward(x, x2, _gemm.triton_weight(call.weight)[0], scales, sums, **prologue, **end)
     if target is not call.out:
         call.out.copy_(target)
 
