@@ -76,10 +76,14 @@ class ForCPU(ForDevice):
     kind = "cpu"
 
 
-class _NothingIsWrong(TorchFunctionMode):
-    """Tensors without memory pass checks of their values, and a text that is seen again is the same one."""
+class ValuesAreFine(TorchFunctionMode):
+    """Nobody asks for the values of tensors: checks of them pass, and a text that was seen before is the same one.
+
+    Tensors without memory have none, and while a CUDA graph is captured there are none yet.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """True instead of a look at values."""
         return True if func in (Tensor.__bool__, torch.equal) else func(*args, **(kwargs or {}))
 
 
@@ -87,7 +91,7 @@ def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
     """The fast model for a kind of device, of tensors without memory: it can be called, but computes nothing."""
     plain, policy = VPD.empty(config).eval(), {"cpu": ForCPU, "cuda": ForDevice}[kind]()
     activations = torch.float32 if precision == "fp32" else torch.bfloat16
-    with _NothingIsWrong():
+    with ValuesAreFine():
         built = [build_layer(spec, precision, policy, activations) for spec in layer_specs(plain)]
     layers = {info.name: layer for layer, info in built}
     kept = {name: t for name, t in plain.state_dict().items() if FastVPD.is_conditioning(config, name)}
@@ -99,7 +103,7 @@ def trace(model: FastVPD, images: Tensor, first: bool = False) -> list[Operation
 
     first: of a pass with a text that was not seen before, whose keys and values are computed, too.
     """
-    with labelled(model) as run, torch.no_grad(), _NothingIsWrong():
+    with labelled(model) as run, torch.no_grad(), ValuesAreFine():
         if not first:
             run(images)
         with _Counter() as counter:
@@ -120,8 +124,6 @@ class _Counter(TorchDispatchMode):
         self._stage = stage
 
     def around(self, label: Label, call: Callable[[], Any]) -> Any:
-        if self._current is not None:  # an operator within a layer
-            return call()
         self._current = Operation(label)
         try:
             return call()

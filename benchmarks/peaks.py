@@ -103,8 +103,8 @@ def measured(device: str, precisions: Iterable[str]) -> dict[str, float]:
     for precision in precisions:
         try:
             found[precision] = _rate(device, precision)
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            print(f"no rate of {precision} products: {str(error).strip().splitlines()[0]}")
+        except (RuntimeError, NotImplementedError, KeyError) as error:  # of the library that would compute them
+            print(f"no rate of {precision} products: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
     return found
 
 

@@ -56,7 +56,8 @@ class Case:
     def measured(self, content: dict[str, Any]) -> dict[tuple[str, str], float]:
         """{(stage, part): milliseconds} in a file of layers.py, of this case."""
         wanted = {"precision": self.precision, "size": self.size, "batch": self.batch, "task": self.task}
-        known = {"batch": 1, "task": "segmentation"}  # of rows that do not say
+        wanted |= {"model": "full"}
+        known = {"batch": 1, "task": "segmentation", "model": "full"}  # of rows that do not say
         rows = [row for row in content["rows"] if all((known | row).get(k) == v for k, v in wanted.items())]
         return {(row["stage"], row["part"]): row["ms"] for row in rows}
 
