@@ -15,10 +15,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vpd_fast import ops
+from vpd_fast import BackboneConfig, VPDConfig, ops
 from vpd_fast.benchmark.variants import conditioning
 from vpd_fast.engine.model import FastVPD
 
+_SMALL = BackboneConfig(model_channels=64, context_dim=64, num_heads=4, vae_ch=64)
+# Segmentation models that the scripts measure; the second is a fifth as wide, to try a script.
+MODELS = {"full": VPDConfig(), "small": VPDConfig(num_classes=20, channels=64, base_size=128, backbone=_SMALL)}
 STAGES = ("text", "encoder", "unet", "head", "post")
 ALIASES = {"conv1": "3x3", "conv2": "3x3"}  # for layers whose last name says little
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

@@ -52,7 +52,7 @@ def test_a_rate_against_the_peak_counts_the_products_that_are_made(script, rates
         found.add(operation.label, 1e-3)
     found.rest = 1e-3
     first, rest = layers.summary([found], counts, rates, {"size": 128})
-    gflop = 4 * 2 * 9 * 128**2 * 32**2 / 1e9
+    gflop = 4 * 2 * 9 * 128**2 * 64**2 / 1e9
     assert (first["part"], rest["part"]) == ("3x3 at 128", "rest")
     assert first["gflop_per_s"] == pytest.approx(gflop / 4e-3, rel=1e-3)
     assert first["of_peak"] == pytest.approx(gflop * 4 / 9 / 4e-3 / rates["bf16"], rel=1e-3)
