@@ -257,10 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
     model = randomize(VPD.empty(MODELS[options.model]), seed=0).eval().to(options.device)
     variants = list(make_variants(model, options.backends, precisions, not options.no_compile))
     facts, rows = {"model": options.model} if options.model != "full" else {}, []
-    for batch in options.batch:
-        rows += measured_rows(variants, make_images(batch, options.size).to(options.device), options.rounds, **facts)
     also = telemetry.facts() if options.device == "cuda" else {}
-    path = write_rows("e2e", options.device, rows, **also)
+    for batch in options.batch:  # what is measured is kept if the next one is interrupted
+        rows += measured_rows(variants, make_images(batch, options.size).to(options.device), options.rounds, **facts)
+        path = write_rows("e2e", options.device, rows, **also)
     print(f"segmentation model on {device_name(options.device)}, random weights: {path}")
     print(table(rows))
     bad = [row["variant"] for row in rows if row.get("parity") != "passed"]

@@ -168,9 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
                 found = summary(passes, counted(config, precision, args.device, images), peak, facts)
                 print(f"\n{precision}, {batch}x3x{size}x{size}: {sum(row['ms'] for row in found):.3f} ms")
                 print(table([{k: v for k, v in row.items() if k not in facts} for row in found[: args.rows]]))
-                rows += found
-    path = write_rows("layers", args.device, rows, kind=args.device, peak_gflop_per_s=peak)
-    print(f"\n{device_name(args.device)}: written to {path}")
+                rows += found  # what is measured is kept if the next one is interrupted
+                path = write_rows("layers", args.device, rows, kind=args.device, peak_gflop_per_s=peak)
+                print(f"{device_name(args.device)}: written to {path}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ", ".join(DEVICES)
     parser.add_argument("--device", default="h200", help=f"{known}, or a file of layers.py (default h200)")
-    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["bf16"])
+    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), help="default: those in the file, or bf16")
     parser.add_argument("--task", choices=["segmentation", "referring", "depth"], default="segmentation")
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels, a multiple of 64")
     parser.add_argument("--batch", type=int, default=1)
@@ -174,10 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"--size must be a multiple of {SIZE_MULTIPLE} and --batch at least 1")
     device = find(options.device)
     content = None if options.device in DEVICES else json.loads(Path(options.device).read_text(encoding="utf-8"))
+    found = [p for p in PRECISIONS if content and any(row.get("precision") == p for row in content["rows"])]
     rates = ", ".join(f"{name} {rate / 1e3:.4g}" for name, rate in device.gflop_per_s.items())
     print(f"{device.name}: TFLOP/s {rates}; {device.gb_per_s:.0f} GB/s; {device.source}")
     results = []
-    for precision in options.precision:
+    for precision in options.precision or found or ["bf16"]:
         case = Case(options.task, precision, options.size, options.batch)
         results.append(analyse(case, device, content))
         show(results[-1], case, options.rows)
