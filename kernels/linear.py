@@ -20,6 +20,7 @@ def forward(
     activation: str,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    statistics: tuple[torch.Tensor, int] | None = None,
 ) -> None:
     """Fills out (B, M, N). weight: (N, K) contiguous. Others: as in `vpd_fast.ops.linear`, last strides 1."""
     x, x2, residual, image = (None if t is None else t.unsqueeze(2) for t in (x, x2, residual, out))
@@ -31,5 +32,5 @@ def forward(
     product(
         *(x, x2, Geometry(out.shape[1], 1), weight, image),
         **{"column_scales": column_scales, "sums": sums, "row_scales": scales, "row_zeros": zeros},
-        **{"bias": bias, "activation": activation, "residual": residual},
+        **{"bias": bias, "activation": activation, "residual": residual, "statistics": statistics},
     )
