@@ -58,6 +58,7 @@ class LabelledPass:
 
     def __init__(self, model: FastVPD) -> None:
         self.model, self.stage, self.around = model, "", directly
+        self._conditioning: dict[int, tuple] = {}
         self._precisions = {info.name: info.precision for info in model.infos}
 
     def __call__(
@@ -68,6 +69,7 @@ class LabelledPass:
         on_stage: told the name of each stage when it begins.
         """
         model, task = self.model, self.model.config.task
+        self.prepare(len(images))
         self.around = around
 
         def begin(stage: str) -> None:
@@ -79,7 +81,7 @@ class LabelledPass:
             begin("encoder")
             latents = model.encode(images)
             begin("text")
-            context = self._context(len(images))
+            context = model.context(*self._conditioning[len(images)])
             begin("unet")
             features = model.features(latents, context)
             begin("head")
@@ -90,11 +92,12 @@ class LabelledPass:
         finally:
             self.around = directly
 
-    def _context(self, batch: int) -> Tensor:
-        if self.model.config.task == "depth":
-            return self.model.context(None, batch)
-        parts = conditioning(self.model.config, batch)
-        return self.model.context(*(x.to(self.model.device) if isinstance(x, Tensor) else x for x in parts))
+    def prepare(self, batch: int) -> None:
+        """Makes the text or scene for so many images, so that it is no part of a pass."""
+        if batch not in self._conditioning:
+            depth = self.model.config.task == "depth"  # the mean of all scenes
+            parts = (None, batch) if depth else conditioning(self.model.config, batch)
+            self._conditioning[batch] = tuple(x.to(self.model.device) if isinstance(x, Tensor) else x for x in parts)
 
     def of_layer(self, name: str, layer: Any) -> Callable[..., Label]:
         """What makes the label of a layer's call from its arguments."""

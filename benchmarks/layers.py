@@ -15,6 +15,7 @@ layers find more in the cache. `roofline.py --device FILE` compares the file wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 import time
@@ -32,6 +33,7 @@ from timing import device_name, measure, percentile, table, write_rows
 import vpd_fast
 from vpd_fast import VPD, VPDConfig
 from vpd_fast.benchmark.parity import make_images
+from vpd_fast.engine import Policy
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
@@ -99,6 +101,16 @@ def timed_on_gpu(run: LabelledPass, images: torch.Tensor, rounds: int) -> Pass:
     return found
 
 
+def usable_precisions(device: str) -> list[str]:
+    """Those that the device has instructions for."""
+    found = []
+    for precision in PRECISIONS:
+        with contextlib.suppress(InputError):
+            Policy().check_device(precision, torch.device(device))
+            found.append(precision)
+    return found
+
+
 def counted(model: VPDConfig, precision: str, kind: str, images: torch.Tensor) -> dict[Key, list[Operation]]:
     """Operations of a pass by part, with their products."""
     found: dict[Key, list[Operation]] = defaultdict(list)
@@ -144,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no NVIDIA GPU here")
     config, rows = MODELS[args.model], []
-    peak = peaks.measured(args.device, PRECISIONS)
+    peak = peaks.measured(args.device, usable_precisions(args.device))
     print("GFLOP/s of a large matrix product:", ", ".join(f"{name} {rate:.0f}" for name, rate in peak.items()))
     plain = functools.cache(lambda: randomize(VPD.empty(config), seed=0).eval().to(args.device))
     for precision in args.precision:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,13 @@ from vpd_fast import VPD, VPDConfig
 from vpd_fast.engine import Policy
 from vpd_fast.engine.build import build_layer
 from vpd_fast.engine.model import FastVPD
+from vpd_fast.engine.policy import ACTIVATIONS
 from vpd_fast.engine.specs import layer_specs
+from vpd_fast.engine.workspace import Workspace, WorkspacePool
 
 WINOGRAD = {16: 4 / 9, 36: 1 / 4, 9: 1 / 4}  # products made, by taps, of those of a direct convolution
 WEIGHTS = ("data", "scales", "sums")  # arguments of operators that are the packed weight
+KNOWN = {"x": "statistics", "x2": "statistics2"}  # inputs of group_norm_affine that are not read if it is given these
 GLUE = "glue"  # operations of PyTorch between the layers
 
 
@@ -79,23 +83,44 @@ class ForCPU(ForDevice):
 class ValuesAreFine(TorchFunctionMode):
     """Nobody asks for the values of tensors: checks of them pass, and a text that was seen before is the same one.
 
-    Tensors without memory have none, and while a CUDA graph is captured there are none yet.
+    Tensors without memory have none, and while a CUDA graph is captured there are none yet. Those without memory get
+    addresses, by which the engine tells its buffers apart.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """True instead of a look at values."""
-        return True if func in (Tensor.__bool__, torch.equal) else func(*args, **(kwargs or {}))
+        if func in (Tensor.__bool__, torch.equal):
+            return True
+        if func is Tensor.data_ptr and args[0].is_meta:
+            return args[0].untyped_storage()._cdata
+        return func(*args, **(kwargs or {}))
+
+
+class Workspaces(WorkspacePool):
+    """Workspaces of a model for a kind of device, whatever device its tensors are on."""
+
+    def __init__(self, device: torch.device, kind: str) -> None:
+        super().__init__(device)
+        self._kind = kind
+
+    @contextmanager
+    def lease(self) -> Iterator[Workspace]:
+        """As of the model, with statistics of activations where that kind of device finds them."""
+        with super().lease() as memory:
+            memory.finds_statistics = Workspace(torch.device(self._kind)).finds_statistics
+            yield memory
 
 
 def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
     """The fast model for a kind of device, of tensors without memory: it can be called, but computes nothing."""
     plain, policy = VPD.empty(config).eval(), {"cpu": ForCPU, "cuda": ForDevice}[kind]()
-    activations = torch.float32 if precision == "fp32" else torch.bfloat16
     with ValuesAreFine():
-        built = [build_layer(spec, precision, policy, activations) for spec in layer_specs(plain)]
+        built = [build_layer(spec, precision, policy, ACTIVATIONS[precision]) for spec in layer_specs(plain)]
     layers = {info.name: layer for layer, info in built}
     kept = {name: t for name, t in plain.state_dict().items() if FastVPD.is_conditioning(config, name)}
-    return FastVPD.assemble(config, kept, layers, tuple(info for _, info in built), precision)
+    model = FastVPD.assemble(config, kept, layers, tuple(info for _, info in built), precision)
+    model._workspaces = Workspaces(model.device, kind)
+    return model
 
 
 def trace(model: FastVPD, images: Tensor, first: bool = False) -> list[Operation]:
@@ -104,6 +129,7 @@ def trace(model: FastVPD, images: Tensor, first: bool = False) -> list[Operation
     first: of a pass with a text that was not seen before, whose keys and values are computed, too.
     """
     with labelled(model) as run, torch.no_grad(), ValuesAreFine():
+        run.prepare(len(images))
         if not first:
             run(images)
         with _Counter() as counter:
@@ -174,6 +200,8 @@ def _add(target: Operation, func: Any, args: tuple, kwargs: dict, result: Any) -
     for argument, value in given.items():
         if argument in written and not (given.get("accumulate") if ours else name != "copy_"):
             continue  # what was there is not read
+        if name == "group_norm_affine" and given.get(KNOWN.get(argument)) is not None:
+            continue
         for x in _tensors(value):
             if any(x is other for other in seen):
                 continue

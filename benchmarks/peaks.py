@@ -59,18 +59,25 @@ def _gpu(name: str, source: str, tflop: dict[str, float], gb_per_s: float, multi
 
 
 _PUBLISHED = "published: dense products with float32 or int32 sums, at boost clock; float32 itself without TF32"
-_HOPPER = {"fp32": 66.9, "bf16": 989.4, "int8": 1978.9, "fp8": 1978.9}
+_HOPPER = {"fp32": 66.9, "bf16": 989.4, "fp16": 989.4, "int8": 1978.9, "fp8": 1978.9}
 DEVICES = {
     "h200": _gpu("H200 SXM", _PUBLISHED, _HOPPER, 4800, 132, 1.98),
     "h100": _gpu("H100 SXM", _PUBLISHED, _HOPPER, 3350, 132, 1.98),
-    "a100": _gpu("A100 SXM 80 GB", _PUBLISHED, {"fp32": 19.5, "bf16": 312.0, "int8": 624.0}, 2039, 108, 1.41),
+    "a100": _gpu(
+        "A100 SXM 80 GB", _PUBLISHED, {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0, "int8": 624.0}, 2039, 108, 1.41
+    ),
     "rtx4090": _gpu(
-        "RTX 4090", _PUBLISHED, {"fp32": 82.6, "bf16": 165.2, "int8": 660.6, "fp8": 330.3}, 1008, 128, 2.52
+        "RTX 4090",
+        _PUBLISHED,
+        {"fp32": 82.6, "bf16": 165.2, "fp16": 165.2, "int8": 660.6, "fp8": 330.3},
+        1008,
+        128,
+        2.52,
     ),
     "h200-sustained": _gpu(
         "H200 SXM, sustained",
         "assumed: what large products keep up under the power limit, at 1.755 GHz; measured rates replace it",
-        {"fp32": 59.3, "bf16": 790.0, "int8": 1380.0, "fp8": 1380.0},
+        {"fp32": 59.3, "bf16": 790.0, "fp16": 790.0, "int8": 1380.0, "fp8": 1380.0},
         4300,
         132,
         1.755,
@@ -109,8 +116,8 @@ def measured(device: str, precisions: Iterable[str]) -> dict[str, float]:
 
 
 def _rate(device: str, precision: str) -> float:
-    if precision in ("fp32", "bf16"):
-        return matmul_gflop_per_s(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    if precision in gpu_libraries.DTYPES:
+        return matmul_gflop_per_s(device, gpu_libraries.DTYPES[precision])
     side = SIDE[device]
     library = onednn if device == "cpu" else gpu_libraries
     product = library.linear(side, torch.randn(side, side, device=device), torch.zeros(side, device=device), precision)

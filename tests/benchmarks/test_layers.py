@@ -105,6 +105,7 @@ def test_measure_tells_whose_turn_it_was(script) -> None:
 def test_rates_of_libraries(script, monkeypatch, capsys) -> None:
     monkeypatch.setitem(script("peaks").SIDE, "cpu", 64)
     monkeypatch.setattr(script("peaks"), "matmul_gflop_per_s", lambda device, dtype: {torch.float32: 1.0}[dtype])
+    assert script("layers").usable_precisions("cpu") == ["fp32", "bf16", "int8"]
     found = script("peaks").measured("cpu", ["fp32", "int8", "fp8"])
     assert found.keys() == {"fp32", "int8"}
     assert found["int8"] > 0
