@@ -5,32 +5,16 @@ neighbourhood. A tile of the result is computed by one program, or by several th
 sums are added in a fixed order by a second kernel, so no result depends on who comes first.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from vpd_fast.kernels import _tuning
 from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
+from vpd_fast.kernels._geometry import Geometry
+from vpd_fast.kernels._library import library_refuses, library_sums
 from vpd_fast.kernels._statistics import PLANES, partial, store_planes
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How output positions read an image: (B, OH, OW) from (B, H, W). A matrix is an image of width 1."""
-
-    out_height: int
-    out_width: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    top: int = 0
-    left: int = 0
-
-    def reads_outside(self, height: int, width: int) -> bool:
-        """Whether some position reads beyond an image of this size."""
-        last_y = (self.out_height - 1) * self.stride - self.top + self.kernel[0]
-        last_x = (self.out_width - 1) * self.stride - self.left + self.kernel[1]
-        return self.top > 0 or self.left > 0 or last_y > height or last_x > width
 
 
 @triton.jit
@@ -205,28 +189,13 @@ def _merge_kernel(
     inside = (rows < total_rows)[:, None] & (columns < N)[None, :]
     places = partial + (rows * N)[:, None] + columns[None, :]
     acc = tl.load(places, mask=inside, other=0)
+    acc = acc if acc.dtype == tl.int32 else acc.to(tl.float32)
     for i in range(1, SPLITS):
         acc += tl.load(places + i * total_rows * N, mask=inside, other=0)
     _store(
         acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
         sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, ACTIVATION, RUN, BM, BN,
     )  # fmt: skip
-
-
-def tile_config(rows: int, n: int, k: int, channels: int, dtype: torch.dtype, processors: int) -> dict[str, int]:
-    """Tile, pipeline and number of splits. k: columns of a row; channels: of the source with fewer of them."""
-    if dtype == torch.float32:  # no tensor cores
-        config = {"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 2}
-    else:
-        least, most = (16, 64) if dtype.itemsize == 2 else (32, 128)
-        bk = max(least, min(most, triton.next_power_of_2(channels)))
-        config = {"BM": 128, "BN": 128, "BK": bk, "num_warps": 8, "num_stages": 3}
-        if triton.cdiv(rows, 128) * triton.cdiv(n, 128) < processors:
-            config |= {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 4}
-    tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
-    # Idle multiprocessors share the sums, as long as each part is worth a pipeline.
-    splits = max(1, min(processors // tiles, k // (8 * config["BK"]), 16))
-    return {**config, "GROUP": 8, "SPLITS": splits}
 
 
 def product(
@@ -255,11 +224,20 @@ def product(
     """
     batch, height, width, channels = a.shape
     n, k = weight.shape
-    rows = batch * geometry.out_height * geometry.out_width
-    least = channels if a2 is None else min(channels, a2.shape[3])
-    config = dict(config or tile_config(rows, n, k, least, a.dtype, multiprocessors(a.device)))
-    run, positions = (0, 1) if statistics is None else (statistics[1], geometry.out_height * geometry.out_width)
-    fused = run and positions % run == 0 and config["BM"] % run == 0
+    rows, positions = batch * geometry.out_height * geometry.out_width, geometry.out_height * geometry.out_width
+    run = statistics[1] if statistics is not None and positions % statistics[1] == 0 else 1
+    shape = _tuning.Product(
+        *(str(a.dtype).removeprefix("torch."), geometry.kernel, geometry.stride, rows, n, k),
+        channels if a2 is None else min(channels, a2.shape[3]),
+        *(1 if a2 is None else 2, activation, run),
+    )
+    image: dict[str, Any] = {
+        **image_arguments("a", a),
+        **{"a_channels": channels, "a2_channels": 0 if a2 is None else a2.shape[3]},
+        **image_arguments("a2", a2),
+        **{"height": height, "width": width, "stride": geometry.stride, "top": geometry.top, "left": geometry.left},
+        **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
+    }
     finish: dict[str, Any] = {
         **{"total_rows": rows, "N": n, "out_height": geometry.out_height, "out_width": geometry.out_width},
         **{"row_scales": row_scales, "row_zeros": row_zeros},
@@ -267,33 +245,37 @@ def product(
         **{"column_scales": column_scales, "sums": sums, "bias": bias},
         **image_arguments("residual", residual, "r"),
         **image_arguments("out", out, "o"),
-        **{"statistics": statistics[0] if fused else None, "statistics_b": statistics[0].stride(0) if fused else 0},
-        **{"ACTIVATION": activation, "RUN": run if fused else 1},
+        "ACTIVATION": activation,
     }
-    splits, parts = config["SPLITS"], None
-    if splits > 1:
-        dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
-        parts = torch.empty(splits, rows, n, dtype=dtype, device=a.device)
-    tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
-    launch(
-        _product_kernel,
-        (tiles, splits),
-        a,
-        **image_arguments("a", a),
-        a_channels=channels,
-        **image_arguments("a2", a2),
-        a2_channels=0 if a2 is None else a2.shape[3],
-        **{"height": height, "width": width, "stride": geometry.stride, "top": geometry.top, "left": geometry.left},
-        weight=weight,
-        partial=parts,
-        **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
-        **finish,
-        **config,
-    )
-    if splits > 1:
-        tile = {"BM": max(16, finish["RUN"]), "SPLITS": splits, "num_warps": 4}
-        tile["BN"] = 32 if tile["BM"] > 16 else 64
-        tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
-        launch(_merge_kernel, (tiles,), a, partial=parts, **finish, **tile)
-    if statistics is not None and not fused:
-        partial(out.flatten(1, 2), run, statistics[0])
+
+    def compute(config: _tuning.Config) -> None:
+        fused = run > 1 and config.get("BM", run) % run == 0
+        known = {"statistics": statistics[0] if fused else None, "RUN": run if fused else 1}
+        known["statistics_b"] = statistics[0].stride(0) if fused else 0
+        splits = config.get("SPLITS", 1)
+        if config == _tuning.LIBRARY:
+            parts = library_sums(a, a2, geometry, weight)
+            _merge(parts, rows, n, **finish, **known, SPLITS=1)
+        else:
+            dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
+            parts = torch.empty(splits, rows, n, dtype=dtype, device=a.device) if splits > 1 else None
+            tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
+            own = {**image, **finish, **known, **config, "weight": weight, "partial": parts}
+            launch(_product_kernel, (tiles, splits), a, **own)
+            if parts is not None:
+                _merge(parts, rows, n, **finish, **known, SPLITS=splits)
+        if statistics is not None and not fused:
+            partial(out.flatten(1, 2), statistics[1], statistics[0])
+
+    processors = multiprocessors(a.device)
+    chosen = config or _tuning.choose(shape, a.device, processors, compute)
+    if chosen == _tuning.LIBRARY and library_refuses(a, a2, geometry, weight) is not None:
+        chosen = _tuning.by_rule(shape, processors)
+    compute(chosen)
+
+
+def _merge(parts: torch.Tensor, rows: int, n: int, **arguments: Any) -> None:
+    bm = max(16, arguments["RUN"])
+    tile = {"BM": bm, "BN": 32 if bm > 16 else 64, "num_warps": 4}
+    tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
+    launch(_merge_kernel, (tiles,), parts, partial=parts, **arguments, **tile)

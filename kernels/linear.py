@@ -1,7 +1,8 @@
 """`linear` on a GPU: a kernel that prepares and rounds rows, where they need it, and one that multiplies them."""
 
 import torch
-from vpd_fast.kernels._product import Geometry, product
+from vpd_fast.kernels._geometry import Geometry
+from vpd_fast.kernels._product import product
 from vpd_fast.kernels._rows import prepare
 
 
