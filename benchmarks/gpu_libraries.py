@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Of our operators on a GPU.
+PRECISIONS = onednn.PRECISIONS | {"float16": torch.float16, "fp8": torch.float8_e4m3fn}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
@@ -49,3 +51,9 @@ def conv2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, precision: str)
     packed = kernel.to(dtype).contiguous(memory_format=torch.channels_last)
     offset = bias.to(dtype)
     return lambda: F.conv2d(images, packed, offset, stride=stride, padding=1)
+
+
+def activations(precision: str) -> torch.dtype:
+    """Of the inputs of our operators beside a weight of that precision, as in an engine."""
+    dtype = PRECISIONS[precision]
+    return dtype if dtype.itemsize > 1 else torch.bfloat16

@@ -26,7 +26,6 @@ import triton
 from timing import table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
 from vpd_fast.kernels import (
     _product,
     _rows,
