@@ -55,7 +55,8 @@ def dot(a, b, x):
         b = b.to(tl.float32)
     elif a.dtype == tl.float8e4nv:
         # Hopper's tensor cores add such products up with about 14 bits; every 128 the sum moves to a float32.
-        return tl.dot(a, b, x, max_num_imprecise_acc=128)
+        every: tl.constexpr = a.shape[1] if a.shape[1] < 128 else 128
+        return tl.dot(a, b, x, max_num_imprecise_acc=every)
     return tl.dot(a, b, x, input_precision="ieee")
 
 

@@ -48,10 +48,11 @@ def _add_source(
 
 @triton.jit
 def _positions(rows, height, width):
-    """Image, y and x of rows that count the positions of all images."""
+    """Image, y and x of rows that count the positions of all images, which are fewer than 2^31."""
+    rows = rows.to(tl.int32)  # 64-bit division is slow
     b = rows // (height * width)
-    within = (rows - b * (height * width)).to(tl.int32)
-    return b, within // width, within % width
+    within = rows - b * (height * width)
+    return b.to(tl.int64), within // width, within % width
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def _store(
     values = acc
     if column_scales is not None:
         # Whole numbers are exact: |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
-        places = rows // rows_per_scale
+        places = rows.to(tl.int32) // rows_per_scale
         if sums is not None:
             zero = tl.load(row_zeros + places, mask=valid, other=0.0).to(tl.int32)
             total = tl.load(sums + columns, mask=in_n, other=0.0).to(tl.int32)
@@ -117,11 +118,11 @@ def _store_statistics(
     difference = values - mean[:, None, :]
     rest = tl.sum(difference, 1) / RUN
     deviations = tl.sum(difference * difference, 1) - RUN * rest * rest
-    rows = first_row + tl.arange(0, RUNS) * RUN
-    b = rows // positions
-    run = (rows - b * positions) // RUN
-    places = out + (b * out_b + run * PLANES * channels)[:, None] + columns[None, :]
-    inside = (rows < total_rows)[:, None] & in_n[None, :]
+    runs = (first_row // RUN).to(tl.int32) + tl.arange(0, RUNS)
+    b = runs // (positions // RUN)
+    run = runs - b * (positions // RUN)
+    places = out + (b.to(tl.int64) * out_b + run * PLANES * channels)[:, None] + columns[None, :]
+    inside = (runs.to(tl.int64) * RUN < total_rows)[:, None] & in_n[None, :]
     store_planes(places, inside, channels, mean, rest, deviations, tl.min(values, 1), tl.max(values, 1))
 
 
@@ -276,6 +277,6 @@ def product(
 
 def _merge(parts: torch.Tensor, rows: int, n: int, **arguments: Any) -> None:
     bm = max(16, arguments["RUN"])
-    tile = {"BM": bm, "BN": 32 if bm > 16 else 64, "num_warps": 4}
+    tile = {"BM": bm, "BN": max(32, 1024 // bm), "num_warps": 4}
     tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
     launch(_merge_kernel, (tiles,), parts, partial=parts, **arguments, **tile)

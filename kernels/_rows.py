@@ -151,6 +151,8 @@ def refuse(x: torch.Tensor, x2: torch.Tensor | None) -> str | None:
     columns = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
     if columns > WIDEST:
         return f"a row has {columns} columns; this takes at most {WIDEST}"
+    if x[..., 0].numel() >= 2**30:
+        return f"{x[..., 0].numel()} positions are more than 2**30"
     for source in (x, x2):
         if (
             source is not None

@@ -15,14 +15,14 @@ import triton.language as tl
 from vpd_fast.kernels._common import launch, multiprocessors
 from vpd_fast.kernels._statistics import CHANNELS, PLANES, POSITIONS, partial
 
-MERGED = 2048  # partial results at a time
+MERGED = 512  # partial results at a time
 SILU_BOTTOM = tl.constexpr(-1.2784645)  # where SiLU is least
 SILU_LEAST = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 
 
 @triton.jit
 def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, plane):
-    """A plane of statistics of the channels `columns` of both sources, zero outside, in float64."""
+    """A plane of statistics of the channels `columns` of both sources, zero outside."""
     first = inside & (columns < width)
     places = rows[:, None] * (PLANES * width) + plane * width + columns[None, :]
     value = tl.load(source + places, mask=(rows < runs)[:, None] & first[None, :], other=0.0)
@@ -30,7 +30,7 @@ def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, p
         second = inside & (columns >= width)
         places = rows[:, None] * (PLANES * width2) + plane * width2 + columns[None, :] - width
         value += tl.load(source2 + places, mask=(rows < runs2)[:, None] & second[None, :], other=0.0)
-    return value.to(tl.float64)
+    return value
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def _merge_kernel(
     total = tl.zeros((RUNS, WIDTH), tl.float64)
     for first in range(0, tl.maximum(runs, runs2), RUNS):
         rows = first + tl.arange(0, RUNS)
-        value = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0)
-        value += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1)
+        value = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64)
+        value += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
         total += value * _counts(rows, columns, positions, run, runs, width, run2, runs2)
     numbers = tl.cast(positions, tl.float64) * own
     mean = tl.sum(tl.sum(total, 1), 0) / numbers
@@ -71,14 +71,14 @@ def _merge_kernel(
     for first in range(0, tl.maximum(runs, runs2), RUNS):
         rows = first + tl.arange(0, RUNS)
         count = _counts(rows, columns, positions, run, runs, width, run2, runs2)
-        difference = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0) - mean
-        difference += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1)
-        within = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 2)
+        difference = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64) - mean
+        difference += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
+        within = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 2).to(tl.float64)
         valid = inside[None, :] & (count > 0)
         total += tl.where(valid, within + count * difference * difference, 0.0)
         if ranges is not None:
-            least = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 3).to(tl.float32)
-            most = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 4).to(tl.float32)
+            least = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 3)
+            most = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 4)
             low = tl.where(valid, tl.minimum(low, least), low)
             high = tl.where(valid, tl.maximum(high, most), high)
     variance = tl.sum(tl.sum(total, 1), 0) / numbers
