@@ -132,7 +132,7 @@ summary() {
         printf '%-24s %-12s %s\n' "$name" "$status" "$seconds"
     done
     {
-        printf '{"parts": ['
+        printf '{"rows": ['
         for row in "${rows[@]}"; do
             read -r name status seconds <<<"$row"
             printf '%s\n {"part": "%s", "status": "%s", "seconds": %s}' "$separator" "$name" "$status" "$seconds"

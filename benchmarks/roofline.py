@@ -184,7 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
         show(results[-1], case, options.rows)
     writers = {}
     if options.json:
-        facts = {"device": vars(device), "environment": environment("cpu"), "results": results}
+        named = [{key: r[key] for key in ("task", "precision", "size", "batch")} for r in results]
+        rows = [known | part for known, r in zip(named, results, strict=True) for part in r["parts"]]
+        facts = {"device": vars(device), "environment": environment("cpu"), "rows": rows, "results": results}
         writers[options.json] = lambda path: Path(path).write_text(json.dumps(facts, indent=1) + "\n")
     if options.png:
         import roofline_chart

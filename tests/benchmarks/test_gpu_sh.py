@@ -118,7 +118,7 @@ def stub(tmp_path) -> dict[str, str]:
 
 
 def status(tmp_path: Path) -> dict[str, str]:
-    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
+    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     return {part["part"]: part["status"] for part in parts}
 
 

@@ -150,7 +150,10 @@ def test_as_a_program(tmp_path: Path) -> None:
                "--json", tmp_path / "r.json", "--png", tmp_path / "r.png")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "segmentation, bf16, 2x3x256x256:" in done.stdout
-    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    content = json.loads((tmp_path / "r.json").read_text())
+    (result,) = content["results"]
+    assert content["rows"] == [{"task": "segmentation", "precision": "bf16", "size": 256, "batch": 2} | row
+                               for row in result["parts"]]  # fmt: skip
     for parts in (result["operations"], result["parts"], result["totals"]["stage"], result["totals"]["side"]):
         assert sum(row["floor_ms"] for row in parts) == pytest.approx(result["total"]["floor_ms"])
         assert sum(row["made_gflop"] for row in parts) == pytest.approx(result["total"]["made_gflop"])
