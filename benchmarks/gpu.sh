@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, for a machine without a network:
 #
-#     benchmarks/gpu.sh [tests|ops|slow|e2e|train|all]
+#     benchmarks/gpu.sh [tests|ops|slow|e2e|layers|sanitizer|tune|train|all] ...
 #
 # It must have Python with torch (CUDA build), pybind11, cmake, ninja, setuptools, pytest and pytest-benchmark, and nvcc
-# or a built vpd_fast._C_cuda. Results and logs go to $OUT (default benchmarks/results). A part that finished is
-# not run again unless FORCE=1. Exits non-zero if a part failed.
+# or a built vpd_fast._C_cuda. Results, logs and summary.json go to $OUT (default benchmarks/results). No command runs
+# longer than $LIMIT seconds (default 540). A command that succeeded is not run again unless FORCE=1, so an interrupted
+# run is continued by the same call. Exits non-zero if one failed. GPU_SH_DRY=1 prints the commands and runs nothing.
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-cd "$root"
-out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
+cd "$root" || exit 1
+out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd) || exit 1
 python=${PYTHON:-$(command -v python || command -v python3)}
+dry=${GPU_SH_DRY:-0}
 export VPD_FAST_RESULTS=$out PYTHONUNBUFFERED=1
-failed=()
+failed=() rows=()
+limited=(timeout -s INT -k 20 "${LIMIT:-540}") # interrupted, pytest and our scripts have written what they measured
 
 build() {
     "$python" -P -c 'import torch, vpd_fast._C, vpd_fast._C_cuda' 2>/dev/null && return
@@ -21,45 +24,146 @@ build() {
         { tail -n 40 "$out/build.log"; echo "gpu.sh: the build failed, see $out/build.log"; exit 1; }
 }
 
+note() { # note NAME STATUS SECONDS
+    rows+=("$1 $2 $3")
+}
+
+skip() { # skip NAME REASON
+    echo "== $1: $2; nothing was run"
+    note "$1" skipped 0
+}
+
 part() { # part NAME COMMAND...
-    local name=$1 status
+    local name=$1 status start=$SECONDS
     shift
+    if [[ $dry == 1 ]]; then
+        printf '%s:' "$name"
+        printf ' %q' "${limited[@]}" "$@"
+        printf '\n'
+        return
+    fi
     if [[ -e $out/$name.done && ${FORCE:-0} != 1 ]]; then
         echo "== $name: done before (FORCE=1 runs it again)"
+        note "$name" before 0
         return
     fi
     echo "== $name"
-    if "$@" 2>&1 | tee "$out/$name.log"; then
+    "${limited[@]}" "$@" 2>&1 | tee "$out/$name.log"
+    status=${PIPESTATUS[0]}
+    if [[ $status == 0 ]]; then
         touch "$out/$name.done"
+        note "$name" passed $((SECONDS - start))
     else
-        status=$?
-        echo "== $name: FAILED with exit code $status"
+        echo "== $name: FAILED with exit code $status, see $out/$name.log"
+        rm -f "$out/$name.done"
+        note "$name" "failed($status)" $((SECONDS - start))
         failed+=("$name")
     fi
 }
 
-# Interrupted before a limit of ten minutes, pytest still prints and writes what it has measured.
-limited=(timeout -s INT "${LIMIT:-540}")
-parallel() { "$python" -P -c 'import xdist' 2>/dev/null && echo "-n 8"; }
-tests() { part tests "${limited[@]}" "$python" -P -m pytest tests -q -m gpu --maxfail 60 $(parallel); }
-ops() {
-    part ops "${limited[@]}" "$python" -P -m pytest benchmarks -q -m "gpu and not slow"
+has() { [[ $dry == 1 ]] || "$python" -P -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" 2>/dev/null; }
+
+tests() {
+    local parallel=()
+    "$python" -P -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+    part tests "$python" -P -m pytest tests -q -m gpu --maxfail 60 "${parallel[@]}"
 }
-slow() { VPD_FAST_RESULTS=$out/slow part slow "${limited[@]}" "$python" -P -m pytest benchmarks -q -m "gpu and slow"; }
-e2e() { part e2e "$python" benchmarks/e2e.py --device cuda --batch 1 8; }
-train() { echo "== train: there is no training benchmark yet; nothing was run"; }
+ops() { part ops "$python" -P -m pytest benchmarks -q -m "gpu and not slow"; }
+slow() { part slow env VPD_FAST_RESULTS="$out/slow" "$python" -P -m pytest benchmarks -q -m "gpu and slow"; }
 
-case ${1:-all} in
-    tests | ops | slow | e2e | train) chosen=("$1") ;;
-    all) chosen=(tests ops e2e slow train) ;;
-    *) echo "usage: benchmarks/gpu.sh [tests|ops|slow|e2e|train|all]"; exit 2 ;;
-esac
+# Batch sizes apart, each within the limit: torch.compile takes minutes for each. What it compiled it keeps.
+e2e() {
+    for batch in 1 8; do
+        part "e2e-batch$batch" env VPD_FAST_RESULTS="$out/batch$batch" \
+            "$python" benchmarks/e2e.py --device cuda --batch "$batch"
+    done
+}
 
-"$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    { echo "gpu.sh: PyTorch finds no NVIDIA GPU here; nothing was run"; exit 1; }
-build
-"$python" -P -m vpd_fast
+# Then what would be possible: the floors of every layer at the measured rates, beside the measured times.
+layers() {
+    part layers "$python" benchmarks/layers.py --device cuda --batch 1 8
+    local file
+    if [[ $dry == 1 ]]; then
+        file=$out/DEVICE/layers.json
+    else # of this GPU, if there are several: the newest
+        file=$(find "$out" -maxdepth 2 -name layers.json -exec grep -q '"kind": "cuda"' {} ';' -printf '%T@ %p\n' |
+            sort -rn | head -n 1 | cut -d ' ' -f 2-)
+    fi
+    if [[ -z $file ]]; then
+        skip roofline "there are no times of layers on a GPU"
+        return
+    fi
+    for batch in 1 8; do
+        part "roofline-batch$batch" "$python" benchmarks/roofline.py --device "$file" --batch "$batch" \
+            --json "$out/roofline_batch$batch.json" --png "$out/roofline_batch$batch.png"
+    done
+}
+
+# A few tests of the CUDA C++ kernels under each tool; PyTorch's memory cache would hide accesses beyond a tensor.
+sanitizer() {
+    if [[ $dry != 1 ]] && ! command -v compute-sanitizer >/dev/null; then
+        skip sanitizer "compute-sanitizer is not installed (it comes with the CUDA toolkit)"
+        return
+    fi
+    local few="cuda and not triton and not reference and (schedules or strides or two_runs or special_values)"
+    for tool in memcheck racecheck synccheck; do
+        part "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
+            "$python" -P -m pytest tests/ops -q -m "gpu and not slow" --maxfail 5 -k "$few"
+    done
+}
+
+# What it has measured it keeps, so another call goes on where the time was over.
+tune() {
+    if has vpd_fast.cli.tune; then
+        part tune "$python" -P -c 'from vpd_fast.cli.main import run; run()' tune --seconds 420
+    else
+        skip tune "there is no vpd-fast tune"
+    fi
+}
+
+train() { skip train "there is no training benchmark yet"; }
+
+summary() {
+    local row name status seconds separator=
+    printf '\n%-24s %-12s %s\n' part status seconds
+    for row in "${rows[@]}"; do
+        read -r name status seconds <<<"$row"
+        printf '%-24s %-12s %s\n' "$name" "$status" "$seconds"
+    done
+    {
+        printf '{"rows": ['
+        for row in "${rows[@]}"; do
+            read -r name status seconds <<<"$row"
+            printf '%s\n {"part": "%s", "status": "%s", "seconds": %s}' "$separator" "$name" "$status" "$seconds"
+            separator=,
+        done
+        printf '\n]}\n'
+    } >"$out/summary.json.tmp" && mv "$out/summary.json.tmp" "$out/summary.json"
+}
+
+known=(tests tune ops e2e layers slow sanitizer train) # tuned before it is measured
+chosen=()
+for name in "${@:-all}"; do
+    if [[ $name == all ]]; then
+        chosen+=("${known[@]}")
+    elif [[ " ${known[*]} " == *" $name "* ]]; then
+        chosen+=("$name")
+    else
+        echo "usage: benchmarks/gpu.sh [$(IFS='|'; echo "${known[*]}")|all] ..."
+        exit 2
+    fi
+done
+
+if [[ $dry != 1 ]]; then
+    "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        { echo "gpu.sh: PyTorch finds no NVIDIA GPU here; nothing was run"; exit 1; }
+    build
+    "$python" -P -m vpd_fast
+fi
 for name in "${chosen[@]}"; do "$name"; done
+[[ $dry == 1 ]] && exit 0
+summary
 if ((${#failed[@]})); then
     echo "gpu.sh: failed: ${failed[*]}"
     exit 1

@@ -1,20 +1,23 @@
-"""conv2d at the sizes of Stable Diffusion 1.5 that winograd_conv2d does not take, against oneDNN through PyTorch.
+"""conv2d at the sizes of Stable Diffusion 1.5 that winograd_conv2d does not take, against oneDNN, on GPUs cuDNN.
 
-oneDNN gets an input that is joined, activated and, for 8 bits, rounded already, with one pixel of padding on all sides.
+They get an input that is joined, activated and, for 8 bits, rounded already, with one pixel of padding on all sides.
+cuDNN computes in bfloat16 beside our 8 bits, because PyTorch has no 8-bit convolutions on GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import gpu_libraries
 import onednn
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import library_variant, on_devices, variants_of
 from timing import measure, rows_of
 from torch import Tensor
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.ops._packing import PackedWeight
 
 LOWER_RIGHT = (0, 0, 1, 1)  # the encoder's padding
@@ -33,30 +36,31 @@ CASES = {  # side of the input, channels of its sources, of the result, stride, 
 MAIN = "unet, 64 to 32"
 
 
-def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
+def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[], Tensor]]:
     side, channels, n, stride, padding, active = CASES[case]
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = gpu_libraries.activations(precision)
     generator = torch.Generator().manual_seed(0)
-    x, x2 = ([torch.randn(1, side, side, c, generator=generator).to(dtype) for c in channels] + [None])[:2]
-    kernel = torch.randn(n, sum(channels), 3, 3, generator=generator) / (9 * sum(channels)) ** 0.5
-    bias = torch.randn(n, generator=generator)
-    weight = PackedWeight.pack(kernel.permute(0, 2, 3, 1).flatten(1)[None], onednn.PRECISIONS[precision])
-    affine = torch.randn(1, 2, sum(channels), generator=generator) * 0.5 + 1 if active else None
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x, x2 = ([random(1, side, side, c).to(dtype) for c in channels] + [None])[:2]
+    kernel, bias = random(n, sum(channels), 3, 3) / (9 * sum(channels)) ** 0.5, random(n)
+    packed = PackedWeight.pack(kernel.permute(0, 2, 3, 1).flatten(1)[None], gpu_libraries.PRECISIONS[precision])
+    weight = packed.for_device(device)
+    affine = random(1, 2, sum(channels)) * 0.5 + 1 if active else None
     joined = torch.cat([t for t in (x, x2) if t is not None], -1).permute(0, 3, 1, 2)
 
-    def native(isa: str) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VPD_FAST_ISA", isa)
-            how = {"kernel": (3, 3), "stride": stride, "padding": padding, "affine": affine, "silu": active}
-            return ops.conv2d(x, weight, bias, x2=x2, impl="cpu", **how)
+    def native(impl: str) -> Tensor:
+        how = {"kernel": (3, 3), "stride": stride, "padding": padding, "affine": affine, "silu": active}
+        return ops.conv2d(x, weight, bias, x2=x2, impl=impl, **how)
 
+    ours = variants_of("conv2d", device, native, all_levels=case == MAIN)
     exact = first_rows(joined, affine, kernel, bias, stride, padding)
-    onednn.require_parity(native(_native.isa())[:, :3], exact, precision)
-    levels = _native.load("_C").usable_isas()
-    return {
-        "onednn": onednn.conv2d(joined, kernel, bias, stride, precision),
-        **{f"cpu {isa}": lambda isa=isa: native(isa) for isa in (levels if case == MAIN else levels[-1:])},
-    }
+    for variant in ours.values():
+        onednn.require_parity(variant()[:, :3], exact, precision)
+    name, library = ("onednn", onednn) if device == "cpu" else ("cudnn", gpu_libraries)
+    return library_variant(name, lambda: library.conv2d(joined, kernel, bias, stride, precision)) | ours
 
 
 def first_rows(
@@ -76,12 +80,13 @@ def first_rows(
     return F.conv2d(padded, kernel.double(), bias.double(), stride=stride)[:, :, :3].permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
-@pytest.mark.parametrize("precision", list(onednn.PRECISIONS))
+@pytest.mark.parametrize(
+    ("device", "precision"), on_devices(onednn.PRECISIONS, gpu_libraries.PRECISIONS), indirect=["device"]
+)
 @pytest.mark.parametrize("case", list(CASES))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
-    variants = variants_of(case, precision)
+    variants = all_variants(case, precision, device)
     side, channels, n, stride, _, _ = CASES[case]
     gflop = 2 * 9 * sum(channels) * n * (side // stride) ** 2 / 1e9
     facts = {"case": case, "precision": precision, "threads": torch.get_num_threads()}
-    keep(rows_of(measure(variants, device, rounds=10, seconds=6), "onednn", gflop=gflop, **facts))
+    keep(rows_of(measure(variants, device, rounds=10, seconds=6), next(iter(variants)), gflop=gflop, **facts))

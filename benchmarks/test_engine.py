@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import on_devices
 from timing import measure, rows_of
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.benchmark.parity import agreement, passes
 from vpd_fast.benchmark.variants import Case, ModelVariant, plain_labels
+from vpd_fast.engine.policy import PRECISIONS
+from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.ops import upsample_argmax
 
-PRECISIONS = ("fp32", "bf16", "int8")
+CPU_PRECISIONS = ("fp32", "bf16", "int8")
 SMALL = BackboneConfig(model_channels=64, context_dim=128, num_heads=4, vae_ch=64)
 CASES = {
     "a fifth as wide, 256x256": (VPDConfig(num_classes=20, channels=64, base_size=256, backbone=SMALL), Case(256)),
@@ -32,15 +35,18 @@ SOME = pytest.mark.parametrize(
 
 
 @functools.lru_cache(maxsize=1)
-def plain_model(case: str) -> VPD:
+def plain_model(case: str, device: str) -> VPD:
     """The same random weights every time."""
-    return randomize(VPD.empty(CASES[case][0]), seed=0).eval()
+    return randomize(VPD.empty(CASES[case][0]), seed=0).eval().to(device)
 
 
-def variants_of(case: str, precision: str) -> dict[str, ModelVariant]:
+def variants_of(case: str, precision: str, device: str) -> dict[str, ModelVariant]:
     """The plain and the fast model. Fails if they do not agree, because then times mean nothing."""
-    model = plain_model(case)
-    fast = vpd_fast.optimize(model, precision)
+    model = plain_model(case, device)
+    try:
+        fast = vpd_fast.optimize(model, precision)
+    except InputError as error:
+        pytest.skip(str(error))
     variants = {"plain": ModelVariant(model, plain_labels), precision: ModelVariant(fast, upsample_argmax)}
     outputs = {}
     for name, variant in variants.items():
@@ -51,20 +57,32 @@ def variants_of(case: str, precision: str) -> dict[str, ModelVariant]:
     return variants
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # where fast models run
+SIDE_BY_SIDE = pytest.mark.parametrize(
+    ("device", "precision"), on_devices(CPU_PRECISIONS, PRECISIONS), indirect=["device"]
+)
+
+
 @SOME
-@pytest.mark.parametrize("precision", PRECISIONS)
+@SIDE_BY_SIDE
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
-    variants = variants_of(case, precision)
-    times = measure({name: variant.run for name, variant in variants.items()}, rounds=10, seconds=60)
+    """On a GPU as called: fast models bring their own CUDA graphs."""
+    variants = variants_of(case, precision, device)
+    calls = {name: variant.run for name, variant in variants.items()}
+    times = measure(calls, device, rounds=10, seconds=60, graphs=False)
     rows = rows_of(times, "plain", case=case, threads=torch.get_num_threads())
-    keep([row for row in rows if row["variant"] == precision or precision == PRECISIONS[0]])
+    keep([row for row in rows if row["variant"] == precision or precision == CPU_PRECISIONS[0]])
 
 
 @SOME
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_by_one(benchmark, case: str, precision: str) -> None:
+@SIDE_BY_SIDE
+def test_one_by_one(benchmark, case: str, precision: str, device: str) -> None:
     """Under pytest-benchmark, for its statistics and comparison between commits."""
-    variant = variants_of(case, precision)[precision]
-    benchmark.group = case
-    benchmark.pedantic(variant.run, rounds=5)
+    variant = variants_of(case, precision, device)[precision]
+    benchmark.group = f"{case}, {device}"
+
+    def run() -> None:
+        variant.run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=5)

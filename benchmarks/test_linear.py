@@ -1,21 +1,23 @@
-"""linear at the sizes of Stable Diffusion 1.5, against oneDNN's product through PyTorch.
+"""linear at the sizes of Stable Diffusion 1.5, against oneDNN's product through PyTorch, and cuBLASLt's on GPUs.
 
-oneDNN gets rows that are joined, normalised and, for 8 bits, rounded already, and applies no activation and no
-residual: its time is that of the product alone. "eager" is the whole computation, step by step.
+They get rows that are joined, normalised and, for 8 bits, rounded already, and applies no activation and no
+residual: their time is that of the product alone. "eager" is the whole computation, step by step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import gpu_libraries
 import onednn
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import library_variant, on_devices, variants_of
 from timing import measure, rows_of
 from torch import Tensor
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.ops._packing import PackedWeight
 
 CASES = {  # rows, widths of the sources, columns of the weight, what is fused
@@ -41,29 +43,31 @@ CASES = {  # rows, widths of the sources, columns of the weight, what is fused
 MAIN = "qkv at 64"
 
 
-def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
+def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[], Tensor]]:
     rows, widths, n, fused = CASES[case]
-    k, dtype = sum(widths), torch.float32 if precision == "float32" else torch.bfloat16
+    k, dtype = sum(widths), gpu_libraries.activations(precision)
     generator = torch.Generator().manual_seed(0)
-    x, x2 = ([torch.randn(1, rows, width, generator=generator).to(dtype) for width in widths] + [None])[:2]
-    matrix = torch.randn(n, k, generator=generator) / k**0.5
-    bias = torch.randn(n, generator=generator)
+
+    def random(*shape: int, normal: bool = True) -> Tensor:
+        return (torch.randn if normal else torch.rand)(*shape, generator=generator).to(device)
+
+    x, x2 = ([random(1, rows, width).to(dtype) for width in widths] + [None])[:2]
+    matrix, bias = random(n, k) / k**0.5, random(n)
     options = {}
     if fused in ("norm", "geglu"):
         options["norm"] = "layer"
     if fused == "residual":
-        options["residual"] = torch.randn(1, rows, n, generator=generator).to(dtype)
+        options["residual"] = random(1, rows, n).to(dtype)
     if fused == "affine":
-        options["affine"] = torch.rand(1, 2, k, generator=generator)
+        options["affine"] = random(1, 2, k, normal=False)
     order = ops.geglu_rows(n // 2) if fused == "geglu" else torch.arange(n)
     if fused == "geglu":
         options["activation"] = "geglu"
-    weight, ordered = PackedWeight.pack(matrix[order][None], onednn.PRECISIONS[precision]), bias[order]
+    weight = PackedWeight.pack(matrix[order][None], gpu_libraries.PRECISIONS[precision]).for_device(device)
+    ordered = bias[order]
 
-    def native(isa: str) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VPD_FAST_ISA", isa)
-            return ops.linear(x, weight, ordered, x2=x2, impl="cpu", **options)
+    def native(impl: str) -> Tensor:
+        return ops.linear(x, weight, ordered, x2=x2, impl=impl, **options)
 
     def eager(dtype: torch.dtype = dtype, rows: slice = slice(None)) -> Tensor:
         a = torch.cat([t[:, rows].to(dtype) for t in (x, x2) if t is not None], -1)
@@ -76,23 +80,23 @@ def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
             return values * F.gelu(gates)
         return result + options["residual"][:, rows].to(dtype) if "residual" in options else result
 
+    ours = variants_of("linear", device, native, all_levels=case == MAIN)
     few = slice(0, 64)
     exact = eager(torch.float64, few)
-    onednn.require_parity(native(_native.isa())[:, few], exact, precision)
-    levels = _native.load("_C").usable_isas()
-    return {
-        "onednn": onednn.linear(rows, matrix, bias, precision),
-        "eager": eager,
-        **{f"cpu {isa}": lambda isa=isa: native(isa) for isa in (levels if case == MAIN else levels[-1:])},
-    }
+    for variant in ours.values():
+        onednn.require_parity(variant()[:, few], exact, precision)
+    name, library = ("onednn", onednn) if device == "cpu" else ("cublas", gpu_libraries)
+    return library_variant(name, lambda: library.linear(rows, matrix, bias, precision)) | {"eager": eager} | ours
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
-@pytest.mark.parametrize("precision", list(onednn.PRECISIONS))
+@pytest.mark.parametrize(
+    ("device", "precision"), on_devices(onednn.PRECISIONS, gpu_libraries.PRECISIONS), indirect=["device"]
+)
 @pytest.mark.parametrize("case", list(CASES))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
-    variants = variants_of(case, precision)
+    variants = all_variants(case, precision, device)
     rows, widths, n, _ = CASES[case]
     gflop = 2 * rows * sum(widths) * n / 1e9
     facts = {"case": case, "precision": precision, "threads": torch.get_num_threads()}
-    keep(rows_of(measure(variants, device, rounds=10, seconds=6), "onednn", gflop=gflop, **facts))
+    baseline = next(iter(variants))  # the library, if it takes these sizes
+    keep(rows_of(measure(variants, device, rounds=10, seconds=6), baseline, gflop=gflop, **facts))

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from implementations import on_devices, variants_of
 from timing import extra_memory, matmul_gflop_per_s, measure, rows_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 
 # Positions, heads, head dimension, layers of that kind in the segmentation model.
 SHAPES = {
@@ -23,7 +24,8 @@ SHAPES = {
     "16384x8x40": (16384, 8, 40, 5),  # of images of 1024x1024
 }
 MAIN = "4096x8x40"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_DTYPES = ("float32", "bfloat16")
 MOST_PROBABILITIES = 1 << 28  # of one layer: eager PyTorch holds three tensors of this many numbers
 
 
@@ -37,17 +39,15 @@ def eager(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return (p @ v).transpose(1, 2).flatten(2)
 
 
-def variants_of(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict[str, Callable[[], Tensor]]]:
+def all_variants(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict[str, Callable[[], Tensor]]]:
     """q, k and v, slices of one projection, and the variants; for the main case the kernel of every level."""
     length, heads, dim, _ = SHAPES[case]
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, length, 3 * heads * dim, generator=generator).to(device, dtype)
     q, k, v = qkv.chunk(3, dim=-1)
 
-    def native(isa: str) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VPD_FAST_ISA", isa)
-            return ops.self_attention(q, k, v, heads, impl="cpu")
+    def native(impl: str) -> Tensor:
+        return ops.self_attention(q, k, v, heads, impl=impl)
 
     def sdpa() -> Tensor:
         return scaled_dot_product_attention(*(by_heads(x, heads) for x in (q, k, v))).transpose(1, 2).flatten(2)
@@ -55,9 +55,7 @@ def variants_of(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor
     variants: dict[str, Callable[[], Tensor]] = {"sdpa": sdpa}
     if heads * length**2 <= MOST_PROBABILITIES:
         variants["eager"] = lambda: eager(q, k, v, heads)
-    levels = _native.load("_C").usable_isas() if device == "cpu" else []
-    for isa in levels if case == MAIN else levels[-1:]:
-        variants[f"cpu {isa}"] = lambda isa=isa: native(isa)
+    variants |= variants_of("self_attention", device, native, all_levels=case == MAIN)
     return [q, k, v], variants
 
 
@@ -73,7 +71,9 @@ def require_parity(variants: dict[str, Callable[[], Tensor]], tensors: list[Tens
     limit = 2 * error(eager(q[:, rows], k, v, heads)) + torch.finfo(q.dtype).eps / 2
     for name, variant in variants.items():
         found = error(variant())
-        assert found <= limit, f"{name}: error {found:.1e}, the limit is {limit:.1e}"
+        # SDPA has not promised that: its float32 on GPUs is partly TF32.
+        most = 1e-2 if name == "sdpa" and q.is_cuda else limit
+        assert found <= most, f"{name}: error {found:.1e}, the limit is {most:.1e}"
 
 
 @functools.cache
@@ -82,12 +82,11 @@ def peak(device: str, dtype: torch.dtype) -> float:
     return matmul_gflop_per_s(device, dtype)
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize(("device", "dtype"), on_devices(CPU_DTYPES, DTYPES), indirect=["device"])
 @pytest.mark.parametrize("case", [c if c[:5] != "16384" else pytest.param(c, marks=pytest.mark.slow) for c in SHAPES])
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
     length, heads, dim, layers = SHAPES[case]
-    tensors, variants = variants_of(case, DTYPES[dtype], device)
+    tensors, variants = all_variants(case, DTYPES[dtype], device)
     require_parity(variants, tensors, heads)
     gflop = 4 * length**2 * heads * dim / 1e9
     memory = {name: extra_memory(device, variant) for name, variant in variants.items()}
@@ -99,13 +98,19 @@ def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> Non
     keep(rows)
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
 @pytest.mark.parametrize("variant", ["sdpa", "kernel"])
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The 32x32 level under pytest-benchmark, for its statistics and comparison between commits."""
-    (q, k, v), variants = variants_of("1024x8x80", torch.float32, device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    (q, k, v), variants = all_variants("1024x8x80", dtype, device)
     heads = SHAPES["1024x8x80"][1]
     variants["kernel"] = lambda: ops.self_attention(q, k, v, heads)
     require_parity({variant: variants[variant]}, [q, k, v], heads)
     benchmark.group = f"self_attention, {device}"
-    benchmark(variants[variant])
+
+    def run() -> None:
+        variants[variant]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(run)

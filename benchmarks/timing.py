@@ -43,9 +43,10 @@ def _seconds_cpu(function: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _seconds_cuda(function: Callable[[], Any], flush: torch.Tensor) -> float:
-    """One call between two events, with a cold L2 cache."""
-    flush.zero_()
+def _seconds_cuda(function: Callable[[], Any], flush: torch.Tensor | None) -> float:
+    """One call between two events, with a cold L2 cache; without `flush`, with what the call before left in it."""
+    if flush is not None:
+        flush.zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
@@ -87,16 +88,19 @@ def measure(
     rounds: int = 30,
     seconds: float = 20.0,
     graphs: bool = True,
+    cold: bool = True,
+    after: Callable[[str], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant, one number per round; the variants take turns within a round.
 
     graphs: on a GPU, replay CUDA graphs; False for what cannot be captured, such as copies from the host.
+    cold: on a GPU, empty the L2 cache before every call. after: told the name of a variant after each of its turns.
     Stops after `rounds` rounds, or after `seconds` if at least three rounds are done.
     """
     names = list(variants)
     if device == "cuda":
         variants = _as_graphs(variants) if graphs else variants
-        flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
         sample = {name: lambda f=variants[name]: _seconds_cuda(f, flush) for name in names}
         for _ in range(3):  # warm up
             for name in names:
@@ -113,6 +117,8 @@ def measure(
         for i in range(len(names)):  # another variant goes first in every round
             name = names[(i + turn) % len(names)]
             times[name].append(sample[name]())
+            if after is not None:
+                after(name)
         if turn >= 2 and time.perf_counter() > end:
             break
     return times

@@ -99,8 +99,10 @@ class ModelVariant:
 
     def prepare(self, case: Case) -> None:
         """Get ready for images of this case."""
-        self._images = make_images(case.batch, case.size)
-        self._conditioning = conditioning(self.model.config, case.batch)
+        device = self.model.device
+        self._images = make_images(case.batch, case.size).to(device)
+        parts = conditioning(self.model.config, case.batch)
+        self._conditioning = tuple(x.to(device) if isinstance(x, Tensor) else x for x in parts)
 
     def run(self) -> tuple[dict[str, float], Outputs]:
         """One forward pass; depth has metres for logits and no labels."""

@@ -1,0 +1,106 @@
+"""What a GPU did while it was measured: clocks, power, temperature, as NVML or nvidia-smi tells, if one is there."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# What rows call it -> what nvidia-smi calls it.
+FIELDS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "watts": "power.draw", "celsius": "temperature.gpu"}
+Sample = dict[str, float]
+
+
+def facts() -> dict[str, Any]:
+    """What stays the same: CUDA's version, the driver's, compute capability, whether float32 products are TF32."""
+    reply = _nvidia_smi("driver_version")
+    return {
+        "cuda": torch.version.cuda,
+        "driver": reply[0] if reply else None,
+        "capability": list(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+class Telemetry:
+    """Samples by name, taken by calling it: `measure(..., after=telemetry)`."""
+
+    def __init__(self, device: str) -> None:
+        self._read = _reader() if device == "cuda" else None
+        self._samples: dict[str, list[Sample]] = defaultdict(list)
+
+    def __call__(self, name: str) -> None:
+        """Take a sample right after a call of the variant `name`."""
+        sample = self._read() if self._read else None
+        if sample:
+            self._samples[name].append(sample)
+
+    def medians(self, name: str) -> dict[str, float | None]:
+        """The median of each quantity over the samples of `name`; None where there are none."""
+        found: dict[str, float | None] = {}
+        for field in FIELDS:
+            values = [sample[field] for sample in self._samples[name] if field in sample]
+            found[field] = round(statistics.median(values), 1) if values else None
+        return found
+
+
+def _uuid() -> str | None:
+    """Of the GPU that PyTorch uses; its number may be another one than the driver's."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    uuid = getattr(properties, "uuid", None)
+    return f"GPU-{uuid}" if uuid else None
+
+
+def _reader() -> Callable[[], Sample] | None:
+    uuid = _uuid()
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception:  # not installed, no driver, or a part of a GPU: every NVML has errors of its own
+        return _sample_of_nvidia_smi if _sample_of_nvidia_smi() else None
+
+    def read() -> Sample:
+        return {
+            "sm_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+            "memory_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "celsius": float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+        }
+
+    try:
+        read()
+    except Exception:  # a quantity that this GPU does not tell
+        return _sample_of_nvidia_smi if _sample_of_nvidia_smi() else None
+    return read
+
+
+def _sample_of_nvidia_smi() -> Sample:
+    """What it tells, without what it does not ("[N/A]")."""
+    sample: Sample = {}
+    for field, text in zip(FIELDS, _nvidia_smi(*FIELDS.values()), strict=False):
+        try:
+            sample[field] = float(text)
+        except ValueError:
+            continue
+    return sample
+
+
+def _nvidia_smi(*fields: str) -> list[str]:
+    """Its answers about the GPU that PyTorch uses, or an empty list."""
+    program, uuid = shutil.which("nvidia-smi"), _uuid()
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run([*command, *(["-i", uuid] if uuid else [])], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.strip().splitlines()
+    return [text.strip() for text in lines[0].split(",")] if done.returncode == 0 and lines else []
