@@ -107,7 +107,8 @@ class LabelledPass:
             if layer.kind not in ("group_norm", "linear"):
                 side = layer.size(*x.shape[1:3])[0]
             kind = {"group_norm": "group norm", "linear": "linear"}.get(layer.kind, "convolution")
-            definition = PHASES_OVER_DIRECT if layer.kind == "phase_conv2d" else None
+            phases = layer.kind == "conv2d" and layer.upsample
+            definition = PHASES_OVER_DIRECT if phases else None
             precision = "fp32" if layer.kind == "group_norm" else self._precisions[name]
             return Label(name.partition(".")[0], _describe(name, layer, side), kind, name, precision, side, definition)
 
