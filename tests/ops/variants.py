@@ -13,7 +13,7 @@ from vpd_fast.ops._triton import triton_missing
 
 ISAS = _native.load("_C").usable_isas()
 INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]
-VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "reference"]
+VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "sdpa", "reference"]
 
 
 def within_limits(impl: str, limit: str, exceeded: bool) -> contextlib.AbstractContextManager:
