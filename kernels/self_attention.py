@@ -18,7 +18,9 @@ import triton.language as tl
 from vpd_fast.kernels._attention import LOG2_E, batch_stride
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
 
-PROBABILITIES = 1 << 24  # in memory at a time: 32 MiB of 16 bits; the second-level caches of A100 and H200 have 40 and 50
+PROBABILITIES = (
+    1 << 24
+)  # in memory at a time: 32 MiB of 16 bits; the second-level caches of A100 and H200 have 40 and 50
 
 MOST_KEYS = PROBABILITIES // 2  # a row of them must fit, rounded up to a tile
 

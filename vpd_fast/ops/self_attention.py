@@ -47,7 +47,8 @@ def self_attention(
         None: allocated.
     impl: "auto", "cpu", "triton", "sdpa" (PyTorch's scaled_dot_product_attention) or "reference".
 
-    Returns out. A query with a score of NaN or infinity gets NaN. Inference only. Raises InputError for wrong shapes,
+    Returns out. A query with a score of NaN or infinity gets NaN, but for "sdpa", which some scores of infinity give
+    zero. Inference only. Raises InputError for wrong shapes,
     dtypes, devices, scale or impl, and for tensors that require gradients while they are recorded.
 
         >>> q, k, v = qkv.chunk(3, dim=-1)
@@ -165,9 +166,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float
     queries = q if k.shape[0] == q.shape[0] else q.reshape(1, -1, q.shape[2])  # of all images, if they share keys
     with no_autocast(q.device):
         # Some of PyTorch's kernels take heads of whole 16 bytes only; zeros add nothing to a score.
-        queries, keys, values = (
-            F.pad(split_heads(x, heads, _sdpa_dtype(q)), (0, -dim % 8)) for x in (queries, k, v)
-        )
+        queries, keys, values = (F.pad(split_heads(x, heads, _sdpa_dtype(q)), (0, -dim % 8)) for x in (queries, k, v))
         at_once = max(1, SDPA_SCORES // (queries.shape[0] * heads * k.shape[1]))
         parts = [
             F.scaled_dot_product_attention(part, keys, values, scale=scale) for part in queries.split(at_once, dim=2)
