@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from vpd_fast.kernels import (
     _product,
     _rows,
+    _statistics,
     conv2d,
     cross_attention_maps,
     cross_attention_maps_backward,
@@ -36,11 +37,18 @@ from vpd_fast.kernels import (
     linear,
 )
 
+from vpd_fast.ops._statistics import run_length, statistics_shape
+
 HEADS = 8
 CAPABILITIES = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"} | {
-    torch.int8: "*i8"
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages")
 
@@ -63,13 +71,25 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def scales_and_sums(n: int, precision: torch.dtype) -> dict[str, torch.Tensor | None]:
+    """Of a weight with n rows."""
+    scales = empty(1, n, dtype=torch.float32) if precision.itemsize == 1 else None
+    return {"column_scales": scales, "sums": scales if precision == torch.int8 else None}
+
+
+def statistics_of(out: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What to fill, and the length of the runs."""
+    positions, channels = out[..., 0].numel(), out.shape[-1]
+    return empty(*statistics_shape(1, positions, channels), dtype=torch.float32), run_length(positions)
+
+
 def layer_launches() -> list[Launch]:
     """What layers of the UNet and the encoder launch: few and many rows, all that can be fused."""
     recorded: list[Launch] = []
-    for module in (_product, _rows, group_norm_affine):
+    for module in (_product, _rows, _statistics, group_norm_affine):
         module.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
     float32 = torch.float32
-    for precision in (torch.float32, torch.bfloat16, torch.int8):
+    for precision in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
         dtype = torch.float32 if precision == torch.float32 else torch.bfloat16
         for rows, widths, n, options in (
             (4096, (320,), 960, {"norm": True}),
@@ -79,11 +99,11 @@ def layer_launches() -> list[Launch]:
             (64, (1280,), 10240, {"norm": True, "activation": "geglu"}),
         ):
             x, x2 = ([empty(1, rows, width, dtype=dtype) for width in widths] + [None])[:2]
-            vectors = {"column_scales": empty(1, n, dtype=float32), "sums": empty(1, n, dtype=float32)}
-            vectors = dict.fromkeys(vectors) if precision != torch.int8 else vectors
+            vectors = scales_and_sums(n, precision)
             defaults = {"bias": empty(n, dtype=float32), "norm": False, "eps": 1e-5, "affine": None, "scale": None}
             defaults |= {"activation": "", "residual": None}
             out = empty(1, rows, n // 2 if "activation" in options else n, dtype=dtype)
+            options |= {"statistics": statistics_of(out)} if "residual" in options else {}
             linear.forward(x, x2, empty(n, sum(widths), dtype=precision), **vectors, **(defaults | options), out=out)
         for side, widths, n, kernel, stride, padding, active in (
             (512, (128,), 128, 3, 1, (1, 1, 1, 1), True),
@@ -94,19 +114,24 @@ def layer_launches() -> list[Launch]:
             (64, (4,), 320, 3, 1, (1, 1, 1, 1), False),
         ):
             x, x2 = ([empty(1, side, side, width, dtype=dtype) for width in widths] + [None])[:2]
-            vectors = {"column_scales": empty(1, n, dtype=float32), "sums": empty(1, n, dtype=float32)}
-            vectors = dict.fromkeys(vectors) if precision != torch.int8 else vectors
+            vectors = scales_and_sums(n, precision)
             channels, out = sum(widths), empty(1, side // stride, side // stride, n, dtype=dtype)
             conv2d.forward(
                 *(x, x2, empty(n, kernel * kernel * channels, dtype=precision)),
                 **vectors,
                 **{"bias": empty(n, dtype=float32), "kernel": (kernel, kernel), "stride": stride, "padding": padding},
                 **{"affine": empty(1, 2, channels, dtype=float32) if active else None, "silu": active, "scale": None},
-                **{"activation": "", "residual": out, "out": out},
+                **{"activation": "", "residual": out, "out": out, "statistics": statistics_of(out)},
+                ranges=empty(1, 2, 32, dtype=float32) if active else None,
             )
     for channels in (128, 320, 2560):
         x, vector = empty(1, 4096, channels, dtype=torch.bfloat16), empty(channels, dtype=float32)
-        group_norm_affine.forward([x], vector, vector, 32, 1e-5, empty(1, 2, channels, dtype=float32))
+        affine, ranges = empty(1, 2, channels, dtype=float32), empty(1, 2, 32, dtype=float32)
+        for known in (None, statistics_of(x)):
+            options = {"ranges": None if known is None else ranges, "silu": True}
+            group_norm_affine.forward([x], [known], vector, vector, 32, 1e-5, affine, **options)
+            options["scale"] = empty(2 * channels, dtype=float32)
+            group_norm_affine.forward([x, x], [known, known], *[options["scale"]] * 2, 32, 1e-5, affine, **options)
     return recorded
 
 
@@ -186,6 +211,11 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[s
     }
 
 
+def dtype_of(value: Any) -> torch.dtype | None:
+    """Of a tensor."""
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
 def first_operand(arguments: dict[str, Any]) -> torch.Tensor | None:
     """The tensor whose dtype is that of the products, or the input."""
     return next((arguments[name] for name in ("q", "a", "x") if name in arguments), None)
@@ -207,7 +237,12 @@ def main() -> int:
         operand, missing = first_operand(arguments), [n for n, value in arguments.items() if value is None]
         dtype = None if operand is None else operand.dtype
         different.setdefault((kernel.__name__, dtype, *missing, *constants), (kernel, arguments))
-    jobs = [(*launch, capability) for launch in different.values() for capability in CAPABILITIES]
+    jobs = [
+        (*launch, capability)
+        for launch in different.values()
+        for capability in CAPABILITIES
+        if capability >= 90 or not any(dtype_of(x) == torch.float8_e4m3fn for x in launch[1].values())
+    ]
     # Forked, because kernels cannot be sent to another process; a child knows its jobs by their numbers.
     _JOBS.extend(jobs)
     with multiprocessing.get_context("fork").Pool() as pool:

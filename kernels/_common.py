@@ -53,14 +53,27 @@ def dot(a, b, x):
     if INTERPRETED and a.dtype != tl.int8:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    elif a.dtype == tl.float8e4nv:
+        # Hopper's tensor cores add such products up with about 14 bits; every 128 the sum moves to a float32.
+        every: tl.constexpr = a.shape[1] if a.shape[1] < 128 else 128
+        return tl.dot(a, b, x, max_num_imprecise_acc=every)
     return tl.dot(a, b, x, input_precision="ieee")
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in another type, to nearest. Triton's interpreter cuts bfloat16 off, so it gets the bits."""
+    """float32 x in another type, to nearest; for float8e4nv it must be at most 448.
+
+    Triton's interpreter cuts bfloat16 off, so it gets the bits, and rounds float8e4nv wrongly, so it gets numbers that
+    need no rounding.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED and dtype == tl.float8e4nv:
+        bits = x.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        small = (x + 24576.0) - 24576.0  # 1.5 * 2^14: multiples of the smallest number, 2^-9
+        x = tl.where(tl.abs(x) < 0.015625, small, normal)
     return x.to(dtype)

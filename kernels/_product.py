@@ -5,31 +5,16 @@ neighbourhood. A tile of the result is computed by one program, or by several th
 sums are added in a fixed order by a second kernel, so no result depends on who comes first.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from vpd_fast.kernels import _tuning
 from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How output positions read an image: (B, OH, OW) from (B, H, W). A matrix is an image of width 1."""
-
-    out_height: int
-    out_width: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    top: int = 0
-    left: int = 0
-
-    def reads_outside(self, height: int, width: int) -> bool:
-        """Whether some position reads beyond an image of this size."""
-        last_y = (self.out_height - 1) * self.stride - self.top + self.kernel[0]
-        last_x = (self.out_width - 1) * self.stride - self.left + self.kernel[1]
-        return self.top > 0 or self.left > 0 or last_y > height or last_x > width
+from vpd_fast.kernels._geometry import Geometry
+from vpd_fast.kernels._library import library_refuses, library_sums
+from vpd_fast.kernels._statistics import PLANES, partial, store_planes
 
 
 @triton.jit
@@ -63,31 +48,36 @@ def _add_source(
 
 @triton.jit
 def _positions(rows, height, width):
-    """Image, y and x of rows that count the positions of all images."""
+    """Image, y and x of rows that count the positions of all images, which are fewer than 2^31."""
+    rows = rows.to(tl.int32)  # 64-bit division is slow
     b = rows // (height * width)
-    within = (rows - b * (height * width)).to(tl.int32)
-    return b, within // width, within % width
+    within = rows - b * (height * width)
+    return b.to(tl.int64), within // width, within % width
 
 
 @triton.jit
 def _store(
     acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums,
-    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x,
-    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+    ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out = activation(scales * acc + bias) + residual, for the tile of these rows that begins at column n0."""
+    """out = activation(scales * acc + bias) + residual, for the tile of these rows that begins at column n0.
+
+    RUN: positions of which statistics are found; divides BM and the positions of an image.
+    """
     valid = rows < total_rows
     columns = n0 + tl.arange(0, BN)
     in_n = columns < N
     values = acc
     if column_scales is not None:
         # Whole numbers are exact: |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
-        places = rows // rows_per_scale
-        zero = tl.load(row_zeros + places, mask=valid, other=0.0).to(tl.int32)
-        total = tl.load(sums + columns, mask=in_n, other=0.0).to(tl.int32)
+        places = rows.to(tl.int32) // rows_per_scale
+        if sums is not None:
+            zero = tl.load(row_zeros + places, mask=valid, other=0.0).to(tl.int32)
+            total = tl.load(sums + columns, mask=in_n, other=0.0).to(tl.int32)
+            values = (acc - zero[:, None] * total[None, :]).to(tl.float32)
         scale = tl.load(row_scales + places, mask=valid, other=0.0)[:, None]
-        scale *= tl.load(column_scales + columns, mask=in_n, other=0.0)[None, :]
-        values = (acc - zero[:, None] * total[None, :]).to(tl.float32) * scale
+        values *= scale * tl.load(column_scales + columns, mask=in_n, other=0.0)[None, :]
     if bias is not None:
         values += tl.load(bias + columns, mask=in_n, other=0.0)[None, :]
     if ACTIVATION == "relu":
@@ -107,15 +97,41 @@ def _store(
         places = residual + (b * r_b + y * r_y + x * r_x)[:, None] + columns[None, :]
         values += tl.load(places, mask=inside, other=0.0).to(tl.float32)
     places = out + (b * o_b + y * o_y + x * o_x)[:, None] + columns[None, :]
-    tl.store(places, rounded(values, out.dtype.element_ty), mask=inside)
+    stored = rounded(values, out.dtype.element_ty)
+    tl.store(places, stored, mask=inside)
+    if statistics is not None:
+        width: tl.constexpr = BN // 2 if ACTIVATION == "geglu" else BN
+        _store_statistics(
+            stored.to(tl.float32), tl.min(rows, 0), total_rows, columns, in_n, N // 2 if ACTIVATION == "geglu" else N,
+            out_height * out_width, statistics, statistics_b, RUN, BM // RUN, width,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_statistics(
+    values, first_row, total_rows, columns, in_n, channels, positions, out, out_b,
+    RUN: tl.constexpr, RUNS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Statistics of each column of a tile (RUNS * RUN, BN), as `_statistics.py` has them."""
+    values = tl.reshape(values, (RUNS, RUN, BN))
+    mean = tl.sum(values, 1) / RUN
+    difference = values - mean[:, None, :]
+    rest = tl.sum(difference, 1) / RUN
+    deviations = tl.sum(difference * difference, 1) - RUN * rest * rest
+    runs = (first_row // RUN).to(tl.int32) + tl.arange(0, RUNS)
+    b = runs // (positions // RUN)
+    run = runs - b * (positions // RUN)
+    places = out + (b.to(tl.int64) * out_b + run * PLANES * channels)[:, None] + columns[None, :]
+    inside = (runs.to(tl.int64) * RUN < total_rows)[:, None] & in_n[None, :]
+    store_planes(places, inside, channels, mean, rest, deviations, tl.min(values, 1), tl.max(values, 1))
 
 
 @triton.jit
 def _product_kernel(
     a, a_b, a_y, a_x, a_channels, a2, a2_b, a2_y, a2_x, a2_channels, height, width, stride, top, left,
     weight, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums, bias,
-    residual, r_b, r_y, r_x, out, o_b, o_y, o_x, partial,
-    KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr,
+    residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, partial,
+    KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, RUN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result (axis 0), or one part of its sums (axis 1), which goes to partial (SPLITS, rows, N)."""
@@ -156,15 +172,15 @@ def _product_kernel(
     else:
         _store(
             acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-            sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, ACTIVATION, BM, BN,
+            sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, ACTIVATION, RUN, BM, BN,
         )  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
     partial, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums, bias,
-    residual, r_b, r_y, r_x, out, o_b, o_y, o_x,
-    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+    ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of the sums of one tile and finishes it."""
     across = tl.cdiv(N, BN)
@@ -174,28 +190,13 @@ def _merge_kernel(
     inside = (rows < total_rows)[:, None] & (columns < N)[None, :]
     places = partial + (rows * N)[:, None] + columns[None, :]
     acc = tl.load(places, mask=inside, other=0)
+    acc = acc if acc.dtype == tl.int32 else acc.to(tl.float32)
     for i in range(1, SPLITS):
         acc += tl.load(places + i * total_rows * N, mask=inside, other=0)
     _store(
         acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-        sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, ACTIVATION, BM, BN,
+        sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, ACTIVATION, RUN, BM, BN,
     )  # fmt: skip
-
-
-def tile_config(rows: int, n: int, k: int, channels: int, dtype: torch.dtype, processors: int) -> dict[str, int]:
-    """Tile, pipeline and number of splits. k: columns of a row; channels: of the source with fewer of them."""
-    if dtype == torch.float32:  # no tensor cores
-        config = {"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 2}
-    else:
-        least, most = (16, 64) if dtype == torch.bfloat16 else (32, 128)
-        bk = max(least, min(most, triton.next_power_of_2(channels)))
-        config = {"BM": 128, "BN": 128, "BK": bk, "num_warps": 8, "num_stages": 3}
-        if triton.cdiv(rows, 128) * triton.cdiv(n, 128) < processors:
-            config |= {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 4}
-    tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
-    # Idle multiprocessors share the sums, as long as each part is worth a pipeline.
-    splits = max(1, min(processors // tiles, k // (8 * config["BK"]), 16))
-    return {**config, "GROUP": 8, "SPLITS": splits}
 
 
 def product(
@@ -212,6 +213,7 @@ def product(
     bias: torch.Tensor | None = None,
     activation: str = "",
     residual: torch.Tensor | None = None,
+    statistics: tuple[torch.Tensor, int] | None = None,
     config: dict[str, int] | None = None,
 ) -> None:
     """out = activation(scaled(a times weight) + bias) + residual.
@@ -219,12 +221,24 @@ def product(
     a, a2: (B, H, W, C), (B, H, W, C2) of the weight's dtype, channels next to each other. weight: (N, KH * KW * (C+C2))
     contiguous. out, residual: (B, OH, OW, N) or N / 2, channels next to each other. row_scales, row_zeros: of 8 bits,
     (B * OH * OW,) or (B,): a ~ scale * (stored - zero), and of a whole image only if no position reads outside of it.
+    statistics: (B, runs, PLANES, N or N / 2) of the result as it is stored, and the length of the runs.
     """
     batch, height, width, channels = a.shape
     n, k = weight.shape
-    rows = batch * geometry.out_height * geometry.out_width
-    least = channels if a2 is None else min(channels, a2.shape[3])
-    config = dict(config or tile_config(rows, n, k, least, a.dtype, multiprocessors(a.device)))
+    rows, positions = batch * geometry.out_height * geometry.out_width, geometry.out_height * geometry.out_width
+    run = statistics[1] if statistics is not None and positions % statistics[1] == 0 else 1
+    shape = _tuning.Product(
+        *(str(a.dtype).removeprefix("torch."), geometry.kernel, geometry.stride, rows, n, k),
+        channels if a2 is None else min(channels, a2.shape[3]),
+        *(1 if a2 is None else 2, activation, run),
+    )
+    image: dict[str, Any] = {
+        **image_arguments("a", a),
+        **{"a_channels": channels, "a2_channels": 0 if a2 is None else a2.shape[3]},
+        **image_arguments("a2", a2),
+        **{"height": height, "width": width, "stride": geometry.stride, "top": geometry.top, "left": geometry.left},
+        **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
+    }
     finish: dict[str, Any] = {
         **{"total_rows": rows, "N": n, "out_height": geometry.out_height, "out_width": geometry.out_width},
         **{"row_scales": row_scales, "row_zeros": row_zeros},
@@ -234,27 +248,35 @@ def product(
         **image_arguments("out", out, "o"),
         "ACTIVATION": activation,
     }
-    splits, partial = config["SPLITS"], None
-    if splits > 1:
-        dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
-        partial = torch.empty(splits, rows, n, dtype=dtype, device=a.device)
-    tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
-    launch(
-        _product_kernel,
-        (tiles, splits),
-        a,
-        **image_arguments("a", a),
-        a_channels=channels,
-        **image_arguments("a2", a2),
-        a2_channels=0 if a2 is None else a2.shape[3],
-        **{"height": height, "width": width, "stride": geometry.stride, "top": geometry.top, "left": geometry.left},
-        weight=weight,
-        partial=partial,
-        **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
-        **finish,
-        **config,
-    )
-    if splits > 1:
-        tile = {"BM": 16, "BN": 64, "SPLITS": splits, "num_warps": 4}
-        tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
-        launch(_merge_kernel, (tiles,), a, partial=partial, **finish, **tile)
+
+    def compute(config: _tuning.Config) -> None:
+        fused = run > 1 and config.get("BM", run) % run == 0
+        known = {"statistics": statistics[0] if fused else None, "RUN": run if fused else 1}
+        known["statistics_b"] = statistics[0].stride(0) if fused else 0
+        splits = config.get("SPLITS", 1)
+        if config == _tuning.LIBRARY:
+            parts = library_sums(a, a2, geometry, weight)
+            _merge(parts, rows, n, **finish, **known, SPLITS=1)
+        else:
+            dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
+            parts = torch.empty(splits, rows, n, dtype=dtype, device=a.device) if splits > 1 else None
+            tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
+            own = {**image, **finish, **known, **config, "weight": weight, "partial": parts}
+            launch(_product_kernel, (tiles, splits), a, **own)
+            if parts is not None:
+                _merge(parts, rows, n, **finish, **known, SPLITS=splits)
+        if statistics is not None and not fused:
+            partial(out.flatten(1, 2), statistics[1], statistics[0])
+
+    processors = multiprocessors(a.device)
+    chosen = config or _tuning.choose(shape, a.device, processors, compute)
+    if chosen == _tuning.LIBRARY and library_refuses(a, a2, geometry, weight) is not None:
+        chosen = _tuning.by_rule(shape, processors)
+    compute(chosen)
+
+
+def _merge(parts: torch.Tensor, rows: int, n: int, **arguments: Any) -> None:
+    bm = max(16, arguments["RUN"])
+    tile = {"BM": bm, "BN": max(32, 1024 // bm), "num_warps": 4}
+    tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
+    launch(_merge_kernel, (tiles,), parts, partial=parts, **arguments, **tile)

@@ -1,144 +1,157 @@
-"""Statistics of GroupNorm as a scale and a shift per channel, in two kernels.
+"""Statistics of GroupNorm as a scale and a shift per channel.
 
-`_partial_kernel` reads the activations, the second time from the cache: each program finds mean and sum of squared
-deviations of a run of positions for a block of channels. `_merge_kernel`, a program per image and group, puts those of
-the group's channels together in float64 (Chan, Golub, LeVeque, 1979). Partial results are per channel, so a group may
-have channels of both sources, and the order of all sums is fixed: no atomics.
+`_statistics.py` finds statistics of runs of positions, or the product that made the activations did. `_merge_kernel`, a
+program per image and group, puts those of the group's channels together in float64 (Chan, Golub, LeVeque, 1979).
+Partial results are per channel, so a group may have channels of both sources, and the order of all sums is fixed: no
+atomics.
+
+From the least and the largest number of each channel follows where what comes next will be: scale and shift are
+monotone, and SiLU has one minimum. Kernels that round to 8 bits need that range.
 """
 
 import torch
 import triton
 import triton.language as tl
 from vpd_fast.kernels._common import launch, multiprocessors
+from vpd_fast.kernels._statistics import CHANNELS, PLANES, POSITIONS, partial
 
-CHANNELS = 64  # of a program: 128 bytes of bfloat16
-POSITIONS = 32  # at a time
-MERGED = 2048  # partial results at a time
+MERGED = 512  # partial results at a time
+SILU_BOTTOM = tl.constexpr(-1.2784645)  # where SiLU is least
+SILU_LEAST = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 
 
 @triton.jit
-def _partial_kernel(
-    x, x_b, x_p, means, rests, deviations, positions, run, first_channel, channels, all_channels,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Axis 0: images x runs of positions, axis 1: blocks of channels of one source.
+def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, plane):
+    """A plane of statistics of the channels `columns` of both sources, zero outside."""
+    first = inside & (columns < width)
+    places = rows[:, None] * (PLANES * width) + plane * width + columns[None, :]
+    value = tl.load(source + places, mask=(rows < runs)[:, None] & first[None, :], other=0.0)
+    if source2 is not None:
+        second = inside & (columns >= width)
+        places = rows[:, None] * (PLANES * width2) + plane * width2 + columns[None, :] - width
+        value += tl.load(source2 + places, mask=(rows < runs2)[:, None] & second[None, :], other=0.0)
+    return value
 
-    means, rests, deviations: (B, runs, all channels) float32; the mean is the sum of the first two.
-    """
-    runs = tl.cdiv(positions, run)
-    b = (tl.program_id(0) // runs).to(tl.int64)
-    start = (tl.program_id(0) % runs).to(tl.int64) * run
-    stop = tl.minimum(start + run, positions)
-    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < channels
-    x += b * x_b
-    count = (stop - start).to(tl.float32)
-    origin = tl.load(x + start * x_p + columns, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    for first in range(start, stop, POSITIONS):
-        rows = first + tl.arange(0, POSITIONS)
-        valid = (rows < stop)[:, None] & inside[None, :]
-        values = tl.load(x + rows[:, None] * x_p + columns[None, :], mask=valid, other=0.0).to(tl.float32)
-        total += tl.where(valid, values - origin[None, :], 0.0)
-    mean = origin + tl.sum(total, 0) / count
-    # Again, now from the cache: squares of anything but deviations would lose digits to cancellation.
-    total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    squares = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    for first in range(start, stop, POSITIONS):
-        rows = first + tl.arange(0, POSITIONS)
-        valid = (rows < stop)[:, None] & inside[None, :]
-        values = tl.load(x + rows[:, None] * x_p + columns[None, :], mask=valid, other=0.0).to(tl.float32)
-        difference = tl.where(valid, values - mean[None, :], 0.0)
-        total += difference
-        squares += difference * difference
-    rest = tl.sum(total, 0) / count  # what the mean was off
-    place = (tl.program_id(0).to(tl.int64) * all_channels) + first_channel + columns
-    tl.store(means + place, mean, mask=inside)
-    tl.store(rests + place, rest, mask=inside)
-    tl.store(deviations + place, tl.sum(squares, 0) - count * rest * rest, mask=inside)
+
+@triton.jit
+def _counts(rows, columns, positions, run, runs, width, run2, runs2):
+    """Numbers behind each statistic (rows, columns) in float64, 0 beyond the last run."""
+    count = tl.where(rows < runs, tl.minimum(positions - rows * run, run), 0)[:, None]
+    count2 = tl.where(rows < runs2, tl.minimum(positions - rows * run2, run2), 0)[:, None]
+    return tl.where((columns < width)[None, :], count, count2).to(tl.float64)
 
 
 @triton.jit
 def _merge_kernel(
-    means, rests, deviations, weight, bias, out, positions, run, channels, groups, eps,
-    RUNS: tl.constexpr, WIDTH: tl.constexpr,
+    source, source_b, run, runs, width, source2, source2_b, run2, runs2, width2, positions, weight, bias, out,
+    ranges, next_scale, eps, groups, SILU: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: images x groups. RUNS: runs at a time; WIDTH: channels of a group, rounded up."""
-    runs = tl.cdiv(positions, run)
     b = (tl.program_id(0) // groups).to(tl.int64)
-    width = channels // groups
+    group = tl.program_id(0) % groups
+    channels = width + width2
+    own = channels // groups
     columns = tl.arange(0, WIDTH)
-    inside = columns < width
-    columns += (tl.program_id(0) % groups) * width
-    start = b * runs * channels
+    inside = columns < own
+    columns += group * own
+    source += b * source_b
+    if source2 is not None:
+        source2 += b * source2_b
     total = tl.zeros((RUNS, WIDTH), tl.float64)
-    for first in range(0, runs, RUNS):
+    for first in range(0, tl.maximum(runs, runs2), RUNS):
         rows = first + tl.arange(0, RUNS)
-        valid = (rows < runs)[:, None] & inside[None, :]
-        count = tl.cast(tl.minimum(positions - rows * run, run), tl.float64)[:, None]
-        place = start + rows[:, None] * channels + columns[None, :]
-        value = tl.load(means + place, mask=valid, other=0.0).to(tl.float64)
-        value += tl.load(rests + place, mask=valid, other=0.0).to(tl.float64)
-        total += tl.where(valid, value * count, 0.0)
-    numbers = tl.cast(positions, tl.float64) * width
+        value = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64)
+        value += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
+        total += value * _counts(rows, columns, positions, run, runs, width, run2, runs2)
+    numbers = tl.cast(positions, tl.float64) * own
     mean = tl.sum(tl.sum(total, 1), 0) / numbers
     total = tl.zeros((RUNS, WIDTH), tl.float64)
-    for first in range(0, runs, RUNS):
+    low = tl.full((RUNS, WIDTH), float("inf"), tl.float32)
+    high = tl.full((RUNS, WIDTH), float("-inf"), tl.float32)
+    for first in range(0, tl.maximum(runs, runs2), RUNS):
         rows = first + tl.arange(0, RUNS)
-        valid = (rows < runs)[:, None] & inside[None, :]
-        count = tl.cast(tl.minimum(positions - rows * run, run), tl.float64)[:, None]
-        place = start + rows[:, None] * channels + columns[None, :]
-        difference = tl.load(means + place, mask=valid, other=0.0).to(tl.float64) - mean
-        difference += tl.load(rests + place, mask=valid, other=0.0).to(tl.float64)
-        within = tl.load(deviations + place, mask=valid, other=0.0).to(tl.float64)
+        count = _counts(rows, columns, positions, run, runs, width, run2, runs2)
+        difference = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64) - mean
+        difference += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
+        within = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 2).to(tl.float64)
+        valid = inside[None, :] & (count > 0)
         total += tl.where(valid, within + count * difference * difference, 0.0)
+        if ranges is not None:
+            least = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 3)
+            most = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 4)
+            low = tl.where(valid, tl.minimum(low, least), low)
+            high = tl.where(valid, tl.maximum(high, most), high)
     variance = tl.sum(tl.sum(total, 1), 0) / numbers
     variance = tl.where(variance < float("inf"), variance, float("nan"))  # squares beyond float32
     inverse = 1.0 / tl.sqrt(variance + eps)
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float64) * inverse
     shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float64) - mean * scale
-    tl.store(out + b * 2 * channels + columns, scale.to(tl.float32), mask=inside)
-    tl.store(out + (b * 2 + 1) * channels + columns, shift.to(tl.float32), mask=inside)
+    scale, shift = scale.to(tl.float32), shift.to(tl.float32)
+    tl.store(out + b * 2 * channels + columns, scale, mask=inside)
+    tl.store(out + (b * 2 + 1) * channels + columns, shift, mask=inside)
+    if ranges is not None:
+        first_end, second_end = tl.min(low, 0) * scale + shift, tl.max(high, 0) * scale + shift
+        least, most = tl.minimum(first_end, second_end), tl.maximum(first_end, second_end)
+        if SILU:
+            first_end, second_end = least / (1.0 + tl.exp(-least)), most / (1.0 + tl.exp(-most))
+            around = (least < SILU_BOTTOM) & (most > SILU_BOTTOM)
+            least = tl.where(around, SILU_LEAST, tl.minimum(first_end, second_end))
+            most = tl.maximum(first_end, second_end)
+        if next_scale is not None:
+            factor = tl.load(next_scale + columns, mask=inside, other=0.0)
+            first_end, second_end = least * factor, most * factor
+            least, most = tl.minimum(first_end, second_end), tl.maximum(first_end, second_end)
+        # Minimum and maximum ignore NaN, so it is looked for. It is in every scale of the group or in none.
+        bad = tl.max(tl.where(inside & ((scale != scale) | (shift != shift)), 1, 0), 0) > 0
+        least = tl.min(tl.where(inside, least, float("inf")), 0)
+        most = tl.max(tl.where(inside, most, float("-inf")), 0)
+        place = ranges + b * 2 * groups + group
+        tl.store(place, tl.where(bad, float("nan"), least))
+        tl.store(place + groups, tl.where(bad, float("nan"), most))
 
 
 def forward(
     sources: list[torch.Tensor],
+    statistics: list[tuple[torch.Tensor, int] | None],
     weight: torch.Tensor,
     bias: torch.Tensor,
     groups: int,
     eps: float,
     out: torch.Tensor,
+    *,
+    ranges: torch.Tensor | None = None,
+    silu: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> None:
-    """Fills out (B, 2, C) with scales and shifts. sources: one or two (B, P, C1), channels next to each other."""
-    first = sources[0]
-    batch, positions, _ = first.shape
+    """Fills out (B, 2, C) with scales and shifts, and ranges (B, 2, groups). See `vpd_fast.ops.group_norm_affine`.
+
+    sources: one or two (B, P, C1), channels next to each other. statistics: of each, and the length of their runs, if
+    they are known.
+    """
+    batch, positions, _ = sources[0].shape
     channels = weight.numel()
     # Four programs for each multiprocessor, of at least a few steps.
     programs = batch * triton.cdiv(channels, CHANNELS)
-    runs = min(triton.cdiv(4 * multiprocessors(first.device), programs), triton.cdiv(positions, 4 * POSITIONS))
+    runs = min(triton.cdiv(4 * multiprocessors(out.device), programs), triton.cdiv(positions, 4 * POSITIONS))
     run = triton.cdiv(triton.cdiv(positions, runs), POSITIONS) * POSITIONS
-    runs = triton.cdiv(positions, run)
-    means, rests, deviations = first.new_empty((3, batch, runs, channels), dtype=torch.float32)
-    partial = {"means": means, "rests": rests, "deviations": deviations, "positions": positions, "run": run}
-    begin = 0
-    for x in sources:
-        own = x.shape[2]
-        launch(
-            _partial_kernel,
-            (batch * runs, triton.cdiv(own, CHANNELS)),
-            x,
-            **{"x": x, "x_b": x.stride(0), "x_p": x.stride(1)},
-            **partial,
-            **{"first_channel": begin, "channels": own, "all_channels": channels},
-            **{"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": 4},
-        )
-        begin += own
+    arguments: dict[str, object] = {"source2": None, "source2_b": 0, "run2": 1, "runs2": 0, "width2": 0}
+    most = 1
+    for name, x, known in zip(("", "2"), sources, statistics, strict=False):
+        if known is None:
+            found = x.new_empty((batch, triton.cdiv(positions, run), PLANES.value, x.shape[2]), dtype=torch.float32)
+            partial(x, run, found)
+            known = found, run
+        data, length = known
+        arguments |= {f"source{name}": data, f"source{name}_b": data.stride(0), f"run{name}": length}
+        arguments |= {f"runs{name}": data.shape[1], f"width{name}": x.shape[2]}
+        most = max(most, data.shape[1])
     width = triton.next_power_of_2(channels // groups)
     launch(
         _merge_kernel,
         (batch * groups,),
-        first,
-        **partial,
-        **{"weight": weight, "bias": bias, "out": out, "channels": channels, "groups": groups, "eps": eps},
-        **{"RUNS": max(1, min(MERGED // width, triton.next_power_of_2(runs))), "WIDTH": width, "num_warps": 4},
+        out,
+        **arguments,
+        **{"positions": positions, "weight": weight, "bias": bias, "out": out, "ranges": ranges, "eps": eps},
+        **{"next_scale": scale, "groups": groups, "SILU": silu, "num_warps": 4, "WIDTH": width},
+        **{"RUNS": max(1, min(MERGED // width, triton.next_power_of_2(most)))},
     )

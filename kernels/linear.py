@@ -1,7 +1,8 @@
 """`linear` on a GPU: a kernel that prepares and rounds rows, where they need it, and one that multiplies them."""
 
 import torch
-from vpd_fast.kernels._product import Geometry, product
+from vpd_fast.kernels._geometry import Geometry
+from vpd_fast.kernels._product import product
 from vpd_fast.kernels._rows import prepare
 
 
@@ -20,6 +21,7 @@ def forward(
     activation: str,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    statistics: tuple[torch.Tensor, int] | None = None,
 ) -> None:
     """Fills out (B, M, N). weight: (N, K) contiguous. Others: as in `vpd_fast.ops.linear`, last strides 1."""
     x, x2, residual, image = (None if t is None else t.unsqueeze(2) for t in (x, x2, residual, out))
@@ -31,5 +33,5 @@ def forward(
     product(
         *(x, x2, Geometry(out.shape[1], 1), weight, image),
         **{"column_scales": column_scales, "sums": sums, "row_scales": scales, "row_zeros": zeros},
-        **{"bias": bias, "activation": activation, "residual": residual},
+        **{"bias": bias, "activation": activation, "residual": residual, "statistics": statistics},
     )

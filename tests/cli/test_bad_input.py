@@ -76,8 +76,10 @@ def test_model_options(fails, small, photo, tmp_path):
         ["predict", photo, "--random-weights", "1", "--task", "boxes"]
     )
     assert "--task is depth, but" in fails(["predict", photo, *model, "--task", "depth"])
-    assert "--precision must be one of fp32, bf16, int8" in fails(["predict", photo, *model, "--precision", "int4"])
-    assert "--precision must be one of fp32, bf16, int8" in fails(["maps", photo, *model, "--precision", "fp16"])
+    precisions = "--precision must be one of fp32, bf16, fp16, int8, fp8"
+    assert precisions in fails(["predict", photo, *model, "--precision", "int4"])
+    assert precisions in fails(["maps", photo, *model, "--precision", "int4"])
+    assert 'precision "fp8" does not run on cpu' in fails(["maps", photo, *model, "--precision", "fp8"])
     both = ["--precision", "int8", "--attention-backend", "sdpa"]
     assert "leave --precision out" in fails(["predict", photo, *model, *both])
     assert "--device must be cpu, cuda or cuda:N, got 'tpu'" in fails(["predict", photo, *model, "--device", "tpu"])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import vpd_fast
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, BackboneConfig, VPDConfig, ops
 from vpd_fast.benchmark.parity import cosine
 from vpd_fast.engine import Policy
+from vpd_fast.engine.workspace import Workspace
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.ops import _dispatch
 from vpd_fast.ops._triton import triton_missing
@@ -20,7 +21,7 @@ SMALL = BackboneConfig(
     model_channels=32, num_heads=2, context_dim=16, vae_ch=32, vae_num_res_blocks=1, num_res_blocks=1
 )
 # Of features and result; narrow networks suffer more from rounding than the one they stand for.
-GATES = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
+GATES = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "fp8": 0.95}
 
 
 @pytest.fixture
@@ -37,7 +38,19 @@ def used(monkeypatch) -> set[str]:
         return choose(self, impl, args)
 
     monkeypatch.setattr(_dispatch.Op, "choose", triton_first)
+    find_statistics(monkeypatch)
     return names
+
+
+def find_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, kernels find the statistics of their results on the way."""
+    make = Workspace.__init__
+
+    def with_statistics(self: Workspace, device: torch.device) -> None:
+        make(self, device)
+        self.finds_statistics = True
+
+    monkeypatch.setattr(Workspace, "__init__", with_statistics)
 
 
 @pytest.mark.slow
@@ -47,10 +60,34 @@ def test_agrees_with_the_plain_model(used: set[str], precision: str) -> None:
     model, images = randomize(VPD(config), seed=1).eval(), torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         expected = [*model.extract_feat(images), model(images)]
-    fast = vpd_fast.optimize(model, precision, policy=Policy(winograd=False))
+    fast = vpd_fast.optimize(model, precision, policy=Policy(winograd=False, emulate=True))
     features = fast.extract_feat(images)
     for actual, plain in zip([*features, fast.decode(features, images.shape[2:])], expected, strict=True):
         print(f"{precision}: cosine {cosine(actual, plain):.6f}")
         assert cosine(actual, plain) >= GATES[precision]
     attention = {"self_attention", "cross_attention_maps", "cross_attention_maps_into"}
     assert used == {"linear", "conv2d", "group_norm_affine", *attention}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp8"])
+def test_statistics_on_the_way_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Computed by the references of the operators."""
+    config = VPDConfig(num_classes=5, channels=32, base_size=64, backbone=SMALL)
+    model, images = randomize(VPD(config), seed=1).eval(), torch.rand(1, 3, 64, 64) * 2 - 1
+    choose = _dispatch.Op.choose
+    monkeypatch.setattr(_dispatch.Op, "choose", lambda self, _, args: choose(self, "reference", args))
+    fast = vpd_fast.optimize(model, precision, policy=Policy(winograd=False, emulate=True))
+    expected = fast.extract_feat(images)
+    find_statistics(monkeypatch)
+    asked: list[str] = []
+    affine = ops.group_norm_affine
+    monkeypatch.setattr(ops, "group_norm_affine", lambda *a, **k: asked.extend(k) or affine(*a, **k))
+    fast = vpd_fast.optimize(model, precision, policy=Policy(winograd=False, emulate=True))
+    actual = fast.extract_feat(images)
+    norms = [info.name for info in fast.infos if info.kind == "group_norm"]
+    assert asked.count("statistics") == len(norms) - 2  # upsampling of 1x1 and 2x2 positions makes no whole runs
+    blocks = sum(name.endswith((".norm1", ".norm2")) for name in norms)  # the others are followed by other layers
+    assert asked.count("ranges") == (0 if precision == "fp32" else blocks)
+    least = {"fp32": 0.9999999, "int8": 0.99, "fp8": 0.95}[precision]  # 8-bit images have one scale instead of many
+    for one, other in zip(actual, expected, strict=True):
+        assert cosine(one, other) >= least

@@ -22,11 +22,11 @@ def _poison() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`impl` is every implementation of the operator after which the file is called."""
+    """`impl` is every implementation of the operator after which the file is called, or of its IMPLEMENTATIONS."""
     if "impl" in metafunc.fixturenames:
         file = metafunc.module.__name__.rpartition(".test_")[2]
         op = max((op for op in registry().values() if file.startswith(op.name)), key=lambda op: len(op.name))
-        known = {i.name for i in op.implementations}
+        known = getattr(metafunc.module, "IMPLEMENTATIONS", {i.name for i in op.implementations})
         metafunc.parametrize("impl", [v for v in VARIANTS if v.partition(":")[0] in known], indirect=True)
 
 

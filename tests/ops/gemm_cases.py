@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from vpd_fast.ops import geglu_rows
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._packing import FLOAT8, PackedWeight
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.int8]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -86,7 +86,28 @@ def assert_within_rounding_to_8_bits(
     assert ((actual - exact).abs() <= bound).all(), ((actual - exact).abs() / bound).max()
 
 
-def assert_same_as_reference(actual: Tensor, reference: Tensor, exact_rows: bool = False) -> None:
+def assert_within_rounding_to_float8(
+    actual: Tensor, rows: Tensor, weight: PackedWeight, bias: Tensor | None, ranged: Tensor | None = None
+) -> None:
+    """Element by element: three bits behind the point, so a number is off by at most 1/16 of itself.
+
+    Near zero by half of the smallest number, 2^-10, of a row whose largest is 448. What is left is float32 rounding: of
+    k sums, and of eight operations on the numbers and the result, relative to the largest possible sum.
+
+    Arguments: as for `assert_within_rounding_to_8_bits`.
+    """
+    assert actual.dtype == torch.float32
+    numbers = weight.unpack()[0].double()
+    exact = rows @ numbers.T
+    exact = exact if bias is None else exact + bias.double()
+    largest = (rows if ranged is None else ranged).abs().amax(-1, keepdim=True)
+    error = torch.maximum(rows.abs() / 16, largest / 448 * 2.0**-10)
+    sizes = rows.abs() @ numbers.abs().T + exact.abs()
+    bound = error @ numbers.abs().T + (weight.k + 8) * UNIT * sizes
+    assert ((actual - exact).abs() <= bound).all(), ((actual - exact).abs() / bound).max()
+
+
+def assert_same_as_reference(actual: Tensor, reference: Tensor, weight: PackedWeight, exact_rows: bool = False) -> None:
     """Of 8 bits, both do the same arithmetic: rows differ by the rounding of the last few float32 operations.
 
     A result may be the difference of larger numbers, so the distance of a row is taken relative to the average row.
@@ -94,11 +115,19 @@ def assert_same_as_reference(actual: Tensor, reference: Tensor, exact_rows: bool
     exact_rows: the rows come to be without sums and products whose rounding may differ. Otherwise a number within a few
     roundings of the middle between two of 255 steps may go either way, which happens to one in 10^4; then a row is off
     by a step of one number, 1 / 255 of some 5 deviations, less than 2 % of the row even if it has one number only.
+    Numbers of float8_e4m3fn are eighths of a power of two apart, so a step is at most an eighth of the row. Their sums
+    are float32, in whatever order: k^(1/2) roundings of random signs.
     """
     # bfloat16: where the numbers before the store differ, the stored ones may differ by a whole step of 2^-8.
-    rounding = 8 * UNIT if actual.dtype == torch.float32 else 2.0**-8
+    rounding = 8 * UNIT if actual.dtype == torch.float32 else torch.finfo(actual.dtype).eps
+    step = 0.02
+    if weight.dtype == FLOAT8:
+        rounding, step = rounding + weight.k**0.5 * UNIT, 0.125
     actual, reference = (t.double().flatten(0, -2) for t in (actual, reference))
     size = reference.norm(dim=1).clamp(min=reference.norm(dim=1).mean().item())
     distance = (actual - reference).norm(dim=1) / size
-    assert distance.max() <= (rounding if exact_rows else 0.02 + rounding)
+    assert distance.max() <= (rounding if exact_rows else step + rounding)
     assert (distance > rounding).sum() <= 2 + len(distance) // 20
+
+
+WITHIN_ROUNDING = {torch.int8: assert_within_rounding_to_8_bits, FLOAT8: assert_within_rounding_to_float8}

@@ -11,13 +11,14 @@ from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._statistics import statistics_shape
 
 from .gemm_cases import (
     DTYPES,
     PRECISIONS,
+    WITHIN_ROUNDING,
     assert_close,
     assert_same_as_reference,
-    assert_within_rounding_to_8_bits,
     complete,
     make_weight,
     randn,
@@ -63,15 +64,10 @@ def with_a_scale_per_image(
     **rest: object,
 ) -> tuple[Tensor, Tensor]:
     """conv2d in 8 bits as GPUs compute it: the whole image shares scale and zero. Also the numbers of each image."""
-    a = _gemm.prologue(_gemm.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"])
-    whole, scale = _gemm.quantize_rows(a.flatten(1))
-    places = {name: rest[name] for name in ("kernel", "stride", "padding")}
-    rows = rows_of(whole.view_as(a), None, None, False, None, **places, dtype=torch.float64)
-    result = (rows @ weight.numbers()[0].double().T).float() * (scale.view(-1, 1, 1, 1) * weight.scales[0])
-    shape = (*result.shape[:3], result.shape[3] // (2 if activation == "geglu" else 1))
-    out = torch.empty(shape, dtype=out_dtype or x.dtype)
-    _gemm.finish(result, bias, activation or "", residual, out)
-    return out, a.double().flatten(1)[:, None, None]
+    a = _gemm.prologue(_gemm.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"]).flatten(1)
+    ranges = torch.stack([a.amin(1, keepdim=True), a.amax(1, keepdim=True)], dim=1)
+    options = {"activation": activation, "residual": residual, "out_dtype": out_dtype, "impl": "reference", **rest}
+    return ops.conv2d(x, weight, bias, ranges=ranges, **options), a.double()[:, None, None]
 
 
 def check(
@@ -92,14 +88,14 @@ def check(
     assert actual.dtype == (out_dtype or x.dtype)
     default = {"x2": None, "affine": None, "silu": False, "scale": None, "kernel": (1, 1), "stride": 1, "padding": 0}
     exact_a = rows_of(x, **default | rest, dtype=torch.float64)
-    if weight.dtype == torch.int8:
+    if weight.dtype.itemsize == 1:
         plain = ops.conv2d(x, weight, bias, out_dtype=torch.float32, impl=impl, **rest)
         if impl == "triton":
             reference, ranged = with_a_scale_per_image(x, weight, bias, **default | options)
         else:
             reference, ranged = ops.conv2d(x, weight, bias, impl="reference", **options), None
-        assert_within_rounding_to_8_bits(plain, exact_a, weight, bias, ranged)
-        assert_same_as_reference(actual, reference, exact_rows)
+        WITHIN_ROUNDING[weight.dtype](plain, exact_a, weight, bias, ranged)
+        assert_same_as_reference(actual, reference, weight, exact_rows)
         return actual
     same_a = rows_of(x, **default | rest, dtype=torch.float32).to(weight.dtype).float()
     end = weight, bias, activation, residual
@@ -295,7 +291,7 @@ WEIGHT = make_weight(8, 36, torch.float32)
     [
         ({"x": torch.zeros(5, 6, 4)}, r"x must have shape \(B, H, W, C1\), got \(5, 6, 4\)"),
         ({"x": torch.zeros(2, 5, 0, 4)}, "x has no elements along W"),
-        ({"x": X.double()}, "x must be torch.float32 or torch.bfloat16, got torch.float64"),
+        ({"x": X.double()}, "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64"),
         ({"x2": torch.zeros(2, 5, 5, 4)}, r"x2 must have shape \(B=2, H=5, W=6, C2\), got \(2, 5, 5, 4\)"),
         ({"x2": X}, "weight must have 72 columns as the input says, got 36"),
         ({"weight": None}, "weight must be a PackedWeight, got NoneType"),
@@ -317,7 +313,7 @@ WEIGHT = make_weight(8, 36, torch.float32)
         ({"activation": "tanh"}, "activation must be None, .* got 'tanh'"),
         ({"residual": torch.zeros(2, 5, 6, 8)}, r"residual must have shape \(B=2, height=3, width=4, N=8\)"),
         ({"out": torch.zeros(2, 3, 4, 9)}, r"out must have shape \(B=2, height=3, width=4, N=8\)"),
-        ({"out_dtype": torch.float16}, "out_dtype must be None, float32 or bfloat16, got torch.float16"),
+        ({"out_dtype": torch.float64}, "out_dtype must be None, float32, bfloat16 or float16, got torch.float64"),
         ({"affine": torch.zeros(2, 2, 4).requires_grad_()}, "affine requires gradients, which conv2d does not compute"),
         ({"impl": "gpu"}, "impl must be 'auto' or an implementation .* got 'gpu'"),
     ],
@@ -335,7 +331,9 @@ def test_opcheck(precision: torch.dtype) -> None:
     for name in ("auto", "cpu", "reference"):
         numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n, randn(8)
         how = (3, 3), 2, (1, 1, 1, 1), randn(2, 2, 6), True, randn(6), "silu"
-        torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, (*numbers, *how, residual, out, name))
+        known = (randn(2, 2, 3), torch.zeros(statistics_shape(2, 9, 8))) if name == "reference" else (None, None)
+        arguments = *numbers, *how, residual, out, *known, 64, name
+        torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, arguments)
 
 
 def test_torch_compile_through_the_public_function() -> None:

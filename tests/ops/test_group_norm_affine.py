@@ -12,7 +12,10 @@ from torch.nn.functional import group_norm
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
+from vpd_fast.ops._statistics import Statistics, fill_statistics, run_length, statistics_shape
 from vpd_fast.ops.group_norm_affine import _rows
+
+from .variants import INTERPRETED
 
 UNIT_ROUNDOFF = 2.0**-24
 
@@ -247,7 +250,10 @@ GOOD = {
     [
         ({"x": torch.zeros(4, 4, 8)}, r"x must have shape \(B, H, W, C1\), got \(4, 4, 8\)"),
         ({"x": torch.zeros(1, 0, 4, 8)}, "x has no elements along H"),
-        ({"x": torch.zeros(1, 4, 4, 8).half()}, "x must be torch.float32 or torch.bfloat16, got torch.float16"),
+        (
+            {"x": torch.zeros(1, 4, 4, 8).double()},
+            "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64",
+        ),
         ({"x": None}, "x must be a tensor .* got NoneType"),
         ({"x2": torch.zeros(1, 4, 5, 8)}, r"x2 must have shape \(B=1, H=4, W=4, C2\), got \(1, 4, 5, 8\)"),
         ({"x2": torch.zeros(1, 4, 4, 8)}, r"weight must have shape \(C=16\), got \(8,\)"),
@@ -289,7 +295,8 @@ def test_the_kernel_says_why_it_cannot_run() -> None:
 def test_opcheck() -> None:
     x, x2, (weight, bias) = make_x(2, 5, 6, 8), make_x(2, 5, 6, 4, dtype=torch.bfloat16), make_affine(12)
     for name in ("auto", "cpu", "reference"):
-        arguments = (x, weight, bias, 3, 1e-5, x2, name)
+        ranges = torch.zeros(2, 2, 3) if name == "reference" else None
+        arguments = (x, weight, bias, 3, 1e-5, x2, None, 1, None, 1, ranges, True, None, name)
         torch.library.opcheck(torch.ops.vpd_fast.group_norm_affine.default, arguments)
 
 
@@ -303,3 +310,83 @@ def test_torch_compile_through_the_public_function() -> None:
     for size in (4, 6):
         x = make_x(1, size, size + 1, 12)
         assert torch.equal(compiled(x, weight, bias), normalise(x, weight, bias))
+
+
+WITHOUT_NATIVE = pytest.mark.parametrize("name", ["reference", *INTERPRETED])
+
+
+# --- statistics that are known, and where the next layer's numbers will be -------------------------------------------
+
+
+def known(x: Tensor) -> Statistics:
+    data = torch.empty(statistics_shape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3]))
+    statistics = Statistics(data, run_length(x.shape[1] * x.shape[2]))
+    fill_statistics(x.flatten(1, 2), *statistics)
+    return statistics
+
+
+@WITHOUT_NATIVE
+@pytest.mark.parametrize("shape", [(2, 8, 8, 12), (1, 5, 7, 40), (1, 64, 20, 8)])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("second", [True, False, None])
+def test_known_statistics(name: str, shape: tuple[int, ...], first: bool, second: bool | None) -> None:
+    """Of both sources, of one, or of none; what is known is not read."""
+    x, x2 = make_x(*shape, mean=3), None if second is None else make_x(*shape[:3], 4, seed=1, dtype=torch.bfloat16)
+    weight, bias = make_affine(shape[3] + (0 if x2 is None else 4))
+    options = {"statistics": known(x) if first else None, "statistics2": known(x2) if second else None}
+    blind = torch.full_like(x, torch.nan) if first else x
+    blind2 = torch.full_like(x2, torch.nan) if second else x2
+    actual = ops.group_norm_affine(blind, weight, bias, 4, 1e-5, blind2, impl=name, **options)
+    assert_affine(actual, x, weight, bias, 4, 1e-5, x2)
+
+
+@WITHOUT_NATIVE
+def test_runs_of_different_lengths(name: str) -> None:
+    x, x2, (weight, bias) = make_x(1, 8, 16, 6), make_x(1, 8, 16, 6, seed=1), make_affine(12)
+    data = torch.empty(1, 8, 5, 6)
+    fill_statistics(x2.flatten(1, 2), data, 16)
+    options = {"statistics": known(x), "statistics2": Statistics(data, 16)}
+    actual = ops.group_norm_affine(x, weight, bias, 3, 1e-5, x2, impl=name, **options)
+    assert_affine(actual, x, weight, bias, 3, 1e-5, x2)
+
+
+@WITHOUT_NATIVE
+@pytest.mark.parametrize("with_scale", [True, False])
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("mean", [0.0, 30.0, -30.0])
+def test_ranges(name: str, mean: float, activation: bool, with_scale: bool) -> None:
+    """Bounds that are reached but for the least of SiLU, which may lie between two numbers."""
+    x, (weight, bias) = make_x(2, 9, 8, 24), make_affine(24)
+    bias = bias + mean
+    scale = torch.linspace(-1, 2, 24) if with_scale else None
+    ranges = torch.full((2, 2, 4), torch.nan)
+    affine = ops.group_norm_affine(x, weight, bias, 4, 1e-5, ranges=ranges, silu=activation, scale=scale, impl=name)
+    a = x * affine[:, 0, None, None] + affine[:, 1, None, None]
+    a = torch.nn.functional.silu(a) if activation else a
+    a = a if scale is None else a * scale
+    by_group = a.unflatten(3, (4, 6)).permute(0, 3, 1, 2, 4).flatten(2)
+    rounding = 8 * UNIT_ROUNDOFF * by_group.abs().amax(2)
+    assert (ranges[:, 0] <= by_group.amin(2) + rounding).all()
+    assert (ranges[:, 1] >= by_group.amax(2) - rounding).all()
+    # 72 numbers of a channel come this close to where SiLU is least: it is flat there.
+    slack = rounding + (0.02 * (1 if scale is None else 2) if activation else 0)
+    assert (ranges[:, 0] >= by_group.amin(2) - slack).all()
+    assert (ranges[:, 1] <= by_group.amax(2) + slack).all()
+
+
+@WITHOUT_NATIVE
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_ranges_of_what_is_not_finite(name: str, special: float) -> None:
+    x, (weight, bias) = make_x(2, 4, 4, 8), make_affine(8)
+    x[1, 2, 1, 3] = special
+    ranges = torch.zeros(2, 2, 4)
+    ops.group_norm_affine(x, weight, bias, 4, 1e-5, ranges=ranges, silu=True, impl=name)
+    expected = torch.zeros(2, 2, 4, dtype=torch.bool)
+    expected[1, :, 1] = True
+    assert torch.equal(ranges.isnan(), expected)
+
+
+def test_native_kernels_take_none() -> None:
+    x, (weight, bias) = make_x(1, 8, 8, 8), make_affine(8)
+    with pytest.raises(InputError, match="statistics and ranges are for kernels that round whole images"):
+        ops.group_norm_affine(x, weight, bias, 4, 1e-5, statistics=known(x), impl="cpu")

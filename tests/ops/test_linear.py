@@ -10,13 +10,14 @@ from torch.nn.functional import layer_norm
 from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._statistics import statistics_shape
 
 from .gemm_cases import (
     DTYPES,
     PRECISIONS,
+    WITHIN_ROUNDING,
     assert_close,
     assert_same_as_reference,
-    assert_within_rounding_to_8_bits,
     complete,
     make_weight,
     randn,
@@ -60,10 +61,10 @@ def check(
     assert actual.dtype == (out_dtype or x.dtype)
     prologue = {name: prologue.get(name) for name in ("x2", "norm", "affine", "scale")}
     exact_a = rows_of(x, **prologue, dtype=torch.float64)
-    if weight.dtype == torch.int8:
+    if weight.dtype.itemsize == 1:
         plain = ops.linear(x, weight, bias, out_dtype=torch.float32, impl=impl, **prologue)
-        assert_within_rounding_to_8_bits(plain, exact_a, weight, bias)
-        assert_same_as_reference(actual, ops.linear(x, weight, bias, impl="reference", **options), exact_rows)
+        WITHIN_ROUNDING[weight.dtype](plain, exact_a, weight, bias)
+        assert_same_as_reference(actual, ops.linear(x, weight, bias, impl="reference", **options), weight, exact_rows)
         return actual
     same_a = rows_of(x, **prologue, dtype=torch.float32).to(weight.dtype).float()
     rest = weight, bias, activation, residual
@@ -351,7 +352,7 @@ WEIGHT = make_weight(6, 8, torch.float32)
     [
         ({"x": torch.zeros(5, 8)}, r"x must have shape \(B, M, K1\), got \(5, 8\)"),
         ({"x": torch.zeros(2, 0, 8)}, "x has no elements along M"),
-        ({"x": X.half()}, "x must be torch.float32 or torch.bfloat16, got torch.float16"),
+        ({"x": X.double()}, "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64"),
         ({"x2": torch.zeros(2, 4, 8)}, r"x2 must have shape \(B=2, M=5, K2\), got \(2, 4, 8\)"),
         ({"x2": X}, "weight must have 16 columns as the input says, got 8"),
         ({"weight": torch.zeros(6, 8)}, "weight must be a PackedWeight, got Tensor"),
@@ -373,7 +374,7 @@ WEIGHT = make_weight(6, 8, torch.float32)
             "weight must have an even number of rows for geglu, got 7",
         ),
         ({"residual": torch.zeros(2, 5, 8)}, r"residual must have shape \(B=2, M=5, N=6\), got \(2, 5, 8\)"),
-        ({"out_dtype": torch.int8}, "out_dtype must be None, float32 or bfloat16, got torch.int8"),
+        ({"out_dtype": torch.int8}, "out_dtype must be None, float32, bfloat16 or float16, got torch.int8"),
         ({"out": torch.zeros(2, 5, 5)}, r"out must have shape \(B=2, M=5, N=6\), got \(2, 5, 5\)"),
         (
             {"out": torch.zeros(2, 5, 6), "out_dtype": torch.bfloat16},
@@ -413,7 +414,8 @@ def test_opcheck(precision: torch.dtype) -> None:
     vectors = randn(6), True, 1e-5, randn(2, 2, 20), randn(20)
     for name in ("auto", "cpu", "reference"):
         numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n
-        arguments = *numbers, *vectors, "geglu", residual, torch.zeros(2, 5, 3), name
+        known = torch.zeros(statistics_shape(2, 5, 3)) if name == "reference" else None
+        arguments = *numbers, *vectors, "geglu", residual, torch.zeros(2, 5, 3), known, 64, name
         torch.library.opcheck(torch.ops.vpd_fast.linear.default, arguments)
 
 

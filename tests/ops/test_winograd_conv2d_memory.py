@@ -123,7 +123,10 @@ GOOD = {"x": torch.zeros(1, 4, 4, 8), "weight": weight_of(6, 8, 16)}
     [
         ({"x": torch.zeros(4, 4, 8)}, r"x must have shape \(B, H, W, C1\), got \(4, 4, 8\)"),
         ({"x": torch.zeros(1, 0, 4, 8)}, "x has no elements along H"),
-        ({"x": torch.zeros(1, 4, 4, 8).half()}, "x must be torch.float32 or torch.bfloat16, got torch.float16"),
+        (
+            {"x": torch.zeros(1, 4, 4, 8).double()},
+            "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64",
+        ),
         ({"x2": torch.zeros(1, 4, 5, 8)}, r"x2 must have shape \(B=1, H=4, W=4, C2\), got \(1, 4, 5, 8\)"),
         ({"x2": torch.zeros(1, 4, 4, 8)}, "weight must have the 16 columns of the input's channels, got 8"),
         ({"weight": torch.zeros(16, 6, 8)}, "weight must be a PackedWeight of winograd_weight.* got Tensor"),
@@ -137,7 +140,7 @@ GOOD = {"x": torch.zeros(1, 4, 4, 8), "weight": weight_of(6, 8, 16)}
         ({"scale": torch.zeros(8).double()}, "scale must be torch.float32, got torch.float64"),
         ({"residual": torch.zeros(1, 4, 4, 8)}, r"residual must have shape .*N=6\), got \(1, 4, 4, 8\)"),
         ({"activation": "geglu"}, "activation must be None, 'relu' or 'silu', got 'geglu'"),
-        ({"out_dtype": torch.float16}, "out_dtype must be None, float32 or bfloat16, got torch.float16"),
+        ({"out_dtype": torch.float64}, "out_dtype must be None, float32, bfloat16 or float16, got torch.float64"),
         ({"out": torch.zeros(1, 4, 4, 8)}, r"out must have shape .*N=6\), got \(1, 4, 4, 8\)"),
         ({"out": torch.zeros(1, 4, 4, 6), "out_dtype": torch.bfloat16}, "out must be of out_dtype=torch.bfloat16"),
         ({"out": torch.zeros(1, 1, 1, 6).expand(1, 4, 4, 6)}, "out must not be expanded"),

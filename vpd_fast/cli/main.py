@@ -13,6 +13,7 @@ from vpd_fast.cli.convert import convert
 from vpd_fast.cli.info import info
 from vpd_fast.cli.maps import maps
 from vpd_fast.cli.predict import predict
+from vpd_fast.cli.tune import tune
 from vpd_fast.errors import VPDFastError
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (predict, maps, convert, bench, info):
+for command in (predict, maps, convert, bench, tune, info):
     app.command()(command)
 
 

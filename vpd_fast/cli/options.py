@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vpd_fast.models import VPD
 
 ENGINE_FILE = "engine.json"  # what makes a folder one of a fast model, see vpd_fast.engine.storage
-PRECISIONS = ("fp32", "bf16", "int8")  # of vpd_fast.engine.policy, which would import PyTorch
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # of vpd_fast.engine.policy, which would import PyTorch
 
 # Panels of --help.
 MODEL, SEGMENTATION, REFERRING, DEPTH, RUNNING = "Model", "Segmentation", "Referring", "Depth", "Running"

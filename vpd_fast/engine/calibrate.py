@@ -23,7 +23,8 @@ from vpd_fast.engine.specs import Spec
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
 from vpd_fast.models.vpd import VPD
-from vpd_fast.ops._packing import LARGEST
+from vpd_fast.ops._gemm import rounded_rows
+from vpd_fast.ops._packing import LARGEST, PackedWeight
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
 SIDE = 16  # of the square of positions that is kept of each layer's input
@@ -126,13 +127,13 @@ def _middle(rows: Tensor) -> Tensor:
 class Calibration:
     """The inputs of all layers on the calibration images."""
 
-    def __init__(self, seen: dict[str, _Seen], policy: Policy) -> None:
-        self._seen, self._policy = seen, policy
+    def __init__(self, seen: dict[str, _Seen], policy: Policy, precision: str) -> None:
+        self._seen, self._policy, self._precision = seen, policy, precision
 
     @classmethod
     @torch.no_grad()
-    def run(cls, model: VPD, batches: Sequence[Batch], policy: Policy) -> Calibration:
-        """Run a fast model of high precision on the images."""
+    def run(cls, model: VPD, batches: Sequence[Batch], policy: Policy, precision: str) -> Calibration:
+        """Run a fast model of high precision on the images, for one of `precision`."""
         seen: dict[str, _Seen] = {}
         layers = model.layers
         for name, layer in layers.items():
@@ -140,16 +141,18 @@ class Calibration:
                 layers[name] = _Recorder(layer, seen, name)
         for batch in batches:
             model(*batch)
-        return cls(seen, policy)
+        return cls(seen, policy, precision)
 
-    def _rounded(self, spec: Spec) -> bool:
-        return spec.kind != "group_norm" and self._policy.precision(spec.name, "int8")[0] == torch.int8
+    def _rounded(self, spec: Spec) -> torch.dtype | None:
+        """The 8-bit type of the layer, or None."""
+        dtype = None if spec.kind == "group_norm" else self._policy.precision(spec.name, self._precision)[0]
+        return dtype if dtype in LARGEST else None
 
     @torch.no_grad()
     def scale(self, spec: Spec) -> Tensor | None:
         """Factors of the layer's input channels with the smallest error, or None: 1 is best, or it is not 8-bit."""
-        seen = self._seen.get(spec.name)
-        if seen is None or not self._policy.smoothing or not self._rounded(spec):
+        seen, dtype = self._seen.get(spec.name), self._rounded(spec)
+        if seen is None or not self._policy.smoothing or dtype is None:
             return None
         weight = spec.make()[0]
         ranges = weight.abs().flatten(2).amax((0, 2)) if weight.dim() == 4 else weight.abs().amax(0)
@@ -157,7 +160,7 @@ class Calibration:
         exact, best = rows @ matrix.T, (float("inf"), None)
         for alpha in ALPHAS:
             smooth = seen.largest.clamp_min(1e-5) ** -alpha * ranges.clamp_min(1e-5) ** (1 - alpha) if alpha else None
-            error = (_rounded_product(rows, matrix, smooth) - exact).square().sum().item()
+            error = (_rounded_product(rows, matrix, smooth, dtype) - exact).square().sum().item()
             best = min(best, (error, smooth), key=lambda pair: pair[0])
         smooth = best[1]
         return None if smooth is None else smooth / smooth.mean()
@@ -197,13 +200,9 @@ def _as_product(spec: Spec, weight: Tensor, sample: Tensor) -> tuple[Tensor, Ten
     return weight.permute(0, 2, 3, 1).flatten(1), rows
 
 
-def _rounded_product(rows: Tensor, matrix: Tensor, smooth: Tensor | None) -> Tensor:
+def _rounded_product(rows: Tensor, matrix: Tensor, smooth: Tensor | None, dtype: torch.dtype) -> Tensor:
     if smooth is not None:
         smooth = smooth.repeat(rows.shape[1] // len(smooth))
         rows, matrix = rows * smooth, matrix / smooth
-    low, high = rows.amin(1, keepdim=True).clamp_max(0), rows.amax(1, keepdim=True).clamp_min(0)
-    step = ((high - low) / 255).clamp_min(1e-30)
-    zero = (-low / step).round()
-    rows = ((rows / step).round() + zero).clamp(0, 255).sub(zero) * step
-    step = (matrix.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-30)
-    return rows @ ((matrix / step).round() * step).T
+    numbers, scales = rounded_rows(rows, dtype)
+    return (numbers * scales) @ PackedWeight.pack(matrix[None], dtype).unpack()[0].T

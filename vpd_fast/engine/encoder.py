@@ -8,17 +8,18 @@ from functools import partial
 
 from torch import Tensor
 
-from vpd_fast.engine.blocks import Layers, call, convolve, one_head_attention, res_block
+from vpd_fast.engine.blocks import Layers, call, convolve, group_norm, one_head_attention, res_block
 from vpd_fast.engine.workspace import Workspace
 
 
 def encode(layers: Layers, images: Tensor, memory: Workspace) -> Tensor:
     """Images (B,H,W,3) in [-1,1] -> scaled latents (B,H/8,W/8,c)."""
-    x = call(layers["encoder.conv_in"], memory, images)
+    x = call(layers["encoder.conv_in"], memory, images, norm_follows=True)
     for step in _steps(layers):
         last, x = x, step(layers=layers, memory=memory, x=x)
         memory.give(last)
-    return layers["encoder.conv_out"](x, affine=layers["encoder.norm_out"](x))
+    conv_out = layers["encoder.conv_out"]
+    return conv_out(x, **group_norm(layers, "encoder.norm_out", memory, x, then=conv_out))
 
 
 def _steps(layers: Layers) -> Iterator[Callable[..., Tensor]]:

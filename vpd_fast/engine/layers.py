@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,16 @@ class GroupNorm(Layer):
     groups: int
     eps: float
 
-    def __call__(self, x: Tensor, x2: Tensor | None = None) -> Tensor:
-        """(B,H,W,C1) [and (B,H,W,C2)] -> (B,2,C1+C2) float32."""
-        return ops.group_norm_affine(x, self.weight, self.bias, self.groups, self.eps, x2=x2)
+    def __call__(self, x: Tensor, x2: Tensor | None = None, **options: Any) -> Tensor:
+        """(B,H,W,C1) [and (B,H,W,C2)] -> (B,2,C1+C2) float32; options: statistics, ranges and what belongs to them."""
+        return ops.group_norm_affine(x, self.weight, self.bias, self.groups, self.eps, x2=x2, **options)
 
 
 @dataclass(frozen=True)
 class Product(Layer):
     """What all layers with a weight have in common."""
 
+    parts: ClassVar[int] = 1  # of the result that are made one after the other
     weight: PackedWeight
     bias: Tensor | None
     out_dtype: torch.dtype
@@ -102,9 +104,9 @@ class Linear(Product):
     eps: float = 1e-5
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out."""
+        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out, statistics."""
         shape = x.shape[:-1]
-        rows = {name: _rows(t) if name != "affine" else t for name, t in options.items()}
+        rows = {name: _rows(t) if name in ("x2", "residual", "out") else t for name, t in options.items()}
         out = ops.linear(
             _rows(x),
             self.weight,
@@ -144,7 +146,7 @@ class Conv2d(Product):
         return height // self.stride + 1, width // self.stride + 1
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,H,W,C) -> (B,H',W',n); options: x2, affine, residual, out."""
+        """(B,H,W,C) -> (B,H',W',n); options: x2, affine, ranges, residual, out, statistics."""
         return ops.conv2d(
             x,
             self.weight,
@@ -195,17 +197,28 @@ class PhaseConv2d(Product):
     """
 
     kind: ClassVar[str] = "phase_conv2d"
+    parts: ClassVar[int] = 4
     upsample: ClassVar[bool] = True
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Of the output for an input of this size."""
         return 2 * height, 2 * width
 
-    def __call__(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None, **options: Any) -> Tensor:
-        """(B,H,W,C) -> (B,2H,2W,n); further options: x2, affine."""
+    def __call__(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
+        statistics: Statistics | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """(B,H,W,C) -> (B,2H,2W,n); further options: x2, affine, ranges."""
         out = x.new_empty(self.shape(x), dtype=self.out_dtype) if out is None else out
         for phase in range(4):
             y, x_ = divmod(phase, 2)
+            own = statistics
+            if own is not None:
+                own = own._replace(data=own.data.tensor_split(4, dim=1)[phase])
             ops.conv2d(
                 x,
                 self.weight.tap(phase),
@@ -216,12 +229,13 @@ class PhaseConv2d(Product):
                 activation=self.activation,
                 residual=None if residual is None else residual[:, y::2, x_::2],
                 out=out[:, y::2, x_::2],
+                statistics=own,
                 **options,
             )
         return out
 
 
-OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS: dict[str, type[Layer]] = {cls.kind: cls for cls in (GroupNorm, Linear, Conv2d, Winograd, PhaseConv2d)}
 
 

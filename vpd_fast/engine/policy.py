@@ -9,8 +9,17 @@ from dataclasses import dataclass, field
 import torch
 
 from vpd_fast.errors import InputError
+from vpd_fast.ops._packing import FLOAT8
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "fp8": FLOAT8,
+}
+# What the layers of an engine of that precision hand to each other.
+ACTIVATIONS = PRECISIONS | {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 # Patterns of layer names -> precision and the reason. The first that fits decides.
@@ -24,8 +33,10 @@ KEPT = {
         "*.attn2.kv": ("bf16", "runs once per text"),
     },
     "bf16": {},
+    "fp16": {},
     "fp32": {},
 }
+KEPT["fp8"] = KEPT["int8"]
 SMALLEST_WINOGRAD = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # side in positions
 
 
@@ -38,11 +49,14 @@ class Policy:
     winograd: let 3x3 convolutions run as Winograd convolutions where that is faster, which is on CPUs only. They take
         16/9 of the memory of a direct convolution's weights, in float32 4 times.
     smoothing: with calibration, even out the ranges of the input channels of 8-bit layers.
+    emulate: allow precisions that the device has no instructions for. Their layers are computed in float32 with the
+        same rounding, slowly: for the accuracy of an engine before one has the device.
     """
 
     precisions: Mapping[str, str] = field(default_factory=dict)
     winograd: bool = True
     smoothing: bool = True
+    emulate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.precisions, Mapping):
@@ -73,6 +87,8 @@ class Policy:
             return 0, "no Winograd kernel for GPUs"
         if not self.winograd:
             return 0, "policy: winograd=False"
+        if dtype not in SMALLEST_WINOGRAD:
+            return 0, f"no Winograd kernel for {NAMES[dtype]}"
         if upsample:
             return 9, "upsampled image is never made"
         if channels % 16:
@@ -81,6 +97,16 @@ class Policy:
             return 0, f"reading a larger weight costs more than {side}x{side} positions save"
         return (36, "F(4x4)") if dtype == torch.float32 else (16, "F(2x2): larger tiles lose accuracy below float32")
 
+    def check_device(self, precision: str, device: torch.device) -> None:
+        """Raises InputError if the device has no instructions for that precision, or for one of `precisions`."""
+        for name in () if self.emulate else (precision, *self.precisions.values()):
+            reason = _why_not(name, device)
+            if reason is not None:
+                raise InputError(
+                    f'precision "{name}" does not run on {device}: {reason}; use "bf16" or "int8", or '
+                    "Policy(emulate=True) to find its accuracy, slowly"
+                )
+
     def check_names(self, names: list[str]) -> None:
         """Raises InputError if a pattern fits no layer with a precision: it would be silently ignored."""
         for pattern in self.precisions:
@@ -88,3 +114,12 @@ class Policy:
                 raise InputError(
                     f"policy.precisions: {pattern!r} fits no layer; layers are {', '.join(names[:5])}, ..."
                 )
+
+
+def _why_not(precision: str, device: torch.device) -> str | None:
+    if device.type == "cpu":
+        reasons = {"fp16": "no CPU computes in it faster than in bf16", "fp8": "no CPU has instructions for it"}
+        return reasons.get(precision)
+    if precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} has no instructions for it (compute capability 8.9 has)"
+    return None

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from vpd_fast.checkpoints.save import write_files, write_json
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, PhaseConv2d, Winograd, from_parts
+from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, PhaseConv2d, Product, Winograd, from_parts
 from vpd_fast.engine.model import FastVPD
+from vpd_fast.engine.policy import NAMES
 from vpd_fast.engine.specs import layer_specs
 from vpd_fast.errors import CheckpointError
 from vpd_fast.models.vpd import VPD
+from vpd_fast.ops._packing import ROWS_ONLY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +115,10 @@ def _require_device(layers: dict[str, Layer], device: torch.device) -> None:
     """Raises ValueError if a layer has no kernel there."""
     if device.type != "cpu" and any(isinstance(layer, Winograd) for layer in layers.values()):
         raise ValueError("it has Winograd layers, which run on CPUs; optimize with Policy(winograd=False)")
+    weights = {name: layer.weight.dtype for name, layer in layers.items() if isinstance(layer, Product)}
+    for name, dtype in weights.items():
+        if device.type == "cpu" and dtype in ROWS_ONLY:
+            raise ValueError(f"layer {name} is {NAMES[dtype]}, which CPUs have no kernels for")
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:

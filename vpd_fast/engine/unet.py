@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.engine.blocks import Layers, call, convolve, res_block
+from vpd_fast.engine.blocks import Layers, call, convolve, group_norm, res_block
 from vpd_fast.engine.layers import Linear
 from vpd_fast.engine.text import Projected
 from vpd_fast.engine.workspace import Workspace
@@ -71,7 +71,7 @@ def run_unet(
     """
     maps = MapSums(structure)
     features: dict[int, Tensor] = {}
-    x = call(layers["unet.conv_in"], memory, latents)
+    x = call(layers["unet.conv_in"], memory, latents, norm_follows=True)
     skips = [x]
     for name, place, level in structure.blocks[1:]:
         skip = skips.pop() if place == "up" else None
@@ -120,7 +120,7 @@ def _transformer(
     place: tuple[str, int],
     heads: int,
 ) -> Tensor:
-    t = call(layers[f"{name}.proj_in"], memory, x, affine=layers[f"{name}.norm"](x))
+    t = call(layers[f"{name}.proj_in"], memory, x, **group_norm(layers, f"{name}.norm", memory, x))
     qkv = call(layers[f"{name}.attn1.qkv"], memory, t)
     q, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
     attended = maps.attend("self", place, q, k, v, heads)
@@ -140,7 +140,7 @@ def _transformer(
         t = _replaced(memory, t, _for_each_text(known, attended, t))
         maps.add_single_token(place, q)
     hidden = call(layers[f"{name}.ff1"], memory, t)
-    out = call(layers[f"{name}.ff2"], memory, hidden, x2=t, residual=x)
+    out = call(layers[f"{name}.ff2"], memory, hidden, x2=t, residual=x, norm_follows=True)
     memory.give(hidden)
     memory.give(t)
     return out

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
+
 
 class Workspace:
     """Buffers of one call at a time. Who takes a tensor gives it back when nobody needs its contents any more."""
@@ -18,6 +20,8 @@ class Workspace:
         self._device = device
         self._free: list[Tensor] = []
         self._taken: dict[int, Tensor] = {}  # address: buffer
+        self._statistics: dict[int, Statistics] = {}  # of what is at the address
+        self.finds_statistics = device.type == "cuda"  # whether kernels find those of their result on the way
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor, not initialised."""
@@ -34,8 +38,24 @@ class Workspace:
         self._taken[buffer.data_ptr()] = buffer
         return buffer[:size].view(dtype).view(shape)
 
+    def take_statistics(self, tensor: Tensor, parts: int) -> Statistics | None:
+        """What to fill with statistics of a tensor (B,H,W,C) of `take`, which is made in equal parts; None: do not."""
+        positions = tensor.shape[1] * tensor.shape[2] // parts
+        run = run_length(positions)
+        if not self.finds_statistics or (parts > 1 and positions % run):
+            return None
+        batch, runs, *rest = statistics_shape(tensor.shape[0], positions, tensor.shape[3])
+        data = torch.empty(batch, parts * runs, *rest, dtype=torch.float32, device=self._device)
+        self._statistics[tensor.data_ptr()] = Statistics(data, run)
+        return self._statistics[tensor.data_ptr()]
+
+    def statistics(self, tensor: Tensor | None) -> Statistics | None:
+        """Of a tensor that is not given back yet, if they were found."""
+        return None if tensor is None else self._statistics.get(tensor.data_ptr())
+
     def give(self, tensor: Tensor) -> None:
         """Take back a tensor of `take`; others are left alone."""
+        self._statistics.pop(tensor.data_ptr(), None)
         buffer = self._taken.pop(tensor.data_ptr(), None)
         if buffer is not None:
             self._free.append(buffer)
@@ -44,6 +64,7 @@ class Workspace:
         """Take back everything, as after an exception."""
         self._free += self._taken.values()
         self._taken.clear()
+        self._statistics.clear()
 
 
 class WorkspacePool:

@@ -91,7 +91,8 @@ def _announce_writes(overload: torch._ops.OpOverload) -> None:
 
     def run(keys: Any, *args: Any) -> Any:
         for i in written:
-            torch.autograd.graph.increment_version(args[i])
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 

@@ -6,8 +6,9 @@ products are summed exactly:
 
     sum_k x[k] * w[n, k] ~ scale * scales[n] * (sum_k u8[k] * data[n, k] - zero * sums[n])
 
-A row with an infinity or a NaN gives NaN throughout; one whose scale would be below the smallest normal float32 is
-zero.
+Rows of float8_e4m3fn: scale = max |row| / 448 and f8 = row / scale, rounded to nearest, ties to even; the products are
+summed in float32. In both, a row with an infinity or a NaN gives NaN throughout, and one whose scale would be below the
+smallest normal float32 is zero.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
-from vpd_fast.ops._packing import PANEL, PackedWeight
+from vpd_fast.ops._packing import FLOAT8, LARGEST, PANEL, WIDTHS, PackedWeight
 from vpd_fast.ops._triton import triton_missing
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_DTYPES = (*WIDTHS,)  # of activations and weights in native kernels
+Range = tuple[Tensor, Tensor]  # least and largest numbers, (..., 1)
 ACTIVATIONS = (None, "relu", "silu", "geglu")
 LEVELS = 255  # steps between the least and the largest 8-bit number
 MOST_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
@@ -69,7 +72,7 @@ def check_vectors(bias: Any, affine: Any, scale: Any, *, n: int, batch: int, cha
 
 def check_out(out: Any, out_dtype: torch.dtype | None, x: Tensor, shape: dict[str, int]) -> Tensor:
     """`out`, or a new tensor. Raises InputError unless it has that dtype and shape (sizes by their names)."""
-    check(out_dtype in (None, *DTYPES), f"out_dtype must be None, float32 or bfloat16, got {out_dtype!r}")
+    check(out_dtype in (None, *DTYPES), f"out_dtype must be None, float32, bfloat16 or float16, got {out_dtype!r}")
     if out is None:
         return x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
     check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
@@ -108,9 +111,18 @@ def prologue(a: Tensor, affine: Tensor | None, silu: bool, scale: Tensor | None)
     return a if scale is None else a * scale
 
 
-def quantize_rows(a: Tensor) -> tuple[Tensor, Tensor]:
+def range_of_rows(a: Tensor, ranges: Tensor | None = None) -> Range:
+    """Of rows (B, ..., k); with `ranges` (B, 2, parts) the image's for each of its rows."""
+    if ranges is None:
+        return a.amin(-1, keepdim=True), a.amax(-1, keepdim=True)
+    shape = (-1, *[1] * (a.dim() - 1))
+    return ranges[:, 0].amin(1).view(shape), ranges[:, 1].amax(1).view(shape)
+
+
+def quantize_rows(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor]:
     """Rows (..., k) float32 rounded to 8 bits: whole numbers u8 - zero as float32, and the scales (..., 1)."""
-    low, high = a.amin(-1, keepdim=True).clamp(max=0), a.amax(-1, keepdim=True).clamp(min=0)
+    low, high = found or range_of_rows(a)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
     inverse = torch.where((scale > 0) & scale.isfinite(), 1 / scale, 0.0)
@@ -120,11 +132,32 @@ def quantize_rows(a: Tensor) -> tuple[Tensor, Tensor]:
     return u8 - zero, torch.where(scale.isfinite(), scale, torch.nan)
 
 
-def product(a: Tensor, weight: PackedWeight) -> Tensor:
-    """Rows (..., k) float32 times the weight, in its precision: (..., n) float32."""
-    if weight.dtype != torch.int8:
+def round_rows_to_float8(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (..., k) float32 rounded to float8_e4m3fn: the numbers f8 as float32, and the scales (..., 1)."""
+    limit, (low, high) = LARGEST[FLOAT8], found or range_of_rows(a)
+    scale = torch.maximum(-low, high) / limit
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    inverse = torch.where((scale > 0) & scale.isfinite(), 1 / scale, 0.0)
+    finite = a.where(a.isfinite(), 0.0)
+    f8 = (finite * inverse).clamp_(-limit, limit).to(FLOAT8)
+    return f8.float(), torch.where(scale.isfinite(), scale, torch.nan)
+
+
+def rounded_rows(a: Tensor, dtype: torch.dtype, found: Range | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (..., k) float32 rounded to that 8-bit type, less their zeros, as float32, and the scales (..., 1)."""
+    return (round_rows_to_float8 if dtype == FLOAT8 else quantize_rows)(a, found)
+
+
+def product(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:
+    """Rows (B, ..., k) float32 times the weight, in its precision: (B, ..., n) float32.
+
+    ranges: (B, 2, parts), of whole images, from which 8-bit rows then have their scale.
+    """
+    if weight.scales is None:
         return a.to(weight.dtype).float() @ weight.unpack()[0].T
-    whole, scale = quantize_rows(a)
+    whole, scale = rounded_rows(a, weight.dtype, range_of_rows(a, ranges))
+    if weight.dtype == FLOAT8:
+        return (whole @ weight.numbers()[0].float().T) * (scale * weight.scales[0])
     exact = whole.double() @ weight.numbers()[0].double().T
     return exact.float() * (scale * weight.scales[0])
 
@@ -144,20 +177,29 @@ def finish(result: Tensor, bias: Tensor | None, activation: str, residual: Tenso
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def cpu_refuses(x: Tensor, _: Tensor | None, data: Tensor, *__: Any) -> str | None:
-    """Why the native kernel cannot run, or None."""
+def cpu_refuses(
+    x: Tensor, x2: Tensor | None, data: Tensor, *rest: Any, unknown: tuple[Tensor | None, ...] = ()
+) -> str | None:
+    """Why the native kernel cannot run on these arguments, or None. unknown: those that it knows nothing of."""
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
+    for tensor in (x, x2, data, *rest):
+        if isinstance(tensor, Tensor) and tensor.dtype not in CPU_DTYPES:
+            return f"no native kernel computes in {_name(tensor.dtype)}"
     if data.dim() == 3:
         return 'weight is laid out for a GPU; PackedWeight.for_device("cpu") changes that'
+    if any(t is not None for t in unknown):
+        return "statistics and ranges are for kernels that round whole images"
     return _native.why_missing("_C")
 
 
-def triton_refuses(x: Tensor, x2: Tensor | None, n: int, activation: str) -> str | None:
+def triton_refuses(x: Tensor, x2: Tensor | None, data: Tensor, n: int, activation: str) -> str | None:
     """Why the Triton kernels of a product cannot run, or None."""
     reason = triton_missing(x)
     if reason is not None:
         return reason
+    if data.dtype == FLOAT8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        return f"{torch.cuda.get_device_name(x.device)} has no 8-bit floating point (compute capability 8.9 has)"
     if activation == "geglu" and n % PANEL:
         return f"geglu of {n // 2} values, which are no runs of {PANEL // 2}"
     from vpd_fast.kernels import _rows
@@ -165,9 +207,9 @@ def triton_refuses(x: Tensor, x2: Tensor | None, n: int, activation: str) -> str
     return _rows.refuse(x, x2)
 
 
-def triton_weight(data: Tensor, n: int, k: int) -> Tensor:
+def triton_weight(weight: PackedWeight) -> Tensor:
     """(n, k) contiguous; unpacked at every call if it is laid out for a CPU."""
-    return PackedWeight(data, None, None, n, k).numbers()[0].contiguous()
+    return weight.numbers()[0].contiguous()
 
 
 def contiguous_or_none(*tensors: Tensor | None) -> list[Tensor | None]:

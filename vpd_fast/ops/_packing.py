@@ -1,4 +1,4 @@
-"""Weights in the layouts that matrix kernels read, in float32, bfloat16 or 8-bit integers."""
+"""Weights in the layouts and number formats that matrix kernels read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from vpd_fast.errors import InputError
 
 PANEL = 32  # rows of the weight that a kernel handles side by side
-WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers along k that share 32 bits
-LARGEST = 127  # of the symmetric 8-bit weights
+WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers along k that share 32 bits, on CPUs
+FLOAT8 = torch.float8_e4m3fn
+ROWS_ONLY = (torch.float16, FLOAT8)  # that CPUs have no kernels for
+LARGEST = {torch.int8: 127, FLOAT8: 448}  # of the symmetric 8-bit weights
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class PackedWeight:
 
     data: in panels, for CPUs: (taps, ceil(n/32), ceil(k/w), 32*w), w = 1 for float32, 2 for bfloat16, 4 for int8;
         number (i, j) of B[t] is data[t, i // 32, j // w, i % 32 * w + j % w], and padding is zero. Or in rows, for
-        GPUs: (taps, n, k). The numbers are the same.
-    scales, sums: (taps,n) float32 for int8, else None: B = data * scales, and the sums of data over k.
+        GPUs: (taps, n, k), which float16 and float8_e4m3fn always are. The numbers are the same.
+    scales: (taps,n) float32 for int8 and float8_e4m3fn, else None: B = data * scales.
+    sums: (taps,n) float32 for int8, else None: of data over k.
     """
 
     data: Tensor
@@ -43,17 +46,22 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, bfloat16 or int8."""
+        """float32, bfloat16, float16, int8 or float8_e4m3fn."""
         return self.data.dtype
 
     def require_consistent(self) -> None:
         """Raises ValueError unless the tensors have the shapes and dtypes that n and k say."""
-        expected = (self.taps, -(-self.n // PANEL), -(-self.k // WIDTHS.get(self.dtype, 1)))
-        if self.dtype not in WIDTHS or self.data.shape != (*expected, PANEL * WIDTHS[self.dtype]):
+        if self.dtype in ROWS_ONLY:
+            expected: tuple[int, ...] = (self.taps, self.n, self.k)
+        else:
+            width = WIDTHS.get(self.dtype, 1)
+            expected = (self.taps, -(-self.n // PANEL), -(-self.k // width), PANEL * width)
+        if self.dtype not in (*WIDTHS, *ROWS_ONLY) or self.data.shape != expected:
             raise ValueError(f"weight {self.n}x{self.k} is stored as {self.dtype} {tuple(self.data.shape)}")
-        for name, vector in (("scales", self.scales), ("sums", self.sums)):
-            if (vector is not None) != (self.dtype == torch.int8):
-                raise ValueError(f"weight {self.n}x{self.k} of {self.dtype} must have {name} if it is int8, else none")
+        for name, vector, kinds in (("scales", self.scales, LARGEST), ("sums", self.sums, (torch.int8,))):
+            if (vector is not None) != (self.dtype in kinds):
+                expected_kinds = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
+                raise ValueError(f"weight {self.n}x{self.k} of {self.dtype}: only {expected_kinds} must have {name}")
             if vector is not None and (vector.shape != (self.taps, self.n) or vector.dtype != torch.float32):
                 raise ValueError(f"{name} of weight {self.n}x{self.k} are {vector.dtype} {tuple(vector.shape)}")
 
@@ -64,25 +72,29 @@ class PackedWeight:
 
     @classmethod
     def pack(cls, weight: Tensor, dtype: torch.dtype) -> PackedWeight:
-        """Round a floating-point weight (taps,n,k) to `dtype`; int8 symmetrically, with a scale per row.
+        """Round a floating-point weight (taps,n,k) to `dtype`; 8 bits symmetrically, with a scale per row.
 
-        Raises InputError for other shapes and dtypes, and for int8 if the weight is not finite.
+        Raises InputError for other shapes and dtypes, and for 8 bits if the weight is not finite.
         """
         if weight.dim() != 3 or not weight.is_floating_point() or 0 in weight.shape:
             raise InputError(f"weight must be a floating-point tensor (taps, n, k), got {tuple(weight.shape)}")
-        if dtype not in WIDTHS:
-            raise InputError(f"dtype must be one of {', '.join(map(str, WIDTHS))}, got {dtype}")
+        if dtype not in (*WIDTHS, *ROWS_ONLY):
+            raise InputError(f"dtype must be one of {', '.join(map(str, (*WIDTHS, *ROWS_ONLY)))}, got {dtype}")
         scales = sums = None
+        if dtype in LARGEST:
+            weight, scales = _scaled(weight, LARGEST[dtype])
+            weight = weight.round_() if dtype == torch.int8 else weight
+        numbers = weight.to(dtype)
         if dtype == torch.int8:
-            weight, scales = _round_to_int8(weight)
-            sums = weight.sum(2, dtype=torch.int32).float()
-        return cls(_panels(weight.to(dtype)), scales, sums, *weight.shape[1:])
+            sums = numbers.sum(2, dtype=torch.int32).float()
+        data = numbers.contiguous() if dtype in ROWS_ONLY else _panels(numbers)
+        return cls(data, scales, sums, *weight.shape[1:])
 
     def for_device(self, device: torch.device | str) -> PackedWeight:
         """The same numbers on that device, in the layout that its kernels read."""
         device = torch.device(device)
         data = self.data if device.type == "cpu" else self.numbers().contiguous()
-        if device.type == "cpu" and self.data.dim() == 3:
+        if device.type == "cpu" and self.data.dim() == 3 and self.dtype not in ROWS_ONLY:
             data = _panels(self.data)
         moved = (None if t is None else t.to(device) for t in (data, self.scales, self.sums))
         return PackedWeight(*moved, self.n, self.k)
@@ -109,9 +121,10 @@ def _panels(numbers: Tensor) -> Tensor:
     return data.transpose(2, 3).flatten(3).contiguous()
 
 
-def _round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Rows divided by their scales, so that they are at most `limit`, and the scales (taps,n)."""
     largest = weight.abs().amax(2)
     if not torch.isfinite(largest).all():
-        raise InputError("weight has values that are not finite, which 8-bit integers cannot hold")
-    scales = torch.where(largest > 0, largest / LARGEST, 1.0).float()
-    return (weight / scales[:, :, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales
+        raise InputError("weight has values that are not finite, which 8 bits with a scale cannot hold")
+    scales = torch.where(largest > 0, largest / limit, 1.0).float()
+    return (weight / scales[:, :, None]).clamp_(-limit, limit), scales

@@ -8,7 +8,7 @@ in `linear`; a row of 8 bits is what one output position reads, but for the Trit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from vpd_fast.ops._checks import MAX_SIDE, check, check_impl, check_size, check_
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._statistics import Statistics, check_statistics, fill_statistics
 
 
 def conv2d(
@@ -39,6 +40,8 @@ def conv2d(
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    ranges: Tensor | None = None,
+    statistics: Statistics | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """activation(convolution + bias) + residual.
@@ -46,17 +49,20 @@ def conv2d(
     With a = cat([x, x2], -1), the input of the convolution is silu(a * affine[:, 0] + affine[:, 1]) * scale, of which
     any part may be missing, with zeros around it.
 
-    x: (B, H, W, C1) float32 or bfloat16. x2: (B, H, W, C2) likewise, maybe of the other dtype. Channels that are next
-        to each other are read in place, whatever the other strides; others are copied.
+    x: (B, H, W, C1) float32, bfloat16 or float16. x2: (B, H, W, C2) likewise, maybe of another dtype. Channels that are
+        next to each other are read in place, whatever the other strides; others are copied.
     weight: PackedWeight of one tap, N x (kernel height * kernel width * C), C = C1 + C2, with the channels innermost:
         `PackedWeight.pack(layer.weight.permute(0, 2, 3, 1).flatten(1)[None], dtype)`. Its dtype is the precision of the
         product.
     kernel: (height, width). stride: of both axes. padding: of all sides, or (top, left, bottom, right).
     bias: (N,) float32. affine: (B, 2, C) float32 (`group_norm_affine`). scale: (C,) float32.
     activation: None, "relu", "silu" or "geglu" (see `linear`).
-    residual: like the result, float32 or bfloat16; may be `out` itself.
-    out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
+    residual: like the result, of those dtypes; may be `out` itself.
+    out_dtype: of those, too; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
+    ranges: (B, 2, parts) float32: least and largest numbers of each image that is convolved, in parts, if they are
+        known (`group_norm_affine`); 8-bit kernels with one scale for an image need not look for them then.
+    statistics: what to fill with statistics of the result as it is stored, for `group_norm_affine`.
     impl: "auto", "cpu", "triton" or "reference".
 
     Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
@@ -77,9 +83,11 @@ def conv2d(
         activation=activation,
         out_dtype=out_dtype,
         out=out,
+        ranges=ranges,
+        statistics=statistics,
     )
     torch.ops.vpd_fast.conv2d(*arguments, check_impl(impl))
-    return arguments[-1]
+    return arguments[-4]
 
 
 def _check(
@@ -98,6 +106,8 @@ def _check(
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    ranges: Tensor | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple:
     check_tensor("x", x, "B H W C1", DTYPES, "B")
     batch, height, width, channels = x.shape
@@ -117,12 +127,15 @@ def _check(
     shape = {"B": batch, "height": sides[0], "width": sides[1], "N": n_out}
     if residual is not None:
         check_tensor("residual", residual, "B height width N", DTYPES, "B", **shape)
+    if ranges is not None:
+        check_tensor("ranges", ranges, "B 2 parts", DTYPES[:1], "B", **{"B": batch, "2": 2})
     out = _gemm.check_out(out, out_dtype, x, shape)
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    _gemm.check_places("conv2d", x.device, tensors | {"residual": residual, "out": out})
+    _gemm.check_places("conv2d", x.device, tensors | {"residual": residual, "out": out, "ranges": ranges})
     return (
         *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
-        *(bias, kernel, stride, padding, affine, silu, scale, activation or "", residual, out),
+        *(bias, kernel, stride, padding, affine, silu, scale, activation or "", residual, out, ranges),
+        *check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out),
     )
 
 
@@ -137,112 +150,102 @@ def _check_padding(padding: Any) -> tuple[int, int, int, int]:
     return tuple(sides)
 
 
-def _reference(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: int,
-    padding: Sequence[int],
-    affine: Tensor | None,
-    silu: bool,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    a = _gemm.prologue(_gemm.joined(x, x2), affine, silu, scale)
-    top, left, bottom, right = padding
+class _Arguments(NamedTuple):
+    """What the operator takes, in its order; see the public function and `PackedWeight`."""
+
+    x: Tensor
+    x2: Tensor | None
+    data: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+    n: int
+    bias: Tensor | None
+    kernel: Sequence[int]
+    stride: int
+    padding: Sequence[int]
+    affine: Tensor | None
+    silu: bool
+    scale: Tensor | None
+    activation: str
+    residual: Tensor | None
+    out: Tensor
+    ranges: Tensor | None
+    statistics: Tensor | None
+    run: int
+
+    @property
+    def weight(self) -> PackedWeight:
+        channels = self.x.shape[3] + (0 if self.x2 is None else self.x2.shape[3])
+        k = self.kernel[0] * self.kernel[1] * channels
+        return PackedWeight(self.data, self.scales, self.sums, self.n, k)
+
+
+def _reference(*arguments: Any) -> None:
+    call = _Arguments(*arguments)
+    kernel, stride = call.kernel, call.stride
+    a = _gemm.prologue(_gemm.joined(call.x, call.x2), call.affine, call.silu, call.scale)
+    top, left, bottom, right = call.padding
     a = F.pad(a, (0, 0, left, right, top, bottom)).unfold(1, kernel[0], stride).unfold(2, kernel[1], stride)
     rows = a.permute(0, 1, 2, 4, 5, 3).flatten(3)  # images, height, width, then what one output position reads
-    result = _gemm.product(rows, PackedWeight(data, scales, sums, n, rows.shape[-1]))
-    _gemm.finish(result, bias, activation, residual, out)
+    result = _gemm.product(rows, call.weight, call.ranges)
+    _gemm.finish(result, call.bias, call.activation, call.residual, call.out)
+    fill_statistics(call.out.flatten(1, 2), call.statistics, call.run)
 
 
-def _cpu(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: int,
-    padding: Sequence[int],
-    affine: Tensor | None,
-    silu: bool,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    if out.numel() == 0:
+def _cpu(*arguments: Any) -> None:
+    call = _Arguments(*arguments)
+    if call.out.numel() == 0:
         return
-    x, x2 = _gemm.last_contiguous(x), _gemm.last_contiguous(x2)
-    residual, target = _gemm.evenly_spaced(residual), _gemm.evenly_spaced(out)
-    k = kernel[0] * kernel[1] * (x.shape[3] + (0 if x2 is None else x2.shape[3]))
-    packed = PackedWeight(data, scales, sums, n, k)
-    kept, packed_addresses, vectors = _gemm.vectors_and_weight(packed, bias, affine, scale)
+    x, x2 = _gemm.last_contiguous(call.x), _gemm.last_contiguous(call.x2)
+    residual, target = _gemm.evenly_spaced(call.residual), _gemm.evenly_spaced(call.out)
+    kept, weight, vectors = _gemm.vectors_and_weight(call.weight, call.bias, call.affine, call.scale)
     _native.load("_C").conv2d(
         x=_gemm.strided(x),
         x2=_gemm.strided(x2),
-        shape=(*x.shape[:3], *out.shape[1:3]),
-        geometry=(*kernel, stride, *padding[:2]),
-        weight=packed_addresses,
+        shape=(*x.shape[:3], *call.out.shape[1:3]),
+        geometry=(*call.kernel, call.stride, *call.padding[:2]),
+        weight=weight,
         vectors=vectors,
-        silu=silu,
-        activation=activation,
+        silu=call.silu,
+        activation=call.activation,
         residual=_gemm.strided(residual),
         out=_gemm.strided(target),
         threads=torch.get_num_threads(),
         isa=_native.isa(),
     )
     del kept
-    if target.data_ptr() != out.data_ptr():
-        out.copy_(target.view(out.shape))
+    if target.data_ptr() != call.out.data_ptr():
+        call.out.copy_(target.view(call.out.shape))
 
 
-def _triton(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: int,
-    padding: Sequence[int],
-    affine: Tensor | None,
-    silu: bool,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    if out.numel() == 0:
+def _cpu_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    unknown = call.ranges, call.statistics
+    return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=unknown)
+
+
+def _triton(*arguments: Any) -> None:
+    call = _Arguments(*arguments)
+    if call.out.numel() == 0:
         return
     from vpd_fast.kernels import conv2d as kernels
 
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (x, x2, residual, out))
-    k = kernel[0] * kernel[1] * (x.shape[3] + (0 if x2 is None else x2.shape[3]))
-    weight = _gemm.triton_weight(data, n, k)
-    scales, sums, bias, affine, scale = _gemm.contiguous_or_none(scales, sums, bias, affine, scale)
-    prologue = {"affine": affine, "silu": silu, "scale": scale}
-    geometry = {"kernel": tuple(kernel), "stride": stride, "padding": tuple(padding)}
-    end = {"bias": bias, "activation": activation, "residual": residual, "out": target}
-    kernels.forward(x, x2, weight, scales, sums, **prologue, **geometry, **end)
-    if target is not out:
-        out.copy_(target)
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
+    scales, sums, bias, affine, scale, ranges = _gemm.contiguous_or_none(
+        call.scales, call.sums, call.bias, call.affine, call.scale, call.ranges
+    )
+    prologue = {"affine": affine, "silu": call.silu, "scale": scale, "ranges": ranges}
+    geometry = {"kernel": tuple(call.kernel), "stride": call.stride, "padding": tuple(call.padding)}
+    end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
+    end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
+    kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **geometry, **end)
+    if target is not call.out:
+        call.out.copy_(target)
 
 
-def _triton_refuses(x: Tensor, x2: Tensor | None, *rest: Any) -> str | None:
-    return _gemm.triton_refuses(x, x2, n=rest[3], activation=rest[-3])
+def _triton_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    return _gemm.triton_refuses(call.x, call.x2, call.data, call.n, call.activation)
 
 
 register(
@@ -251,13 +254,13 @@ register(
         arguments=(
             "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, "
             "SymInt[2] kernel, SymInt stride, SymInt[4] padding, Tensor? affine, bool silu, Tensor? scale, "
-            "str activation, Tensor? residual, Tensor(a!) out"
+            "str activation, Tensor? residual, Tensor(a!) out, Tensor? ranges, Tensor(b!)? statistics, SymInt run"
         ),
         returns="()",
         fake=lambda *_: None,
         check=_check,
         implementations=(
-            Implementation("cpu", _cpu, _gemm.cpu_refuses),
+            Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
             Implementation("reference", _reference),
         ),

@@ -10,96 +10,213 @@ and so do deviations from the mean beyond 1e18, whose squares are beyond float32
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import check, check_impl, check_tensor
+from vpd_fast.ops._checks import FLOATS, check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._statistics import Statistics, check_statistics
 from vpd_fast.ops._triton import triton_missing
 
-DTYPES = (torch.float32, torch.bfloat16)
+SILU_BOTTOM, SILU_LEAST = -1.2784645, -0.27846456  # where SiLU is least, and that value, rounded down
 
 
 def group_norm_affine(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: Tensor | None = None, *, impl: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    x2: Tensor | None = None,
+    *,
+    statistics: Statistics | None = None,
+    statistics2: Statistics | None = None,
+    ranges: Tensor | None = None,
+    silu: bool = False,
+    scale: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Scale and shift per channel such that GroupNorm(x) * weight + bias = x * scale + shift.
 
-    x: (B, H, W, C1) float32 or bfloat16; x2: (B, H, W, C2) likewise, maybe of the other dtype: the channels are then
-        those of torch.cat([x, x2], -1), without the copy. Rows evenly spaced and channels next to each other are read
-        in place; other strides are copied.
+    x: (B, H, W, C1) float32, bfloat16 or float16; x2: (B, H, W, C2) likewise, maybe of another dtype: the channels are
+        then those of torch.cat([x, x2], -1), without the copy. Rows evenly spaced and channels next to each other are
+        read in place; other strides are copied.
     weight, bias: (C,) float32. groups: divides C. eps: added to the variance, as in torch.nn.GroupNorm.
+    statistics, statistics2: of x and x2, if the operator that made them found them; then they are not read.
+    ranges: (B, 2, groups) float32, what to fill with bounds of what comes next, by group: ranges[:, 0] is at most, and
+        ranges[:, 1] at least, each number of activation(x * scale + shift) * `scale`, where the activation is SiLU or
+        none, as `silu` says, and `scale` is (C,) float32 or None. NaN, if x is not finite.
     impl: "auto", "cpu", "triton" or "reference".
     Returns (B, 2, C) float32: [:, 0] is the scale, [:, 1] the shift. Inference only. Raises InputError for a wrong
     shape, dtype, device, number of groups or impl, and for an input that requires gradients while they are recorded.
     """
-    arguments = _check(x, weight, bias, groups, eps, x2)
+    arguments = _check(
+        *(x, weight, bias, groups, eps, x2),
+        **{"statistics": statistics, "statistics2": statistics2, "ranges": ranges, "silu": silu, "scale": scale},
+    )
     return torch.ops.vpd_fast.group_norm_affine(*arguments, check_impl(impl))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: Tensor | None = None) -> tuple:
-    check_tensor("x", x, "B H W C1", DTYPES, may_be_empty="B")
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    x2: Tensor | None = None,
+    *,
+    statistics: Statistics | None = None,
+    statistics2: Statistics | None = None,
+    ranges: Tensor | None = None,
+    silu: bool = False,
+    scale: Tensor | None = None,
+) -> tuple:
+    check_tensor("x", x, "B H W C1", FLOATS, may_be_empty="B")
     batch, height, width, channels = x.shape
     named = {"weight": weight, "bias": bias}
+    known = check_statistics("statistics", statistics, batch, height * width, channels)
     if x2 is not None:
-        check_tensor("x2", x2, "B H W C2", DTYPES, may_be_empty="B", B=batch, H=height, W=width)
+        check_tensor("x2", x2, "B H W C2", FLOATS, may_be_empty="B", B=batch, H=height, W=width)
         channels += x2.shape[3]
         named["x2"] = x2
-    check_tensor("weight", weight, "C", (torch.float32,), C=channels)
-    check_tensor("bias", bias, "C", (torch.float32,), C=channels)
-    for name, tensor in named.items():
-        check(tensor.device == x.device, f"{name} must be on {x.device} as x is, got {tensor.device}")
+    check(x2 is not None or statistics2 is None, "statistics2 must be None as x2 is")
+    known2 = check_statistics("statistics2", statistics2, batch, height * width, channels - x.shape[3])
+    check_tensor("weight", weight, "C", FLOATS[:1], C=channels)
+    check_tensor("bias", bias, "C", FLOATS[:1], C=channels)
     check(isinstance(groups, int) and groups > 0, f"groups must be a positive integer, got {groups!r}")
     check(channels % groups == 0, f"groups must divide the {channels} channels, got {groups}")
     check(
         isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0,
         f"eps must be a finite number that is not negative, got {eps!r}",
     )
+    if ranges is not None:
+        check_tensor("ranges", ranges, "B 2 groups", FLOATS[:1], "B", **{"B": batch, "2": 2, "groups": groups})
+        check(ranges.is_contiguous(), f"ranges must be contiguous, got strides {ranges.stride()}")
+    if scale is not None:
+        check_tensor("scale", scale, "C", FLOATS[:1], C=channels)
+    check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
+    more = {"statistics": known[0], "statistics2": known2[0], "ranges": ranges, "scale": scale}
+    named |= {name: tensor for name, tensor in more.items() if tensor is not None}
+    for name, tensor in named.items():
+        check(tensor.device == x.device, f"{name} must be on {x.device} as x is, got {tensor.device}")
     for name, tensor in {"x": x, **named}.items():
         check(
             not (torch.is_grad_enabled() and tensor.requires_grad),
             f"{name} requires gradients, which group_norm_affine does not compute: call it under torch.no_grad()",
         )
-    return x, weight, bias, groups, float(eps), x2
+    return x, weight, bias, groups, float(eps), x2, *known, *known2, ranges, silu, scale
+
+
+class _Arguments(NamedTuple):
+    """What the operator takes, in its order; see the public function."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+    x2: Tensor | None
+    statistics: Tensor | None
+    run: int
+    statistics2: Tensor | None
+    run2: int
+    ranges: Tensor | None
+    silu: bool
+    scale: Tensor | None
+
+    @property
+    def sources(self) -> list[Tensor]:
+        return [self.x] if self.x2 is None else [self.x, self.x2]
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], 2, weight.shape[0]), dtype=torch.float32)
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: Tensor | None) -> Tensor:
-    if x.shape[0] == 0:  # var_mean warns
-        return _fake(x, weight)
-    sources = (x,) if x2 is None else (x, x2)
-    joined = torch.cat([source.flatten(1, 2).double() for source in sources], dim=2)
-    grouped = joined.unflatten(2, (groups, -1))  # images, positions, groups, channels
-    variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
-    scale = weight.double().unflatten(0, (groups, -1)) * (variance + eps).rsqrt()[:, :, None]
-    shift = bias.double().unflatten(0, (groups, -1)) - mean[:, :, None] * scale
-    return torch.stack([scale.flatten(1), shift.flatten(1)], dim=1).float()
+def _reference(*arguments: Any) -> Tensor:
+    call = _Arguments(*arguments)
+    if call.x.shape[0] == 0:  # var_mean warns
+        return _fake(call.x, call.weight)
+    mean, variance, low, high = _statistics(call)
+    by_group = (call.groups, -1)
+    scale = call.weight.double().unflatten(0, by_group) * (variance + call.eps).rsqrt()[:, :, None]
+    shift = call.bias.double().unflatten(0, by_group) - mean[:, :, None] * scale
+    scale, shift = scale.flatten(1).float(), shift.flatten(1).float()
+    if call.ranges is not None:
+        bad = ~(scale.isfinite() & shift.isfinite()).unflatten(1, by_group).all(2)
+        ends = _next_range((low * scale + shift).float(), (high * scale + shift).float(), call.silu, call.scale)
+        call.ranges[:, 0] = ends[0].unflatten(1, by_group).amin(2).masked_fill(bad, torch.nan)
+        call.ranges[:, 1] = ends[1].unflatten(1, by_group).amax(2).masked_fill(bad, torch.nan)
+    return torch.stack([scale, shift], dim=1)
 
 
-def _cpu_refuses(x: Tensor, *_: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, not on the CPU"
+def _statistics(call: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance of the groups (B, groups) in float64, least and largest of the channels (B, C).
+
+    Those of a source whose statistics are known follow from them, the others from its numbers.
+    """
+    parts = []
+    known = (call.statistics, call.run), (call.statistics2, call.run2)
+    for x, (data, run) in zip(call.sources, known, strict=False):
+        positions = x.shape[1] * x.shape[2]
+        if data is None:
+            rows = x.flatten(1, 2)
+            variance, mean = torch.var_mean(rows.double(), dim=1, correction=0)
+            parts.append((mean, variance, rows.amin(1).float(), rows.amax(1).float()))
+            continue
+        counts = torch.full((data.shape[1], 1), run, dtype=torch.float64, device=x.device)
+        counts[-1] = positions - (data.shape[1] - 1) * run
+        means = data[:, :, 0].double() + data[:, :, 1].double()
+        mean = (means * counts).sum(1) / positions
+        squares = (data[:, :, 2].double() + counts * (means - mean[:, None]).square()).sum(1)
+        parts.append((mean, squares / positions, data[:, :, 3].amin(1), data[:, :, 4].amax(1)))
+    mean, variance, low, high = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    means = mean.unflatten(1, (call.groups, -1))
+    mean = means.mean(2)
+    variance = (variance.unflatten(1, (call.groups, -1)) + (means - mean[:, :, None]).square()).mean(2)
+    return mean, variance, low, high
+
+
+def _next_range(one: Tensor, other: Tensor, silu: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Least and largest of activation(numbers) * scale, of numbers between `one` and `other`."""
+    low, high = torch.minimum(one, other), torch.maximum(one, other)
+    if silu:
+        around = (low < SILU_BOTTOM) & (high > SILU_BOTTOM)
+        one, other = F.silu(low), F.silu(high)
+        low, high = torch.minimum(one, other).masked_fill(around, SILU_LEAST), torch.maximum(one, other)
+    if scale is not None:
+        low, high = torch.minimum(low * scale, high * scale), torch.maximum(low * scale, high * scale)
+    return low, high
+
+
+def _cpu_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    if call.x.device.type != "cpu":
+        return f"x is on {call.x.device}, not on the CPU"
+    if any(x.dtype == torch.float16 for x in call.sources):
+        return "no native kernel computes in float16"
+    if any(t is not None for t in (call.statistics, call.statistics2, call.ranges)):
+        return "statistics and ranges are for kernels that round whole images"
     return _native.why_missing("_C")
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: Tensor | None) -> Tensor:
-    out = _fake(x, weight)
-    sources = [_rows(source) for source in (x, x2) if source is not None]
-    weight, bias = weight.contiguous(), bias.contiguous()
+def _cpu(*arguments: Any) -> Tensor:
+    call = _Arguments(*arguments)
+    out = _fake(call.x, call.weight)
+    sources = [_rows(source) for source in call.sources]
+    weight, bias = call.weight.contiguous(), call.bias.contiguous()
     _native.load("_C").group_norm_affine(
         [
             (rows.data_ptr(), str(rows.dtype).removeprefix("torch."), rows.shape[2], rows.stride()[:2])
             for rows in sources
         ],
         tuple(sources[0].shape[:2]),
-        groups,
-        eps,
+        call.groups,
+        call.eps,
         (weight.data_ptr(), bias.data_ptr(), out.data_ptr()),
         torch.get_num_threads(),
         _native.isa(),
@@ -111,13 +228,20 @@ def _triton_refuses(x: Tensor, *_: Any) -> str | None:
     return triton_missing(x)
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, x2: Tensor | None) -> Tensor:
+def _triton(*arguments: Any) -> Tensor:
     from vpd_fast.kernels import group_norm_affine as kernels
 
-    out = _fake(x, weight)
+    call = _Arguments(*arguments)
+    out = _fake(call.x, call.weight)
     if out.numel():
-        sources = [_rows(source) for source in (x, x2) if source is not None]
-        kernels.forward(sources, weight.contiguous(), bias.contiguous(), groups, eps, out)
+        known = [(call.statistics, call.run), (call.statistics2, call.run2)]
+        kernels.forward(
+            [_rows(source) for source in call.sources],
+            [None if data is None else (data, run) for data, run in known],
+            *(call.weight.contiguous(), call.bias.contiguous(), call.groups, call.eps, out),
+            **{"ranges": call.ranges, "silu": call.silu},
+            scale=None if call.scale is None else call.scale.contiguous(),
+        )
     return out
 
 
@@ -130,7 +254,10 @@ def _rows(x: Tensor) -> Tensor:
 register(
     Op(
         name="group_norm_affine",
-        arguments="Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? x2",
+        arguments=(
+            "Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? x2, Tensor? statistics, SymInt run, "
+            "Tensor? statistics2, SymInt run2, Tensor(a!)? ranges, bool silu, Tensor? scale"
+        ),
         returns="Tensor",
         fake=_fake,
         check=_check,

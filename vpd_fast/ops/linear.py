@@ -11,7 +11,7 @@ makes its results not finite; with 8-bit weights, NaN.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES, geglu_rows
 from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops._statistics import Statistics, check_statistics, fill_statistics
 
 __all__ = ["geglu_rows", "linear"]
 
@@ -41,12 +42,13 @@ def linear(
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    statistics: Statistics | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """activation(prologue(cat([x, x2], -1)) @ weight.T + bias) + residual.
 
-    x: (B, M, K1) float32 or bfloat16. x2: (B, M, K2) likewise, maybe of the other dtype. Channels that are next to each
-        other are read in place, whatever the other strides; others are copied.
+    x: (B, M, K1) float32, bfloat16 or float16. x2: (B, M, K2) likewise, maybe of another dtype. Channels that are next
+        to each other are read in place, whatever the other strides; others are copied.
     weight: PackedWeight of one tap, N x K with K = K1 + K2. Its dtype is the precision of the product.
     The prologue, of which any part may be missing, in this order:
         norm: "layer": (a - mean) / sqrt(variance + eps) over the row, without parameters.
@@ -54,9 +56,10 @@ def linear(
         scale: (K,) float32: a * scale.
     bias: (N,) float32. activation: None, "relu", "silu", or "geglu", for which the rows of the weight are in the order
         of `geglu_rows(N // 2)`: value * gelu(gate), with the exact gelu.
-    residual: like the result, float32 or bfloat16; may be `out` itself.
-    out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
+    residual: like the result, of those dtypes; may be `out` itself.
+    out_dtype: of those, too; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
+    statistics: what to fill with statistics of the result as it is stored, for `group_norm_affine`.
     impl: "auto", "cpu", "triton" or "reference".
 
     Returns out (B, M, N), for geglu (B, M, N // 2). Inference only. Raises InputError for a wrong shape, dtype, device,
@@ -78,9 +81,10 @@ def linear(
         activation=activation,
         out_dtype=out_dtype,
         out=out,
+        statistics=statistics,
     )
     torch.ops.vpd_fast.linear(*arguments, check_impl(impl))
-    return arguments[-1]
+    return arguments[-3]
 
 
 def _check(
@@ -97,6 +101,7 @@ def _check(
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    statistics: Statistics | None = None,
 ) -> tuple:
     check_tensor("x", x, "B M K1", DTYPES, "B")
     batch, rows, k = x.shape
@@ -117,108 +122,99 @@ def _check(
     return (
         *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
         *(bias, norm == "layer", float(eps), affine, scale, activation or "", residual, out),
+        *check_statistics("statistics", statistics, batch, rows, n_out),
     )
 
 
-def _reference(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    norm: bool,
-    eps: float,
-    affine: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    a = _gemm.joined(x, x2)
-    if norm:
+class _Arguments(NamedTuple):
+    """What the operator takes, in its order; see the public function and `PackedWeight`."""
+
+    x: Tensor
+    x2: Tensor | None
+    data: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+    n: int
+    bias: Tensor | None
+    norm: bool
+    eps: float
+    affine: Tensor | None
+    scale: Tensor | None
+    activation: str
+    residual: Tensor | None
+    out: Tensor
+    statistics: Tensor | None
+    run: int
+
+    @property
+    def weight(self) -> PackedWeight:
+        k = self.x.shape[2] + (0 if self.x2 is None else self.x2.shape[2])
+        return PackedWeight(self.data, self.scales, self.sums, self.n, k)
+
+
+def _reference(*arguments: Any) -> None:
+    call = _Arguments(*arguments)
+    a = _gemm.joined(call.x, call.x2)
+    if call.norm:
         a = a - a.mean(-1, keepdim=True)
-        a = a * (a.square().mean(-1, keepdim=True) + eps).rsqrt()
-    a = _gemm.prologue(a, affine, False, scale)
-    result = _gemm.product(a, PackedWeight(data, scales, sums, n, a.shape[-1]))
-    _gemm.finish(result, bias, activation, residual, out)
+        a = a * (a.square().mean(-1, keepdim=True) + call.eps).rsqrt()
+    a = _gemm.prologue(a, call.affine, False, call.scale)
+    result = _gemm.product(a, call.weight)
+    _gemm.finish(result, call.bias, call.activation, call.residual, call.out)
+    fill_statistics(call.out, call.statistics, call.run)
 
 
-def _cpu(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    norm: bool,
-    eps: float,
-    affine: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    if out.numel() == 0:
+def _cpu(*arguments: Any) -> None:
+    call = _Arguments(*arguments)
+    if call.out.numel() == 0:
         return
-    x, x2, residual = (_gemm.last_contiguous(t) for t in (x, x2, residual))
-    target = _gemm.last_contiguous(out)
-    k = x.shape[2] + (0 if x2 is None else x2.shape[2])
-    packed = PackedWeight(data, scales, sums, n, k)
-    kept, packed_addresses, vectors = _gemm.vectors_and_weight(packed, bias, affine, scale)
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
+    kept, weight, vectors = _gemm.vectors_and_weight(call.weight, call.bias, call.affine, call.scale)
     _native.load("_C").linear(
         x=_gemm.strided(x),
         x2=_gemm.strided(x2),
         shape=tuple(x.shape[:2]),
-        weight=packed_addresses,
+        weight=weight,
         vectors=vectors,
-        norm=norm,
-        eps=eps,
-        activation=activation,
+        norm=call.norm,
+        eps=call.eps,
+        activation=call.activation,
         residual=_gemm.strided(residual),
         out=_gemm.strided(target),
         threads=torch.get_num_threads(),
         isa=_native.isa(),
     )
     del kept
-    if target is not out:
-        out.copy_(target)
+    if target is not call.out:
+        call.out.copy_(target)
 
 
-def _triton(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    norm: bool,
-    eps: float,
-    affine: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    if out.numel() == 0:
+def _cpu_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=(call.statistics,))
+
+
+def _triton(*arguments: Any) -> None:
+    call = _Arguments(*arguments)
+    if call.out.numel() == 0:
         return
     from vpd_fast.kernels import linear as kernels
 
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (x, x2, residual, out))
-    weight = _gemm.triton_weight(data, n, x.shape[2] + (0 if x2 is None else x2.shape[2]))
-    scales, sums, bias, affine, scale = _gemm.contiguous_or_none(scales, sums, bias, affine, scale)
-    prologue = {"norm": norm, "eps": eps, "affine": affine, "scale": scale}
-    end = {"bias": bias, "activation": activation, "residual": residual, "out": target}
-    kernels.forward(x, x2, weight, scales, sums, **prologue, **end)
-    if target is not out:
-        out.copy_(target)
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
+    scales, sums, bias, affine, scale = _gemm.contiguous_or_none(
+        call.scales, call.sums, call.bias, call.affine, call.scale
+    )
+    prologue = {"norm": call.norm, "eps": call.eps, "affine": affine, "scale": scale}
+    end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
+    end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
+    kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **end)
+    if target is not call.out:
+        call.out.copy_(target)
 
 
-def _triton_refuses(x: Tensor, x2: Tensor | None, *rest: Any) -> str | None:
-    return _gemm.triton_refuses(x, x2, n=rest[3], activation=rest[-3])
+def _triton_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    return _gemm.triton_refuses(call.x, call.x2, call.data, call.n, call.activation)
 
 
 register(
@@ -226,13 +222,14 @@ register(
         name="linear",
         arguments=(
             "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, bool norm, "
-            "float eps, Tensor? affine, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out"
+            "float eps, Tensor? affine, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out, "
+            "Tensor(b!)? statistics, SymInt run"
         ),
         returns="()",
         fake=lambda *_: None,
         check=_check,
         implementations=(
-            Implementation("cpu", _cpu, _gemm.cpu_refuses),
+            Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
             Implementation("reference", _reference),
         ),

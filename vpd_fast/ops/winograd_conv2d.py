@@ -72,7 +72,7 @@ def winograd_weight(weight: Tensor, taps: int) -> Tensor:
     weight: (N, C, 3, 3) as in torch.nn.Conv2d, floating point. taps: 9, 16 or 36.
     Returns (taps, N, C) float32, computed in float64. Raises InputError for a wrong shape, dtype or taps.
     """
-    check_tensor("weight", weight, "N C height width", (*DTYPES, torch.float16, torch.float64), height=3, width=3)
+    check_tensor("weight", weight, "N C height width", (*DTYPES, torch.float64), height=3, width=3)
     check(taps in STEPS, f"taps must be 9, 16 or 36, got {taps!r}")
     transform = torch.tensor(_WEIGHT[taps], dtype=torch.float64, device=weight.device)
     by_position = weight.detach().double().flatten(2)
@@ -102,14 +102,14 @@ def winograd_conv2d(
     any part may be missing, then enlarged to twice its size (nearest) if `upsample`; the result is
     activation(convolution + bias) + residual.
 
-    x: (B, H, W, C1) float32 or bfloat16. x2: (B, H, W, C2) likewise, maybe of the other dtype. Channels that are next
-        to each other are read in place, whatever the other strides; others are copied.
+    x: (B, H, W, C1) float32, bfloat16 or float16. x2: (B, H, W, C2) likewise, maybe of another dtype. Channels that
+        are next to each other are read in place, whatever the other strides; others are copied.
     weight: PackedWeight of `winograd_weight(w, taps)`, with N rows and C = C1 + C2 columns; taps must be 9 for
         `upsample`, otherwise 16 or 36. Its dtype is the precision of the products.
     bias: (N,) float32. affine: (B, 2, C) float32, scale and shift per channel (`group_norm_affine`). scale: (C,)
         float32.
-    activation: None, "relu" or "silu". residual: like the result, float32 or bfloat16; may be `out` itself.
-    out_dtype: float32 or bfloat16; None: x's, or that of `out`. out: where to store the result, of any strides; it must
+    activation: None, "relu" or "silu". residual: like the result, of those dtypes; may be `out` itself.
+    out_dtype: of those, too; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
     impl: "auto", "cpu" or "reference".
 

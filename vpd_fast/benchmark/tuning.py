@@ -1,0 +1,134 @@
+"""Measuring which configuration of every matrix product of a model is fastest on a GPU; `vpd-fast tune`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import vpd_fast
+from vpd_fast.benchmark.environment import environment
+from vpd_fast.benchmark.parity import make_images
+from vpd_fast.benchmark.variants import conditioning
+from vpd_fast.config import VPDConfig
+from vpd_fast.errors import MissingDependencyError
+from vpd_fast.files import write_files
+from vpd_fast.models import VPD
+from vpd_fast.models.random_weights import randomize
+from vpd_fast.ops._triton import triton_missing
+
+L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+REPLAYS = 9
+Config = dict[str, int]
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """Of one call with a cold L2 cache, as a CUDA graph, so that the time of launching it does not count."""
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(REPLAYS):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+class Measurements:
+    """What was measured of each product; decides within `vpd_fast.kernels._tuning.tuning`.
+
+    known: products that are not measured again. deadline: of time.monotonic(), after which nothing is measured.
+    """
+
+    def __init__(
+        self, known: dict[str, dict[int, Config]], processors: int, deadline: float,
+        measure: Callable[[Callable[[], None]], float] = milliseconds,
+    ) -> None:  # fmt: skip
+        self.found: dict[Any, list[tuple[Config, float]]] = {}
+        self.left_out = 0  # products for which there was no time
+        self._known, self._processors, self._deadline, self._measure = known, processors, deadline, measure
+
+    def choose(self, product: Any, run: Callable[[Config], None]) -> Config:
+        """The fastest configuration. The product's result is what the last of them computed."""
+        from vpd_fast.kernels import _tuning
+
+        if product in self.found:
+            return self.found[product][0][0]
+        recorded = self._known.get(product.key, {}).get(product.rows)
+        if recorded is not None or time.monotonic() > self._deadline:
+            self.left_out += recorded is None
+            return recorded or _tuning.by_rule(product, self._processors)
+        times = []
+        for config in _tuning.candidates(product, self._processors):
+            try:
+                times.append((config, self._measure(lambda config=config: run(config))))
+            except Exception as error:  # too much shared memory, or not what the library can compute
+                if isinstance(error, torch.AcceleratorError):
+                    raise
+        self.found[product] = sorted(times, key=lambda pair: pair[1])
+        return self.found[product][0][0]
+
+
+def tune(
+    path: Path,
+    config: VPDConfig,
+    precisions: list[str],
+    batches: list[int],
+    sizes: list[int],
+    seconds: float,
+    again: bool,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure the products of models with random weights and write the table to `path`, after every model.
+
+    config: of the model. seconds: after which what is not measured is left to the rule. again: measure what the table
+    has already. report: is told of progress. Returns the table. Raises MissingDependencyError without a GPU for Triton.
+    """
+    if not torch.cuda.is_available():
+        raise MissingDependencyError("tuning measures kernels on an NVIDIA GPU, and PyTorch finds none")
+    device = torch.device("cuda")
+    reason = triton_missing(torch.empty(0, device=device))
+    if reason is not None:
+        raise MissingDependencyError(f"tuning measures Triton kernels, which cannot run: {reason}")
+    from vpd_fast.kernels import _tuning
+    from vpd_fast.kernels._common import multiprocessors
+
+    known = _tuning.read(path) if path.is_file() and not again else {}
+    kept = json.loads(path.read_text(encoding="utf-8"))["configs"] if known else []
+    measurements = Measurements(known, multiprocessors(device), time.monotonic() + seconds)
+    model = randomize(VPD(config), seed=0).eval().to(device)
+    table: dict[str, Any] = {}
+    for precision in precisions:
+        fast = vpd_fast.optimize(model, precision)
+        fast.graphs = False
+        for batch in batches:
+            for size in sizes:
+                start, before = time.monotonic(), len(measurements.found)
+                context = fast.context(
+                    *(c.to(device) if isinstance(c, torch.Tensor) else c for c in conditioning(config, batch))
+                )
+                with _tuning.tuning(measurements.choose):
+                    fast.decode(fast.features(fast.encode(make_images(batch, size).to(device)), context))
+                table = _tuning.to_json(measurements.found, environment("cuda"))
+                table["configs"] = kept + table["configs"]
+                text = json.dumps(table, indent=1) + "\n"
+                write_files({path: lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")})
+                new = len(measurements.found) - before
+                report(f"{precision} {batch}x{size}x{size}: {new} products in {time.monotonic() - start:.0f} s")
+        del fast
+    if measurements.left_out:
+        report(f"{measurements.left_out} products were left to the rule after {seconds:.0f} s; run it again for them")
+    return table

@@ -1,0 +1,55 @@
+"""`vpd-fast tune`: the fastest configuration of every matrix product on this machine's GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpd_fast.cli.options import PRECISIONS
+from vpd_fast.errors import InputError
+
+
+def tune(
+    precision: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"Some of {', '.join(PRECISIONS)}; may be repeated.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once; may be repeated. [default: 1 and 8]")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side in pixels, a multiple of 64; may be repeated. [default: 512]")
+    ] = None,
+    task: Annotated[str, typer.Option(help="segmentation, referring or depth.")] = "segmentation",
+    seconds: Annotated[float, typer.Option(help="After which what is not measured is left to the rule.")] = 1800,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what the table has already.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Table to write. [default: the one that kernels read]")
+    ] = None,
+) -> None:
+    """Measure every matrix product of a fast model on this machine's GPU and write the table that kernels choose by.
+
+    Needs no weights: they are random. Kernels read the table of their GPU that comes with vpd_fast, or the file that
+    the environment variable VPD_FAST_TUNING names.
+    """
+    chosen, batches, sizes = precision or ["bf16", "int8"], batch or [1, 8], size or [512]
+    for name in chosen:
+        if name not in PRECISIONS:
+            raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    for side in sizes:
+        if side <= 0 or side % 64:
+            raise InputError(f"--size must be a positive multiple of 64, got {side}")
+    if min(batches) <= 0:
+        raise InputError(f"--batch must be positive, got {min(batches)}")
+    import torch
+
+    from vpd_fast import VPDConfig
+    from vpd_fast.benchmark.tuning import tune as run
+
+    config = VPDConfig(task=task)
+    path = out
+    if path is None and torch.cuda.is_available():
+        from vpd_fast.kernels._tuning import table_path
+
+        path = table_path(torch.device("cuda"))
+    table = run(path or Path("table.json"), config, chosen, batches, sizes, seconds, again, typer.echo)
+    typer.echo(f"{len(table['configs'])} products: {path}")

@@ -1,0 +1,62 @@
+"""Statistics of activations that the operator that makes them may find on the way, for `group_norm_affine`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vpd_fast.errors import InputError
+from vpd_fast.ops._checks import check, check_tensor
+
+PLANES = 5  # mean, what the mean is off, sum of squared deviations, least, largest number
+
+
+class Statistics(NamedTuple):
+    """Of each channel in runs of positions, for (B, ..., C).
+
+    data: (B, runs, 5, C) float32. run: positions of a run; the last may have fewer.
+    """
+
+    data: Tensor
+    run: int
+
+
+def run_length(positions: int) -> int:
+    """Positions of a run for an image of so many, such that tiles of a product have whole runs if that is possible."""
+    if positions >= 1 << 14 and positions % 128 == 0:
+        return 128
+    return next((run for run in (64, 32, 16) if positions % run == 0), 64)
+
+
+def statistics_shape(batch: int, positions: int, channels: int) -> tuple[int, int, int, int]:
+    """Of `Statistics.data` with runs of `run_length(positions)`."""
+    return batch, -(-positions // run_length(positions)), PLANES, channels
+
+
+def check_statistics(
+    name: str, statistics: Any, batch: int, positions: int, channels: int
+) -> tuple[Tensor | None, int]:
+    """(data, run), or (None, 1) of None. Raises InputError unless it is None or statistics of such activations."""
+    if statistics is None:
+        return None, 1
+    check(isinstance(statistics, Statistics), f"{name} must be Statistics, got {type(statistics).__name__}")
+    data, run = statistics
+    check(isinstance(run, int) and run > 0, f"{name}.run must be a positive integer, got {run!r}")
+    sizes = {"B": batch, "runs": -(-positions // run), "5": PLANES, "C": channels}
+    check_tensor(f"{name}.data", data, "B runs 5 C", (torch.float32,), "B", **sizes)
+    if data.stride()[1:] != (PLANES * channels, channels, 1):
+        raise InputError(f"{name}.data must be contiguous but for its first stride, got strides {data.stride()}")
+    return data, run
+
+
+def fill_statistics(x: Tensor, data: Tensor | None, run: int) -> None:
+    """The reference: statistics of x (B, P, C), if they are wanted."""
+    if data is None:
+        return
+    for i, part in enumerate(x.double().split(run, dim=1)):
+        variance, mean = torch.var_mean(part, dim=1, correction=0)
+        single = mean.float()
+        planes = (single, mean - single, variance * part.shape[1], part.amin(1), part.amax(1))
+        data[:, i] = torch.stack([plane.float() for plane in planes], dim=1)
