@@ -1,9 +1,9 @@
 """Self-attention with heads wider than the registers hold: the KL encoder's one head of 512 channels.
 
-Two matrix products with the probabilities between them in memory, few enough to stay in the second-level cache. For 4096
-positions in bfloat16 on 132 multiprocessors, as FlashAttention with a tile of 64 queries (128 registers per thread of
-sums alone) there would be 64 programs, which read 0.5 GB of keys and values from that cache; here 1024 and then 128
-programs read 0.5 GB of operands and write 34 MB, and all multiprocessors have work.
+Two matrix products with the probabilities between them in memory, few enough to stay in the second-level cache. As
+FlashAttention, with tiles of 64 queries (whose sums alone are 128 registers per thread), 4096 positions would be 64
+programs for 132 multiprocessors, which read 0.5 GB of keys and values from that cache; here 1024 and then 128 programs
+read 0.5 GB of operands and write 34 MB of probabilities, and all multiprocessors have work.
 
 The probabilities of a tile are relative to the tile's highest score of each row, so the scores never leave float32, no
 kernel comes between the products, and a probability is rounded once. The second product multiplies what a tile adds by
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from vpd_fast.kernels._attention import LOG2_E, batch_stride
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
+from vpd_fast.kernels._limits import row_stride
 
 PROBABILITIES = (
     1 << 24
@@ -121,7 +122,7 @@ def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why these kernels cannot run the operator, or None if they can."""
     if k.shape[1] > MOST_KEYS:
         return f"there are {k.shape[1]} keys; this takes at most {MOST_KEYS}"
-    if max(q.shape[2], *(x.stride(1) for x in (q, k, v))) >= 2**24:
+    if max(q.shape[2], *(row_stride(x) for x in (q, k, v))) >= 2**24:
         return "rows of q, k or v are more than 2**24 elements apart"  # 128 of which are a tile
     return None
 
