@@ -41,7 +41,7 @@ def make_logits(kind: str, *shape: int) -> torch.Tensor:
 def implementations(call: Callable[[str], torch.Tensor], device: str) -> dict[str, Callable[[], torch.Tensor]]:
     """The native implementations for the device; the CPU kernel once per instruction set level."""
     if device == "cuda":
-        return {"cuda": lambda: call("cuda")}
+        return {name: lambda name=name: call(name) for name in ("cuda", "triton")}
     variants = {}
     for isa in _native.load("_C").usable_isas():
 
@@ -118,7 +118,7 @@ def test_side_by_side(make: Callable, case: str, kind: str, device: str, keep: C
 
 
 @pytest.mark.parametrize(
-    "variant", ["pytorch", "reference", "cpu baseline", "cpu avx2", "cpu avx512", "cpu avx512_bf16", "cuda"]
+    "variant", ["pytorch", "reference", "cpu baseline", "cpu avx2", "cpu avx512", "cpu avx512_bf16", "cuda", "triton"]
 )
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The main case under pytest-benchmark, for its statistics and comparison between commits."""

@@ -35,6 +35,8 @@ from vpd_fast.kernels import (
     cross_attention_maps_backward,
     group_norm_affine,
     linear,
+    self_attention,
+    upsample_argmax,
 )
 
 from vpd_fast.ops._statistics import run_length, statistics_shape
@@ -47,6 +49,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
@@ -97,6 +100,8 @@ def layer_launches() -> list[Launch]:
             (4096, (1280, 320), 320, {"residual": empty(1, 4096, 320, dtype=dtype)}),
             (64, (5120, 1280), 1280, {"residual": empty(1, 64, 1280, dtype=dtype)}),
             (64, (1280,), 10240, {"norm": True, "activation": "geglu"}),
+            (1024, (790,), 256, {}),  # features with maps, which are not aligned
+            (256, (1430,), 256, {"norm": True}),
         ):
             x, x2 = ([empty(1, rows, width, dtype=dtype) for width in widths] + [None])[:2]
             vectors = scales_and_sums(n, precision)
@@ -138,6 +143,29 @@ def layer_launches() -> list[Launch]:
             group_norm_affine.forward([x], [known], vector, vector, 32, 1e-5, affine, **options)
             options["scale"] = empty(2 * channels, dtype=float32)
             group_norm_affine.forward([x, x], [known, known], *[options["scale"]] * 2, 32, 1e-5, affine, **options)
+    return recorded
+
+
+def one_head_launches() -> list[Launch]:
+    """The KL encoder's attention, with large and with small tiles."""
+    recorded: list[Launch] = []
+    self_attention.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (4096, 256):
+            q = empty(1, length, 512, dtype=dtype)
+            self_attention.forward(q, q, q, q, heads=1, scale=0.1)
+    return recorded
+
+
+def label_launches() -> list[Launch]:
+    """Labels of one image and of windows, which more and more overlap."""
+    recorded: list[Launch] = []
+    upsample_argmax.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
+    for dtype in (torch.float32, torch.bfloat16):
+        for taps in (2, 4, 8, 9):
+            axis = empty(512, taps, dtype=torch.int64), empty(512, taps, dtype=torch.float32)
+            logits = empty(1, 1, 2, 150, 64, 64, dtype=dtype)
+            upsample_argmax.forward(logits, axis, axis, empty(1, 512, 512, dtype=torch.int64))
     return recorded
 
 
@@ -200,6 +228,7 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[s
     tile = [arguments[name] for name in ("BM", "BN", "BK") if name in arguments]
     options = [n for n in ("NORM", "SILU", "MASKED") if arguments.get(n)]
     options += [str(arguments[n]) for n in ("ROUND", "ACTIVATION") if arguments.get(n)]
+    options += [f"taps {arguments['TAPS'] or 'counted'}"] if "TAPS" in arguments else []
     return {
         "kernel": kernel.__name__,
         "architecture": f"sm_{capability}",
@@ -224,7 +253,7 @@ def dtype_of(value: Any) -> torch.dtype | None:
 
 def first_operand(arguments: dict[str, Any]) -> torch.Tensor | None:
     """The tensor whose dtype is that of the products, or the input."""
-    return next((arguments[name] for name in ("q", "a", "x") if name in arguments), None)
+    return next((arguments[name] for name in ("q", "a", "x", "probabilities", "logits") if name in arguments), None)
 
 
 _JOBS: list[tuple[Any, dict[str, Any], int]] = []
@@ -238,11 +267,12 @@ def main() -> int:
     """Prints the table. Returns the exit code."""
     different = {}
     attention = [launch for shape in shapes() for launch in attention_launches(*shape)]
-    for kernel, arguments in [*attention, *layer_launches()]:
+    for kernel, arguments in [*attention, *one_head_launches(), *layer_launches(), *label_launches()]:
         constants = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr]
         operand, missing = first_operand(arguments), [n for n, value in arguments.items() if value is None]
         dtype = None if operand is None else operand.dtype
-        different.setdefault((kernel.__name__, dtype, *missing, *constants), (kernel, arguments))
+        aligned = all(arguments.get(name, 0) % 16 == 0 for name in ("a_channels", "a2_channels", "K"))
+        different.setdefault((kernel.__name__, dtype, aligned, *missing, *constants), (kernel, arguments))
     jobs = [
         (*launch, capability)
         for launch in different.values()

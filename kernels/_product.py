@@ -167,7 +167,7 @@ def _product_kernel(
             b, y, x, valid, columns, in_n, begin, end, KW, BK, MASKED,
         )  # fmt: skip
     if SPLITS > 1:
-        places = partial + ((tl.program_id(1) * total_rows + rows) * N)[:, None] + columns[None, :]
+        places = partial + ((tl.program_id(1).to(tl.int64) * total_rows + rows) * N)[:, None] + columns[None, :]
         tl.store(places, acc, mask=valid[:, None] & in_n[None, :])
     else:
         _store(
@@ -192,7 +192,7 @@ def _merge_kernel(
     acc = tl.load(places, mask=inside, other=0)
     acc = acc if acc.dtype == tl.int32 else acc.to(tl.float32)
     for i in range(1, SPLITS):
-        acc += tl.load(places + i * total_rows * N, mask=inside, other=0)
+        acc += tl.load(places + tl.cast(i, tl.int64) * total_rows * N, mask=inside, other=0)
     _store(
         acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
         sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, ACTIVATION, RUN, BM, BN,

@@ -147,21 +147,9 @@ def _image_range_kernel(ranges, out, parts, PARTS: tl.constexpr):
 
 
 def refuse(x: torch.Tensor, x2: torch.Tensor | None) -> str | None:
-    """Why rows of these sources (B, ..., C) cannot be prepared, or None if they can."""
+    """Why rows of these sources (B, ..., C) cannot be prepared, or None if they can. Sizes: `_limits.py`."""
     columns = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
-    if columns > WIDEST:
-        return f"a row has {columns} columns; this takes at most {WIDEST}"
-    if x[..., 0].numel() >= 2**30:
-        return f"{x[..., 0].numel()} positions are more than 2**30"
-    for source in (x, x2):
-        if (
-            source is not None
-            and sum((n - 1) * s for n, s in zip(source.shape[1:], source.stride()[1:], strict=True)) >= 2**31
-        ):
-            return "an image spans more than 2**31 elements"
-    if x[:1].numel() // max(1, x.shape[-1]) * columns >= 2**31:
-        return "the prepared rows of an image have more than 2**31 elements"
-    return None
+    return f"a row has {columns} columns; this takes at most {WIDEST}" if columns > WIDEST else None
 
 
 def prepare(

@@ -65,7 +65,7 @@ def _partial_kernel(
         high = tl.maximum(high, values)
     rest = tl.sum(total, 0) / count  # what the mean was off
     deviations = tl.sum(squares, 0) - count * rest * rest
-    place = out + b * out_b + (tl.program_id(0) % runs) * PLANES * channels + columns
+    place = out + b * out_b + (tl.program_id(0) % runs).to(tl.int64) * PLANES * channels + columns
     store_planes(place, inside, channels, mean, rest, deviations, tl.min(low, 0), tl.max(high, 0))
 
 

@@ -32,8 +32,11 @@ from vpd_fast.kernels._attention import (
     zero_rows,
 )
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
+from vpd_fast.kernels._limits import OFFSETS, row_stride
 
 MAX_HEAD_DIM = 256
+MOST_TOKENS = 1 << 20  # blocks of 32 of them are an axis of a grid, of which CUDA has 65535
+FAR = 2**25  # 64 rows so far apart are 2**31 elements
 ONE_PASS_WIDTH = 128  # tokens + head dimension, both rounded up as `split` does: more does not fit the registers
 
 
@@ -41,7 +44,7 @@ ONE_PASS_WIDTH = 128  # tokens + head dimension, both rounded up as `split` does
 def _store_map(maps, maps_n, maps_m, addend, addend_n, addend_m, x, factor, rows, valid, columns, M):
     """maps = addend + factor * x for the given rows and columns."""
     inside = valid[:, None] & (columns < M)[None, :]
-    rows = rows[:, None]
+    rows = rows.to(tl.int64)[:, None]
     columns = columns.to(tl.int64)[None, :]
     x *= factor
     if addend is not None:
@@ -250,10 +253,14 @@ def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str
     """Why these kernels cannot run the operator (arguments as for `forward`), or None if they can."""
     if q.shape[2] // heads > MAX_HEAD_DIM:
         return f"a head has {q.shape[2] // heads} channels; this takes at most {MAX_HEAD_DIM}"
-    if k.shape[1] * max(k.stride(1), v.stride(1)) >= 2**31:
+    if k.shape[1] * max(row_stride(k), row_stride(v)) >= OFFSETS:
         return "k or v of one image spans more than 2**31 elements"
-    if q.stride(1) >= 2**25:
+    if k.shape[1] > MOST_TOKENS:
+        return f"there are {k.shape[1]} tokens; this takes at most {MOST_TOKENS}"
+    if max(row_stride(q), q.shape[2]) >= FAR:
         return "rows of q are more than 2**25 elements apart"
+    if heads * q.shape[1] >= OFFSETS:
+        return "heads and rows of one image are more than 2**31"
     return None
 
 

@@ -26,8 +26,11 @@ from vpd_fast.kernels._attention import (
     zero_rows,
 )
 from vpd_fast.kernels._common import launch, multiprocessors, rounded
+from vpd_fast.kernels.cross_attention_maps import FAR
+from vpd_fast.kernels.cross_attention_maps import refuse as refuse_forward
 
 REDUCE_BLOCK = 1024
+MOST_TEXTS = 65535  # an axis of a CUDA grid
 
 
 def _tile_configs(dtype: torch.dtype, dim: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -50,7 +53,8 @@ def _map_gradient(grad_maps, grad_maps_n, grad_maps_m, ids, weights, factor, row
         columns = tl.load(ids + tokens, mask=tokens < L, other=-1)
         factor *= tl.load(weights + columns, mask=columns >= 0, other=0.0)
     inside = valid & (tokens < L) & (columns >= 0)
-    return factor * tl.load(grad_maps + rows * grad_maps_n + columns.to(tl.int64) * grad_maps_m, mask=inside, other=0.0)
+    places = grad_maps + rows.to(tl.int64) * grad_maps_n + columns.to(tl.int64) * grad_maps_m
+    return factor * tl.load(places, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -181,13 +185,14 @@ def _token_kernel(
                 dv0, dv1 = add_dot(dv0, dv1, p, g0, g1, D1)
         if GRAD_K:
             if grad_maps is not None:
+                own = grad_maps + b * grad_maps_b + h.to(tl.int64) * grad_maps_h + start * grad_maps_n
                 dp += _map_gradient(
-                    grad_maps + b * grad_maps_b + h * grad_maps_h + start * grad_maps_n, grad_maps_n, grad_maps_m,
+                    own, grad_maps_n, grad_maps_m,
                     ids, weights, factor, rows[None, :], valid[None, :], tokens[:, None], L,
                 )  # fmt: skip
             delta = tl.load(delta_in + place, mask=valid, other=0.0)
             dk0, dk1 = add_dot(dk0, dk1, p * (dp - delta[None, :]), q0, q1, D1)
-    size = texts * L * heads * D
+    size = tl.cast(texts, tl.int64) * L * heads * D
     partials += chunk.to(tl.int64) * size + (text * L + first) * heads * D + h * D
     tokens -= first
     inside = first + tokens < L
@@ -212,6 +217,13 @@ def _reduce_kernel(partials, dk, dv, scale, size, chunks, BLOCK: tl.constexpr):
         partials_v += size
     tl.store(dk + place, rounded(sum_k * scale, dk.dtype.element_ty), mask=place < size)
     tl.store(dv + place, rounded(sum_v, dv.dtype.element_ty), mask=place < size)
+
+
+def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str | None:
+    """Why these kernels cannot run the operator (arguments as for `backward`), or None if they can."""
+    if k.shape[0] > MOST_TEXTS:
+        return f"there are {k.shape[0]} texts; this takes at most {MOST_TEXTS}"
+    return refuse_forward(q, k, v, heads)
 
 
 def backward(
@@ -241,6 +253,8 @@ def backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
+    if grad_out is not None and grad_out.stride(1) >= FAR:
+        grad_out = grad_out.contiguous()
     batch, rows, _ = q.shape
     texts, tokens, width = k.shape
     gradients = {

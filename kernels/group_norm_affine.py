@@ -16,6 +16,7 @@ from vpd_fast.kernels._common import launch, multiprocessors
 from vpd_fast.kernels._statistics import CHANNELS, PLANES, POSITIONS, partial
 
 MERGED = 512  # partial results at a time
+WIDEST_GROUP = 8192  # channels, which a program has in registers
 SILU_BOTTOM = tl.constexpr(-1.2784645)  # where SiLU is least
 SILU_LEAST = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 
@@ -24,6 +25,7 @@ SILU_LEAST = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, plane):
     """A plane of statistics of the channels `columns` of both sources, zero outside."""
     first = inside & (columns < width)
+    rows = rows.to(tl.int64)
     places = rows[:, None] * (PLANES * width) + plane * width + columns[None, :]
     value = tl.load(source + places, mask=(rows < runs)[:, None] & first[None, :], other=0.0)
     if source2 is not None:
@@ -108,6 +110,12 @@ def _merge_kernel(
         place = ranges + b * 2 * groups + group
         tl.store(place, tl.where(bad, float("nan"), least))
         tl.store(place + groups, tl.where(bad, float("nan"), most))
+
+
+def refuse(channels: int, groups: int) -> str | None:
+    """Why these kernels cannot run the operator, or None if they can."""
+    own = channels // groups
+    return f"a group has {own} channels; this takes at most {WIDEST_GROUP}" if own > WIDEST_GROUP else None
 
 
 def forward(

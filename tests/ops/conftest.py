@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from vpd_fast.ops._dispatch import registry
+from vpd_fast.ops._triton import triton_missing
 
 from .variants import ISAS, choose_variant, variants
+
+if triton_missing(torch.empty(0)) is None:
+    # Kernels are interpreted or compiled as decided when they are defined: now, not under a test's environment.
+    kernels = importlib.import_module("vpd_fast.kernels")
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"vpd_fast.kernels.{module.name}")
 
 
 @pytest.fixture(autouse=True)

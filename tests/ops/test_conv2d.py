@@ -139,6 +139,16 @@ def test_upsampling(impl: str, height: int, width: int, transformed: bool, preci
         torch.testing.assert_close(out, expected.permute(0, 2, 3, 1) + residual, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("channels", [3, 4, 790])
+def test_channels_that_are_not_aligned(impl: str, channels: int, precision: torch.dtype) -> None:
+    """Of an image, of latents and of features with maps: pixels that begin anywhere, also in a larger tensor."""
+    wide = randn(1, 3, 4, channels + 3, dtype=torch.bfloat16)
+    weight, bias = make_weight(5, 9 * channels, precision), randn(5)
+    for x in (wide[..., :channels], wide[..., 3:]):
+        check(impl, x, weight, bias, kernel=(3, 3), padding=1, residual=wide[..., 1:6] if channels > 4 else None)
+
+
 GEOMETRIES = [  # height, width, kernel, stride, padding
     (1, 1, (1, 1), 1, 0),
     (6, 7, (1, 1), 1, 0),

@@ -44,9 +44,13 @@ def test_an_explicit_choice_never_falls_back() -> None:
         op("x", "other")
 
 
-def test_explain() -> None:
+def test_explain(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reasons = ops.explain("upsample_argmax", torch.zeros(1, 2, 4, 4), (8, 8), impl="cuda")
-    assert reasons == {"cuda": "logits are on cpu, not on a GPU", "cpu": "ok", "reference": "ok"}
+    assert reasons == {
+        **{"cuda": "logits are on cpu, not on a GPU", "cpu": "ok", "triton": "logits is on cpu, not on a GPU"},
+        "reference": "ok",
+    }
     assert ops.explain("upsample_argmax", torch.zeros(1, 2, 4, 4, device="meta"), (8, 8))["cpu"] == (
         "logits are on meta, not on the CPU"
     )

@@ -72,6 +72,16 @@ def check(
     return actual
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("k", [3, 790, 1430])
+def test_columns_that_are_not_aligned(impl: str, k: int, precision: torch.dtype) -> None:
+    """Of features with maps: rows that begin anywhere, also in a larger tensor."""
+    wide = randn(1, 9, k + 3, dtype=torch.bfloat16)
+    weight, bias = make_weight(5, k, precision), randn(5)
+    for x in (wide[..., :k], wide[..., 3:]):
+        check(impl, x, weight, bias)
+
+
 SIZES = [  # rows, k, n
     (1, 1, 1),
     (3, 2, 5),

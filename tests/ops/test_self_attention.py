@@ -13,7 +13,6 @@ from vpd_fast.ops.self_attention import _check
 
 from .attention_cases import assert_close, error, make_qkv, probabilities
 from .on_device import ops
-from .variants import within_limits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -48,8 +47,7 @@ def test_queries(impl: str, queries: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*range(1, 14), 20, 27, 40, 41, 64, 80, 97, 160, 161, 319, 321, 512])
 def test_head_dims(impl: str, dim: int, dtype: torch.dtype) -> None:
-    with within_limits(impl, "at most 256", dim > 256):
-        check_forward(impl, *make_qkv(2, 21, 37, 3, dim, dtype=dtype), 3)
+    check_forward(impl, *make_qkv(2, 21, 37, 3, dim, dtype=dtype), 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,8 +62,9 @@ def test_sizes_of_the_unet(impl: str, shape: tuple[int, ...], dtype: torch.dtype
 def test_keys_that_leave_the_cache(impl: str, queries: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
     """Several tiles of queries share what they read then; k and v are one tensor, as in the KL encoder."""
     q, k, _ = make_qkv(2, queries, tokens, 1, dim, dtype=dtype, scale=1.0)
-    with within_limits(impl, "at most 256", dim > 256):
-        check_forward(impl, q, k, k, 1)
+    if impl == "triton":  # the interpreter takes its time for each tile
+        q, k = q[1:, :70], k[1:]
+    check_forward(impl, q, k, k, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,6 +127,10 @@ def test_what_is_not_finite_is_nan_where_it_matters(impl: str, dtype: torch.dtyp
             changed = k.clone()
             changed[0, key, 3] = special
             new = ops.self_attention(q, changed, v, 4, impl=impl)
+            if impl == "sdpa":  # whose kernels leave out what is not finite, or do not
+                new[0, :, :8] = out[0, :, :8]
+                assert error(new, out.double()) <= limit
+                continue
             above = q[0, :, 3].double() * special > 0 if special == special else torch.ones(37, dtype=torch.bool)
             assert new[0, above, :8].isnan().all()  # an infinite score; the opposite one may just be left out
             new[0, :, :8] = out[0, :, :8]
@@ -166,7 +169,8 @@ def test_strides_do_not_matter(impl: str, dtype: torch.dtype) -> None:
     # sums over 7 channels and 37 tokens differ by 2 * 44 roundings of 2^-24, 5e-6 of the terms, which may cancel; that
     # may flip a rounding to bfloat16.
     eps = torch.finfo(dtype).eps
-    tolerance = {"rtol": max(1e-5, eps), "atol": max(1e-6, eps)} if impl == "reference" else {"rtol": 0, "atol": 0}
+    of_a_library = impl in ("sdpa", "reference")
+    tolerance = {"rtol": max(1e-5, eps), "atol": max(1e-6, eps)} if of_a_library else {"rtol": 0, "atol": 0}
     for name, tensors in variants.items():
         torch.testing.assert_close(ops.self_attention(*tensors, 4, impl=impl), expected, **tolerance, msg=name)
 
@@ -228,12 +232,13 @@ def test_calls_from_several_threads() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes_are_for_the_reference(monkeypatch, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_for_pytorch(monkeypatch, dtype: torch.dtype) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = make_qkv(2, 21, 37, 3, 8, dtype=dtype)
     assert ops.explain("self_attention", q, k, v, 3) == {
         "cpu": f"q is {dtype}, not torch.float32 or torch.bfloat16",
         "triton": "q is float64" if dtype == torch.float64 else "q is on cpu, not on a GPU",
+        "sdpa": "q is float64" if dtype == torch.float64 else "ok",
         "reference": "ok",
     }
     check_forward("auto", q, k, v, 3)
@@ -241,7 +246,7 @@ def test_other_dtypes_are_for_the_reference(monkeypatch, dtype: torch.dtype) -> 
 
 def test_autocast_changes_nothing() -> None:
     q, k, v = make_qkv(2, 37, 19, 4, 8)
-    for impl in ("cpu", "reference"):
+    for impl in ("cpu", "sdpa", "reference"):
         expected = ops.self_attention(q, k, v, 4, impl=impl)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(ops.self_attention(q, k, v, 4, impl=impl), expected)

@@ -17,7 +17,7 @@ ISAS = _native.load("_C").usable_isas()
 INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]
 if torch.cuda.is_available():  # `on_device.ops` moves what they compute
     INTERPRETED = [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
-VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "reference"]
+VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "sdpa", "reference"]
 
 
 def within_limits(impl: str, limit: str, exceeded: bool) -> contextlib.AbstractContextManager:

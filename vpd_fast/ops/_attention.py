@@ -175,17 +175,19 @@ def _cuda_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
         return f"q is {q.dtype}, not of 16 bits"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0"
+    missing = _native.why_missing("_C_cuda")
+    if missing is not None:
+        return missing
     for name, x in (("q", q), ("k", k), ("v", v)):
         # Tensors that are not laid out in rows are copied, and then they are aligned.
         if x.stride(-1) == 1 and (x.data_ptr() % 16 or any(step % 8 for step in image_and_row_strides(x))):
             return f"{name} has rows that are not aligned to 16 bytes"
-    missing = _native.why_missing("_C_cuda")
-    if missing is None and q.numel():
+    if q.numel():
         try:
             _cuda_scratch(q, k, heads, True, True)
         except ValueError as reason:
             return str(reason)
-    return missing
+    return None
 
 
 def _cuda_scratch(q: Tensor, k: Tensor, heads: int, need_maps: bool, average_heads: bool) -> int:

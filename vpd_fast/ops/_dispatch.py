@@ -111,7 +111,7 @@ def explain(name: str, *args: Any, **kwargs: Any) -> dict[str, str]:
     first "ok". Raises InputError for an unknown operator.
 
         >>> vpd_fast.ops.explain("upsample_argmax", torch.zeros(1, 2, 8, 8), (16, 16))
-        {'cuda': 'logits are on cpu, not on a GPU', 'cpu': 'ok', 'reference': 'ok'}
+        {'cuda': 'logits are on cpu, not on a GPU', 'cpu': 'ok', 'triton': 'logits are on cpu, not on a GPU', ...}
     """
     if name not in _OPS:
         raise InputError(f"name must be an operator of vpd_fast ({', '.join(_OPS)}), got {name!r}")

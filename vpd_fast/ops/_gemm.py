@@ -13,6 +13,7 @@ smallest normal float32 is zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -193,18 +194,19 @@ def cpu_refuses(
     return _native.why_missing("_C")
 
 
-def triton_refuses(x: Tensor, x2: Tensor | None, data: Tensor, n: int, activation: str) -> str | None:
-    """Why the Triton kernels of a product cannot run, or None."""
+def triton_refuses(call: Any, padding: Sequence[int] = (0, 0, 0, 0)) -> str | None:
+    """Why the Triton kernels of a product cannot run on an operator's arguments, or None."""
+    x, data = call.x, call.data
     reason = triton_missing(x)
     if reason is not None:
         return reason
     if data.dtype == FLOAT8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         return f"{torch.cuda.get_device_name(x.device)} has no 8-bit floating point (compute capability 8.9 has)"
-    if activation == "geglu" and n % PANEL:
-        return f"geglu of {n // 2} values, which are no runs of {PANEL // 2}"
-    from vpd_fast.kernels import _rows
+    if call.activation == "geglu" and call.n % PANEL:
+        return f"geglu of {call.n // 2} values, which are no runs of {PANEL // 2}"
+    from vpd_fast.kernels import _limits, _rows
 
-    return _rows.refuse(x, x2)
+    return _rows.refuse(x, call.x2) or _limits.product_refuses(x, call.x2, data, call.residual, call.out, padding)
 
 
 def triton_weight(weight: PackedWeight) -> Tensor:

@@ -288,7 +288,7 @@ def _triton(*arguments: Any) -> None:
 
 def _triton_refuses(*arguments: Any) -> str | None:
     call = _Arguments(*arguments)
-    return _gemm.triton_refuses(call.x, call.x2, call.data, call.n, call.activation)
+    return _gemm.triton_refuses(call, call.padding)
 
 
 register(

@@ -182,9 +182,18 @@ def _triton(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: T
     kernels.backward(grad_out, grad_maps, q, k, v, dq, dk, dv, **p.for_kernels())
 
 
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
+    reason = triton_refuses(q, k, v, heads)
+    if reason is not None:
+        return reason
+    from vpd_fast.kernels import cross_attention_maps_backward as kernels
+
+    return kernels.refuse(q, k, v, heads)
+
+
 _IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
     ("cpu", _cpu, cpu_refuses),
-    ("triton", _triton, triton_refuses),
+    ("triton", _triton, _triton_refuses),
     ("reference", _reference, never_refuses),
 )
 

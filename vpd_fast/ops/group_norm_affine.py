@@ -224,8 +224,14 @@ def _cpu(*arguments: Any) -> Tensor:
     return out
 
 
-def _triton_refuses(x: Tensor, *_: Any) -> str | None:
-    return triton_missing(x)
+def _triton_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    reason = triton_missing(call.x)
+    if reason is not None:
+        return reason
+    from vpd_fast.kernels import group_norm_affine as kernels
+
+    return kernels.refuse(call.weight.numel(), call.groups)
 
 
 def _triton(*arguments: Any) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
@@ -20,8 +21,10 @@ from vpd_fast.ops._attention import image_and_row_strides, last_contiguous, no_a
 from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._triton import triton_missing
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+SDPA_SCORES = 1 << 28  # at a time, where PyTorch has no kernel that does without a matrix of them
 
 
 def self_attention(
@@ -42,9 +45,10 @@ def self_attention(
     scale: of the scores, a number; None: D ** -0.5.
     out: where the result goes, of q's shape and dtype, any strides but expanded; must not share memory with the inputs.
         None: allocated.
-    impl: "auto", "cpu", "triton" or "reference".
+    impl: "auto", "cpu", "triton", "sdpa" (PyTorch's scaled_dot_product_attention) or "reference".
 
-    Returns out. A query with a score of NaN or infinity gets NaN. Inference only. Raises InputError for wrong shapes,
+    Returns out. A query with a score of NaN or infinity gets NaN, but for "sdpa", which some scores of infinity give
+    zero. Inference only. Raises InputError for wrong shapes,
     dtypes, devices, scale or impl, and for tensors that require gradients while they are recorded.
 
         >>> q, k, v = qkv.chunk(3, dim=-1)
@@ -114,18 +118,61 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float)
 def _triton(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
     if not out.numel():
         return
-    from vpd_fast.kernels import cross_attention_maps as kernels
+    from vpd_fast.kernels import cross_attention_maps as narrow
+    from vpd_fast.kernels import self_attention as wide
 
     q, k, v = (last_contiguous(x) for x in (q, k, v))
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    options = {"heads": heads, "scale": scale, "weight": 1.0, "categories": None, "average_heads": True}
-    kernels.forward(q, k, v, result, None, None, **options)
+    if q.shape[2] // heads > narrow.MAX_HEAD_DIM:
+        wide.forward(q, k, v, result, heads=heads, scale=scale)
+    else:
+        options = {"heads": heads, "scale": scale, "weight": 1.0, "categories": None, "average_heads": True}
+        narrow.forward(q, k, v, result, None, None, **options)
     if result is not out:
         out.copy_(result)
 
 
 def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> str | None:
+    if q.dtype == torch.float64:
+        return "q is float64"
+    reason = triton_missing(q, "q")
+    if reason is not None:
+        return reason
+    from vpd_fast.kernels import cross_attention_maps as narrow
+    from vpd_fast.kernels import self_attention as wide
+
+    if q.shape[2] // heads > narrow.MAX_HEAD_DIM:
+        return wide.refuse(q, k, v)
     return triton_refuses(q, k, v, heads)
+
+
+def _sdpa_refuses(q: Tensor, *_: Any) -> str | None:
+    if q.device.type not in ("cpu", "cuda"):
+        return f"q is on {q.device}, neither on the CPU nor on a GPU"
+    # PyTorch has only the reference's way for it on a GPU; float64 is for exactness, so it goes there everywhere.
+    return "q is float64" if q.dtype == torch.float64 else None
+
+
+def _sdpa_dtype(q: Tensor) -> torch.dtype:
+    """PyTorch's kernels without a matrix of scores take bfloat16 on newer GPUs only, float32 on all."""
+    old = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)
+    return torch.float32 if old and q.dtype == torch.bfloat16 else q.dtype
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
+    if not out.numel():
+        return
+    dim = q.shape[2] // heads
+    queries = q if k.shape[0] == q.shape[0] else q.reshape(1, -1, q.shape[2])  # of all images, if they share keys
+    with no_autocast(q.device):
+        # Some of PyTorch's kernels take heads of whole 16 bytes only; zeros add nothing to a score.
+        queries, keys, values = (F.pad(split_heads(x, heads, _sdpa_dtype(q)), (0, -dim % 8)) for x in (queries, k, v))
+        at_once = max(1, SDPA_SCORES // (queries.shape[0] * heads * k.shape[1]))
+        parts = [
+            F.scaled_dot_product_attention(part, keys, values, scale=scale) for part in queries.split(at_once, dim=2)
+        ]
+        result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        out.copy_(result[..., :dim].transpose(1, 2).reshape(out.shape))
 
 
 def _fake(*_: Any) -> None:
@@ -142,6 +189,7 @@ register(
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
+            Implementation("sdpa", _sdpa, _sdpa_refuses),
             Implementation("reference", _reference),
         ),
     )

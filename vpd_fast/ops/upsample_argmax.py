@@ -1,8 +1,8 @@
 """Argmax over channels of bilinearly resized logits, without the resized logits.
 
 The two operators differ only in their taps (see `taps.py`): `upsample_argmax` resizes one map, and
-`upsample_argmax_windows` merges the maps of a sliding window and resizes the result. There is no Triton version: the
-data-dependent work is small and integer-heavy, and the CUDA C++ kernel covers GPUs.
+`upsample_argmax_windows` merges the maps of a sliding window and resizes the result. On a GPU the CUDA C++ kernel comes
+first, because it starts without compiling; the Triton kernel serves installations without it, and any number of taps.
 
 Values that are not finite: NaN wins over every number and the first NaN over later ones, as in torch.argmax. A logit
 whose weight is zero has no influence; `interpolate` makes a NaN of it if it is infinite.
@@ -18,6 +18,7 @@ import torch
 from vpd_fast import _native
 from vpd_fast.ops._checks import check, check_impl, check_size, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._triton import triton_missing
 from vpd_fast.ops.taps import Taps, resize_taps, window_taps
 
 MOST_TAPS_CPU = 64  # MAX_TAPS in csrc/cpu/upsample_argmax.h
@@ -34,7 +35,7 @@ def upsample_argmax(
     two channels are equal up to float32 rounding. Of equal channels the lowest wins.
 
     logits: (B, C, h, w) float32, bfloat16 or float16, any strides; computed in float32.
-    size: (H, W) in pixels. impl: "auto", "cuda", "cpu" or "reference".
+    size: (H, W) in pixels. impl: "auto", "cuda", "cpu", "triton" or "reference".
     Returns (B, H, W) int64, as torch.argmax does. Raises InputError for a wrong shape, dtype, size or impl.
     """
     return torch.ops.vpd_fast.upsample_argmax(*_check(logits, size, align_corners=align_corners), check_impl(impl))
@@ -204,6 +205,35 @@ def _cuda(logits: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
     return labels
 
 
+def _triton_refuses(logits: torch.Tensor, rows: Taps, columns: Taps) -> str | None:
+    return triton_missing(logits, "logits")
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(
+    taps: Taps, count: int, length: int, strides: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets int64 within an image, of windows of that length with strides (grid, position), and weights."""
+    sources, weights = taps.padded(count, torch.device("cpu"))
+    sources = sources.long()
+    return (sources // length * strides[0] + sources % length * strides[1]).to(device), weights.to(device)
+
+
+def _triton(logits: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
+    from vpd_fast.kernels import upsample_argmax as kernels
+
+    labels = logits.new_empty((logits.shape[0], len(rows.offsets) - 1, len(columns.offsets) - 1), dtype=torch.int64)
+    if labels.numel():
+        count = kernels.taps_for(max(rows.most, columns.most))
+        axes = ((rows, 1, 4), (columns, 2, 5))  # taps, dimension of the grid, dimension within a window
+        tables = (
+            _offsets(taps, count, logits.shape[i], (logits.stride(grid), logits.stride(i)), logits.device)
+            for taps, grid, i in axes
+        )
+        kernels.forward(logits, *tables, labels)
+    return labels
+
+
 def _implementations(problem: object) -> tuple[Implementation, ...]:
     return tuple(
         Implementation(
@@ -214,6 +244,7 @@ def _implementations(problem: object) -> tuple[Implementation, ...]:
         for name, run, refuse in (
             ("cuda", _cuda, _cuda_refuses),
             ("cpu", _cpu, _cpu_refuses),
+            ("triton", _triton, _triton_refuses),
             ("reference", _reference, lambda *_: None),
         )
     )
