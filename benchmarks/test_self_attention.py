@@ -55,6 +55,8 @@ def variants_of(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor
     variants: dict[str, Callable[[], Tensor]] = {"sdpa": sdpa}
     if heads * length**2 <= MOST_PROBABILITIES:
         variants["eager"] = lambda: eager(q, k, v, heads)
+    if device == "cuda":
+        variants["triton"] = lambda: ops.self_attention(q, k, v, heads, impl="triton")
     levels = _native.load("_C").usable_isas() if device == "cpu" else []
     for isa in levels if case == MAIN else levels[-1:]:
         variants[f"cpu {isa}"] = lambda isa=isa: native(isa)
@@ -82,7 +84,6 @@ def peak(device: str, dtype: torch.dtype) -> float:
     return matmul_gflop_per_s(device, dtype)
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("case", [c if c[:5] != "16384" else pytest.param(c, marks=pytest.mark.slow) for c in SHAPES])
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
@@ -99,7 +100,6 @@ def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> Non
     keep(rows)
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
 @pytest.mark.parametrize("variant", ["sdpa", "kernel"])
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The 32x32 level under pytest-benchmark, for its statistics and comparison between commits."""
