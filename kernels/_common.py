@@ -57,7 +57,8 @@ def dot(a, b, x):
         # Hopper's tensor cores add such products up with about 14 bits; every 128 the sum moves to a float32.
         every: tl.constexpr = a.shape[1] if a.shape[1] < 128 else 128
         return tl.dot(a, b, x, max_num_imprecise_acc=every)
-    return tl.dot(a, b, x, input_precision="ieee")
+    dtype: tl.constexpr = tl.int32 if a.dtype == tl.int8 else tl.float32  # Triton 3.6 does not find it out itself
+    return tl.dot(a, b, x, input_precision="ieee", out_dtype=dtype)
 
 
 @triton.jit

@@ -64,6 +64,8 @@ def by_rule(product: Product, processors: int) -> Config:
 def _block_of_k(product: Product) -> int:
     """128 bytes of K, less if a source has fewer channels."""
     least, most = (16, 64) if product.dtype in ("bfloat16", "float16") else (32, 128)
+    if product.channels % 16:  # is loaded number by number, for which addresses take registers
+        most = 64
     return max(least, min(most, triton.next_power_of_2(product.channels)))
 
 

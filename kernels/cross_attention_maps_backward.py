@@ -53,8 +53,7 @@ def _map_gradient(grad_maps, grad_maps_n, grad_maps_m, ids, weights, factor, row
         columns = tl.load(ids + tokens, mask=tokens < L, other=-1)
         factor *= tl.load(weights + columns, mask=columns >= 0, other=0.0)
     inside = valid & (tokens < L) & (columns >= 0)
-    places = grad_maps + rows.to(tl.int64) * grad_maps_n + columns.to(tl.int64) * grad_maps_m
-    return factor * tl.load(places, mask=inside, other=0.0)
+    return factor * tl.load(grad_maps + rows * grad_maps_n + columns.to(tl.int64) * grad_maps_m, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -253,8 +252,11 @@ def backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
+    # Within a tile rows are counted with 32 bits.
     if grad_out is not None and grad_out.stride(1) >= FAR:
         grad_out = grad_out.contiguous()
+    if grad_maps is not None and grad_maps.stride(-2) >= FAR:
+        grad_maps = grad_maps.contiguous()
     batch, rows, _ = q.shape
     texts, tokens, width = k.shape
     gradients = {

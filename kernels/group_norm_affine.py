@@ -25,7 +25,6 @@ SILU_LEAST = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, plane):
     """A plane of statistics of the channels `columns` of both sources, zero outside."""
     first = inside & (columns < width)
-    rows = rows.to(tl.int64)
     places = rows[:, None] * (PLANES * width) + plane * width + columns[None, :]
     value = tl.load(source + places, mask=(rows < runs)[:, None] & first[None, :], other=0.0)
     if source2 is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 
@@ -21,6 +22,8 @@ OPERATORS = [  # that have kernels for a GPU
     *("linear", "conv2d", "group_norm_affine", "self_attention", "cross_attention_maps"),
     *("upsample_argmax", "upsample_argmax_windows"),
 ]
+
+KERNELS = [*OPERATORS[:-1], "cross_attention_maps_backward"]
 
 
 def indexed(x: Tensor, index: object) -> Tensor:
@@ -62,6 +65,9 @@ def _fake(monkeypatch) -> Iterator[None]:
 @pytest.fixture
 def gpu(monkeypatch):
     """`gpu((9, 0))`: the capability of all GPUs. Kernels are compiled there, not interpreted."""
+    if not NO_TRITON:  # modules decide whether their kernels are interpreted when they are imported
+        for name in KERNELS:
+            importlib.import_module(f"vpd_fast.kernels.{name}")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU of the test")
     if not NO_TRITON:
