@@ -3,6 +3,8 @@
 Images of 8 bits have one scale and one zero each, which the padding has, too, so that every position counts alike.
 """
 
+from collections.abc import Callable
+
 import torch
 from vpd_fast.kernels._geometry import Geometry
 from vpd_fast.kernels._product import product
@@ -28,6 +30,7 @@ def forward(
     out: torch.Tensor,
     ranges: torch.Tensor | None = None,
     statistics: tuple[torch.Tensor, int] | None = None,
+    multiply: Callable[..., None] = product,
 ) -> None:
     """Fills out (B, OH, OW, N). weight: (N, KH * KW * C) contiguous. Others: as in `vpd_fast.ops.conv2d`."""
     untouched = not silu and affine is None and scale is None
@@ -37,7 +40,7 @@ def forward(
         how["ranges"] = ranges
         (x, scales, zeros), x2, padding = prepare(x, x2, weight.dtype, **how), None, (0, 0, 0, 0)
     geometry = Geometry(out.shape[1], out.shape[2], tuple(kernel), stride, padding[0], padding[1])
-    product(
+    multiply(
         *(x, x2, geometry, weight, out),
         **{"column_scales": column_scales, "sums": sums, "row_scales": scales, "row_zeros": zeros},
         **{"bias": bias, "activation": activation, "residual": residual, "statistics": statistics},
