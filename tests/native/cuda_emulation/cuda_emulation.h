@@ -164,9 +164,5 @@ template <typename T, typename Sum, int COUNT>
 void multiply_add_wide(Sum (&sums)[COUNT], uint64_t left, uint64_t right, bool accumulate) {
     cuda_emulation::multiply_add_wide(format_of<T>(), sums, 2 * COUNT, left, right, accumulate);
 }
-template <int COUNT>
-void registers_at_most() {}
-template <int COUNT>
-void registers_at_least() {}
 
 }  // namespace vpd::device

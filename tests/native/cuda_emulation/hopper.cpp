@@ -10,7 +10,7 @@ namespace cuda_emulation {
 namespace {
 
 constexpr uint32_t SHARED_BASE = 1024 + 128;  // of the emulated shared window: aligned to 128 bytes only, as memory is
-constexpr int ROWS = 64, PART_BYTES = 32, LINE_BYTES = 128;
+constexpr int PART_BYTES = 32, LINE_BYTES = 128, WAIT_FOR_PRODUCTS = 201;
 
 uint32_t shared_offset(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - current->block->shared); }
 
@@ -69,7 +69,7 @@ void to_numbers(Format format, const unsigned char (&bytes)[PART_BYTES], float (
         return table;
     }();
     for (int i = 0; i < numbers_of(format); ++i) {
-        uint16_t wide;
+        uint16_t wide = 0;
         if (format == Format::bfloat16 || format == Format::float16) std::memcpy(&wide, bytes + 2 * i, 2);
         x[i] = format == Format::int8            ? float(int8_t(bytes[i]))
                : format == Format::float8_e4m3fn ? FLOAT8[bytes[i]]
@@ -151,6 +151,7 @@ void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, ui
     thread.products.push_back({run, thread.group});
 }
 
+// A warp waits as one: what any of its threads does afterwards comes after the products of all.
 void wait_for_products(int pending) {
     Thread& thread = *current;
     while (!thread.products.empty() && thread.products.front().group < thread.group - pending) {
@@ -158,6 +159,7 @@ void wait_for_products(int pending) {
         thread.products.pop_front();
     }
     thread.fenced = false;
+    warp_instruction(WAIT_FOR_PRODUCTS, [](Warp&) {});
     if (!thread.products.empty()) return;
     for (auto& [registers, kept] : thread.sums) std::memcpy(registers, kept.data(), kept.size() * 4);
     thread.sums.clear();
@@ -223,7 +225,8 @@ uint32_t shared_address(const void* p) {
 
 void barrier_init(uint64_t* barrier, unsigned arrivals) {
     check_shared(barrier, 8, 8);
-    current->block->transactions[barrier] = {arrivals, arrivals};
+    TransactionBarrier& b = current->block->transactions[barrier];
+    b.count = b.pending = arrivals;
 }
 void barrier_init_done() {}
 
@@ -266,7 +269,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
                      interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || box[0] * bytes % 16 ||
                      (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * bytes > 128);
     if (bad) return CUDA_ERROR_INVALID_VALUE;
-    *map = {static_cast<const unsigned char*>(address), int(rank), bytes};
+    map->address = static_cast<const unsigned char*>(address), map->rank = int(rank), map->bytes = bytes;
     map->swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
     for (unsigned i = 0; i < rank; ++i) {
         map->sizes[i] = sizes[i], map->box[i] = box[i], map->steps[i] = i ? steps[i] : 1;
