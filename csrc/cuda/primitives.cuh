@@ -127,6 +127,9 @@ __device__ inline void unpack(uint32_t packed, float& low, float& high) {
     low = to_float(reinterpret_cast<const T&>(halves[0])), high = to_float(reinterpret_cast<const T&>(halves[1]));
 }
 
+// A product that is rounded before anything is added to it.
+__device__ inline float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
+
 // 2^x within 2 units in the last place; results below 2^-126 are 0.
 __device__ inline float exp2_fast(float x) {
     float y;

@@ -61,7 +61,8 @@ struct FourColumns {
             value = float(sum - row.zero * total[i]);
         else
             value = sum;
-        if constexpr (Factor<T>::BYTES == 1) value *= row.scale * scale[i];
+        // Not fused with the bias, so that sums of int8 give the same bits wherever they are computed.
+        if constexpr (Factor<T>::BYTES == 1) value = multiply_rounded(value, row.scale * scale[i]);
         return value + bias[i];
     }
 };

@@ -1,11 +1,12 @@
-"""Problems for the emulated kernels of `product`, their float64 oracle and error budgets."""
+"""Problems for the kernels of `product`, emulated or on a GPU, their float64 oracle and error budgets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,16 +133,45 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def on_gpu(x: Tensor | None) -> Tensor | None:
+    """The same in a GPU's memory, with what is around it."""
+    return None if x is None else whole(x).cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor that x is a part of."""
+    return x if x._base is None else x._base
+
+
 def image_of(x: Tensor | None) -> tuple | None:
     return None if x is None else (x.data_ptr(), name_of(x.dtype), x.stride()[:3])
 
 
 def run(cuda: ModuleType, p: Problem, instructions: str, device: Device = H200) -> Tensor:
-    """out, as the emulated device computes it."""
-    case = p.case
-    cuda.configure(*device)
-    scales = p.row_scales, p.row_zeros, p.column_scales, p.sums
-    product = cuda.Product(
+    """out, as the emulated device computes it, or the GPU if `cuda` is the real module."""
+    if hasattr(cuda, "configure"):
+        cuda.configure(*device)
+        call, scratch = prepare(cuda, p, instructions)
+        memory = [*p.tensors(), (scratch, True)]
+        cuda.announce([(*memory_of(x), writable) for x, writable in memory if x.numel()])
+        call.run(scratch.data_ptr() if scratch.numel() else 0, 0, 0)
+    else:
+        if instructions == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("only compute capability 9.0 has wgmma")
+        names = [f.name for f in fields(Problem) if f.name not in ("case", "sources")]
+        moved = replace(p, sources=[on_gpu(x) for x in p.sources], **{name: on_gpu(getattr(p, name)) for name in names})
+        call, scratch = prepare(cuda, moved, instructions)
+        call.run(scratch.data_ptr() if scratch.numel() else 0, 0, torch.cuda.current_stream().cuda_stream)
+        whole(p.out).copy_(whole(moved.out))
+    if p.out._base is not None and p.out.numel():  # what lies between the rows stays as it was
+        assert p.out._base.isnan().sum() == p.out._base.numel() - p.out.numel() + p.out.isnan().sum()
+    return p.out
+
+
+def prepare(cuda: ModuleType, p: Problem, instructions: str) -> tuple[Any, Tensor]:
+    """The call and the scratch memory that it needs."""
+    case, scales = p.case, (p.row_scales, p.row_zeros, p.column_scales, p.sums)
+    call = cuda.Product(
         [(x.data_ptr(), x.stride()[:3], x.shape[3]) for x in p.sources],
         name_of(case.dtype),
         (case.batch, case.height, case.width, *case.sides),
@@ -156,13 +186,7 @@ def run(cuda: ModuleType, p: Problem, instructions: str, device: Device = H200) 
         image_of(p.out),
         instructions,
     )
-    scratch = torch.full((product.scratch(0) // 4,), float("nan"))
-    memory = [*p.tensors(), (scratch, True)]
-    cuda.announce([(*memory_of(x), writable) for x, writable in memory if x.numel()])
-    product.run(scratch.data_ptr() if scratch.numel() else 0, 0, 0)
-    if p.out._base is not None and p.out.numel():  # what lies between the rows stays as it was
-        assert p.out._base.isnan().sum() == p.out._base.numel() - p.out.numel() + p.out.isnan().sum()
-    return p.out
+    return call, torch.full((call.scratch(0) // 4,), float("nan"), device=p.weight.device)
 
 
 def rows_of(p: Problem) -> Tensor:
@@ -201,11 +225,14 @@ def before_activation(p: Problem) -> Tensor:
 
 
 def exact_and_budget(p: Problem) -> tuple[Tensor, Tensor]:
-    """16 bits: the sums with their bias in float64. Each product, and the bias, rounds once, by 2^-24 of all sizes."""
+    """16 bits: the sums with their bias in float64; each product, and the bias, may cost 2^-23 of the sum of all sizes.
+
+    That is one bit of float32, because tensor cores cut off instead of rounding.
+    """
     rows, weight = rows_of(p), p.weight.double()
     bias = (torch.zeros(p.case.n) if p.bias is None else p.bias).double()
     size = rows.abs() @ weight.abs().T + bias.abs()
-    return rows @ weight.T + bias, size * (rows.shape[-1] + 1) * UNIT[torch.float32]
+    return rows @ weight.T + bias, size * (rows.shape[-1] + 1) * 2 * UNIT[torch.float32]
 
 
 def finish(p: Problem, x: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:

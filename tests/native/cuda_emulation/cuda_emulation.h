@@ -120,6 +120,7 @@ void unpack(uint32_t packed, float& low, float& high) {
     low = T::to_float(uint16_t(packed)), high = T::to_float(uint16_t(packed >> 16));
 }
 
+inline float multiply_rounded(float x, float y) { return x * y; }
 inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
