@@ -1,64 +1,130 @@
-"""Registers, shared memory, spills and matrix instructions of every CUDA kernel per architecture. Needs no GPU.
+"""Registers, shared memory, spills and instructions of every CUDA kernel per architecture. Needs no GPU.
 
-python benchmarks/cuda_resources.py     exits with 1 if one spills or should use tensor cores and does not
+Exits with 1 if one spills, if its tensor-core or copy instructions are missing, or if the assembler had to make
+asynchronous matrix instructions wait for each other.
+
+python benchmarks/cuda_resources.py
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 from timing import table
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90a")
-ON_TENSOR_CORES = ("forward_kernel<",)
+# Kernels whose machine code must have instructions that match all of these; the first start of the name counts.
+COPIES = ("LDGSTS", "LDSM")  # cp.async, ldmatrix
+BOXES = (r"UTMALDG\.4D", r"UTMALDG\.2D")  # TMA
+EXPECTED = {
+    "sm_80": {
+        "forward_kernel<": ("HMMA", *COPIES),
+        "mma_kernel<signed char": ("IMMA", *COPIES),
+        "mma_kernel<": ("HMMA", *COPIES),
+    },
+    "sm_90a": {
+        "forward_kernel<": ("HMMA", *COPIES),
+        "mma_kernel<signed char": ("IMMA", *COPIES),
+        "mma_kernel<": ("HMMA", *COPIES),
+        "wgmma_kernel<signed char": ("IGMMA", *BOXES),
+        "wgmma_kernel<vpd::device::Float8": ("QGMMA", *BOXES),
+        "wgmma_kernel<": (r"HGMMA\.64x(64|128)x16\.F32", *BOXES),
+    },
+}
+NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
+SERIALIZED = "C7510"  # the assembler's note that wgmma instructions wait for each other
+
+
+def find_cuobjdump() -> str:
+    """That of the CUDA toolkit or of Triton."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        found = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if found is None or not Path(found).is_file():
+        sys.exit("there is no cuobjdump; it comes with the CUDA toolkit and with triton")
+    return found
+
+
+def instructions_of(cubin: Path) -> dict[str, set[str]]:
+    """The machine instructions, with their modifiers, of each kernel by its mangled name."""
+    code = subprocess.run([find_cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    kernels = {}
+    for part in code.split("Function : ")[1:]:
+        kernels[part.split(maxsplit=1)[0]] = set(re.findall(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", part))
+    return kernels
+
+
+def missing(kernel: str, architecture: str, instructions: set[str]) -> list[str]:
+    """What is expected of that kernel and not there."""
+    for pattern, expected in EXPECTED[architecture].items():
+        if kernel.startswith(pattern):
+            return [name for name in expected if not any(re.match(name, i) for i in instructions)]
+    return []
 
 
 def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
-    """Compiles one .cu file and reads the PTX and the assembler's report: a row per kernel."""
+    """Compiles one .cu file and reads the assembler's report and the machine code: a row per kernel."""
     with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "out.cubin")
         command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", f"-I{CSRC}", "-cubin"]
-        keep = ["--keep", "--keep-dir", folder]
-        done = subprocess.run(
-            [*command, *keep, str(source), "-o", f"{folder}/out.cubin"], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
-        (ptx,) = Path(folder).glob("*.ptx")
-        entries = ptx.read_text().split(".entry ")[1:]
-    matrix_instructions = {entry.partition("(")[0]: entry.count("mma.sync") for entry in entries}
+        kernels = instructions_of(cubin) if "Compiling entry function" in done.stderr else {}
     rows = []
     for entry in done.stderr.split("Compiling entry function ")[1:]:
         mangled = entry.split("'")[1]
         name = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout.strip()
+        kernel = re.sub(r"^(?:void )?(?:\w+::|\(anonymous namespace\)::)*", "", name)
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry))
-        shared = re.search(r"(\d+) bytes smem", entry)
+        stack, shared = re.search(r"(\d+) bytes stack", entry), re.search(r"(\d+) bytes smem", entry)
+        absent = missing(kernel, architecture, kernels[mangled])
+        serialized = any(SERIALIZED in line and mangled in line for line in done.stderr.splitlines())
+        shown = sorted({found for i in kernels[mangled] for found in re.findall(NAMED, i.partition(".")[0])})
         rows.append(
             {
                 "file": source.name,
                 "architecture": architecture,
-                "kernel": name.rpartition("::")[2],
+                "kernel": kernel,
                 "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
                 "shared_bytes": int(shared[1]) if shared else 0,
+                "stack_bytes": int(stack[1]) if stack else 0,
                 "spilled_bytes": spills,
-                "mma": matrix_instructions[mangled],
+                "instructions": " ".join(shown),
+                "faults": " ".join([*(f"no {i}" for i in absent), *(["serialized"] if serialized else [])]),
             }
         )
     return rows
 
 
+def unused(rows: list[dict[str, str | int]]) -> list[str]:
+    """Patterns that no kernel's name begins with: the check would be of nothing."""
+    names = {a: [row["kernel"] for row in rows if row["architecture"] == a] for a in EXPECTED}
+    pairs = ((a, pattern) for a, patterns in EXPECTED.items() for pattern in patterns)
+    return [f"{a}: no kernel {p}" for a, p in pairs if not any(name.startswith(p) for name in names[a])]
+
+
 def main() -> int:
     """Prints the table. Returns the exit code."""
     sources = sorted((CSRC / "cuda").glob("*.cu"))
-    rows = [row for source in sources for architecture in ARCHITECTURES for row in resources(source, architecture)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(lambda job: resources(*job), product(sources, ARCHITECTURES))
+        rows = [row for found in jobs for row in found]
     print(table(rows))
-    spilling = [row for row in rows if row["spilled_bytes"]]
-    on_other_cores = [row for row in rows if row["kernel"].startswith(ON_TENSOR_CORES) and not row["mma"]]
-    return 1 if not rows or spilling or on_other_cores else 0
+    faults = unused(rows)
+    print("\n".join(faults))
+    return 1 if faults or any(row["spilled_bytes"] or row["faults"] for row in rows) else 0
 
 
 if __name__ == "__main__":

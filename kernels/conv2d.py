@@ -3,6 +3,8 @@
 Images of 8 bits have one scale and one zero each, which the padding has, too, so that every position counts alike.
 """
 
+from collections.abc import Callable
+
 import torch
 from vpd_fast.kernels._geometry import Geometry
 from vpd_fast.kernels._product import product
@@ -29,6 +31,7 @@ def forward(
     out: torch.Tensor,
     ranges: torch.Tensor | None = None,
     statistics: tuple[torch.Tensor, int] | None = None,
+    multiply: Callable[..., None] = product,
 ) -> None:
     """Fills out (B, OH, OW, N). weight: (taps, N, KH * KW * C) contiguous. Others: as in `vpd_fast.ops.conv2d`.
 
@@ -52,5 +55,7 @@ def forward(
             if statistics is not None:
                 part["statistics"] = statistics[0].tensor_split(4, dim=1)[i], statistics[1]
         part |= {name: None if part[name] is None else part[name][i] for name in ("column_scales", "sums")}
-        geometry = Geometry(own.shape[1], own.shape[2], tuple(kernel), stride, top - y, left - x_)
-        product(x, x2, geometry, weight[i], own, **finish, **part)
+        above, before = max(0, top - y), max(0, left - x_)  # what is left of the padding, or else what is skipped
+        geometry = Geometry(own.shape[1], own.shape[2], tuple(kernel), stride, above, before)
+        read = (None if t is None else t[:, above - top + y :, before - left + x_ :] for t in (x, x2))
+        multiply(*read, geometry, weight[i], own, **finish, **part)

@@ -12,6 +12,7 @@
 namespace vpd {
 
 void bind_cross_attention_maps(pybind11::module_& m);
+void bind_product(pybind11::module_& m);
 void bind_upsample_argmax(pybind11::module_& m);
 
 inline void require_success(cudaError_t status, const char* what) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/cross_attention_maps.cuh"
+#include "cuda/device.h"
 
 namespace vpd {
 namespace {
@@ -33,12 +34,6 @@ Kernel find_kernel(const CudaCrossAttentionMaps& p, CudaFloat dtype) {
     constexpr auto INDICES = std::make_index_sequence<std::size(TOKEN_SIZES) * std::size(DIM_SIZES)>();
     if (dtype == CudaFloat::bfloat16) return smallest_kernel<Bfloat16>(p.tokens, p.head_dim, INDICES);
     return smallest_kernel<Float16>(p.tokens, p.head_dim, INDICES);
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
 // Later devices run what was compiled for sm_80, without clusters.

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.attr("build_info") = py::dict(py::arg("version") = VPD_FAST_VERSION, py::arg("compiler") = VPD_COMPILER,
                                     py::arg("archs") = VPD_CUDA_ARCHS);
     vpd::bind_cross_attention_maps(m);
+    vpd::bind_product(m);
     vpd::bind_upsample_argmax(m);
 }

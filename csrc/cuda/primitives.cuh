@@ -10,12 +10,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace vpd::device {
 
 using Bfloat16 = __nv_bfloat16;
 using Float16 = __half;
+struct Float8 {};  // e4m3fn, which only matrix instructions read
 
 // The dynamic shared memory of the block.
 __device__ inline unsigned char* dynamic_shared() {
@@ -83,6 +86,16 @@ __device__ inline void multiply_add<Float16>(float (&c)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c (16x8, int32) += a (16x32) b (32x8) of int8.
+template <typename T>
+__device__ inline void multiply_add(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(std::is_same_v<T, int8_t>);
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Two floats rounded to T, the first in the low half.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high);
@@ -103,6 +116,19 @@ template <typename T>
 __device__ inline T from_float(float x) {
     return T(x);
 }
+template <typename T>
+__device__ inline float to_float(T x) {
+    return float(x);
+}
+// The numbers of type T in the low and the high half.
+template <typename T>
+__device__ inline void unpack(uint32_t packed, float& low, float& high) {
+    const uint16_t halves[] = {uint16_t(packed), uint16_t(packed >> 16)};
+    low = to_float(reinterpret_cast<const T&>(halves[0])), high = to_float(reinterpret_cast<const T&>(halves[1]));
+}
+
+// A product that is rounded before anything is added to it.
+__device__ inline float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
 
 // 2^x within 2 units in the last place; results below 2^-126 are 0.
 __device__ inline float exp2_fast(float x) {
@@ -111,6 +137,7 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
+__device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // Clusters exist from sm_90 on; elsewhere nothing calls these.

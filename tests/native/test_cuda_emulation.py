@@ -8,53 +8,15 @@ what the compiler makes of inline assembly.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import shutil
-import subprocess
-import sysconfig
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-EMULATION = Path(__file__).parent / "cuda_emulation"
 SCHEDULES = ("heads_loop", "cluster", "split")
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
-
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++"), reason="needs g++ (Debian: g++); on a GPU tests/ops checks the same kernels"
-)
-
-
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory):
-    """The emulated module: the binding of the operator and the controls of the emulated device."""
-    folder = tmp_path_factory.mktemp("cuda_emulation")
-    includes = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
-    python = [f"-I{sysconfig.get_path('include')}", f"-I{Path(torch.__file__).parent / 'include'}"]
-    sources = {
-        ROOT / "csrc/cuda/cross_attention_maps.cu": ["-O2", "-x", "c++"],
-        ROOT / "csrc/cuda/cross_attention_maps.cpp": ["-O0", *python],
-        EMULATION / "cuda_emulation.cpp": ["-O2", *python],
-        EMULATION / "floats.cpp": ["-O2"],
-    }
-    common = ["g++", "-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", *includes]
-    objects = [folder / f"{number}.o" for number in range(len(sources))]
-    running = [
-        subprocess.Popen([*common, *flags, "-c", str(source), "-o", str(built)])
-        for (source, flags), built in zip(sources.items(), objects, strict=True)
-    ]
-    assert not any([process.wait() for process in running])
-    library = folder / "cuda_emulated.so"
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_emulated", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)

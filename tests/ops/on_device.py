@@ -70,7 +70,8 @@ class _Ops:
         there = moved(function, "cuda")
 
         def call(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
-            return (there if impl in ("triton", "cuda") else function)(*args, impl=impl, **kwargs)
+            here = not any(isinstance(value, Tensor) and value.is_cuda for value in (*args, *kwargs.values()))
+            return (there if here and impl in ("triton", "cuda") else function)(*args, impl=impl, **kwargs)
 
         return call
 

@@ -91,7 +91,7 @@ def check(
     exact_a = rows_of(x, **default | rest, dtype=torch.float64)
     if weight.dtype.itemsize == 1:
         plain = ops.conv2d(x, weight, bias, out_dtype=torch.float32, impl=impl, **rest)
-        if impl == "triton":
+        if impl in ("triton", "cuda"):
             reference, ranged = with_a_scale_per_image(x, weight, bias, **default | options)
         else:
             reference, ranged = ops.conv2d(x, weight, bias, impl="reference", **options), None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _gemm
+from vpd_fast.ops import _cuda_product, _gemm
 from vpd_fast.ops._checks import MAX_SIDE, check, check_impl, check_size, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
@@ -67,7 +67,7 @@ def conv2d(
     ranges: (B, 2, parts) float32: least and largest numbers of each image that is convolved, in parts, if they are
         known (`group_norm_affine`); 8-bit kernels with one scale for an image need not look for them then.
     statistics: what to fill with statistics of the result as it is stored, for `group_norm_affine`.
-    impl: "auto", "cpu", "triton" or "reference".
+    impl: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
     for inputs that require gradients while they are recorded.
@@ -262,7 +262,8 @@ def _cpu_refuses(*arguments: Any) -> str | None:
     return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=unknown)
 
 
-def _triton(*arguments: Any) -> None:
+def _triton(*arguments: Any, **product: Any) -> None:
+    """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
     call = _Arguments(*arguments)
     if call.out.numel() == 0:
         return
@@ -281,7 +282,7 @@ def _triton(*arguments: Any) -> None:
     }
     end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
     end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
-    kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **geometry, **end)
+    kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **geometry, **end, **product)
     if target is not call.out:
         call.out.copy_(target)
 
@@ -289,6 +290,15 @@ def _triton(*arguments: Any) -> None:
 def _triton_refuses(*arguments: Any) -> str | None:
     call = _Arguments(*arguments)
     return _gemm.triton_refuses(call, call.padding)
+
+
+def _cuda(*arguments: Any) -> None:
+    _triton(*arguments, multiply=_cuda_product.product)
+
+
+def _cuda_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    return _cuda_product.refuses(call, (call.silu, call.affine, call.scale), call.padding)
 
 
 register(
@@ -306,6 +316,7 @@ register(
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
+            Implementation("cuda", _cuda, _cuda_refuses),
             Implementation("reference", _reference),
         ),
     )

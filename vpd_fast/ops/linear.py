@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _gemm
+from vpd_fast.ops import _cuda_product, _gemm
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES, geglu_rows
@@ -60,7 +60,7 @@ def linear(
     out_dtype: of those, too; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
     statistics: what to fill with statistics of the result as it is stored, for `group_norm_affine`.
-    impl: "auto", "cpu", "triton" or "reference".
+    impl: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns out (B, M, N), for geglu (B, M, N // 2). Inference only. Raises InputError for a wrong shape, dtype, device,
     weight or impl, and for inputs that require gradients while they are recorded.
@@ -194,7 +194,8 @@ def _cpu_refuses(*arguments: Any) -> str | None:
     return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=(call.statistics,))
 
 
-def _triton(*arguments: Any) -> None:
+def _triton(*arguments: Any, **product: Any) -> None:
+    """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
     call = _Arguments(*arguments)
     if call.out.numel() == 0:
         return
@@ -207,13 +208,22 @@ def _triton(*arguments: Any) -> None:
     prologue = {"norm": call.norm, "eps": call.eps, "affine": affine, "scale": scale}
     end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
     end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
-    kernels.forward(x, x2, _gemm.triton_weight(call.weight)[0], scales, sums, **prologue, **end)
+    kernels.forward(x, x2, _gemm.triton_weight(call.weight)[0], scales, sums, **prologue, **end, **product)
     if target is not call.out:
         call.out.copy_(target)
 
 
 def _triton_refuses(*arguments: Any) -> str | None:
     return _gemm.triton_refuses(_Arguments(*arguments))
+
+
+def _cuda(*arguments: Any) -> None:
+    _triton(*arguments, multiply=_cuda_product.product)
+
+
+def _cuda_refuses(*arguments: Any) -> str | None:
+    call = _Arguments(*arguments)
+    return _cuda_product.refuses(call, (call.norm, call.affine, call.scale))
 
 
 register(
@@ -230,6 +240,7 @@ register(
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
+            Implementation("cuda", _cuda, _cuda_refuses),
             Implementation("reference", _reference),
         ),
     )

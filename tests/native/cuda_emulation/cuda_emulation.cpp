@@ -1,102 +1,47 @@
-// The machine behind cuda_emulation.h: fibers, barriers, warp instructions, checked memory; and its Python controls.
-#include "cuda_emulation.h"
-
+// The machine behind cuda_emulation.h: fibers, barriers, checked memory, the runtime; and its Python controls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <algorithm>
-#include <deque>
-#include <map>
 #include <memory>
 #include <random>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
+
+#include "machine.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace vpd {
 void bind_cross_attention_maps(pybind11::module_& m);
+void bind_product(pybind11::module_& m);
 }
 
 namespace cuda_emulation {
-namespace {
-
-constexpr unsigned WARP = 32;
-constexpr size_t STACK_BYTES = 128 << 10, GUARD_BYTES = 4096;
-constexpr unsigned char NAN_BYTE = 0xff;  // NaN in every float format when all bytes are this
-
-struct Device {
-    int processors = 132, major = 9, shared_limit = 227 << 10;
-    unsigned order = 0;  // in which threads run: 0 the longest waiting first, 1 the last that became ready, else random
-};
-struct Range {
-    uintptr_t begin, end;
-    bool writable;
-};
 
 Device device;
 std::vector<Range> ranges;
+Thread* current;
+std::deque<Thread*> ready;
+std::deque<std::function<void()>> copies_under_way;
+
+namespace {
+
+constexpr size_t STACK_BYTES = 128 << 10, GUARD_BYTES = 4096;
+
 std::map<const void*, size_t> shared_allowed;
 std::string error;
 int launches = 0;
 
-struct Thread;
-
-// Where a number of threads meet. `waiting` are those that go on when the last has arrived.
-struct Barrier {
-    unsigned arrived = 0;
-    unsigned long generation = 0;
-    std::vector<Thread*> waiting;
-};
-
-struct Copy {
-    void* shared;
-    const void* global;
-};
-
-struct Warp {
-    Barrier barrier;
-    int instruction = 0;  // that the threads which have arrived execute
-    float c[WARP][4];
-    uint32_t words[WARP][6];
-    const unsigned char* rows[WARP];
-};
-
-struct Block {
-    std::vector<unsigned char> memory;
-    unsigned char* shared;
-    size_t bytes;
-    Barrier barrier;
-    std::vector<Warp> warps;
-    unsigned running;  // threads that have not ended
-    dim3 index;
-};
-
-struct Thread {
-    ucontext_t start;
-    jmp_buf state;
-    bool started = false;
-    Block* block;
-    Warp* warp;
-    unsigned lane;
-    dim3 index;
-    unsigned long cluster_generation = 0;
-    std::deque<std::vector<Copy>> groups;  // the last is still open
-};
-
 jmp_buf scheduler;
-Thread* current;
-std::deque<Thread*> ready;
 std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
 Barrier cluster_barrier;
 const std::function<void()>* body;
 std::vector<std::unique_ptr<char[]>> stacks;
 
 enum Signal { YIELDED = 1, FINISHED, FAILED };
+
+}  // namespace
 
 void yield() {
     if (!_setjmp(current->state)) _longjmp(scheduler, YIELDED);
@@ -109,7 +54,6 @@ void yield() {
     _longjmp(scheduler, FAILED);
 }
 
-// Returns whether the caller was the last of `count`; the others go on when it calls release().
 bool arrive(Barrier& barrier, unsigned count) {
     if (++barrier.arrived == count) return true;
     barrier.waiting.push_back(current);
@@ -117,22 +61,15 @@ bool arrive(Barrier& barrier, unsigned count) {
     return false;
 }
 
+void wake(std::vector<Thread*>& waiting) {
+    ready.insert(ready.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+}
+
 void release(Barrier& barrier) {
     barrier.arrived = 0;
     ++barrier.generation;
-    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
-    barrier.waiting.clear();
-}
-
-// `last` runs once all threads of the warp have come to the same instruction.
-template <typename Function>
-void warp_instruction(int instruction, Function last) {
-    Warp& warp = *current->warp;
-    if (warp.barrier.arrived && warp.instruction != instruction) fail("threads of a warp execute different instructions");
-    warp.instruction = instruction;
-    if (!arrive(warp.barrier, WARP)) return;
-    last(warp);
-    release(warp.barrier);
+    wake(barrier.waiting);
 }
 
 const unsigned char* check_shared(const void* address, size_t bytes, size_t alignment) {
@@ -143,10 +80,13 @@ const unsigned char* check_shared(const void* address, size_t bytes, size_t alig
     return p;
 }
 
+namespace {
+
 void run_thread() {
     (*body)();
     for (const auto& group : current->groups)
         if (!group.empty()) fail("a thread ended before its copies were waited for");
+    if (!current->products.empty()) fail("a thread ended before its products were waited for");
     --current->block->running;
     _longjmp(scheduler, FINISHED);
 }
@@ -164,7 +104,7 @@ std::unique_ptr<Block> make_block(const cudaLaunchConfig_t& config, unsigned ind
     block->bytes = config.dynamicSmemBytes;
     block->memory.assign(block->bytes + 2 * GUARD_BYTES, NAN_BYTE);
     const auto address = reinterpret_cast<uintptr_t>(block->memory.data()) + GUARD_BYTES / 2;
-    block->shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+    block->shared = reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024 + 128);  // aligned to no more
     block->warps = std::vector<Warp>(config.blockDim.x / WARP);
     block->running = config.blockDim.x;
     block->index = {index, 0, 0};
@@ -190,7 +130,7 @@ Thread* next_ready(std::mt19937& random) {
 // Runs blocks first .. first + count, which form a cluster.
 void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned count, std::mt19937& random) {
     std::vector<std::unique_ptr<Thread>> threads;
-    blocks.clear(), ready.clear();
+    blocks.clear(), ready.clear(), copies_under_way.clear();
     cluster_barrier = Barrier();
     for (unsigned rank = 0; rank < count; ++rank) {
         blocks.push_back(make_block(config, first + rank));
@@ -207,6 +147,12 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned coun
     }
     volatile size_t running = threads.size();  // volatile: changed between _setjmp and its second return
     while (running && error.empty()) {
+        if (!copies_under_way.empty() && (ready.empty() || device.order == 0 || (device.order > 1 && random() % 64 == 0))) {
+            const size_t chosen = device.order > 1 ? random() % copies_under_way.size() : 0;
+            copies_under_way[chosen]();
+            copies_under_way.erase(copies_under_way.begin() + chosen);
+            continue;
+        }
         if (ready.empty()) {
             error = "deadlock: threads wait where others never arrive";
             break;
@@ -221,10 +167,9 @@ void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned coun
         }
         if (signal == FINISHED) running = running - 1;
     }
+    if (!copies_under_way.empty() && error.empty()) error = "a block ended before its copies had come";
     for (const auto& block : blocks) check_guards(*block);
 }
-
-enum Instruction { MULTIPLY_ADD = 1, LOAD_MATRICES, SHUFFLE };
 
 }  // namespace
 
@@ -234,53 +179,6 @@ void check_global(const void* address, size_t bytes, bool write) {
     for (const Range& range : ranges)
         if (begin >= range.begin && begin + bytes <= range.end && (range.writable || !write)) return;
     fail(write ? "global memory is written out of bounds" : "global memory is read out of bounds");
-}
-
-// Layouts of the fragments as in the PTX manual, mma.m16n8k16 with 16-bit elements.
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*to_float)(uint16_t)) {
-    const unsigned lane = current->lane;
-    Warp& warp = *current->warp;
-    std::memcpy(warp.c[lane], c, sizeof c);
-    std::memcpy(warp.words[lane], a, sizeof a);
-    warp.words[lane][4] = b0, warp.words[lane][5] = b1;
-    warp_instruction(MULTIPLY_ADD, [&](Warp& w) {
-        float left[16][16], right[16][8];
-        for (unsigned l = 0; l < WARP; ++l)
-            for (unsigned i = 0; i < 12; ++i) {
-                const float x = to_float(uint16_t(w.words[l][i / 2] >> i % 2 * 16));
-                const unsigned inner = l % 4 * 2 + i % 2;
-                if (i < 8)
-                    left[l / 4 + i / 2 % 2 * 8][inner + i / 4 * 8] = x;
-                else
-                    right[inner + (i - 8) / 2 * 8][l / 4] = x;
-            }
-        for (unsigned l = 0; l < WARP; ++l)
-            for (unsigned i = 0; i < 4; ++i) {
-                double sum = w.c[l][i];
-                for (unsigned k = 0; k < 16; ++k)
-                    sum += double(left[l / 4 + i / 2 * 8][k]) * right[k][l % 4 * 2 + i % 2];
-                w.c[l][i] = float(sum);
-            }
-    });
-    std::memcpy(c, warp.c[lane], sizeof c);
-}
-
-void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
-    const unsigned lane = current->lane;
-    Warp& warp = *current->warp;
-    warp.rows[lane] = check_shared(row, 16, 16);
-    warp_instruction(LOAD_MATRICES + transposed * 100, [&](Warp& w) {
-        for (unsigned l = 0; l < WARP; ++l)
-            for (unsigned i = 0; i < 8; ++i) {
-                const unsigned matrix = i / 2, across = l % 4 * 2 + i % 2;
-                const unsigned y = transposed ? across : l / 4, x = transposed ? l / 4 : across;
-                uint16_t element;
-                std::memcpy(&element, w.rows[matrix * 8 + y] + 2 * x, 2);
-                uint32_t& word = w.words[l][matrix];
-                word = i % 2 ? word | uint32_t(element) << 16 : element;
-            }
-    });
-    std::memcpy(r, warp.words[lane], sizeof r);
 }
 
 cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
@@ -317,35 +215,6 @@ void __syncthreads() {
 namespace vpd::device {
 
 unsigned char* dynamic_shared() { return current->block->shared; }
-
-void async_copy_16(void* shared, const void* global, bool valid) {
-    check_shared(shared, 16, 16);
-    if (valid) check_global(global, 16, false);
-    std::memset(shared, NAN_BYTE, 16);
-    current->groups.back().push_back({shared, valid ? global : nullptr});
-}
-
-void async_commit() { current->groups.emplace_back(); }
-
-void wait_for_copies(int pending) {
-    while (current->groups.size() > size_t(pending) + 1) {
-        for (const Copy& copy : current->groups.front())
-            if (copy.global)
-                std::memcpy(copy.shared, copy.global, 16);
-            else
-                std::memset(copy.shared, 0, 16);
-        current->groups.pop_front();
-    }
-}
-
-float shuffle_xor(float x, int mask) {
-    Warp& warp = *current->warp;
-    warp.c[current->lane][0] = x;
-    warp_instruction(SHUFFLE, [&](Warp& w) {
-        for (unsigned l = 0; l < WARP; ++l) w.c[l][1] = w.c[l ^ mask][0];
-    });
-    return warp.c[current->lane][1];
-}
 
 void cluster_arrive() {
     current->cluster_generation = cluster_barrier.generation;
@@ -404,4 +273,5 @@ PYBIND11_MODULE(cuda_emulated, m) {
         "The only memory that kernels may use: (address, bytes, writable)");
     m.def("launches", [] { return std::exchange(launches, 0); }, "Kernels launched since the last call");
     vpd::bind_cross_attention_maps(m);
+    vpd::bind_product(m);
 }

@@ -3,16 +3,24 @@
 // waited for; addresses in global memory must lie in a tensor that the test announced.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define __device__
 #define __host__
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __forceinline__ inline
+
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 
 struct uint4 {
     uint32_t x, y, z, w;
@@ -35,7 +43,14 @@ float float16_to_float(uint16_t bits);
 uint16_t float_to_bfloat16(float x);
 uint16_t float_to_float16(float x);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*to_float)(uint16_t));
+void multiply_add_integers(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
+
+// Formats of the factors of a warpgroup's products.
+enum class Format { int8, float8_e4m3fn, bfloat16, float16 };
+void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, uint64_t right, bool accumulate);
+void wait_for_products(int pending);
+void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5]);
 
 }  // namespace cuda_emulation
 
@@ -83,6 +98,11 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     cuda_emulation::multiply_add(c, a, b0, b1, T::to_float);
 }
 template <typename T>
+void multiply_add(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(std::is_same_v<T, int8_t>);
+    cuda_emulation::multiply_add_integers(c, a, b0, b1);
+}
+template <typename T>
 uint32_t pack(float low, float high) {
     return T(low).bits | uint32_t(T(high).bits) << 16;
 }
@@ -91,14 +111,59 @@ T from_float(float x) {
     return T(x);
 }
 
+template <typename T>
+float to_float(T x) {
+    return T::to_float(x.bits);
+}
+template <typename T>
+void unpack(uint32_t packed, float& low, float& high) {
+    low = T::to_float(uint16_t(packed)), high = T::to_float(uint16_t(packed >> 16));
+}
+
+inline float multiply_rounded(float x, float y) { return x * y; }
 inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
+void sync_warp();
 float shuffle_xor(float x, int mask);
 
 void cluster_arrive();
 void cluster_wait();
 float load_from_cluster(const float* shared, uint32_t rank);
+
+// csrc/cuda/hopper.cuh
+using TensorMap = CUtensorMap;
+struct Float8 {};
+uint32_t shared_address(const void* p);
+void barrier_init(uint64_t* barrier, unsigned arrivals);
+void barrier_init_done();
+void barrier_expect(uint64_t* barrier, unsigned bytes);
+void barrier_arrive(uint64_t* barrier);
+void barrier_wait(uint64_t* barrier, unsigned parity);
+void sync_threads(int barrier, int threads);
+inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
+    cuda_emulation::load_box(shared, map, barrier, {x0, x1, 0, 0, 0});
+}
+inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1, int x2, int x3) {
+    cuda_emulation::load_box(shared, map, barrier, {x0, x1, x2, x3, 0});
+}
+void products_begin();
+void products_commit();
+template <int PENDING, typename Sum, int COUNT>
+void products_wait(Sum (&)[COUNT]) {
+    cuda_emulation::wait_for_products(PENDING);
+}
+template <typename T>
+constexpr cuda_emulation::Format format_of() {
+    if constexpr (std::is_same_v<T, int8_t>) return cuda_emulation::Format::int8;
+    else if constexpr (std::is_same_v<T, Bfloat16>) return cuda_emulation::Format::bfloat16;
+    else if constexpr (std::is_same_v<T, Float16>) return cuda_emulation::Format::float16;
+    else return cuda_emulation::Format::float8_e4m3fn;
+}
+template <typename T, typename Sum, int COUNT>
+void multiply_add_wide(Sum (&sums)[COUNT], uint64_t left, uint64_t right, bool accumulate) {
+    cuda_emulation::multiply_add_wide(format_of<T>(), sums, 2 * COUNT, left, right, accumulate);
+}
 
 }  // namespace vpd::device

@@ -1,0 +1,191 @@
+// What sm_90 adds to primitives.cuh: barriers in shared memory that count bytes, copies of boxes by TMA, and matrix
+// instructions of a warpgroup. One function per instruction; elsewhere than on sm_90a they do nothing and nothing calls
+// them. The emulation on the CPU has the same functions.
+#pragma once
+
+#include "cuda/primitives.cuh"
+
+#ifdef __CUDACC__
+
+#include <cuda.h>
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define VPD_HOPPER 1
+#else
+#define VPD_HOPPER 0
+#endif
+
+namespace vpd::device {
+
+using TensorMap = CUtensorMap;
+
+// A barrier's phase ends when `arrivals` threads have arrived and all announced bytes have come.
+__device__ inline void barrier_init(uint64_t* barrier, unsigned arrivals) {
+#if VPD_HOPPER
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+// Lets TMA see barriers that were initialised; a __syncthreads must follow for the other threads.
+__device__ inline void barrier_init_done() {
+#if VPD_HOPPER
+    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+// Arrives, and announces bytes.
+__device__ inline void barrier_expect(uint64_t* barrier, unsigned bytes) {
+#if VPD_HOPPER
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+#if VPD_HOPPER
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+// Waits until the phase of this parity has ended: 0 for the first, third, ...
+__device__ inline void barrier_wait(uint64_t* barrier, unsigned parity) {
+#if VPD_HOPPER
+    unsigned done = 0;
+    while (!done)
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+#endif
+}
+
+// A number of threads, whole warps, wait for each other at one of the hardware's barriers; 0 is that of __syncthreads.
+__device__ inline void sync_threads(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Copies a box of a tensor into shared memory and tells the barrier its bytes; zeros where the box leaves the tensor.
+__device__ inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
+#if VPD_HOPPER
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
+            shared_address(shared)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1)
+        : "memory");
+#endif
+}
+__device__ inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1, int x2, int x3) {
+#if VPD_HOPPER
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];\n" ::"r"(shared_address(shared)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+        : "memory");
+#endif
+}
+
+// --- matrix instructions of a warpgroup ------------------------------------------------------------------------------
+// They run asynchronously: begin, some multiply_add_wide, commit ends a group; products_wait until at most PENDING groups
+// are left, with which the sums and the factors in shared memory may be touched again.
+
+__device__ inline void products_begin() {
+#if VPD_HOPPER
+    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+__device__ inline void products_commit() {
+#if VPD_HOPPER
+    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#endif
+}
+// The compiler must move no use of the sums over these.
+template <int COUNT>
+__device__ inline void hold(float (&sums)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+template <int COUNT>
+__device__ inline void hold(int32_t (&sums)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
+template <int PENDING, typename Sum, int COUNT>
+__device__ inline void products_wait(Sum (&sums)[COUNT]) {
+#if VPD_HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+    hold(sums);
+#endif
+}
+
+#define VPD_SUMS_8(c, d, i) \
+    c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define VPD_SUMS_32(c, d, i) \
+    VPD_SUMS_8(c, d, i), VPD_SUMS_8(c, d, i + 8), VPD_SUMS_8(c, d, i + 16), VPD_SUMS_8(c, d, i + 24)
+#define VPD_NAMES_32                                                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define VPD_NAMES_64                                                                                               \
+    VPD_NAMES_32                                                                                                    \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// `end`: what follows the predicate that says whether the sums so far count.
+#define VPD_WGMMA(shape, types, names, left, right, accumulate, end, ...)                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulate ", 0;\n"                                  \
+                 "wgmma.mma_async.sync.aligned." shape types " {" names "}, %" left ", %" right ", p" end  \
+                 ";\n}\n"                                                                                  \
+                 : __VA_ARGS__                                                                             \
+                 : "l"(a), "l"(b), "r"(int(before)))
+#define VPD_FLOAT(x) "+f"(x)
+#define VPD_INTEGER(x) "+r"(x)
+
+// sums (64 x 2 COUNT) += left (64 x 32 bytes) right^T (2 COUNT x 32 bytes), both in shared memory as the descriptors a
+// and b say; thread `lane` of warp w has rows 16 w + lane / 4 and 8 more, in the layout of mma.sync's fragments side by
+// side. before: whether the sums so far count.
+template <typename T, typename Sum, int COUNT>
+__device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b, bool before) {
+    static_assert(COUNT == 32 || COUNT == 64);
+#if VPD_HOPPER
+    if constexpr (std::is_same_v<T, int8_t>) {
+        if constexpr (COUNT == 32)
+            VPD_WGMMA("m64n64k32", ".s32.s8.s8", VPD_NAMES_32, "32", "33", "34", "", VPD_SUMS_32(VPD_INTEGER, d, 0));
+        else
+            VPD_WGMMA("m64n128k32", ".s32.s8.s8", VPD_NAMES_64, "64", "65", "66", "", VPD_SUMS_32(VPD_INTEGER, d, 0),
+                      VPD_SUMS_32(VPD_INTEGER, d, 32));
+    } else if constexpr (std::is_same_v<T, Float8>) {
+        if constexpr (COUNT == 32)
+            VPD_WGMMA("m64n64k32", ".f32.e4m3.e4m3", VPD_NAMES_32, "32", "33", "34", ", 1, 1", VPD_SUMS_32(VPD_FLOAT, d, 0));
+        else
+            VPD_WGMMA("m64n128k32", ".f32.e4m3.e4m3", VPD_NAMES_64, "64", "65", "66", ", 1, 1",
+                      VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));
+    } else if constexpr (std::is_same_v<T, Bfloat16>) {
+        if constexpr (COUNT == 32)
+            VPD_WGMMA("m64n64k16", ".f32.bf16.bf16", VPD_NAMES_32, "32", "33", "34", ", 1, 1, 0, 0",
+                      VPD_SUMS_32(VPD_FLOAT, d, 0));
+        else
+            VPD_WGMMA("m64n128k16", ".f32.bf16.bf16", VPD_NAMES_64, "64", "65", "66", ", 1, 1, 0, 0",
+                      VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));
+    } else {
+        static_assert(std::is_same_v<T, Float16>);
+        if constexpr (COUNT == 32)
+            VPD_WGMMA("m64n64k16", ".f32.f16.f16", VPD_NAMES_32, "32", "33", "34", ", 1, 1, 0, 0",
+                      VPD_SUMS_32(VPD_FLOAT, d, 0));
+        else
+            VPD_WGMMA("m64n128k16", ".f32.f16.f16", VPD_NAMES_64, "64", "65", "66", ", 1, 1, 0, 0",
+                      VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));
+    }
+#endif
+}
+
+#undef VPD_SUMS_8
+#undef VPD_SUMS_32
+#undef VPD_NAMES_32
+#undef VPD_NAMES_64
+#undef VPD_WGMMA
+#undef VPD_FLOAT
+#undef VPD_INTEGER
+
+}  // namespace vpd::device
+
+#else
+#define VPD_HOPPER 1
+#endif

@@ -1,0 +1,124 @@
+// Binding of product.
+#include "cuda/product.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda/bindings.h"
+
+namespace vpd {
+namespace {
+
+namespace py = pybind11;
+
+using Strides = std::array<int64_t, 3>;
+using Source = std::tuple<uintptr_t, Strides, int64_t>;
+using Image = std::tuple<uintptr_t, std::string, Strides>;
+
+CudaFactor parse_factor(const std::string& name) {
+    if (name == "int8") return CudaFactor::int8;
+    if (name == "float8_e4m3fn") return CudaFactor::float8_e4m3fn;
+    if (name == "bfloat16") return CudaFactor::bfloat16;
+    if (name == "float16") return CudaFactor::float16;
+    throw std::invalid_argument("dtype '" + name + "' is not int8, float8_e4m3fn, bfloat16 or float16");
+}
+
+CudaActivation parse_activation(const std::string& name) {
+    if (name.empty()) return CudaActivation::none;
+    if (name == "relu") return CudaActivation::relu;
+    if (name == "silu") return CudaActivation::silu;
+    if (name == "geglu") return CudaActivation::geglu;
+    throw std::invalid_argument("activation '" + name + "' is not '', relu, silu or geglu");
+}
+
+CudaInstructions parse_instructions(const std::string& name) {
+    if (name == "auto") return CudaInstructions::automatic;
+    if (name == "mma") return CudaInstructions::mma;
+    if (name == "wgmma") return CudaInstructions::wgmma;
+    throw std::invalid_argument("instructions '" + name + "' are not auto, mma or wgmma");
+}
+
+CudaPositions positions(uintptr_t address, const Strides& s) {
+    return {reinterpret_cast<void*>(address), s[0], s[1], s[2]};
+}
+
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+struct Call {
+    CudaProduct problem{};
+    CudaFactor factor;
+    CudaInstructions instructions;
+
+    Call(const std::vector<Source>& sources, const std::string& dtype, const std::array<int64_t, 5>& shape,
+         const std::array<int64_t, 5>& geometry, uintptr_t weight, int64_t n, const std::array<uintptr_t, 4>& scales,
+         bool scale_per_image, uintptr_t bias, const std::string& activation, const std::optional<Image>& residual,
+         const Image& out, const std::string& instructions_)
+        : factor(parse_factor(dtype)), instructions(parse_instructions(instructions_)) {
+        CudaProduct& p = problem;
+        if (sources.empty() || sources.size() > 2) throw std::invalid_argument("there must be one or two sources");
+        for (size_t i = 0; i < sources.size(); ++i) {
+            p.source[i] = positions(std::get<0>(sources[i]), std::get<1>(sources[i]));
+            p.channels[i] = std::get<2>(sources[i]);
+        }
+        std::tie(p.batch, p.height, p.width, p.out_height, p.out_width) = std::tuple_cat(shape);
+        std::tie(p.kernel_height, p.kernel_width, p.stride, p.top, p.left) = std::tuple_cat(geometry);
+        p.weight = reinterpret_cast<const void*>(weight), p.n = n;
+        p.row_scales = floats(scales[0]), p.row_zeros = floats(scales[1]);
+        p.column_scales = floats(scales[2]), p.sums = floats(scales[3]);
+        p.scale_per_image = scale_per_image, p.bias = floats(bias), p.activation = parse_activation(activation);
+        p.out = positions(std::get<0>(out), std::get<2>(out)), p.out_dtype = parse_dtype(std::get<1>(out));
+        if (residual) {
+            p.residual = positions(std::get<0>(*residual), std::get<2>(*residual));
+            p.residual_dtype = parse_dtype(std::get<1>(*residual));
+        }
+    }
+
+    void require_possible() const {
+        if (const char* reason = product_cuda_refuses(problem, factor, instructions)) throw std::invalid_argument(reason);
+    }
+};
+
+}  // namespace
+
+void bind_product(py::module_& m) {
+    py::class_<Call>(m, "Product",
+                     "A product; product.h says what it computes. sources: one or two of (address, strides, channels), strides\n"
+                     "being those of (image, row, column) in elements. dtype: int8, float8_e4m3fn, bfloat16 or float16, of\n"
+                     "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
+                     "address. scales: addresses of row scales, row zeros, column scales and sums, or 0. bias: address or 0.\n"
+                     "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma or wgmma. All\n"
+                     "memory must live until a run has ended.")
+        .def(py::init<const std::vector<Source>&, const std::string&, const std::array<int64_t, 5>&,
+                      const std::array<int64_t, 5>&, uintptr_t, int64_t, const std::array<uintptr_t, 4>&, bool, uintptr_t,
+                      const std::string&, const std::optional<Image>&, const Image&, const std::string&>(),
+             py::arg("sources"), py::arg("dtype"), py::arg("shape"), py::arg("geometry"), py::arg("weight"),
+             py::arg("n"), py::arg("scales"), py::arg("scale_per_image"), py::arg("bias"), py::arg("activation"),
+             py::arg("residual"), py::arg("out"), py::arg("instructions") = "auto")
+        .def(
+            "scratch",
+            [](const Call& call, int device) {
+                const DeviceGuard guard(device);
+                call.require_possible();
+                return product_cuda_scratch(call.problem, call.factor, call.instructions);
+            },
+            py::arg("device"), "Bytes of scratch memory that it needs there. Raises ValueError if it cannot run there.")
+        .def(
+            "run",
+            [](const Call& call, uintptr_t scratch, int device, uintptr_t stream) {
+                const DeviceGuard guard(device);
+                call.require_possible();
+                CudaProduct p = call.problem;
+                p.scratch = reinterpret_cast<void*>(scratch);
+                if (!scratch && product_cuda_scratch(p, call.factor, call.instructions))
+                    throw std::invalid_argument("scratch is missing");
+                require_success(product_cuda(p, call.factor, call.instructions, reinterpret_cast<cudaStream_t>(stream)),
+                                "product");
+            },
+            py::arg("scratch"), py::arg("device"), py::arg("stream"), "Enqueues it.");
+}
+
+}  // namespace vpd

@@ -1,0 +1,65 @@
+// Rows times a weight, and what follows it: the product of `linear` and `conv2d`.
+//
+//     out = activation(scaled(rows weight^T) + bias) + residual
+//
+// A row is what one output position reads of NHWC images: for `linear` the position itself, for `conv2d` its
+// neighbourhood, zero outside of the image, for each tap first the channels of one source, then those of the other.
+// Products of 8 or 16 bits on tensor cores, everything else in float32. Bitwise repeatable.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/dtype.h"
+
+namespace vpd {
+
+enum class CudaFactor { int8, float8_e4m3fn, bfloat16, float16 };  // of both factors
+enum class CudaActivation { none, relu, silu, geglu };
+
+// Positions (image, row, column) of a tensor whose channels are next to each other; strides in elements.
+struct CudaPositions {
+    void* data;
+    int64_t image, row, column;
+};
+
+struct CudaProduct {
+    int64_t batch, height, width, out_height, out_width;
+    int64_t kernel_height, kernel_width, stride, top, left;
+    CudaPositions source[2];  // (batch, height, width, channels); read only
+    int64_t channels[2];      // the second is 0 if there is one source
+    const void* weight;       // (n, kernel_height * kernel_width * channels of both sources), contiguous
+    int64_t n;
+    // Of 8 bits, else null: rows ~ row_scales * (stored - row_zeros) and weight ~ column_scales * stored, with sums
+    // (n) of the stored weight. Zeros and sums are of int8 only. One scale for every output position, or for every
+    // image if no position reads outside of it.
+    const float *row_scales, *row_zeros, *column_scales, *sums;
+    bool scale_per_image;
+    const float* bias;  // (n) or null
+    // geglu: runs of 16 values and of their 16 gates take turns among the n columns, and n / 2 columns come out.
+    CudaActivation activation;
+    CudaPositions residual, out;  // (batch, out_height, out_width, n or n / 2); residual null: none
+    CudaFloat residual_dtype, out_dtype;
+    void* scratch;  // of product_cuda_scratch() bytes; null if that is 0
+};
+
+// Which matrix instructions compute a product.
+enum class CudaInstructions {
+    automatic,  // wgmma if it can, else mma
+    mma,        // mma.sync, from sm_80 on; not float8_e4m3fn
+    wgmma,      // wgmma and TMA, sm_90 only
+};
+
+// nullptr if the product can run on the current device, else the reason why it cannot; scratch does not matter.
+const char* product_cuda_refuses(const CudaProduct& problem, CudaFactor factor, CudaInstructions instructions);
+
+// Bytes of scratch that a problem needs on the current device.
+int64_t product_cuda_scratch(const CudaProduct& problem, CudaFactor factor, CudaInstructions instructions);
+
+// Enqueues on the stream of the current device; returns the launch's error, or cudaErrorInvalidValue if the product is
+// refused or lacks scratch.
+cudaError_t product_cuda(const CudaProduct& problem, CudaFactor factor, CudaInstructions instructions,
+                         cudaStream_t stream);
+
+}  // namespace vpd

@@ -1,0 +1,113 @@
+// Kernels of products with wgmma, and the tensor maps that they read through.
+#include "cuda/product_wgmma.cuh"
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "cuda/product_kernels.h"
+
+namespace vpd::product {
+namespace {
+
+constexpr int64_t MOST_STRIDE_BYTES = int64_t(1) << 40;
+constexpr int MOST_IN_BOX = 256, MOST_STEP = 8;
+
+using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                        const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// cuTensorMapEncodeTiled of the driver, which is not linked so that the module can be imported without one.
+Encode* find_encode() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode*>(function) : nullptr;
+}
+
+int bytes_of(CudaFactor factor) { return factor == CudaFactor::int8 || factor == CudaFactor::float8_e4m3fn ? 1 : 2; }
+
+// Boxes of 128 bytes along the first dimension, swizzled. strides: in bytes, of all dimensions but the first.
+bool encode(TensorMap& map, int bytes, int rank, const void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
+            const cuuint32_t* box, const cuuint32_t* steps) {
+    static Encode* const function = find_encode();
+    const auto type = bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+    return function && function(&map, type, rank, const_cast<void*>(address), sizes, strides, box, steps,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+int images_of_box(const Plan& plan) { return plan.rows_of_tile >> (plan.log_x + plan.log_y); }
+
+bool encode_source(TensorMap& map, const CudaProduct& p, const Plan& plan, int bytes, int i) {
+    const CudaPositions& x = p.source[i];
+    const cuuint64_t sizes[] = {cuuint64_t(p.channels[i]), cuuint64_t(p.width), cuuint64_t(p.height), cuuint64_t(p.batch)};
+    cuuint64_t strides[] = {cuuint64_t(x.column) * bytes, cuuint64_t(x.row) * bytes, cuuint64_t(x.image) * bytes};
+    for (int axis = 0; axis < 3; ++axis)  // of what there is only one, the stride does not matter
+        if (sizes[axis + 1] == 1) strides[axis] = cuuint64_t(p.channels[i]) * bytes;
+    const cuuint32_t stride = cuuint32_t(p.stride);
+    const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), stride << plan.log_x, stride << plan.log_y,
+                              cuuint32_t(images_of_box(plan))};
+    const cuuint32_t steps[] = {1, stride, stride, 1};
+    return encode(map, bytes, 4, x.data, sizes, strides, box, steps);
+}
+
+bool encode_weight(TensorMap& map, const CudaProduct& p, const Plan& plan, int bytes) {
+    const cuuint64_t sizes[] = {cuuint64_t(plan.weight_columns), cuuint64_t(p.n)};
+    const cuuint64_t strides[] = {cuuint64_t(plan.weight_columns) * bytes};
+    const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), cuuint32_t(plan.columns_of_tile)}, steps[] = {1, 1};
+    return encode(map, bytes, 2, p.weight, sizes, strides, box, steps);
+}
+
+template <typename T, int COLUMNS>
+cudaError_t launch(const TensorMaps& maps, const CudaProduct& p, const Plan& plan, cudaStream_t stream) {
+    using Size = WgmmaTile<T, COLUMNS>;
+    const auto kernel = wgmma_kernel<T, COLUMNS>;
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::SHARED_BYTES);
+    if (status != cudaSuccess) return status;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(plan.row_tiles * plan.column_tiles * plan.splits)), config.blockDim = dim3(Size::THREADS);
+    config.dynamicSmemBytes = Size::SHARED_BYTES, config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, maps, p, plan);
+}
+
+template <typename T>
+cudaError_t launch_of(const TensorMaps& maps, const CudaProduct& p, const Plan& plan, cudaStream_t stream) {
+    return plan.columns_of_tile == 128 ? launch<T, 128>(maps, p, plan, stream) : launch<T, 64>(maps, p, plan, stream);
+}
+
+}  // namespace
+
+const char* wgmma_refuses(const CudaProduct& p, const Plan& plan, CudaFactor factor) {
+    const int bytes = bytes_of(factor);
+    if (p.stride > MOST_STEP || p.stride << std::max(plan.log_x, plan.log_y) > MOST_IN_BOX)
+        return "the stride of the convolution is too large for TMA";
+    const int64_t sizes[] = {p.batch, p.height, p.width};
+    for (int i = 0; i < 2; ++i) {
+        const int64_t strides[] = {p.source[i].image, p.source[i].row, p.source[i].column};
+        for (int axis = 0; p.channels[i] && axis < 3; ++axis)
+            if (sizes[axis] > 1 && (strides[axis] < 1 || strides[axis] * bytes >= MOST_STRIDE_BYTES))
+                return "positions of a source that share memory, or lie too far apart, cannot be read by TMA";
+    }
+    return nullptr;
+}
+
+cudaError_t launch_wgmma(const CudaProduct& p, const Plan& plan, CudaFactor factor, cudaStream_t stream) {
+    TensorMaps maps{};
+    const int bytes = bytes_of(factor);
+    const bool two = p.channels[1] > 0;
+    if (!encode_source(maps.source[0], p, plan, bytes, 0) || (two && !encode_source(maps.source[1], p, plan, bytes, 1)) ||
+        !encode_weight(maps.weight, p, plan, bytes))
+        return cudaErrorInvalidValue;
+    switch (factor) {
+        case CudaFactor::int8: return launch_of<int8_t>(maps, p, plan, stream);
+        case CudaFactor::float8_e4m3fn: return launch_of<Float8>(maps, p, plan, stream);
+        case CudaFactor::bfloat16: return launch_of<Bfloat16>(maps, p, plan, stream);
+        case CudaFactor::float16: return launch_of<Float16>(maps, p, plan, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace vpd::product

@@ -1,0 +1,149 @@
+// The product with wgmma on sm_90a. One warp starts copies by TMA, two warpgroups multiply 64 rows each.
+//
+// A step of a tile's rows is one box of the image, at the tap's offset: TMA walks (channel, column, row, image) with the
+// stride of the convolution, and fills with zeros what lies beyond the image or its channels. So neither patches nor
+// padding exist anywhere, and a position costs no arithmetic. Boxes lie in shared memory with the swizzle of 128 bytes, as
+// wgmma reads them.
+//
+// Steps go through a ring of stages: `filled` says that a stage's bytes have come, `emptied` that both warpgroups are done
+// with it. Two blocks share a multiprocessor where registers allow, so that one multiplies while the other finishes; with
+// one warp for the copies they do without moving registers between warps (288 threads have 112 each, or 224 for one block).
+#pragma once
+
+#include "cuda/hopper.cuh"
+#include "cuda/product_epilogue.cuh"
+
+namespace vpd::product {
+
+struct TensorMaps {
+    TensorMap source[2], weight;
+};
+
+template <typename T, int COLUMNS>
+struct WgmmaTile {
+    static constexpr int ROWS = 128, MULTIPLYING = 256, THREADS = MULTIPLYING + WARP;
+    // float8 sums are kept twice, see below.
+    static constexpr int BLOCKS = std::is_same_v<T, Float8> && COLUMNS == 128 ? 1 : 2;
+    static constexpr int LEFT_BYTES = ROWS * STEP_BYTES, STAGE_BYTES = LEFT_BYTES + COLUMNS * STEP_BYTES;
+    static constexpr int STAGES = (BLOCKS == 2 ? 104 : 208) * 1024 / STAGE_BYTES;
+    static constexpr int ALIGNMENT = 1024;  // of what is swizzled
+    static constexpr int SHARED_BYTES = ALIGNMENT + STAGES * STAGE_BYTES + 2 * STAGES * 8;
+    static_assert(epilogue_bytes(ROWS, COLUMNS) <= STAGES * STAGE_BYTES && STAGES >= 3);
+};
+
+// The matrix descriptor of rows of 128 bytes with their swizzle, groups of 8 rows behind each other.
+__device__ inline uint64_t descriptor(const void* shared) {
+    constexpr uint64_t EIGHT_ROWS = 8 * STEP_BYTES;
+    return uint64_t(shared_address(shared) >> 4) | uint64_t(1) << 16 | EIGHT_ROWS >> 4 << 32 | uint64_t(1) << 62;
+}
+
+template <typename T, int COLUMNS>
+__device__ inline void copy_steps(const TensorMaps& maps, const CudaProduct& p, const Plan& plan, const Tile& tile,
+                                  unsigned char* stages, uint64_t* filled, uint64_t* emptied) {
+    using Size = WgmmaTile<T, COLUMNS>;
+    Step<Factor<T>::BYTES> step(p, plan, tile.begin);
+    const int y = tile.y * int(p.stride) - int(p.top), x = tile.x * int(p.stride) - int(p.left);
+    int stage = 0, round = 0;
+    for (int i = tile.begin; i < tile.end; ++i) {
+        if (round) barrier_wait(emptied + stage, (round - 1) & 1);
+        unsigned char* const left = stages + stage * Size::STAGE_BYTES;
+        barrier_expect(filled + stage, Size::STAGE_BYTES);
+        load_box(left, maps.source[step.source], filled + stage, step.channel(), x + step.dx, y + step.dy, tile.image);
+        load_box(left + Size::LEFT_BYTES, maps.weight, filled + stage, step.weight_column(p), tile.column);
+        step.advance(p, plan);
+        if (++stage == Size::STAGES) stage = 0, ++round;
+    }
+}
+
+// Sums of 64 rows by the warpgroup `group`.
+template <typename T, int COLUMNS>
+__device__ inline void multiply_steps(typename Factor<T>::Sum (&sums)[COLUMNS / 2], const CudaProduct& p, const Plan& plan,
+                                      const Tile& tile, const unsigned char* stages, uint64_t* filled, uint64_t* emptied,
+                                      int group, int lane) {
+    using Size = WgmmaTile<T, COLUMNS>;
+    using Sum = typename Factor<T>::Sum;
+    // Tensor cores add up products of float8 with about 14 bits, so their sums of 128 columns move to float32.
+    constexpr bool TWICE = std::is_same_v<T, Float8>;
+    Sum few[TWICE ? COLUMNS / 2 : 1];
+    Step<Factor<T>::BYTES> step(p, plan, tile.begin);
+    int stage = 0, round = 0;
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 2; ++j) sums[j] = 0;
+    for (int i = tile.begin; i < tile.end; ++i) {
+        const unsigned char* const left = stages + stage * Size::STAGE_BYTES;
+        const uint64_t a = descriptor(left + group * 64 * STEP_BYTES), b = descriptor(left + Size::LEFT_BYTES);
+        const int parts = step.parts(p);
+        step.advance(p, plan);
+        barrier_wait(filled + stage, round & 1);
+        products_begin();
+        const auto multiply = [&](int part) {
+            const int further = part * (PART_BYTES >> 4);
+            if constexpr (TWICE)
+                multiply_add_wide<T>(few, a + further, b + further, part > 0);
+            else
+                multiply_add_wide<T>(sums, a + further, b + further, true);
+        };
+        if (parts == STEP_BYTES / PART_BYTES) {
+#pragma unroll
+            for (int part = 0; part < STEP_BYTES / PART_BYTES; ++part) multiply(part);
+            products_commit();  // in each branch, else the compiler makes it an instruction of its own
+        } else {  // beyond the channels there are zeros, of which whole parts are left out
+#pragma unroll 1
+            for (int part = 0; part < parts; ++part) multiply(part);
+            products_commit();
+        }
+        int done = stage;
+        if constexpr (TWICE) {
+            products_wait<0>(few);
+#pragma unroll
+            for (int j = 0; j < COLUMNS / 2; ++j) sums[j] += few[j];
+        } else {
+            products_wait<1>(sums);
+            done = i == tile.begin ? -1 : (stage ? stage : Size::STAGES) - 1;
+        }
+        if (lane == 0 && done >= 0) barrier_arrive(emptied + done);
+        if (++stage == Size::STAGES) stage = 0, ++round;
+    }
+    if constexpr (!TWICE) products_wait<0>(sums);
+}
+
+template <typename T, int COLUMNS>
+__global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, COLUMNS>::BLOCKS)
+    wgmma_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ CudaProduct p,
+                 const __grid_constant__ Plan plan) {
+#if VPD_HOPPER
+    using Size = WgmmaTile<T, COLUMNS>;
+    using Sum = typename Factor<T>::Sum;
+    const int group = threadIdx.x / 128, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    unsigned char* const memory = dynamic_shared();
+    unsigned char* const stages = memory + (-shared_address(memory) & (Size::ALIGNMENT - 1));
+    uint64_t* const filled = reinterpret_cast<uint64_t*>(stages + Size::STAGES * Size::STAGE_BYTES);
+    uint64_t* const emptied = filled + Size::STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Size::STAGES; ++i) {
+            barrier_init(filled + i, 1);
+            barrier_init(emptied + i, Size::MULTIPLYING / WARP);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+    const Tile tile = tile_of(plan, blockIdx.x);
+    if (group == Size::MULTIPLYING / 128) {
+        if (lane == 0) copy_steps<T, COLUMNS>(maps, p, plan, tile, stages, filled, emptied);
+        return;
+    }
+    Sum sums[COLUMNS / 2];
+    multiply_steps<T, COLUMNS>(sums, p, plan, tile, stages, filled, emptied, group, lane);
+    // Both warpgroups are done with the factors, whose place the sums take. The copies have all come.
+    sync_threads(1, Size::MULTIPLYING);
+    Sum* const staged = reinterpret_cast<Sum*>(stages);
+    Sum* const own = staged + (warp * ROWS_PER_WARP + lane / 4) * pitch_of(COLUMNS) + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) own[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
+    sync_warp();
+    finish_tile<T, COLUMNS>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS)),
+                            warp, lane);
+#endif
+}
+
+}  // namespace vpd::product

@@ -1,0 +1,291 @@
+// What sm_90 adds: barriers that count bytes, TMA copies of boxes, and matrix instructions of a warpgroup. These run as
+// late as they may: a product when it is waited for, with the shared memory of that moment, and its sums are poison until
+// then; a copy leaves poison until it has come.
+#include <cmath>
+#include <cstring>
+
+#include "machine.h"
+
+namespace cuda_emulation {
+namespace {
+
+constexpr uint32_t SHARED_BASE = 1024 + 128;  // of the emulated shared window: aligned to 128 bytes only, as memory is
+constexpr int PART_BYTES = 32, LINE_BYTES = 128, WAIT_FOR_PRODUCTS = 201;
+
+uint32_t shared_offset(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - current->block->shared); }
+
+TransactionBarrier& barrier_at(const uint64_t* barrier) {
+    check_shared(barrier, 8, 8);
+    const auto found = current->block->transactions.find(barrier);
+    if (found == current->block->transactions.end()) fail("a barrier is used that was not initialised");
+    return found->second;
+}
+
+void end_phase_if_complete(TransactionBarrier& barrier) {
+    if (barrier.pending || barrier.bytes) return;
+    ++barrier.phase;
+    barrier.pending = barrier.count;
+    wake(barrier.waiting);
+}
+
+// Swizzle of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
+uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+struct Matrix {
+    uint32_t start, rows_apart;
+};
+
+// A matrix descriptor of the PTX manual, of a factor that lies along K with a swizzle of 128 bytes.
+Matrix decode(uint64_t descriptor) {
+    if (descriptor >> 62 != 1) fail("only the swizzle of 128 bytes is emulated");
+    if (descriptor >> 49 & 7) fail("a base offset is not emulated");
+    const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
+    if (start % 1024 >= LINE_BYTES) fail("a swizzled matrix does not start at a multiple of 1024 bytes");
+    return {start, uint32_t(descriptor >> 32 & 0x3fff) << 4};
+}
+
+void read_row(const Block& block, const Matrix& matrix, int row, unsigned char (&bytes)[PART_BYTES]) {
+    for (int i = 0; i < PART_BYTES; i += 16) {
+        const uint32_t line = matrix.start + row / 8 * matrix.rows_apart + row % 8 * LINE_BYTES + i;
+        const uint32_t address = swizzled(line) - SHARED_BASE;
+        if (address + 16 > block.bytes) fail("a product reads outside of the shared memory");
+        std::memcpy(bytes + i, block.shared + address, 16);
+    }
+}
+
+float float8_to_float(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    float x = exponent ? std::ldexp(float(fraction + 8), exponent - 10) : std::ldexp(float(fraction), -9);
+    if (exponent == 15 && fraction == 7) x = NAN;
+    return bits >> 7 ? -x : x;
+}
+
+int numbers_of(Format format) { return format == Format::int8 || format == Format::float8_e4m3fn ? 32 : 16; }
+
+void to_numbers(Format format, const unsigned char (&bytes)[PART_BYTES], float (&x)[PART_BYTES]) {
+    static const auto FLOAT8 = [] {
+        std::vector<float> table(256);
+        for (int i = 0; i < 256; ++i) table[i] = float8_to_float(uint8_t(i));
+        return table;
+    }();
+    for (int i = 0; i < numbers_of(format); ++i) {
+        uint16_t wide = 0;
+        if (format == Format::bfloat16 || format == Format::float16) std::memcpy(&wide, bytes + 2 * i, 2);
+        x[i] = format == Format::int8            ? float(int8_t(bytes[i]))
+               : format == Format::float8_e4m3fn ? FLOAT8[bytes[i]]
+               : format == Format::bfloat16      ? bfloat16_to_float(wide)
+                                                 : float16_to_float(wide);
+    }
+}
+
+// Hopper adds products of 8-bit floats and the sum so far with 13 bits behind the leading one of the largest; the rest of
+// each is cut off.
+float add_with_few_bits(float sum, const float (&x)[PART_BYTES], const float (&y)[PART_BYTES]) {
+    float largest = std::fabs(sum), terms[PART_BYTES], plain = sum;
+    for (int i = 0; i < PART_BYTES; ++i) {
+        terms[i] = x[i] * y[i], plain += terms[i];
+        largest = std::fmax(largest, std::fabs(terms[i]));
+    }
+    if (!std::isfinite(plain) || largest == 0) return plain;
+    const int last = std::ilogb(largest) - 13;
+    double total = std::trunc(std::ldexp(double(sum), -last));
+    for (float term : terms) total += std::trunc(std::ldexp(double(term), -last));
+    return float(std::ldexp(total, last));
+}
+
+uint32_t multiply_row(Format format, uint32_t sum, const float (&x)[PART_BYTES], const float (&y)[PART_BYTES]) {
+    if (format == Format::int8) {
+        for (int i = 0; i < PART_BYTES; ++i) sum += uint32_t(int32_t(x[i]) * int32_t(y[i]));
+        return sum;
+    }
+    float number;
+    std::memcpy(&number, &sum, 4);
+    if (format == Format::float8_e4m3fn) {
+        number = add_with_few_bits(number, x, y);
+    } else {
+        double total = number;
+        for (int i = 0; i < 16; ++i) total += double(x[i]) * y[i];
+        number = float(total);
+    }
+    std::memcpy(&sum, &number, 4);
+    return sum;
+}
+
+// This thread's share of sums (64 x columns) += left right^T: layout of the PTX manual for the result of wgmma.
+void multiply(Thread& thread, Format format, std::vector<uint32_t>& sums, int columns, uint64_t left, uint64_t right,
+              bool accumulate) {
+    const Matrix a = decode(left), b = decode(right);
+    const unsigned lane = thread.lane, warp = thread.index.x / WARP % 4;
+    unsigned char bytes[PART_BYTES];
+    float rows[2][PART_BYTES] = {}, column[PART_BYTES] = {};
+    for (int half = 0; half < 2; ++half) {
+        read_row(*thread.block, a, int(warp * 16 + lane / 4 + half * 8), bytes);
+        to_numbers(format, bytes, rows[half]);
+    }
+    for (int i = 0; i < columns / 4; ++i) {  // columns of this thread
+        read_row(*thread.block, b, int(i / 2 * 8 + lane % 4 * 2 + i % 2), bytes);
+        to_numbers(format, bytes, column);
+        for (int half = 0; half < 2; ++half) {
+            uint32_t& sum = sums[i / 2 * 4 + half * 2 + i % 2];
+            sum = multiply_row(format, accumulate ? sum : 0, rows[half], column);
+        }
+    }
+}
+
+}  // namespace
+
+void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, uint64_t right, bool accumulate) {
+    Thread& thread = *current;
+    if (!thread.fenced) fail("a product is issued without a fence before it");
+    if (columns % 8 || columns > 256) fail("no matrix instruction has this number of columns");
+    const bool pending = thread.sums.count(sums);
+    std::vector<uint32_t>& kept = thread.sums[sums];
+    if (!pending) {
+        kept.resize(columns / 2);
+        std::memcpy(kept.data(), sums, kept.size() * 4);
+        std::memset(sums, NAN_BYTE, kept.size() * 4);
+    }
+    const auto run = [&thread, &kept, format, columns, left, right, accumulate] {
+        multiply(thread, format, kept, columns, left, right, accumulate);
+    };
+    thread.products.push_back({run, thread.group});
+}
+
+// A warp waits as one: what any of its threads does afterwards comes after the products of all.
+void wait_for_products(int pending) {
+    Thread& thread = *current;
+    while (!thread.products.empty() && thread.products.front().group < thread.group - pending) {
+        thread.products.front().run();
+        thread.products.pop_front();
+    }
+    thread.fenced = false;
+    warp_instruction(WAIT_FOR_PRODUCTS, [](Warp&) {});
+    if (!thread.products.empty()) return;
+    for (auto& [registers, kept] : thread.sums) std::memcpy(registers, kept.data(), kept.size() * 4);
+    thread.sums.clear();
+}
+
+void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5]) {
+    size_t lines = 1;
+    uint32_t counts[5] = {1, 1, 1, 1, 1};
+    for (int i = 0; i < map.rank; ++i) counts[i] = (map.box[i] + map.steps[i] - 1) / map.steps[i];
+    for (int i = 1; i < map.rank; ++i) lines *= counts[i];
+    const size_t line_bytes = size_t(map.box[0]) * map.bytes;
+    check_shared(shared, lines * line_bytes, 128);
+    if (map.swizzled && line_bytes != LINE_BYTES) fail("only lines of 128 bytes are emulated");
+    TransactionBarrier& arrives = barrier_at(barrier);
+    std::memset(shared, NAN_BYTE, lines * line_bytes);
+    struct Line {
+        uint32_t to;
+        std::vector<unsigned char> bytes;
+    };
+    std::vector<Line> copied(lines);
+    for (size_t line = 0; line < lines; ++line) {
+        size_t rest = line;
+        const unsigned char* from = map.address;
+        bool inside = true;
+        for (int i = 1; i < map.rank; ++i) {
+            const int64_t at = place[i] + int64_t(rest % counts[i]) * map.steps[i];
+            rest /= counts[i];
+            inside = inside && at >= 0 && uint64_t(at) < map.sizes[i];
+            from += at * int64_t(map.strides[i]);
+        }
+        copied[line].to = shared_offset(shared) + uint32_t(line * line_bytes);
+        copied[line].bytes.resize(line_bytes);
+        for (uint32_t i = 0; inside && i < map.box[0]; ++i) {
+            const int64_t at = int64_t(place[0]) + i;
+            if (at < 0 || uint64_t(at) >= map.sizes[0]) continue;
+            const unsigned char* const element = from + at * map.bytes;
+            check_global(element, map.bytes, false);
+            std::memcpy(&copied[line].bytes[i * map.bytes], element, map.bytes);
+        }
+    }
+    Block* const block = current->block;
+    copies_under_way.push_back([copied, block, &arrives, swizzle = map.swizzled, line_bytes] {
+        for (const Line& line : copied)
+            for (uint32_t i = 0; i < line_bytes; i += 16) {
+                const uint32_t at = line.to + i + SHARED_BASE;
+                std::memcpy(block->shared + (swizzle ? swizzled(at) : at) - SHARED_BASE, &line.bytes[i], 16);
+            }
+        arrives.bytes -= long(copied.size() * line_bytes);
+        end_phase_if_complete(arrives);
+    });
+}
+
+}  // namespace cuda_emulation
+
+using namespace cuda_emulation;
+
+namespace vpd::device {
+
+uint32_t shared_address(const void* p) {
+    check_shared(p, 1, 1);
+    return uint32_t(static_cast<const unsigned char*>(p) - current->block->shared) + SHARED_BASE;
+}
+
+void barrier_init(uint64_t* barrier, unsigned arrivals) {
+    check_shared(barrier, 8, 8);
+    TransactionBarrier& b = current->block->transactions[barrier];
+    b.count = b.pending = arrivals;
+}
+void barrier_init_done() {}
+
+void barrier_expect(uint64_t* barrier, unsigned bytes) {
+    barrier_at(barrier).bytes += bytes;
+    barrier_arrive(barrier);
+}
+void barrier_arrive(uint64_t* barrier) {
+    TransactionBarrier& b = barrier_at(barrier);
+    if (!b.pending) fail("more threads arrive at a barrier than it waits for");
+    --b.pending;
+    end_phase_if_complete(b);
+}
+void barrier_wait(uint64_t* barrier, unsigned parity) {
+    TransactionBarrier& b = barrier_at(barrier);
+    while (b.phase % 2 == parity) {
+        b.waiting.push_back(current);
+        yield();
+    }
+}
+
+void sync_threads(int barrier, int threads) {
+    Barrier& b = current->block->named[barrier];
+    if (arrive(b, unsigned(threads))) release(b);
+}
+
+void products_begin() { current->fenced = true; }
+void products_commit() { ++current->group; }
+
+}  // namespace vpd::device
+
+namespace {
+
+// As the driver's: refuses what the manual does not allow.
+CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
+                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    const int bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+    const bool bad = reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(address) % 16 || !rank || rank > 5 ||
+                     interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || box[0] * bytes % 16 ||
+                     (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * bytes > 128);
+    if (bad) return CUDA_ERROR_INVALID_VALUE;
+    map->address = static_cast<const unsigned char*>(address), map->rank = int(rank), map->bytes = bytes;
+    map->swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+    for (unsigned i = 0; i < rank; ++i) {
+        map->sizes[i] = sizes[i], map->box[i] = box[i], map->steps[i] = i ? steps[i] : 1;
+        map->strides[i] = i ? strides[i - 1] : bytes;
+        if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256 || !steps[i] || steps[i] > 8) return CUDA_ERROR_INVALID_VALUE;
+        if (i && (!map->strides[i] || map->strides[i] % 16 || map->strides[i] >= 1ull << 40)) return CUDA_ERROR_INVALID_VALUE;
+    }
+    return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+    const bool known = !std::strcmp(symbol, "cuTensorMapEncodeTiled");
+    *function = known ? reinterpret_cast<void*>(&encode) : nullptr;
+    *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
+}

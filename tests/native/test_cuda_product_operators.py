@@ -1,0 +1,112 @@
+"""`linear` and `conv2d` with impl="cuda": interpreted Triton kernels prepare, emulated CUDA kernels multiply."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from vpd_fast import ops
+from vpd_fast.errors import InputError
+from vpd_fast.ops import _cuda_product
+from vpd_fast.ops._packing import FLOAT8, PackedWeight
+from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
+from vpd_fast.ops._triton import triton_missing
+
+from .product_cases import A100, H200, name_of
+
+pytestmark = pytest.mark.skipif(
+    triton_missing(torch.empty(0)) is not None, reason="interpreted only without a GPU; tests marked gpu run there"
+)
+
+
+@pytest.fixture
+def instructions(request: pytest.FixtureRequest, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The operators take CPU tensors for the emulated device's, which has these instructions."""
+    cuda.configure(*(A100 if request.param == "mma" else H200))
+    cuda.announce([(0, 2**63, True)])
+    monkeypatch.setattr(_cuda_product, "refuses", lambda *_: None)
+    monkeypatch.setattr(_cuda_product._native, "load", lambda name: {"_C_cuda": cuda}[name])
+    monkeypatch.setattr(_cuda_product, "INSTRUCTIONS", request.param)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return request.param
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def make_weight(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
+    return PackedWeight.pack(randn(1, n, k) / k**0.5, dtype)
+
+
+# Of the result, in L2: float32 sums in another order; products of float8 are added with 14 bits, see
+# test_sums_of_float8_move_to_float32, and what is cut off is of either sign here. int8 must agree bit by bit.
+CLOSE = {torch.int8: 0.0, torch.bfloat16: 2e-6, torch.float16: 2e-6, FLOAT8: 1e-3}
+CALLS = [(i, dtype) for i in ("mma", "wgmma") for dtype in CLOSE if (i, dtype) != ("mma", FLOAT8)]
+precisions = pytest.mark.parametrize(
+    ("instructions", "precision"), CALLS, ids=[f"{i}-{name_of(dtype)}" for i, dtype in CALLS], indirect=["instructions"]
+)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, precision: torch.dtype) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    distance = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert distance <= CLOSE[precision], distance
+
+
+@precisions
+def test_linear(instructions: str, precision: torch.dtype) -> None:
+    """Rows that are prepared, two sources and such that are not, unaligned memory, and statistics of the result."""
+    plain = {"residual": randn(2, 21, 40), "norm": "layer", "affine": randn(2, 2, 48), "scale": randn(48)}
+    weight, bias = make_weight(40, 48, precision), randn(40)
+    x, x2 = randn(2, 21, 32, dtype=torch.bfloat16), randn(2, 21, 16)
+    actual, expected = (ops.linear(x, weight, bias, x2=x2, impl=impl, **plain) for impl in ("cuda", "triton"))
+    assert actual.dtype == torch.bfloat16
+    assert_same(actual.float(), expected.float(), precision if precision == torch.int8 else FLOAT8)
+    if precision in (torch.bfloat16, torch.float16):
+        wide = randn(2, 21, 100, dtype=precision)
+        sources = wide[..., 3:35], wide[..., 50:66]
+        options = {"x2": sources[1], "out_dtype": torch.float32}
+        actual, expected = (ops.linear(sources[0], weight, impl=impl, **options) for impl in ("cuda", "triton"))
+        assert_same(actual, expected, precision)
+    found = []
+    for impl in ("cuda", "triton"):
+        known = Statistics(torch.full(statistics_shape(2, 21, 40), torch.nan), run_length(21))
+        out = ops.linear(x.float(), weight, x2=x2, statistics=known, impl=impl)
+        found.append((out, known.data))
+    assert_same(found[0][0], found[1][0], precision)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=1e-2)
+
+
+@precisions
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d(instructions: str, precision: torch.dtype, stride: int) -> None:
+    """An image that is rounded and padded before, and one whose padding the kernel supplies."""
+    weight, bias = make_weight(24, 9 * 48, precision), randn(24)
+    how = {"kernel": (3, 3), "stride": stride, "padding": (0, 1, 1, 1) if stride == 2 else 1}
+    x, x2, affine = randn(2, 9, 8, 32), randn(2, 9, 8, 16, dtype=torch.bfloat16), randn(2, 2, 48)
+    options = {**how, "x2": x2, "affine": affine, "silu": True}
+    actual, expected = (ops.conv2d(x, weight, bias, impl=impl, **options) for impl in ("cuda", "triton"))
+    assert_same(actual, expected, precision)
+    if precision in (torch.bfloat16, torch.float16):
+        sources = x.to(precision), x2.to(precision)
+        options = {**how, "x2": sources[1], "out_dtype": torch.float32, "activation": "relu"}
+        actual, expected = (ops.conv2d(sources[0], weight, bias, impl=impl, **options) for impl in ("cuda", "triton"))
+        assert_same(actual, expected, precision)
+
+
+@precisions
+def test_geglu(instructions: str, precision: torch.dtype) -> None:
+    x, weight, bias = randn(1, 30, 80), make_weight(192, 80, precision), randn(192)
+    actual, expected = (ops.linear(x, weight, bias, activation="geglu", impl=impl) for impl in ("cuda", "triton"))
+    assert_same(actual, expected, precision if precision != torch.int8 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("instructions", ["mma", "wgmma"], indirect=True)
+def test_what_the_kernels_refuse_is_an_error(instructions: str) -> None:
+    with pytest.raises(InputError, match="multiple of 16 bytes"):
+        ops.linear(randn(1, 5, 20), make_weight(8, 20, torch.int8), impl="cuda")
