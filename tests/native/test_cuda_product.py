@@ -13,7 +13,7 @@ import torch
 
 from vpd_fast import _native
 
-from .product_cases import A100, FLOAT8, H200, L40, Case, Device, check, make, name_of, run
+from .product_cases import A100, FLOAT8, H200, L40, Case, Device, before_activation, check, make, name_of, run
 
 MMA = [("mma", A100)]
 WGMMA = [("wgmma", H200)]
@@ -209,6 +209,19 @@ def test_tensors_that_are_not_aligned(cuda: ModuleType) -> None:
     p.sources[0] = torch.zeros(1, 5, 7, 56, dtype=torch.int8)[..., :48]
     with pytest.raises(ValueError, match="stride of a source is no multiple of 16 bytes"):
         run(cuda, p, "mma", A100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"batch": 3}, "share memory"), ({"stride": 9, "height": 30, "width": 30}, "stride of the convolution")],
+)
+def test_what_tma_cannot_read_is_computed_by_mma(cuda: ModuleType, change: dict, message: str) -> None:
+    """An image for the whole batch, and a convolution of a stride beyond TMA's."""
+    p = make(Case(kernel=(2, 2), **change))
+    p.sources[0] = p.sources[0][:1].expand(p.case.batch, -1, -1, -1)
+    with pytest.raises(ValueError, match=message):
+        run(cuda, p, "wgmma")
+    assert torch.equal(run(cuda, p, "auto"), before_activation(p))
 
 
 @pytest.mark.parametrize("sizes", [{"height": 1 << 30}, {"batch": 1 << 20, "height": 1 << 11}, {"n": 1 << 31}])

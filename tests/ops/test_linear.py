@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops import _cuda_product
+from vpd_fast.ops._packing import FLOAT8, PackedWeight
 from vpd_fast.ops._statistics import statistics_shape
 
 from .gemm_cases import (
@@ -411,10 +414,41 @@ def test_gradients_are_fine_where_none_are_recorded() -> None:
 
 def test_why_an_implementation_cannot_run(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    no_gpu = {"triton": "x is on cpu, not on a GPU"}
+    no_gpu = dict.fromkeys(("triton", "cuda"), "x is on cpu, not on a GPU")
     assert ops.explain("linear", X, WEIGHT) == {"cpu": "ok", **no_gpu, "reference": "ok"}
     weight = PackedWeight(WEIGHT.data.to("meta"), None, None, 6, 8)
     assert ops.explain("linear", X.to("meta"), weight)["cpu"] == "x is on meta, not on the CPU"
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "norm", "capability", "expected"),
+    [
+        ((32,), torch.float32, False, (9, 0), "tensor cores multiply 8 and 16 bits"),
+        ((24,), torch.int8, False, (9, 0), "24 channels of torch.int8 are no multiple of 16 bytes"),
+        ((24, 8), torch.int8, False, (9, 0), None),  # rounded and joined before
+        ((24, 12), torch.bfloat16, False, (9, 0), r"24 \+ 12 channels of torch.bfloat16"),
+        ((24, 12), torch.bfloat16, True, (9, 0), "36 channels of torch.bfloat16"),
+        ((20, 12), torch.bfloat16, True, (8, 0), None),
+        ((32,), FLOAT8, False, (8, 9), "has no wgmma"),
+        ((32,), FLOAT8, False, (9, 0), None),
+    ],
+)
+def test_why_the_cuda_kernels_cannot_run(monkeypatch, widths, dtype, norm, capability, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(_cuda_product._gemm, "triton_refuses", lambda *_: None)
+    monkeypatch.setattr(_cuda_product._native, "why_missing", lambda name: None)
+    kind = dtype if dtype == torch.bfloat16 else torch.float32
+    x, x2 = ([randn(1, 4, width, dtype=kind).as_subclass(OnGpu) for width in widths] + [None])[:2]
+    reason = _cuda_product.refuses(x, x2, torch.zeros(1, 8, sum(widths)).to(dtype), 8, "", (norm, None, None))
+    assert reason is None if expected is None else re.search(expected, reason)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
