@@ -345,3 +345,20 @@ def test_what_a_fast_model_cannot_do() -> None:
     assert not fast(some_images().requires_grad_()).requires_grad
     with pytest.raises(InputError, match="multiples of 64"):
         fast(some_images(1, 60, 64))
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
+def test_fp8_needs_a_gpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+    device = torch.device("cuda", 0)
+    for policy, precision in ((Policy(), "fp8"), (Policy(precisions={"unet.*": "fp8"}), "int8")):
+        if refused:
+            with pytest.raises(InputError, match='precision "fp8" does not run on cuda:0: A GPU has no instructions'):
+                policy.check_device(precision, device)
+        else:
+            policy.check_device(precision, device)
+    Policy(emulate=True).check_device("fp8", device)
+    Policy().check_device("fp16", device)
