@@ -16,7 +16,7 @@ from vpd_fast.models.random_weights import randomize
 
 pytestmark = pytest.mark.gpu
 SMALL = BackboneConfig(model_channels=64, num_heads=4, context_dim=32, vae_ch=64)
-GATES = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.99}
+GATES = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999, "int8": 0.99, "fp8": 0.95}
 
 
 @pytest.fixture
@@ -33,8 +33,9 @@ def images(batch: int = 1, seed: int = 0, size: int = 256) -> torch.Tensor:
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("precision", GATES)
 def test_agrees_with_the_plain_model(model: VPD, precision: str, graphs: bool) -> None:
-    fast = vpd_fast.optimize(model, precision)
-    fast.graphs = graphs
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    fast = vpd_fast.optimize(model, precision, graphs=graphs)
     for batch, size in ((1, 256), (2, 128), (1, 256)):
         x = images(batch, size=size)
         with torch.no_grad():
@@ -75,3 +76,12 @@ def test_an_engine_of_the_cpu_runs_on_the_gpu(model: VPD, tmp_path: Path) -> Non
     vpd_fast.optimize(model.cpu(), "int8", policy=Policy(winograd=False)).save(tmp_path)
     on_cpu, on_gpu = vpd_fast.load_engine(tmp_path), vpd_fast.load_engine(tmp_path, device="cuda")
     assert cosine(on_gpu(images()).cpu(), on_cpu(images().cpu())) >= GATES["int8"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_model_on_the_cpu_becomes_a_fast_one_on_the_gpu(model: VPD, precision: str) -> None:
+    there = vpd_fast.optimize(model, precision)
+    moved = vpd_fast.optimize(model.cpu(), precision, device="cuda")
+    assert moved.device.type == "cuda"
+    assert [info.algorithm for info in moved.infos] == [info.algorithm for info in there.infos]
+    assert cosine(moved(images()), there(images())) >= 0.9999

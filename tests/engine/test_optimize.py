@@ -362,3 +362,20 @@ def test_fp8_needs_a_gpu_that_has_it(
             policy.check_device(precision, device)
     Policy(emulate=True).check_device("fp8", device)
     Policy().check_device("fp16", device)
+
+
+def test_devices() -> None:
+    model = small_model()
+    fast = vpd_fast.optimize(model, "fp32", device="cpu", graphs=False)
+    assert fast.device == torch.device("cpu")
+    assert not fast.graphs
+    assert vpd_fast.optimize(model, "fp32").graphs
+    for device, message in (
+        ("tpu", "device must be the name of a device, got 'tpu'"),
+        ("meta", "the CPU or a GPU, got meta"),
+    ):
+        with pytest.raises(InputError, match=message):
+            vpd_fast.optimize(model, "fp32", device=device)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device is cuda, but PyTorch finds no GPU"):
+            vpd_fast.optimize(model, "fp32", device="cuda")

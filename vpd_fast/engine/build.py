@@ -36,11 +36,17 @@ class LayerInfo:
 
 @torch.no_grad()
 def build_layer(
-    spec: Spec, precision: str, policy: Policy, out_dtype: torch.dtype, scale: Tensor | None = None
+    spec: Spec,
+    precision: str,
+    policy: Policy,
+    out_dtype: torch.dtype,
+    scale: Tensor | None = None,
+    device: str | None = None,
 ) -> tuple[Layer, LayerInfo]:
-    """The layer of `spec` in an engine of `precision`.
+    """The layer of `spec` in an engine of `precision`, where its weight is.
 
-    out_dtype: of the activations. scale: (c,) factors of the input's channels; the weight is divided by them.
+    out_dtype: of the activations. scale: (c,) factors of the input's channels; the weight is divided by them. device:
+    "cpu" or "cuda", the kind of device that it is for; None: that of the weight.
     """
     weight, bias = (None if t is None else t.detach() for t in spec.make())
     if spec.kind == "group_norm":
@@ -56,7 +62,7 @@ def build_layer(
     else:
         taps, why = 0, f"stride {settings['stride']}"
         if spec.upsample or (settings["stride"] == 1 and shape[2:] == (3, 3) and spec.side):
-            taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample, weight.device.type)
+            taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample, device or weight.device.type)
         kind, packed, settings = _convolution(weight, taps, dtype, settings, spec.upsample)
         algorithm = PHASES if spec.upsample and not taps else ALGORITHMS[taps]
         reason = "; ".join(filter(None, (why if spec.side else "", reason)))

@@ -24,9 +24,11 @@ def optimize(
     calibration: Sequence[Tensor | Batch] | Tensor | None = None,
     policy: Policy | None = None,
     *,
+    device: torch.device | str | None = None,
+    graphs: bool = True,
     progress: bool = False,
 ) -> FastVPD:
-    """The fast form of a model: the same calls and results, inference only, on the device where the model is.
+    """The fast form of a model: the same calls and results, inference only.
 
     model: a plain model in evaluation mode, float32, on the CPU or a GPU. It is not changed, and may be deleted
         afterwards: layers are converted one by one and share nothing with it.
@@ -39,6 +41,8 @@ def optimize(
         `report(sensitivity=True)`. A referring model's list may have tuples (images, tokens); without tokens, random
         ones are taken.
     policy: choices of one's own; see `Policy`.
+    device: of the fast model, "cpu" or a GPU; None: where the model is. The model itself need not fit onto it.
+    graphs: on a GPU, run encoder and UNet as CUDA graphs; `FastVPD.graphs` can be changed later.
     progress: show a progress bar.
 
     Raises InputError for another model or precision, one in training mode, on another device or not in float32, and for
@@ -50,17 +54,19 @@ def optimize(
         raise InputError(f"policy must be a vpd_fast.engine.Policy, got {type(policy).__name__}")
     specs = list(layer_specs(model))
     policy.check_names([spec.name for spec in specs if spec.kind != "group_norm"])
-    policy.check_device(precision, model.device)
-    activations = ACTIVATIONS[precision]
+    target = _device(device, model)
+    policy.check_device(precision, target)
     measured = None
     if calibration is not None:
         if PRECISIONS[precision].itemsize > 1:
             raise InputError(f'calibration is for precision "int8" and "fp8", not {precision!r}')
         batches = check_batches(calibration, model)
-        exact = _assemble(model, "bf16", specs, Policy(winograd=False), torch.bfloat16, None, progress)
+        exact = _assemble(model, "bf16", specs, Policy(winograd=False), model.device, None, progress)
         measured = Calibration.run(exact, batches, policy, precision)
         del exact
-    return _assemble(model, precision, specs, policy, activations, measured, progress)
+    fast = _assemble(model, precision, specs, policy, target, measured, progress)
+    fast.graphs = graphs
+    return fast
 
 
 def _assemble(
@@ -68,17 +74,20 @@ def _assemble(
     precision: str,
     specs: list,
     policy: Policy,
-    activations: torch.dtype,
+    device: torch.device,
     measured: Calibration | None,
     progress: bool,
 ) -> FastVPD:
     layers, infos = {}, []
     for spec in tqdm(specs, desc=f"optimize to {precision}", unit="layer", disable=not progress):
         scale = measured.scale(spec) if measured else None
-        layers[spec.name], info = build_layer(spec, precision, policy, activations, scale)
-        snr = measured.snr_db(spec, layers[spec.name]) if measured else None
+        layer, info = build_layer(spec, precision, policy, ACTIVATIONS[precision], scale, device.type)
+        snr = measured.snr_db(spec, layer) if measured else None
+        layers[spec.name] = layer.for_device(device)
         infos.append(replace(info, snr_db=snr))
-    kept = {k: v.clone() for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)}
+    kept = {
+        k: v.to(device, copy=True) for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)
+    }
     return FastVPD.assemble(model.config, kept, layers, tuple(infos), precision)
 
 
@@ -95,3 +104,17 @@ def _check(model: VPD, precision: str) -> None:
         raise InputError(f"model must be on the CPU or a GPU, got {model.device}")
     if model.dtype != torch.float32:
         raise InputError(f"model must be in float32, which is what layers are rounded from, got {model.dtype}")
+
+
+def _device(device: torch.device | str | None, model: VPD) -> torch.device:
+    try:
+        found = model.device if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device must be the name of a device, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be the CPU or a GPU, got {found}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {found}, but PyTorch finds no GPU")
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found
