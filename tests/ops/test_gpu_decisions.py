@@ -275,6 +275,16 @@ class TestOffsets:
         with pytest.raises(AssertionError, match=reason):
             self.require("conv2d", x, weight_of(n, 9 * shape[3]), **options)
 
+    def test_conv2d_that_enlarges(self) -> None:
+        """Whose zeros around the image count, too: 46341 by 46341 positions, unlike 46340 by 46340, are 2**31."""
+        op = ops.registry()["conv2d"]
+        weight = PackedWeight(empty(4, 8, 4), None, None, 8, 4)
+        x, *rest = op.check(empty(1, 4, 4, 1), weight, kernel=(2, 2), upsample=True)
+        triton = next(i for i in op.implementations if i.name == "triton")
+        for side, reason in ((46338, "padded x has 2147395600 positions"), (46339, "a prepared image has more")):
+            assert reason in triton.refuse(empty(1, side, side, 1), *rest)
+        assert triton.refuse(x, *rest) is None
+
     def test_conv2d_into_a_wide_tensor(self) -> None:
         """A slice of channels of something larger, which lies further apart than the result is large."""
         x, weight = empty(1, 1024, 1024, 4), weight_of(8, 4)

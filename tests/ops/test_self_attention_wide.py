@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from .attention_cases import assert_close, make_qkv, probabilities
-from .variants import INTERPRETED
 
 kernels = pytest.importorskip("vpd_fast.kernels.self_attention", exc_type=ImportError)
+common = pytest.importorskip("vpd_fast.kernels._common", exc_type=ImportError)
 
 DTYPES = [torch.float32, torch.bfloat16]
 DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: 'cuda' checks the same")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not common.INTERPRETED.value, reason="'cuda' checks the same")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 

@@ -193,6 +193,11 @@ class _Arguments(NamedTuple):
         k = self.kernel[0] * self.kernel[1] * channels
         return PackedWeight(self.data, self.scales, self.sums, self.n, k)
 
+    @property
+    def margins(self) -> Sequence[int]:
+        """Zeros around the image that kernels for GPUs prepare: top, left, bottom, right."""
+        return (1, 1, 1, 1) if self.upsample else self.padding
+
     def phases(self) -> Iterator[_Arguments]:
         """The four convolutions of `upsample`."""
         for i in range(4):
@@ -289,7 +294,7 @@ def _triton(*arguments: Any, **product: Any) -> None:
 
 def _triton_refuses(*arguments: Any) -> str | None:
     call = _Arguments(*arguments)
-    return _gemm.triton_refuses(call, call.padding)
+    return _gemm.triton_refuses(call, call.margins)
 
 
 def _cuda(*arguments: Any) -> None:
@@ -298,7 +303,7 @@ def _cuda(*arguments: Any) -> None:
 
 def _cuda_refuses(*arguments: Any) -> str | None:
     call = _Arguments(*arguments)
-    return _cuda_product.refuses(call, (call.silu, call.affine, call.scale), call.padding)
+    return _cuda_product.refuses(call, (call.silu, call.affine, call.scale), call.margins)
 
 
 register(
