@@ -114,9 +114,18 @@ class FastVPD(VPD):
 
         return [to_nchw(x) for x in self._graphs.run("features", stage, latents, also=text)]
 
+    def _decode(self, head: Callable[..., Tensor], features: list[Tensor], *size: tuple[int, int] | None) -> Tensor:
+        """What a head makes of features (B,C,H,W): (B,c,h,w) float32."""
+        checks.feature_channels(features, self.config.feature_channels)
+
+        def stage(*features: Tensor) -> list[Tensor]:
+            return [head(self.layers, [to_nhwc(x) for x in features], *size).float()]
+
+        return to_nchw(self._graphs.run(f"decode{size}", stage, *features)[0])
+
     @property
     def graphs(self) -> bool:
-        """Whether encoder and UNet run as CUDA graphs, captured when images of a size come for the first time.
+        """Whether encoder, UNet and head run as CUDA graphs, captured when images of a size come for the first time.
 
         True by default, and of no effect on a CPU.
         """
@@ -190,8 +199,7 @@ class FastSegmentation(FastVPD, VPDSegmentation):
     @torch.no_grad()
     def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """Features -> logits (B,num_classes,h,w) at 1/8 of the image, or resized bilinearly to `size`."""
-        checks.feature_channels(features, self.config.feature_channels)
-        logits = to_nchw(heads.segmentation(self.layers, [to_nhwc(x) for x in features]).float())
+        logits = self._decode(heads.segmentation, features)
         return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
@@ -201,8 +209,7 @@ class FastReferring(FastVPD, VPDReferring):
     @torch.no_grad()
     def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """Features -> logits (B,2,h,w) at 1/8 of the image, or resized bilinearly (align_corners) to `size`."""
-        checks.feature_channels(features, self.config.feature_channels)
-        logits = to_nchw(heads.referring(self.layers, [to_nhwc(x) for x in features]).float())
+        logits = self._decode(heads.referring, features)
         return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
@@ -212,9 +219,7 @@ class FastDepth(FastVPD, VPDDepth):
     @torch.no_grad()
     def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """Features -> depth (B,1,H,W) in metres; `size` cuts off padding at the right and bottom (multiples of 32)."""
-        checks.feature_channels(features, self.config.feature_channels)
-        raw = heads.depth(self.layers, [to_nhwc(x) for x in features], size)
-        return torch.sigmoid(to_nchw(raw.float())) * self.config.max_depth
+        return torch.sigmoid(self._decode(heads.depth, features, size)) * self.config.max_depth
 
 
 _FAST: dict[str, type[FastVPD]] = {cls.task: cls for cls in (FastSegmentation, FastReferring, FastDepth)}
