@@ -61,7 +61,7 @@ def test_convert_to_an_engine_and_predict_with_it(saved, photo, tmp_path, capsys
     [
         (["--to", "engine", "--dtype", "fp16"], "--dtype is for checkpoints"),
         (["--to", "vpd", "--precision", "int8"], "--precision is for --to engine"),
-        (["--to", "engine", "--precision", "int4"], "fp32, bf16, int8"),
+        (["--to", "engine", "--precision", "int4"], "fp32, bf16, fp16, int8, fp8"),
         (["--to", "fastengine"], "engine, got 'fastengine'"),
     ],
 )
