@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -447,7 +448,8 @@ def test_why_the_cuda_kernels_cannot_run(monkeypatch, widths, dtype, norm, capab
     monkeypatch.setattr(_cuda_product._native, "why_missing", lambda name: None)
     kind = dtype if dtype == torch.bfloat16 else torch.float32
     x, x2 = ([randn(1, 4, width, dtype=kind).as_subclass(OnGpu) for width in widths] + [None])[:2]
-    reason = _cuda_product.refuses(x, x2, torch.zeros(1, 8, sum(widths)).to(dtype), 8, "", (norm, None, None))
+    call = SimpleNamespace(x=x, x2=x2, data=torch.zeros(1, 8, sum(widths)).to(dtype))
+    reason = _cuda_product.refuses(call, (norm, None, None))
     assert reason is None if expected is None else re.search(expected, reason)
 
 

@@ -229,9 +229,9 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
     rows = torch.einsum("iy,jx,brcdyx->ijbrcd", inward, inward, tiles)
     flat = rows.flatten(2, 4).flatten(0, 1)  # taps, tiles, channels
     if weight.dtype == torch.int8:
-        largest = flat.abs().amax(2, keepdim=True).clamp_min(LEAST_MAGNITUDE)
-        whole = (flat * (LARGEST / largest)).round_()
-        flat = whole @ weight.numbers().float().transpose(1, 2) * (largest / LARGEST) * weight.scales[:, None]
+        steps = flat.abs().amax(2, keepdim=True).clamp_min(LEAST_MAGNITUDE) / LARGEST[torch.int8]
+        whole = (flat / steps).round_()
+        flat = whole @ weight.numbers().float().transpose(1, 2) * steps * weight.scales[:, None]
     else:
         flat = flat.to(weight.dtype).float() @ weight.unpack().transpose(1, 2)
     return flat.unflatten(1, rows.shape[2:5]).unflatten(0, rows.shape[:2])
