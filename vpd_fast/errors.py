@@ -17,5 +17,9 @@ class ImageError(VPDFastError, ValueError):
     """An image cannot be read, is empty, or cannot be written."""
 
 
+class DatasetError(VPDFastError, ValueError):
+    """A data set's folder or file is missing, misnamed, broken, or does not fit the others."""
+
+
 class MissingDependencyError(VPDFastError, ImportError):
     """An optional package, a native module or a pretrained model is not available."""

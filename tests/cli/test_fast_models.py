@@ -56,6 +56,19 @@ def test_convert_to_an_engine_and_predict_with_it(saved, photo, tmp_path, capsys
     assert run(["maps", photo, "--checkpoint", str(engine), "-o", str(tmp_path / "maps")]) == 0
 
 
+def test_an_engine_for_gpus_is_made_without_one(saved, photo, tmp_path, capsys):
+    engine, output = tmp_path / "engine", tmp_path / "out"
+    arguments = ["convert", str(saved), str(engine), "--to", "engine", "--device", "cuda"]
+    assert run([*arguments, "--precision", "int8"]) == 0
+    assert "Winograd F" not in capsys.readouterr().out
+    assert run(["predict", photo, "--checkpoint", str(engine), "-o", str(output)]) == 0
+    assert labels_and_results(output)[1]["precision"] == "int8"
+    assert run([*arguments, "--precision", "fp8"]) == 0
+    capsys.readouterr()
+    assert run(["predict", photo, "--checkpoint", str(engine), "-o", str(output)]) == 2
+    assert "which CPUs have no kernels for" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -63,6 +76,8 @@ def test_convert_to_an_engine_and_predict_with_it(saved, photo, tmp_path, capsys
         (["--to", "vpd", "--precision", "int8"], "--precision is for --to engine"),
         (["--to", "engine", "--precision", "int4"], "fp32, bf16, fp16, int8, fp8"),
         (["--to", "fastengine"], "engine, got 'fastengine'"),
+        (["--to", "vpd", "--device", "cuda"], "--device is for --to engine"),
+        (["--to", "engine", "--device", "tpu"], "cpu, cuda, got 'tpu'"),
     ],
 )
 def test_options_of_convert_that_contradict(saved, tmp_path, capsys, options, message):
@@ -84,7 +99,8 @@ def test_an_engine_never_replaces_a_file(saved, tmp_path, capsys):
     [
         (["--precision", "bf16"], "is a fast model in int8"),
         (["--task", "depth"], "is a segmentation model"),
-        (["--attention-backend", "sdpa"], "neither --attention-backend nor --device"),
+        (["--attention-backend", "sdpa"], "--attention-backend is for plain models"),
+        (["--device", "cuda"], "PyTorch sees 0 usable GPUs"),
     ],
 )
 def test_options_that_do_not_fit_an_engine(saved, photo, tmp_path, capsys, options, message):

@@ -10,6 +10,7 @@ import typer
 from vpd_fast.cli import options, running
 from vpd_fast.errors import InputError
 
+DEVICES = ("cpu", "cuda")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -31,6 +32,14 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(options.PRECISIONS)}. [default: int8]"),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"What an engine is for: {', '.join(DEVICES)}. One for cuda needs no GPU to be made, and in fp32, bf16 "
+            "and int8 runs on CPUs as well, slower than one for them. [default: cpu]",
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint, and print what became of its tensors.
 
@@ -42,10 +51,12 @@ def convert(
     if to == "engine":
         if dtype is not None:
             raise InputError("--dtype is for checkpoints; --precision says in what an engine computes")
-        _to_engine(source, destination, precision or "int8")
+        _to_engine(source, destination, precision or "int8", device or "cpu")
         return
     if precision is not None:
         raise InputError(f"--precision is for --to engine, not --to {to}; --dtype says in what a checkpoint is stored")
+    if device is not None:
+        raise InputError(f"--device is for --to engine, not --to {to}; checkpoints are the same for all devices")
     import torch
 
     from vpd_fast.checkpoints import convert as convert_checkpoint
@@ -58,14 +69,18 @@ def convert(
     typer.echo(str(report))
 
 
-def _to_engine(source: Path, destination: Path, precision: str) -> None:
+def _to_engine(source: Path, destination: Path, precision: str, device: str) -> None:
     if precision not in options.PRECISIONS:
         raise InputError(f"--precision must be one of {', '.join(options.PRECISIONS)}, got {precision!r}")
+    if device not in DEVICES:
+        raise InputError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
     if destination.exists() and not destination.is_dir():
         raise InputError(f"{destination} is a file; an engine is a folder")
     from vpd_fast.checkpoints import load_checkpoint
-    from vpd_fast.engine import optimize
+    from vpd_fast.engine import Policy, optimize
 
-    fast = optimize(load_checkpoint(source), precision, progress=running.error_console().is_terminal)
+    # GPUs have no Winograd kernels; what a CPU has no instructions for, it can still pack.
+    policy = Policy() if device == "cpu" else Policy(winograd=False, emulate=True)
+    fast = optimize(load_checkpoint(source), precision, policy=policy, progress=running.error_console().is_terminal)
     fast.save(destination)
     typer.echo(str(fast.report()))

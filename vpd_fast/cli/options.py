@@ -65,7 +65,8 @@ Precision = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Run the fast form of the model, on a CPU: fp32, bf16 or int8. [default: the plain model, in fp32]",
+        help="Run the fast form of the model: fp32, bf16 or int8, on GPUs also fp16 or fp8. "
+        "[default: the plain model, in fp32]",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -115,10 +116,6 @@ class ModelOptions:
             raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.precision and self.attention_backend != "plain":
             raise InputError("--attention-backend is for the plain model; leave --precision out")
-        if self.precision and not self.device.startswith("cpu"):
-            raise InputError(
-                f"--precision {self.precision}: fast models run on the CPU only, got --device {self.device}"
-            )
         if self.task is not None and self.task not in TASKS:
             raise InputError(f"--task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if (self.checkpoint is None) == (self.random_weights is None):
@@ -129,35 +126,38 @@ class ModelOptions:
 
     def load(self) -> VPD:
         """The model on its device, in evaluation mode. Raises InputError, CheckpointError, MissingDependencyError."""
+        import torch
+
         from vpd_fast.models.attention_backends import check_backend
 
         device = _device(self.device)
         check_backend(self.attention_backend)  # before the weights are read
+        place = torch.device("cpu") if self.precision else device  # where layers are converted one by one
         if self.checkpoint is None:
-            model = _random_model(self.random_weights, self.task, self.config).to(device).eval()
+            model = _random_model(self.random_weights, self.task, self.config).to(place).eval()
         elif (self.checkpoint / ENGINE_FILE).exists():
-            return self._load_engine()
+            return self._load_engine(device)
         else:
             from vpd_fast.checkpoints import load_checkpoint
 
-            model = load_checkpoint(self.checkpoint, task=self.task, device=device)
+            model = load_checkpoint(self.checkpoint, task=self.task, device=place)
         if self.precision is not None:
             from vpd_fast.engine import optimize
 
-            return optimize(model, self.precision)
+            return optimize(model, self.precision, device=device)
         model.attention_backend = self.attention_backend
         return model
 
-    def _load_engine(self) -> VPD:
+    def _load_engine(self, device: torch.device) -> VPD:
         from vpd_fast.engine import load_engine
 
-        model = load_engine(self.checkpoint)
+        if self.attention_backend != "plain":
+            raise InputError(f"--attention-backend is for plain models; {self.checkpoint} is a fast model")
+        model = load_engine(self.checkpoint, device)
         if self.precision not in (None, model.precision):
             raise InputError(f"--precision {self.precision}: {self.checkpoint} is a fast model in {model.precision}")
         if self.task not in (None, model.config.task):
             raise InputError(f"--task {self.task}: {self.checkpoint} is a {model.config.task} model")
-        if self.attention_backend != "plain" or not self.device.startswith("cpu"):
-            raise InputError(f"{self.checkpoint} is a fast model: it has neither --attention-backend nor --device")
         return model
 
     def header(self, model: VPD, notes: list[str]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ SMALLEST_WINOGRAD = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # s
 class Policy:
     """Choices of `optimize` that one may want to make oneself.
 
-    precisions: patterns of layer names (as `report()` shows them; * and ? as in file names) -> "fp32", "bf16" or
-        "int8", the first that fits decides; before the defaults.
+    precisions: patterns of layer names (as `report()` shows them; * and ? as in file names) -> one of those of
+        `optimize`, the first that fits decides; before the defaults.
     winograd: let 3x3 convolutions run as Winograd convolutions where that is faster, which is on CPUs only. They take
         16/9 of the memory of a direct convolution's weights, in float32 4 times.
     smoothing: with calibration, even out the ranges of the input channels of 8-bit layers.
