@@ -36,8 +36,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"What an engine is for: {', '.join(DEVICES)}. One for cuda needs no GPU to be made, and in fp32, bf16 "
-            "and int8 runs on CPUs as well, slower than one for them. [default: cpu]",
+            help=f"What an engine is for: {', '.join(DEVICES)}. One for cuda needs no GPU to be made, and in fp32, "
+            "bf16 and int8 runs on CPUs as well, slower than one for them. [default: cpu]",
         ),
     ] = None,
 ) -> None:
