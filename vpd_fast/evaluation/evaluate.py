@@ -1,0 +1,194 @@
+"""A model measured on a data set, in one process or in several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vpd_fast.errors import DatasetError, ImageError, InputError
+from vpd_fast.evaluation.distributed import check_group, gather
+from vpd_fast.evaluation.gallery import Case, Worst
+from vpd_fast.evaluation.metrics import PRIMARY
+from vpd_fast.evaluation.progress import progress_bar
+from vpd_fast.evaluation.reading import read_ahead
+from vpd_fast.evaluation.results import Evaluation, show
+from vpd_fast.evaluation.tasks import check_sample, make_task
+
+if TYPE_CHECKING:
+    from vpd_fast.data import Dataset, Sample
+    from vpd_fast.evaluation.tasks import Depth, Referring, Segmentation
+    from vpd_fast.models import VPD
+
+# (samples done, samples in all, metrics so far) of this process.
+Progress = Callable[[int, int, dict[str, float]], None]
+
+SAMPLE_ERRORS = (ImageError, DatasetError, OSError, MemoryError, torch.OutOfMemoryError)
+
+
+@dataclass
+class _Part:
+    """What one process found."""
+
+    metrics: Any
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    count: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+
+def evaluate(
+    model: VPD,
+    dataset: Dataset,
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    progress: bool | Progress = False,
+    rank: int = 0,
+    world_size: int = 1,
+    text_encoder: Any = None,
+    strict: bool = False,
+    workers: int = 2,
+    worst: int = 12,
+    **options: Any,
+) -> Evaluation:
+    """Measure `model` (plain or fast, in whatever mode; it is put back) on `dataset`.
+
+    limit: only the first so many samples. batch_size: windows or sentences per forward; default 1 on a CPU, 8 on a GPU.
+    progress: True shows a bar with the metric so far on stderr; a function is called after each sample.
+    rank, world_size: with several processes, each with torch.distributed initialised, this one measures the samples
+    rank, rank + world_size, ...; each gets the same result, which is that of a single process: counts are integers,
+    and sums are rounded once.
+    text_encoder: for referring models, a vpd_fast.models.text.TextEncoder or a function from a list of sentences to
+    token features (sentences, tokens, context_dim).
+    strict: raise the error of the first broken sample instead of going on without it.
+    workers: threads that read the next samples while the model works; 0: none.
+    worst: how many of the worst cases to keep pictures of.
+    options: segmentation: mode, resize_to, scales, flip. referring: resolution ("resized" as in the reference, or
+    "original"). depth: resize_to, shift_window, flip, scene ("sample", None or one of the model's), crop, min_depth,
+    max_depth; see vpd_fast.evaluation.tasks. The defaults are the published evaluation, single scale.
+
+    Raises InputError for wrong options and if data set and model are of different tasks or classes; DatasetError if
+    nothing could be measured, or in another process something was raised.
+    """
+    check_group(rank, world_size)
+    for name, value, least in (("limit", limit, 1), ("workers", workers, 0), ("worst", worst, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name} must be an int of at least {least}, got {value!r}")
+    task = make_task(model, dataset, text_encoder=text_encoder, batch_size=batch_size, **options)
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    if not total:
+        raise DatasetError("the data set is empty; expected at least one sample")
+    part, cases = _Part(task.metrics), Worst(worst)
+    error: Exception | None = None
+    try:
+        indices = range(rank, total, world_size)
+        with progress_bar(len(indices), PRIMARY[model.config.task][0], progress) as report:
+            _run(dataset, task, indices, part, cases, report, strict, workers)
+    except Exception as raised:  # the others wait for this process: tell them before it is raised
+        error, part.error = raised, f"{type(raised).__name__}: {raised}"
+        if world_size == 1:
+            raise
+    parts = gather(part, world_size)
+    if error is not None:
+        raise error
+    stopped = next(((i, other.error) for i, other in enumerate(parts) if other.error), None)
+    if stopped is not None:
+        raise DatasetError(f"the evaluation stopped in process {stopped[0]} of {world_size}: {stopped[1]}")
+    return _merged(model, dataset, task, parts, _worst_of_all(cases, world_size), total)
+
+
+def _run(
+    dataset: Dataset,
+    task: Segmentation | Referring | Depth,
+    indices: range,
+    part: _Part,
+    cases: Worst,
+    report: Progress,
+    strict: bool,
+    workers: int,
+) -> None:
+    """Measure the samples of one process into `part` and `cases`."""
+    start = time.perf_counter()
+    primary = PRIMARY[dataset.task][0]
+    score = "IoU" if primary == "oIoU" else primary  # of one image or sentence
+    with closing(read_ahead(dataset, indices, workers)) as samples:
+        for done, (index, sample) in enumerate(samples, 1):
+            try:
+                findings = _measure(task, sample)
+            except SAMPLE_ERRORS as error:
+                if strict:
+                    raise
+                part.failed.append({"index": index, "name": dataset.name(index), "error": _message(error)})
+            else:
+                if findings:
+                    part.count += 1
+                else:
+                    part.left_out.append({"index": index, "name": sample.name})
+                for number, finding in enumerate(findings):
+                    part.rows.append({"index": index, "name": sample.name, **finding.row})
+                    cases.offer(index, number, sample.name, f"{score} {show(score, finding.row[score])}", finding)
+            report(done, len(indices), task.metrics.compute())
+    part.seconds = time.perf_counter() - start
+
+
+def _measure(task: Segmentation | Referring | Depth, sample: Sample | Exception) -> list[Any]:
+    if isinstance(sample, Exception):
+        raise sample
+    check_sample(sample)
+    return task.measure(sample)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "not enough memory for an image of this size"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _worst_of_all(cases: Worst, world_size: int) -> list[Case]:
+    """The worst cases of all processes; only the pictures of those travel."""
+    keys = sorted(key for keys in gather([case.key for case in cases.cases], world_size) for key in keys)
+    chosen = set(keys[: cases.count])
+    mine = [case for case in cases.cases if case.key in chosen]
+    return sorted((case for part in gather(mine, world_size) for case in part), key=lambda case: case.key)
+
+
+def _merged(
+    model: VPD,
+    dataset: Dataset,
+    task: Segmentation | Referring | Depth,
+    parts: list[_Part],
+    worst: list[Case],
+    total: int,
+) -> Evaluation:
+    metrics = parts[0].metrics
+    for part in parts[1:]:
+        metrics.merge(part.metrics)
+    task.metrics = metrics
+    failed, left_out, rows = (
+        sorted((row for part in parts for row in getattr(part, name)), key=lambda row: row["index"])
+        for name in ("failed", "left_out", "rows")
+    )
+    count = sum(part.count for part in parts)
+    if not count:
+        first = f"{failed[0]['name']}: {failed[0]['error']}" if failed else f"{left_out[0]['name']} has no valid pixel"
+        raise DatasetError(f"none of the {total} samples could be measured; the first: {first}")
+    notes = task.notes()
+    if left_out:
+        notes.append(f"{len(left_out)} of {total} images have no labelled pixel and count nowhere")
+    if failed:
+        notes.append(f"{len(failed)} of {total} samples failed and are missing in the metrics")
+    if total < len(dataset):
+        notes.append(f"only the first {total} of {len(dataset)} samples were measured")
+    per_class = metrics.per_class(task.names) if model.config.task == "segmentation" else []
+    seconds = max(part.seconds for part in parts)
+    return Evaluation(
+        model.config.task, metrics.compute(), per_class, rows, count, failed, left_out, task.settings, notes, seconds,
+        worst,
+    )  # fmt: skip
