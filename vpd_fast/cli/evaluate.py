@@ -1,0 +1,287 @@
+"""`vpd-fast evaluate`: the metrics of a model on a data set, tables, and the worst cases."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vpd_fast.cli import files, options, running
+from vpd_fast.cli.predict import _scales as parse_scales
+from vpd_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from vpd_fast.data import Dataset
+    from vpd_fast.evaluation import Evaluation
+    from vpd_fast.models import VPD
+
+KINDS = ("ade20k", "refcoco", "refcoco+", "refcocog", "nyu", "folder")  # of vpd_fast.data, which would import PyTorch
+SPLITS = {
+    "ade20k": "validation",
+    "refcoco": "val",
+    "refcoco+": "val",
+    "refcocog": "val",
+    "nyu": "test",
+    "folder": "val",
+}
+SHOWN_CLASSES = 10  # best and worst
+DATA = "Data"
+
+
+def evaluate(
+    data: Annotated[str, typer.Option(metavar="KIND", help=f"{', '.join(KINDS)}.", rich_help_panel=DATA)],
+    root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the data set lies.", rich_help_panel=DATA)],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="[default: validation for ade20k, val for refcoco, refcoco+, refcocog and folder, test for nyu]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N samples.", rich_help_panel=DATA)
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first broken sample.", rich_help_panel=DATA)
+    ] = False,
+    checkpoint: options.Checkpoint = None,
+    random_weights: options.RandomWeights = None,
+    task: options.Task = None,
+    config: options.Config = None,
+    mode: options.Mode = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,...",
+            help="Average over these relative sizes; published: 1,1.125,1.25,1.375,1.5 with --flip. [default: 1]",
+            rich_help_panel=options.SEGMENTATION,
+        ),
+    ] = None,
+    text_encoder: options.TextEncoderName = None,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare masks at the model's size (resized, as published, the default) or at the image's (original).",
+            rich_help_panel=options.REFERRING,
+        ),
+    ] = None,
+    split_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Who split the data set: unc, umd, google.", rich_help_panel=options.REFERRING
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is measured: eigen (of 480x640 images), garg, kitti_eigen, none. [default: eigen for nyu]",
+            rich_help_panel=options.DEPTH,
+        ),
+    ] = None,
+    shift_window: Annotated[
+        bool | None,
+        typer.Option(
+            "--shift-window/--whole",
+            help="Square windows along the long side, or the image as a whole. [default: windows]",
+            rich_help_panel=options.DEPTH,
+        ),
+    ] = None,
+    scene_rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE", help="nyu's scenes: substring (as published) or fixed.", rich_help_panel=options.DEPTH
+        ),
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Average with the mirror image. [default: yes for depth, no for segmentation]",
+            rich_help_panel=options.RUNNING,
+        ),
+    ] = None,
+    output: options.Output = Path("vpd_evaluation"),
+    worst: Annotated[
+        int, typer.Option(metavar="N", help="Draw the N worst cases.", rich_help_panel=options.RUNNING)
+    ] = 24,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Windows or sentences per forward. [default: 1 on a CPU, 8 on a GPU]",
+            rich_help_panel=options.RUNNING,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Threads that read ahead.", rich_help_panel=options.RUNNING)
+    ] = 2,
+    device: options.Device = "cpu",
+    precision: options.Precision = None,
+    attention_backend: options.AttentionBackend = "plain",
+    json: options.Json = False,
+) -> None:
+    """Measure a model on a data set.
+
+    Writes metrics.json, per_image.csv, per_class.csv (segmentation), and the worst cases as worst.html and worst.png.
+
+    The defaults are the published evaluation at a single scale. Under torchrun each process measures a part; the
+    results are those of one process.
+
+    Broken samples do not stop a run: they are reported at the end, and the exit code is 1.
+    """
+    if data not in KINDS:
+        raise InputError(f"--data must be one of {', '.join(KINDS)}, got {data!r}")
+    chosen = {
+        "mode": mode, "scales": None if scales is None else parse_scales(scales), "flip": flip,
+        "resolution": resolution, "shift_window": shift_window, "crop": crop,
+    }  # fmt: skip
+    if data == "folder" and crop is None:
+        chosen["crop"] = "none"
+    split = SPLITS[data] if split is None else split
+    data_options = {"split_by": split_by, "scene_rule": scene_rule}
+    data_options = {name: value for name, value in data_options.items() if value is not None}
+    with _process_group(device) as (rank, world_size, device):
+        # A data set of a known task is opened before the model, which may take minutes to load.
+        dataset = None if data == "folder" and task is None else _open(data, root, split, task, data_options)
+        if task is None and dataset is not None and random_weights is not None and config is None:
+            task = dataset.task
+        model_options = options.ModelOptions(
+            checkpoint, random_weights, task, config, device, precision, attention_backend
+        )
+        if rank == 0:
+            files.prepare_output(output)
+        with running.error_console().status("loading the model"):
+            model = model_options.load()
+        if dataset is None:
+            dataset = _open(data, root, split, model.config.task, data_options)
+        chosen = {name: value for name, value in chosen.items() if value is not None and _fits(name, model)}
+        encoder, notes = _text_encoder(model, text_encoder, random_weights)
+        notes = options.notes(random_weights, {}) + notes
+        from vpd_fast.evaluation import evaluate as run
+
+        found = run(
+            model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank, world_size=world_size,
+            text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
+        )  # fmt: skip
+        if rank == 0:
+            header = model_options.header(model, notes + found.notes)
+            header["data"] = {"kind": data, "root": str(root), "split": split, "samples": len(dataset), **data_options}
+            header["processes"] = world_size
+            _finish(found, header, output, json)
+        _wait_for_all(world_size)
+    if rank == 0 and found.failed:
+        raise typer.Exit(1)
+
+
+def _fits(name: str, model: VPD) -> bool:
+    """Whether an option is passed on. The crop of folders is a default of ours, which other tasks do not know."""
+    return name != "crop" or model.config.task == "depth"
+
+
+def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str, Any]) -> Dataset:
+    from vpd_fast.data import open_dataset
+
+    return open_dataset(kind, root, split, **({"task": task} if kind == "folder" else {}), **chosen)
+
+
+def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> tuple[Any, list[str]]:
+    """What turns sentences into token features, None for other tasks; and notes about it."""
+    config = model.config
+    if config.task != "referring":
+        if name is not None:
+            raise InputError(f"--text-encoder is for referring models, this is a {config.task} model")
+        return None, []
+    if random_weights is not None and name is None:
+        width = config.backbone.context_dim
+        return lambda texts: options.random_tokens(texts, config.tokens, width), options.notes(None, {"tokens": True})
+    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
+
+    return TextEncoder(name or DEFAULT_ENCODER, device=model.device), []
+
+
+@contextmanager
+def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
+    """(rank, processes, device of this process), with torch.distributed initialised under torchrun."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 or "RANK" not in os.environ:
+        yield 0, 1, device
+        return
+    import torch
+    from torch import distributed
+
+    gpu = device.startswith("cuda")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield distributed.get_rank(), distributed.get_world_size(), device
+    finally:
+        distributed.destroy_process_group()
+
+
+def _wait_for_all(world_size: int) -> None:
+    """A process that leaves with an exit code of 1 makes torchrun end the others: let them finish first."""
+    if world_size > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+def _finish(found: Evaluation, header: dict[str, Any], output: Path, print_json: bool) -> None:
+    """Write the files, print the results."""
+    header |= running.peak_memory(header["device"])
+    notes = header.pop("notes")
+    found.notes = notes
+    found.save(output, header)
+    for row in found.failed:
+        typer.echo(f"failed: {row['name']}: {row['error']}", err=True)
+    if print_json:
+        typer.echo(json_module.dumps({**header, **found.summary()}, indent=2))
+        return
+    for note in notes:
+        typer.echo(f"note: {note}")
+    _print_tables(found)
+    images = f"{found.count} image{'' if found.count == 1 else 's'}" + (
+        f" ({len(found.failed)} failed)" if found.failed else ""
+    )
+    typer.echo(f"{images}, {found.seconds / max(found.count, 1):.2f} s per image; written to {output}")
+
+
+def _print_tables(found: Evaluation) -> None:
+    """The metrics, and the best and worst classes."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from vpd_fast.evaluation.results import show
+
+    console = Console()
+    classes = sorted((row for row in found.per_class if row["IoU"] is not None), key=lambda row: -row["IoU"])
+    if classes:
+        table = Table("class", "IoU", "accuracy", "pixels", title="classes by IoU")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        hidden = len(classes) - 2 * SHOWN_CLASSES
+        shown = classes if hidden <= 0 else [*classes[:SHOWN_CLASSES], None, *classes[-SHOWN_CLASSES:]]
+        for row in shown:
+            if row is None:
+                table.add_row(f"... {hidden} more", "", "", "")
+            else:
+                values = (show("IoU", row["IoU"]), show("accuracy", row["accuracy"]), f"{row['pixels']:,}")
+                table.add_row(escape(row["class"]), *values)
+        console.print(table)
+    table = Table(*found.metrics)
+    for column in table.columns:
+        column.justify = "right"
+    table.add_row(*(show(name, value) for name, value in found.metrics.items()))
+    console.print(table)
