@@ -124,7 +124,7 @@ class CheckpointStore:
             content["last"] = last.name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / INDEX, json.dumps(content, indent=2) + "\n")
+            write_text(self.folder / INDEX, json_text(content))
         except OSError as error:
             raise CheckpointError(f"{self.folder / INDEX}: cannot be written ({error.strerror or error})") from error
 
@@ -141,6 +141,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def json_text(values: Mapping[str, Any]) -> str:
+    """A JSON object as it is written to files."""
+    return json.dumps(values, indent=2) + "\n"
+
+
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state of tensors, numbers, texts and plain containers."""
     torch.save(dict(state), path)
@@ -150,7 +155,9 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     """The training state in a checkpoint folder; it runs no code. Raises CheckpointError."""
     path = Path(folder) / STATE
     if not path.is_file():
-        raise CheckpointError(f"{folder}: is not a checkpoint to resume from, which holds {STATE} and model.safetensors")
+        raise CheckpointError(
+            f"{folder}: is not a checkpoint to resume from, which holds {STATE} and model.safetensors"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors: all mean a damaged file

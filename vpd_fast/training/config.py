@@ -216,15 +216,20 @@ class TrainConfig:
         """A copy with some fields changed; a section may be given as a dict of the fields to change."""
         return TrainConfig.from_dict(merge(self.to_dict(), changes))
 
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every setting of it."""
+        return _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML."""
-        text = _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
     def check_complete(self) -> None:
         """Raise InputError where something is missing that has no default: the data, the weights, the end."""
         if not self.data.root:
-            raise InputError("data.root is not set; expected the folder of the data set, e.g. data.root=/data/ADEChallengeData2016")
+            raise InputError(
+                "data.root is not set; expected the folder of the data set, e.g. data.root=/data/ADEChallengeData2016"
+            )
         given = [name for name in ("stable_diffusion", "checkpoint", "random") if getattr(self.init, name) is not None]
         if len(given) != 1:
             raise InputError(

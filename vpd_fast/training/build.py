@@ -1,0 +1,169 @@
+"""Makes what a run needs out of its configuration: data sets, the model, the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
+from vpd_fast.errors import CheckpointError, DatasetError, InputError
+from vpd_fast.models import VPD
+from vpd_fast.training.config import TrainConfig
+
+UNNAMED_SCENE = "scene"  # what depth is conditioned on where the data set has no scenes
+
+
+def open_datasets(config: TrainConfig) -> tuple[Any, Any | None]:
+    """Training and validation data; None for the latter where the configuration has none. Raises DatasetError."""
+    from vpd_fast.data import open_dataset
+
+    data = config.data
+    options = dict(data.options)
+    if data.kind == "nyu":
+        options.setdefault("scene_rule", "substring" if config.quirks.substring_scenes else "fixed")
+    train = open_dataset(data.kind, data.root, data.train_split, **_with_task(config, options))
+    if train.task != config.task:
+        raise InputError(f"data.kind {data.kind} is for {train.task}, the configuration's task is {config.task}")
+    if not len(train):
+        raise DatasetError(f"{data.root}: the split {data.train_split!r} of {data.kind} has no samples to train on")
+    if data.val_split is None:
+        return train, None
+    val_options = _with_task(config, {**options, **data.val_options})
+    val = open_dataset(data.kind, data.root, data.val_split, **val_options)
+    if not len(val):
+        raise DatasetError(f"{data.root}: the split {data.val_split!r} of {data.kind} has no samples to evaluate on")
+    if tuple(val.class_names) != tuple(train.class_names):
+        raise DatasetError(
+            f"{data.root}: {data.train_split} has {len(train.class_names)} classes, {data.val_split} has "
+            f"{len(val.class_names)} or others; expected the same"
+        )
+    return train, val
+
+
+def _with_task(config: TrainConfig, options: dict[str, Any]) -> dict[str, Any]:
+    return {"task": config.task, **options} if config.data.kind == "folder" else options
+
+
+def text_encoder(config: TrainConfig, device: torch.device | str = "cpu") -> Any:
+    """The CLIP text encoder of the configuration, loaded when it is first used."""
+    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
+
+    return TextEncoder(config.init.text_encoder or DEFAULT_ENCODER, device=device)
+
+
+def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = None) -> tuple[VPD, list[str]]:
+    """The model to begin with, on the CPU, and notes for people on what is not from the weights' file.
+
+    class_names: of the data set; () where it names none. encoder: a TextEncoder for class names; None: that of the
+    configuration. What has no weights yet is initialised from `config.seed`.
+    """
+    torch.manual_seed(config.seed)
+    init = config.init
+    fields = _model_fields(config, class_names)
+    encoder = encoder or text_encoder(config)
+    if init.checkpoint is not None:
+        return _from_checkpoint(config, init.checkpoint, fields, encoder)
+    if "base_size" not in fields:
+        fields["base_size"] = -(-config.data.size // SIZE_MULTIPLE) * SIZE_MULTIPLE
+    vpd_config = VPDConfig.from_dict({"task": config.task, **fields})
+    if init.random is not None:
+        from vpd_fast.models.random_weights import randomize
+
+        model = randomize(VPD.empty(vpd_config), init.random)
+        notes = [f"the weights are random (seed {init.random})"]
+        if init.class_embeddings is not None:
+            _set_embeddings(model, init.class_embeddings)
+        return model, notes
+    embeddings: Any = init.class_embeddings
+    notes = []
+    if embeddings is None and config.task != "referring":
+        embeddings = encoder.embed_classes(_names(vpd_config))
+        notes.append(f"class embeddings made by {encoder.name}")
+    return VPD.from_stable_diffusion(init.stable_diffusion, vpd_config, class_embeddings=embeddings), notes
+
+
+def _model_fields(config: TrainConfig, class_names: Sequence[str]) -> dict[str, Any]:
+    """Fields of VPDConfig: the configuration's, and number and names of the data set's classes."""
+    fields = dict(config.model)
+    count_name = {"segmentation": "num_classes", "depth": "num_scenes"}.get(config.task)
+    if count_name is None:
+        return fields
+    count = len(class_names) or (1 if config.task == "depth" else 0)
+    wanted = fields.setdefault(count_name, count)
+    if not isinstance(wanted, int) or wanted < max(count, 1):
+        raise InputError(f"model.{count_name} must be at least {count}, what the data set has, got {wanted!r}")
+    if len(class_names) == wanted:
+        fields.setdefault("class_names", tuple(class_names))
+    return fields
+
+
+def _names(config: VPDConfig) -> list[str]:
+    count = config.num_classes if config.task == "segmentation" else config.num_scenes
+    if len(config.class_names) == count:
+        return list(config.class_names)
+    if config.task == "depth" and count == 1:
+        return [UNNAMED_SCENE]
+    raise InputError(
+        f"the {count} classes have no names to make text embeddings of; expected names in the data set, "
+        "model.class_names or init.class_embeddings=FILE"
+    )
+
+
+def _from_checkpoint(config: TrainConfig, path: str, fields: dict[str, Any], encoder: Any) -> tuple[VPD, list[str]]:
+    """The checkpoint's model; with other classes than the data set's, its weights where the shapes agree."""
+    backbone = dict(fields.pop("backbone", {}))
+    names = tuple(fields.pop("class_names", ()))
+    sizes = {name: fields.pop(name) for name in ("num_classes", "num_scenes") if name in fields}
+    model = VPD.from_checkpoint(path, task=config.task, **backbone, **fields)
+    notes: list[str] = []
+    known = model.config.class_names
+    if any(getattr(model.config, name) != value for name, value in sizes.items()):
+        new = VPD(model.config.replace(**sizes, class_names=names))
+        fresh = _copy_weights(model, new)
+        notes.append(f"other classes than in {path}: {len(fresh)} tensors begin anew, such as {fresh[0]}")
+        model, known = new, ()
+        if config.init.class_embeddings is None:
+            _embed(model, _names(model.config), encoder, notes)
+    elif names and known and names != known and config.init.class_embeddings is None:
+        _embed(model, names, encoder, notes)
+    if names and len(names) == len(getattr(model, "class_embeddings", ())):
+        model.config = model.config.replace(class_names=names)
+    if config.init.class_embeddings is not None:
+        _set_embeddings(model, config.init.class_embeddings)
+    return model, notes
+
+
+def _copy_weights(source: VPD, target: VPD) -> list[str]:
+    """Copy what has the same shape; returns the names of what has not."""
+    old = source.state_dict()
+    fresh = []
+    with torch.no_grad():
+        for name, tensor in target.state_dict().items():
+            if name in old and old[name].shape == tensor.shape:
+                tensor.copy_(old[name])
+            else:
+                fresh.append(name)
+    return fresh
+
+
+def _embed(model: VPD, names: Sequence[str], encoder: Any, notes: list[str]) -> None:
+    from vpd_fast.models.text import set_classes
+
+    set_classes(model, names, encoder)
+    notes.append(f"class embeddings made by {encoder.name}")
+
+
+def _set_embeddings(model: VPD, path: str) -> None:
+    from vpd_fast.checkpoints import reader
+
+    buffer = getattr(model, "class_embeddings", None)
+    if buffer is None:
+        raise InputError("init.class_embeddings: a referring model has none; its text comes with each sample")
+    tensor = reader.read_tensor(Path(path))
+    if tensor.shape != buffer.shape:
+        raise CheckpointError(f"{path}: expected a {tuple(buffer.shape)} tensor, got {tuple(tensor.shape)}")
+    with torch.no_grad():
+        buffer.copy_(tensor)

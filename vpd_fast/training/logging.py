@@ -1,0 +1,212 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpd_fast.errors import MissingDependencyError, VPDFastError
+from vpd_fast.training.checkpoint import write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from vpd_fast.models import VPD
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PICTURE_WIDTH = 1600  # pixels: pictures are for looking at side by side, and are kept in every event file
+
+
+class RunLog:
+    """Log of the process that writes; the others have one with `folder` None, which says nothing.
+
+    start: the step the run begins at, 0 or where it resumes; what an earlier attempt logged behind it is dropped, so
+    that every step is there once. steps: the last one. bar: whether to draw a progress bar; None: on a terminal.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, start: int, steps: int, tensorboard: bool = True, bar: bool | None = None
+    ) -> None:
+        self.folder = folder
+        self.steps = steps
+        self._writer: Any = None
+        self._progress: Any = None
+        self._started = time.monotonic()
+        self._start = start
+        if folder is None:
+            return
+        _drop_later(folder / METRICS, start)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise MissingDependencyError(
+                    'log.tensorboard needs TensorBoard: pip install "vpd_fast[train]", or set log.tensorboard=false'
+                ) from error
+            self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=start + 1)
+        if sys.stderr.isatty() if bar is None else bar:
+            self._progress = _progress_bar(start, steps)
+
+    def message(self, text: str) -> None:
+        """A line for people, on stderr."""
+        if self.folder is None:
+            return
+        if self._progress is not None:
+            self._progress[0].console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self, step: int, loss: float, rate: float) -> None:
+        """Move the bar to `step`."""
+        if self._progress is not None:
+            progress, bar = self._progress
+            progress.update(bar, completed=step, description=f"loss {loss:.4g}  lr {rate:.2e}")
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Losses and the like at `step`; on no terminal a plain line as well."""
+        if self.folder is None:
+            return
+        self._append({"step": step, **values})
+        for name, value in values.items():
+            if self._writer is not None:
+                self._writer.add_scalar(f"train/{name}", value, step)
+        if self._progress is None:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"step {step}/{self.steps}  {shown}  {self._remaining(step)}", file=sys.stderr, flush=True)
+        else:
+            progress, bar = self._progress
+            progress.update(bar, speed=f"{values.get('images_per_second', 0):.3g} images/s")
+
+    def evaluation(self, step: int, metrics: dict[str, float], best: bool) -> None:
+        """Metrics of the validation data after `step` steps."""
+        if self.folder is None:
+            return
+        self._append({"step": step, "evaluation": metrics, "best": best})
+        for name, value in metrics.items():
+            if self._writer is not None:
+                self._writer.add_scalar(f"evaluation/{name}", value, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.message(f"step {step}: {shown}{'  (best so far)' if best else ''}")
+
+    def pictures(self, step: int, pictures: Iterable[np.ndarray]) -> None:
+        """Pictures (H,W,3) uint8."""
+        if self._writer is not None:
+            for i, picture in enumerate(pictures):
+                self._writer.add_image(f"samples/{i}", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write out what is buffered and leave the terminal in order."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._progress is not None:
+            self._progress[0].stop()
+            self._progress = None
+
+    def _append(self, values: dict[str, Any]) -> None:
+        assert self.folder is not None
+        try:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            self.message(f"warning: {self.folder / METRICS} cannot be written ({error.strerror or error})")
+
+    def _remaining(self, step: int) -> str:
+        done = step - self._start
+        if done <= 0:
+            return ""
+        seconds = round((time.monotonic() - self._started) / done * (self.steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+
+def _progress_bar(start: int, steps: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    progress = Progress(
+        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), TextColumn("{task.fields[speed]}"), console=Console(file=sys.stderr),
+    )  # fmt: skip
+    bar = progress.add_task("", total=steps, completed=start, speed="")
+    progress.start()
+    return progress, bar
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Entries up to `step` stay; a line that a kill cut off is dropped too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("step", 0) <= step:
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def sample_pictures(model: VPD, dataset: Any, count: int, sentences: Callable | None) -> list[np.ndarray]:
+    """Photo, target and prediction side by side for the first `count` samples that can be read, (H,W,3) uint8."""
+    pictures = []
+    for index in range(min(count, len(dataset))):
+        try:
+            sample = dataset.load(index)
+        except VPDFastError:
+            continue
+        pictures.append(_picture(model, sample, sentences))
+    return pictures
+
+
+def _picture(model: VPD, sample: Any, sentences: Callable | None) -> np.ndarray:
+    import numpy as np
+    from PIL import Image
+
+    from vpd_fast.inference.results import DepthResult, ReferringResult, SegmentationResult
+
+    image, target = sample.image, sample.target
+    options: dict[str, Any] = {}
+    if model.config.task == "segmentation":
+        names = model.config.class_names or tuple(str(i) for i in range(model.config.num_classes))
+        labels = np.where(target >= len(names), len(names), target).astype(np.int64)
+        truth = SegmentationResult(image, labels, (*names, "ignored"))
+    elif model.config.task == "referring":
+        assert sentences is not None
+        text = list(sample.sentences[:1])
+        options = {"text": text, "tokens": sentences(text).to(model.device)}
+        truth = ReferringResult(image, target[None] > 0, tuple(text))
+    else:
+        known = target[target > 0]
+        far = float(known.max()) if known.size else model.config.max_depth
+        truth = DepthResult(image, np.where(target > 0, target, far), model.config.max_depth)
+        options = {"scene": sample.scene} if sample.scene is not None else {}
+    prediction = model.predict(image, **options)
+    return _side_by_side([Image.fromarray(image), truth.overlay(), prediction.overlay()])
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> np.ndarray:
+    import numpy as np
+    from PIL import Image
+
+    height = max(image.height for image in images)
+    scaled = [image.resize((round(image.width * height / image.height), height)) for image in images]
+    row = Image.new("RGB", (sum(image.width for image in scaled), height))
+    left = 0
+    for image in scaled:
+        row.paste(image, (left, 0))
+        left += image.width
+    row.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
+    return np.asarray(row)

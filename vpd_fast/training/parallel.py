@@ -1,0 +1,93 @@
+"""The processes of a run: who they are, and how they agree. Started by torchrun or accelerate launch, or only one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpd_fast.errors import MissingDependencyError
+
+
+class Processes:
+    """`accelerate`'s view of the processes, and what the trainer does with it.
+
+    cpu: stay on the CPU even if there is a GPU. find_unused: parameters may be without gradient.
+    """
+
+    def __init__(self, cpu: bool = False, find_unused: bool = False) -> None:
+        try:
+            from accelerate import Accelerator, DistributedDataParallelKwargs
+        except ImportError as error:
+            raise MissingDependencyError('training needs accelerate: pip install "vpd_fast[train]"') from error
+        # Autocast is the step's own affair: accelerate keeps one precision for the life of the process.
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused, gradient_as_bucket_view=True)]
+        self._accelerator = Accelerator(
+            cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
+        )
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on the device, in DistributedDataParallel where there are several processes."""
+        return self._accelerator.prepare_model(module)
+
+    def no_sync(self, module: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
+        """While `skip`, backward leaves gradients as each process has them."""
+        return self._accelerator.no_sync(module) if skip else contextlib.nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.count == 1:
+            return values
+        torch.distributed.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def first_only(self) -> Iterator[None]:
+        """Around what only the first process does: its error ends all processes, instead of leaving them waiting."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if self.count > 1:
+            # Errors may hold what does not pickle, such as traceback frames or locks.
+            said = self.gather(None if error is None else (type(error), str(error)))
+            if error is None and said[0] is not None:
+                raise said[0][0](said[0][1])
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give all processes the first one's running statistics of batch norm."""
+        if self.count > 1:
+            for buffer in batch_norm_buffers(module):
+                torch.distributed.broadcast(buffer, 0)
+
+
+def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
+    """Running means and variances."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]

@@ -1,0 +1,533 @@
+"""The training loop: steps, evaluation, checkpoints, and an orderly end whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpd_fast.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
+from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
+from vpd_fast.errors import CheckpointError, InputError, VPDFastError
+from vpd_fast.models import VPD
+from vpd_fast.training import build, checkpoint
+from vpd_fast.training.config import TrainConfig, differences
+from vpd_fast.training.logging import RunLog, sample_pictures
+from vpd_fast.training.parallel import Processes, batch_norm_buffers
+from vpd_fast.training.tasks import Sentences, Task, TrainStep
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+# What a resumed run may have otherwise: nothing that its weights depend on.
+FREE = (
+    "device", "data.root", "data.workers", "data.on_error", "data.max_failures", "log", "checkpoints", "evaluation",
+    "encoder.cache", "encoder.cache_gib", "max_nan_steps", "checkpointing", "init.stable_diffusion", "init.checkpoint",
+    "init.class_embeddings",
+)  # fmt: skip
+
+
+class TrainingError(VPDFastError, RuntimeError):
+    """Training cannot go on: the loss or gradients are not finite, step after step."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. best: the folder for `VPD.from_pretrained`, None without evaluation; metric: its (name, value)."""
+
+    step: int
+    steps: int
+    stopped: bool
+    last: Path | None
+    best: Path | None
+    metric: tuple[str, float] | None
+    skipped_steps: int
+
+
+class Trainer:
+    """One run in `folder`: `Trainer(config, folder).run()`.
+
+    resume: "never" wants an empty folder, "auto" goes on from the folder's last checkpoint (and begins if it has none),
+    a path from that checkpoint. sentences: sentences -> token features (S,tokens,context_dim), in place of CLIP.
+    folder None: nothing is written, as for a dry run.
+
+    A resumed run gives bit for bit what an unbroken one would. Raises InputError where configuration, folder and
+    checkpoint do not fit, DatasetError, CheckpointError.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: str | Path | None,
+        *,
+        resume: str | Path = "never",
+        sentences: Sentences | None = None,
+        bar: bool | None = None,
+    ) -> None:
+        config.check_complete()
+        self.config = config
+        self.folder = None if folder is None else Path(folder)
+        self.store = (
+            None if folder is None else checkpoint.CheckpointStore(self.folder / CHECKPOINTS, config.checkpoints.keep)
+        )
+        self.processes = Processes(config.device == "cpu", find_unused=bool(config.model.get("train_encoder")))
+        self.resumed_from = _resume_from(self.folder, self.store, resume)
+        state = None if self.resumed_from is None else checkpoint.read_state(self.resumed_from)
+        if state is not None:
+            _check_same(TrainConfig.from_dict(state["config"]), config, self.resumed_from)
+
+        self.train_data, self.val_data = build.open_datasets(config)
+        self.notes: list[str] = []
+        self.model = self._build_model()
+        self.loader = self._build_loader()
+        self.steps = self._count_steps()
+        self.sentences = self._build_sentences(sentences)
+        self.encode = self._build_encoder()
+        self.task = Task(self.model, config.quirks, self.sentences)
+        self.optimizer, self.schedule = self._build_optimizer()
+        dtype = torch.bfloat16 if config.precision == "bf16" else None
+        self.train_step = self.processes.wrap(TrainStep(self.model, self.task, dtype))
+
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.evaluated = 0
+        self.nan_in_row = 0
+        self.skipped_steps = 0
+        self.bar = bar
+        self._stop = False
+        self._interruptible = False
+        torch.manual_seed(config.seed + self.processes.rank)
+        if state is not None:
+            self._load(state)
+
+    # Building
+
+    def _build_model(self) -> VPD:
+        config = self.config
+        if self.resumed_from is not None:
+            model = VPD.from_pretrained(self.resumed_from, task=config.task)
+        else:
+            model, self.notes = build.build_model(config, self.train_data.class_names)
+        model.attention_backend = config.attention_backend
+        if config.checkpointing is not False:
+            model.gradient_checkpointing_enable(config.checkpointing)
+        if self.processes.count > 1 and config.distributed.sync_bn:
+            if self.processes.device.type == "cuda":
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            else:
+                self.notes.append("PyTorch has no SyncBatchNorm on CPUs: each process normalises by its own images")
+        return model.to(self.processes.device).train()
+
+    def _build_loader(self) -> Any:
+        from vpd_fast.data import TrainLoader, make_transform
+
+        config, data = self.config, self.config.data
+        loader = TrainLoader(
+            self.train_data, make_transform(config.task, train=True, size=data.size, **data.transform),
+            batch_size=config.batch_size, workers=data.workers, seed=config.seed, rank=self.processes.rank,
+            world_size=self.processes.count, on_error=data.on_error, max_failures=data.max_failures,
+        )  # fmt: skip
+        if loader.epoch_length < 1:
+            raise InputError(
+                f"{data.root}: {len(self.train_data)} samples do not make one batch of {config.batch_size} for each of "
+                f"{self.processes.count} processes; set a smaller batch_size"
+            )
+        return loader
+
+    def _count_steps(self) -> int:
+        schedule = self.config.schedule
+        if schedule.steps is not None:
+            return schedule.steps
+        return max(schedule.epochs * self.loader.epoch_length // self.config.accumulation, 1)
+
+    def _build_sentences(self, given: Sentences | None) -> Sentences | None:
+        if self.config.task != "referring" or given is not None:
+            return given
+        encoder = build.text_encoder(self.config, self.processes.device)
+        return lambda sentences: encoder.embed_sentences(list(sentences), tokens=self.model.config.tokens)
+
+    def _build_encoder(self) -> Callable[[Tensor], Tensor]:
+        from vpd_fast.training.frozen import FrozenEncoder
+
+        return FrozenEncoder(self.model, self.config.encoder.precision)
+
+    def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+        from vpd_fast.training.groups import parameter_groups
+        from vpd_fast.training.schedules import make_schedule
+
+        config = self.config
+        options = config.optimizer
+        quirks = {
+            "segmentation": config.quirks.unet_norm_full_rate, "referring": config.quirks.dead_lr_scale,
+        }.get(config.task, True)  # fmt: skip
+        groups = parameter_groups(
+            self.model, lr=options.lr, weight_decay=options.weight_decay, preset=config.task, quirks=quirks
+        )
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+            group["initial_lr"] = group["lr"]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=options.betas, eps=options.eps, amsgrad=options.amsgrad, fused=True
+        )
+        try:
+            schedule = make_schedule(config.schedule.name, steps=self.steps, **config.schedule.options)
+        except TypeError as error:
+            raise InputError(f"schedule.options: {config.schedule.name} does not take them ({error})") from error
+        return optimizer, schedule
+
+    # The loop
+
+    def run(self) -> Summary:
+        """Train to the end, or until a signal stops it; then the run is saved and `stopped` is true.
+
+        Raises TrainingError when steps are not finite again and again, CheckpointError when a checkpoint cannot be
+        written, DatasetError when too many samples cannot be read (the steps until then are saved).
+        """
+        assert self.folder is not None
+        self._open_folder()
+        with self._signals(), contextlib.closing(self._open_log()) as self.log:
+            for note in self.notes:
+                self.log.message(f"note: {note}")
+            with contextlib.suppress(KeyboardInterrupt) if self.processes.count == 1 else contextlib.nullcontext():
+                self._loop()
+        return self._summary()
+
+    def _loop(self) -> None:
+        if self.step and self._evaluation_due(self.step) and self.evaluated < self.step:
+            self._evaluate()  # the run was stopped before or while evaluating
+        batches = self.loader.batches(self.step * self.config.accumulation)
+        window = _Window()
+        saved = time.monotonic()
+        ahead = self._fetch(batches)
+        while self.step < self.steps:
+            if isinstance(ahead, VPDFastError):
+                # The steps so far are whole. Where there are several processes the others know nothing of the error.
+                if self.step and self.processes.count == 1:
+                    self._save()
+                raise ahead
+            due = _minutes(self.config.checkpoints.every_minutes, saved)
+            loss, finite, stop, due, ahead = self._one_step(ahead, batches, due)
+            window.add(loss, finite, self.config.batch_size * self.config.accumulation * self.processes.count)
+            self.log.advance(self.step, loss, self.rate())
+            if not finite:
+                self._count_nan(loss)
+            if self.step % self.config.log.every == 0 or self.step == self.steps:
+                self.log.scalars(self.step, **window.values(), lr=self.rate(), skipped=len(self.loader.skipped))
+                window = _Window()
+            every = self.config.checkpoints.every_steps
+            evaluate = self._evaluation_due(self.step)
+            if stop or due or evaluate or self.step == self.steps or (every and self.step % every == 0):
+                self._save()
+                saved = time.monotonic()
+            if stop:
+                self._stop = True
+                return
+            if evaluate:
+                self._evaluate()
+
+    def _fetch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor] | VPDFastError:
+        """The inputs of the next pass, or the error that came instead: it is raised once the current step is whole."""
+        try:
+            batch = next(batches)
+        except VPDFastError as error:
+            return error
+        for message in batch.get("skipped", ()):
+            self.log.message(f"skipped: {message}")
+        return self.task.prepare(batch, self.encode, self.processes.device)
+
+    def _one_step(
+        self, inputs: dict[str, Tensor], batches: Iterator[dict[str, Any]], due: bool
+    ) -> tuple[float, bool, bool, bool, dict[str, Tensor] | VPDFastError]:
+        """Loss of all processes, whether all were finite, whether to stop, whether to save; and the next inputs."""
+        count = self.config.accumulation
+        before = [buffer.clone() for buffer in batch_norm_buffers(self.model)]
+        total = torch.zeros((), device=self.processes.device)
+        ahead: dict[str, Tensor] | VPDFastError = inputs
+        for i in range(count):
+            if isinstance(ahead, VPDFastError):
+                raise ahead
+            with self.processes.no_sync(self.train_step, skip=i + 1 < count):
+                loss = self.train_step(ahead) / count
+                loss.backward()
+            total += loss.detach()
+            # Encoded while the GPU still works on this step: what follows waits for its numbers.
+            ahead = self._fetch(batches) if self.step + 1 < self.steps or i + 1 < count else {}
+        norm = self._gradient_norm()
+        finite = torch.isfinite(total) & torch.isfinite(norm)
+        flags = torch.tensor([self._stop, due and self.processes.first], device=total.device)
+        numbers = self.processes.sum(torch.cat([torch.stack([total, finite.float()]), flags.float()])).tolist()
+        all_finite = numbers[1] == self.processes.count
+        if all_finite:
+            self._set_rates()
+            self.optimizer.step()
+        else:  # the statistics of batch norm have seen the bad numbers, too
+            torch._foreach_copy_(batch_norm_buffers(self.model), before) if before else None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return numbers[0] / self.processes.count, all_finite, numbers[2] > 0, numbers[3] > 0, ahead
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        clip = self.config.optimizer.clip
+        if clip is not None:
+            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    def _set_rates(self) -> None:
+        factor = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def rate(self) -> float:
+        """The largest learning rate of the groups, as last set."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _count_nan(self, loss: float) -> None:
+        self.skipped_steps += 1
+        self.nan_in_row += 1
+        self.log.message(f"step {self.step}: loss {loss:.4g} or its gradient is not finite, the step is skipped")
+        if self.nan_in_row > self.config.max_nan_steps:
+            last = self.store.last()
+            raise TrainingError(
+                f"step {self.step}: {self.nan_in_row} steps in a row without a finite loss and gradient, more than "
+                f"max_nan_steps={self.config.max_nan_steps}; the last checkpoint is {last or 'none'}"
+            )
+
+    # Evaluation
+
+    def _evaluation_due(self, step: int) -> bool:
+        if self.val_data is None:
+            return False
+        every = self.config.evaluation
+        if step == self.steps or (every.every_steps and step % every.every_steps == 0):
+            return True
+        if every.every_epochs:
+            length = every.every_epochs * self.loader.epoch_length
+            passes = self.config.accumulation
+            return step * passes // length > (step - 1) * passes // length
+        return False
+
+    def _evaluate(self) -> None:
+        from vpd_fast.evaluation import PRIMARY, evaluate
+
+        options = self.config.evaluation
+        random = checkpoint.random_state()
+        self.processes.share_buffers(self.model)
+        self.model.eval()
+        self._interruptible = self.processes.count == 1
+        try:
+            if self._interruptible and self._stop:
+                raise KeyboardInterrupt
+            result = evaluate(
+                self.model, self.val_data, limit=options.limit, batch_size=options.batch_size,
+                rank=self.processes.rank, world_size=self.processes.count, text_encoder=self.sentences, **options.options,
+            )  # fmt: skip
+            pictures = []
+            if self.processes.first and self.config.log.tensorboard:
+                pictures = sample_pictures(self.model, self.val_data, self.config.log.pictures, self.sentences)
+        except KeyboardInterrupt:
+            self._stop = True
+            raise
+        finally:
+            self._interruptible = False
+            self.model.train()
+            checkpoint.set_random_state(random)
+        name, direction = PRIMARY[self.config.task]
+        value = result.metrics[name]
+        better = self.best is None or (value > self.best["value"] if direction == "max" else value < self.best["value"])
+        better = better and value == value
+        if better:
+            self.best = {"step": self.step, "metric": name, "value": value}
+        self.evaluated = self.step
+        with self.processes.first_only():
+            if self.processes.first:
+                if better:
+                    save_pretrained(self.model, self.folder / BEST)
+                    text = checkpoint.json_text({"step": self.step, **result.metrics})
+                    checkpoint.write_text(self.folder / BEST / "metrics.json", text)
+                self.store.write_index(best=self.best, evaluated=self.evaluated)
+        self.log.evaluation(self.step, result.metrics, better)
+        self.log.pictures(self.step, pictures)
+
+    # Saving and resuming
+
+    def _save(self) -> None:
+        self.processes.share_buffers(self.model)
+        states = self.processes.gather(checkpoint.random_state())
+        with self.processes.first_only():
+            if self.processes.first:
+                weights = self.model.state_dict()
+                self.store.save(
+                    self.step,
+                    {
+                        WEIGHTS_NAME: lambda path: write_safetensors(path, weights, self.model.config),
+                        CONFIG_NAME: self.model.config.save,
+                        CONFIG: self.config.save,
+                        checkpoint.STATE: lambda path: checkpoint.write_state(path, self._state(states)),
+                    },
+                )
+                self.store.write_index()
+
+    def _state(self, random_states: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "step": self.step,
+            "batches": self.step * self.config.accumulation,
+            "config": self.config.to_dict(),
+            "run": self._facts(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_states,
+            "best": self.best,
+            "evaluated": self.evaluated,
+            "nan_in_row": self.nan_in_row,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def _facts(self) -> dict[str, int]:
+        """What decides which samples a step gets, besides the configuration."""
+        return {"processes": self.processes.count, "samples": len(self.train_data), "steps": self.steps}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        changed = [
+            f"{name} is {value}, was {state['run'].get(name)}"
+            for name, value in self._facts().items()
+            if state["run"].get(name) != value
+        ]
+        if changed:
+            raise InputError(f"{self.resumed_from}: cannot be continued bit for bit, {'; '.join(changed)}")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.resumed_from}: its optimizer state does not fit ({error})") from error
+        checkpoint.set_random_state(state["random"][self.processes.rank])
+        self.step = state["step"]
+        self.nan_in_row, self.skipped_steps = state["nan_in_row"], state["skipped_steps"]
+        self.best, self.evaluated = state["best"], state["evaluated"]
+        if self.store is not None and self.resumed_from.parent.resolve() == self.store.folder.resolve():
+            # An evaluation after the checkpoint: its result is worth as much as before.
+            index = self.store.read_index()
+            self.best = index.get("best") or self.best
+            if index.get("evaluated") == self.step:
+                self.evaluated = self.step
+
+    def _open_folder(self) -> None:
+        self.processes.wait()  # all have looked into the folder before anything in it changes
+        with self.processes.first_only():
+            if self.processes.first:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self.store.clean()
+                    for left in (*self.folder.glob(".*.tmp"), *(self.folder / BEST).glob(".*.tmp")):
+                        checkpoint.remove(left)
+                    checkpoint.write_text(self.folder / CONFIG, self.config.to_yaml())
+                except OSError as error:
+                    raise InputError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
+
+    def _open_log(self) -> RunLog:
+        folder = self.folder if self.processes.first else None
+        return RunLog(folder, start=self.step, steps=self.steps, tensorboard=self.config.log.tensorboard, bar=self.bar)
+
+    def _summary(self) -> Summary:
+        best = self.folder / BEST
+        return Summary(
+            step=self.step,
+            steps=self.steps,
+            stopped=self._stop,
+            last=self.store.last(),
+            best=best if self.best is not None and best.is_dir() else None,
+            metric=None if self.best is None else (self.best["metric"], self.best["value"]),
+            skipped_steps=self.skipped_steps,
+        )
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT: the step is finished and saved. An evaluation is broken off; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop or self._interruptible:
+                self._stop = True
+                raise KeyboardInterrupt
+            self._stop = True
+
+        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class _Window:
+    """Loss and speed since the last entry of the log."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.losses: list[float] = []
+        self.images = 0
+
+    def add(self, loss: float, finite: bool, images: int) -> None:
+        self.images += images
+        if finite:
+            self.losses.append(loss)
+
+    def values(self) -> dict[str, float]:
+        """Mean loss of the finite steps (none: left out) and images per second."""
+        speed = {"images_per_second": self.images / max(time.monotonic() - self.start, 1e-9)}
+        return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
+
+
+def _minutes(every: float | None, since: float) -> bool:
+    return every is not None and time.monotonic() - since >= 60 * every
+
+
+def _resume_from(folder: Path | None, store: checkpoint.CheckpointStore | None, resume: str | Path) -> Path | None:
+    """The checkpoint to go on from, or None to begin. Raises InputError where the folder does not allow it."""
+    if folder is None or store is None:
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; expected a folder for the run")
+    last = store.last()
+    used = folder.is_dir() and any(folder.iterdir())
+    if str(resume) == "auto":
+        if last is None and used and not (folder / CONFIG).is_file():
+            raise InputError(f"{folder}: is not empty and holds no run to resume; give another folder")
+        return last
+    if str(resume) == "never":
+        if used:
+            raise InputError(
+                f"{folder}: is not empty; --resume auto goes on with the run in it, or give another folder"
+            )
+        return None
+    path = Path(resume)
+    if not path.is_dir():
+        raise InputError(f"--resume must be auto, never or a checkpoint's folder, got {path}, which is none")
+    if last is not None and path.resolve() != last.resolve():
+        raise InputError(
+            f"{folder}: holds a run whose last checkpoint is {last.name}; going back to {path} would mix two runs, give "
+            "another folder with -o"
+        )
+    if last is None and used:
+        raise InputError(f"{folder}: is not empty; expected a new folder to resume {path} in")
+    return path
+
+
+def _check_same(old: TrainConfig, new: TrainConfig, path: Path) -> None:
+    changed = differences(old, new, FREE)
+    if changed:
+        raise InputError(f"{path} was trained with another configuration: {'; '.join(changed)}")
