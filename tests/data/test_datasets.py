@@ -1,0 +1,197 @@
+"""Data sets read from miniature folders in the real formats, and what they say about wrong ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from vpd_fast.data import open_dataset
+from vpd_fast.errors import DatasetError, ImageError, InputError
+
+from . import miniature
+
+
+def test_ade20k(tmp_path):
+    data = open_dataset("ade20k", miniature.ade20k(tmp_path), "training", classes=["ground", *miniature.NAMES])
+    assert len(data) == 4
+    assert data.task == "segmentation"
+    assert data.name(1) == "training/ADE_train_00000001"
+    sample, (_, labels, _) = data.load(1), miniature.picture(1)
+    expected = labels.copy()
+    expected[:2] = 255
+    np.testing.assert_array_equal(sample.target, expected)
+    assert sample.image.shape == (64, 96, 3)
+    raw = open_dataset("ade20k", tmp_path, "training", reduce_zero_label=False).load(1).target
+    np.testing.assert_array_equal(raw[2:], labels[2:] + 1)
+    assert len(open_dataset("ade20k", tmp_path, "validation").class_names) == 150
+
+
+def test_ade20k_errors(tmp_path):
+    with pytest.raises(DatasetError, match="looked for the folder .*images/training"):
+        open_dataset("ade20k", tmp_path, "training")
+    miniature.ade20k(tmp_path)
+    with pytest.raises(DatasetError, match="training, validation"):
+        open_dataset("ade20k", tmp_path, "test")
+    with pytest.raises(DatasetError, match=r"ADE_train_00000000.png.* class 3, but there are only 3"):
+        open_dataset("ade20k", tmp_path, "training", classes=["a", "b", "c"]).load(0)
+    miniature.write_image(tmp_path / "annotations/training/ADE_train_00000000.png", np.zeros((10, 10), np.uint8))
+    with pytest.raises(DatasetError, match="64x96 and 10x10"):
+        open_dataset("ade20k", tmp_path, "training").load(0)
+    (tmp_path / "annotations/training/ADE_train_00000000.png").unlink()
+    with pytest.raises(ImageError, match="ADE_train_00000000.png"):
+        open_dataset("ade20k", tmp_path, "training").load(0)
+    (tmp_path / "images/training/ADE_train_00000001.jpg").write_bytes(b"\xff\xd8\xff broken")
+    with pytest.raises(ImageError, match="ADE_train_00000001.jpg"):
+        open_dataset("ade20k", tmp_path, "training").load(1)
+    with pytest.raises(InputError, match="colour"):
+        open_dataset("ade20k", tmp_path, "training", colour=1)
+    with pytest.raises(InputError, match="must be one of ade20k"):
+        open_dataset("coco", tmp_path, "training")
+
+
+@pytest.mark.parametrize("kind", ["refcoco", "refcoco+"])
+def test_refer(tmp_path, kind):
+    data = open_dataset(kind, miniature.refer(tmp_path, kind), "train")
+    assert (len(data), data.class_names) == (4, ())
+    for i in range(4):  # polygons and RLE
+        sample, (_, labels, boxes) = data.load(i), miniature.picture(i)
+        top, left, bottom, right = boxes[0]
+        expected = np.zeros_like(labels)
+        expected[top:bottom, left:right] = 1
+        np.testing.assert_array_equal(sample.target, expected)
+        assert sample.name == f"train/{10 + i}"
+        assert sample.sentences[0] == f"the {miniature.NAMES[labels[top, left] - 1]} box"
+        assert len(sample.sentences) == 2
+    assert [len(open_dataset(kind, tmp_path, split)) for split in ("val", "testA", "testB", "test")] == [2, 1, 1, 2]
+
+
+def rewrite(root, change) -> None:
+    path = root / "refcoco/refs(unc).p"
+    refs = pickle.loads(path.read_bytes())
+    change(refs)
+    path.write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def test_overlapping_polygons(tmp_path):
+    miniature.refer(tmp_path)
+    path = tmp_path / "refcoco/instances.json"
+    values = json.loads(path.read_text())
+    values["annotations"][0]["segmentation"] = [[0, 0, 20, 0, 20, 20, 0, 20], [10, 0, 30, 0, 30, 20, 10, 20]]
+    path.write_text(json.dumps(values))
+    assert open_dataset("refcoco", tmp_path, "train").load(0).target.sum() == 20 * 20  # 30 x 20 without the middle
+    assert open_dataset("refcoco", tmp_path, "train", overlaps="union").load(0).target.sum() == 30 * 20
+
+
+def test_refer_errors(tmp_path):
+    with pytest.raises(DatasetError, match=r"looked for the folder .*refcocog"):
+        open_dataset("refcocog", tmp_path, "val")
+    miniature.refer(tmp_path)
+    with pytest.raises(DatasetError, match=r"refs\(google\).p; the folder has instances.json, refs\(unc\).p"):
+        open_dataset("refcoco", tmp_path, "val", split_by="google")
+    with pytest.raises(InputError, match="testA"):
+        open_dataset("refcoco", tmp_path, "validation")
+    with pytest.raises(DatasetError, match="no object is in the split testC"):
+        open_dataset("refcoco", tmp_path, "testC")
+    rewrite(tmp_path, lambda refs: refs[1]["sentences"].append({"sent": " "}))
+    with pytest.raises(DatasetError, match="object 11 has an empty sentence"):
+        open_dataset("refcoco", tmp_path, "train")
+    rewrite(tmp_path, lambda refs: (refs[1]["sentences"].pop(), refs[2].update(ann_id=99)))
+    with pytest.raises(DatasetError, match="no annotation 99"):
+        open_dataset("refcoco", tmp_path, "train")
+    rewrite(tmp_path, lambda refs: refs[3].pop("split"))
+    with pytest.raises(DatasetError, match="list of objects .*split"):
+        open_dataset("refcoco", tmp_path, "train")
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("this must never be printed",))
+
+
+def test_a_pickle_runs_no_code(tmp_path, capsys):
+    path = miniature.refer(tmp_path) / "refcoco/refs(unc).p"
+    path.write_bytes(pickle.dumps([Hostile()]))
+    with pytest.raises(DatasetError, match="would load builtins.print"):
+        open_dataset("refcoco", tmp_path, "train")
+    assert capsys.readouterr().out == ""
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(DatasetError, match="not a pickle"):
+        open_dataset("refcoco", tmp_path, "train")
+
+
+def test_nyu(tmp_path):
+    data = open_dataset("nyu", miniature.nyu(tmp_path), "train")
+    assert [data.name(i) for i in range(4)] == [
+        "kitchen_0028b_rgb_00000", "kitchen_0028b_rgb_00001", "study_room_0004_rgb_00000", "study_room_0004_rgb_00001"
+    ]  # fmt: skip
+    sample = data.load(1)
+    np.testing.assert_allclose(sample.target, miniature.depths(miniature.picture(1)[1]) / 1000, rtol=1e-6)
+    assert sample.target.dtype == np.float32
+    assert [data.class_names[data.load(i).scene] for i in range(4)] == ["kitchen", "kitchen", "study", "study"]
+    fixed = open_dataset("nyu", tmp_path, "train", scene_rule="fixed")
+    assert fixed.class_names[fixed.load(2).scene] == "study_room"
+    assert len(open_dataset("nyu", tmp_path, "test")) == 4
+
+
+def test_nyu_from_a_list(tmp_path):
+    miniature.nyu(tmp_path)
+    listing = tmp_path / "list.txt"
+    listing.write_text("/study_room_0004/rgb_00001.jpg /study_room_0004/sync_depth_00001.png 518.8\n\n")
+    data = open_dataset("nyu", tmp_path, "train", filenames=listing)
+    assert [data.load(i).name for i in range(len(data))] == ["study_room_0004_rgb_00001"]
+    listing.write_text("/study_room_0004/rgb_00001.jpg\n")
+    with pytest.raises(DatasetError, match="line 1"):
+        open_dataset("nyu", tmp_path, "train", filenames=listing)
+
+
+def test_nyu_scenes_that_are_unknown(tmp_path):
+    miniature.nyu(tmp_path)
+    with pytest.raises(DatasetError, match="tells none of the 1 scenes"):
+        open_dataset("nyu", tmp_path, "train", classes=["bathroom"]).load(0)
+    assert open_dataset("nyu", tmp_path, "train", classes=["bathroom"], unknown_scene="mean").load(0).scene is None
+    with pytest.raises(InputError, match="train, test"):
+        open_dataset("nyu", tmp_path, "val")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
+def test_folder(tmp_path, task):
+    data = open_dataset("folder", miniature.folder(tmp_path, task), "val", task=task)
+    assert len(data) == 4
+    assert data.name(2) == "val/val_2"
+    sample, (image, labels, boxes) = data.load(2), miniature.picture(102)
+    np.testing.assert_array_equal(sample.image, image)
+    top, left, bottom, right = boxes[0]
+    if task == "segmentation":
+        assert data.class_names == ("ground", *miniature.NAMES)
+        np.testing.assert_array_equal(sample.target, labels)
+    elif task == "depth":
+        assert (data.class_names, sample.scene) == ((), None)
+        np.testing.assert_allclose(sample.target, miniature.depths(labels) / 1000, rtol=1e-6)
+    else:
+        assert sample.target.sum() == (bottom - top) * (right - left)
+        assert len(sample.sentences) == 1
+
+
+def test_folder_with_lists_and_errors(tmp_path):
+    miniature.folder(tmp_path, "segmentation")
+    (tmp_path / "splits").mkdir()
+    for path in (tmp_path / "images/train").iterdir():
+        path.rename(tmp_path / "images" / path.name)
+    for path in (tmp_path / "masks/train").iterdir():
+        path.rename(tmp_path / "masks" / path.name)
+    (tmp_path / "splits/few.txt").write_text("train_3\ntrain_1\n")
+    data = open_dataset("folder", tmp_path, "few", task="segmentation")
+    assert [data.load(i).name for i in range(len(data))] == ["few/train_3", "few/train_1"]
+    (tmp_path / "splits/few.txt").write_text("train_9\n")
+    with pytest.raises(DatasetError, match="'train_9' has no image"):
+        open_dataset("folder", tmp_path, "few", task="segmentation")
+    with pytest.raises(DatasetError, match="looked for the folder .*images/test"):
+        open_dataset("folder", tmp_path, "test", task="segmentation")
+    (tmp_path / "classes.txt").write_text("a\na\n")
+    with pytest.raises(DatasetError, match="none twice"):
+        open_dataset("folder", tmp_path, "val", task="segmentation")
+    with pytest.raises(DatasetError, match="depths"):
+        open_dataset("folder", tmp_path, "val", task="depth")

@@ -1,0 +1,46 @@
+"""Data sets from their usual folders, their transforms, and the loader of training.
+
+ade20k: root/images/SPLIT/*.jpg with root/annotations/SPLIT/*.png, 0 ignored, class n stored as n + 1; training,
+    validation.
+refcoco, refcoco+, refcocog, refclef: root/KIND/refs(BY).p, root/KIND/instances.json, COCO's train2014 in
+    root/images/mscoco/images/train2014; train, val, test, testA, testB.
+nyu: root/sync/SCENE/rgb_N.jpg with sync_depth_N.png beside it (train), the same in root/official_splits/test (test).
+folder: one's own images for any task, see `vpd_fast.data.folder.Folder`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vpd_fast.data.sample import Dataset, Sample
+from vpd_fast.errors import InputError
+
+REFER_KINDS = ("refcoco", "refcoco+", "refcocog", "refclef")
+KINDS = ("ade20k", *REFER_KINDS, "nyu", "folder")
+
+
+def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dataset:
+    """The data set of a kind (see above) in a folder; options are those of its class.
+
+    Raises DatasetError if files are missing or broken, InputError for unknown kinds, splits and options.
+    """
+    if kind not in KINDS:
+        raise InputError(f"the kind of a data set must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "ade20k":
+        from vpd_fast.data.ade20k import ADE20K as cls
+    elif kind == "nyu":
+        from vpd_fast.data.nyu import NYU as cls
+    elif kind == "folder":
+        from vpd_fast.data.folder import Folder as cls
+    else:
+        from vpd_fast.data.refer import Refer as cls
+
+        options = {"kind": kind, **options}
+    try:
+        return cls(root, split, **options)
+    except TypeError as error:
+        raise InputError(f"data set {kind}: {error}") from error
+
+
+__all__ = ["KINDS", "Dataset", "Sample", "open_dataset"]

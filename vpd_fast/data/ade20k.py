@@ -1,0 +1,62 @@
+"""ADE20K for scene parsing (Zhou et al., CVPR 2017): 150 classes, folders as in ADEChallengeData2016."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vpd_fast.data.sample import IGNORED, Sample, check_labels, check_same_size, read_integers, read_rgb, require_folder
+from vpd_fast.errors import DatasetError
+from vpd_fast.labels import ADE20K_CLASSES
+
+
+class ADE20K:
+    """root/images/SPLIT/NAME.jpg with root/annotations/SPLIT/NAME.png; SPLIT: training, validation.
+
+    classes: names, if they are not ADE20K's own 150.
+    reduce_zero_label: label 0 ("other") is ignored and class n has label n + 1, as the files have it.
+
+    Raises DatasetError.
+    """
+
+    task = "segmentation"
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        classes: Sequence[str] | None = None,
+        reduce_zero_label: bool = True,
+    ) -> None:
+        root = Path(root)
+        images = require_folder(root / "images" / split, "ADE20K")
+        self.masks = require_folder(root / "annotations" / split, "ADE20K")
+        self.class_names = tuple(ADE20K_CLASSES if classes is None else classes)
+        self.reduce_zero_label, self.split = reduce_zero_label, split
+        self.images = sorted(path for path in images.iterdir() if path.suffix == ".jpg")
+        if not self.images:
+            raise DatasetError(f"ADE20K: no .jpg files in {images}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """SPLIT/NAME."""
+        return f"{self.split}/{self.images[index].stem}"
+
+    def load(self, index: int) -> Sample:
+        """Read image and mask. Raises ImageError, DatasetError."""
+        path = self.masks / f"{self.images[index].stem}.png"
+        image, labels = read_rgb(self.images[index]), read_integers(path)
+        check_same_size(image, labels, str(self.images[index]))
+        labels = zero_to_ignored(labels) if self.reduce_zero_label else labels
+        check_labels(labels, len(self.class_names), path)
+        return Sample(image, labels.astype(np.uint8), self.name(index))
+
+
+def zero_to_ignored(labels: np.ndarray) -> np.ndarray:
+    """Labels whose 0 means ignored -> class ids: 0 and 255 become 255, n becomes n - 1."""
+    return np.where((labels == 0) | (labels == IGNORED), IGNORED, labels.astype(np.int32) - 1)

@@ -1,0 +1,145 @@
+"""One's own images for any task, in plain folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpd_fast.config import TASKS
+from vpd_fast.data.ade20k import zero_to_ignored
+from vpd_fast.data.sample import (
+    MILLIMETRES,
+    Sample,
+    check_labels,
+    check_same_size,
+    read_integers,
+    read_rgb,
+    require_file,
+    require_folder,
+)
+from vpd_fast.errors import DatasetError, InputError
+from vpd_fast.inference.depth import scene_from_filename
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+TARGETS = {"segmentation": "masks", "referring": "masks", "depth": "depths"}
+
+
+class Folder:
+    """Images in root/images, targets of the same name in root/masks or root/depths.
+
+    Segmentation: masks/NAME.png holds class ids, 255 is ignored; classes.txt has a class name per line.
+    Depth: depths/NAME.png holds 16-bit millimetres, 0 is unknown; scenes.txt, if there, has a scene per line, of which
+    the first that is part of an image's name is its own.
+    Referring: masks/ANY.png is not 0 on the object; sentences.json lists {"image": "cat.jpg", "mask": "cat_1.png",
+    "sentences": ["the grey cat"], "split": "train"}.
+
+    split: if splits/SPLIT.txt exists, the images it lists, one name without extension per line; else those in
+        images/SPLIT, with targets in masks/SPLIT or depths/SPLIT; of referring the entries of that split.
+    classes: names, instead of those in the file. reduce_zero_label: 0 in masks is ignored, class n is n + 1.
+
+    Raises DatasetError, InputError.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        task: str,
+        classes: Sequence[str] | None = None,
+        reduce_zero_label: bool = False,
+    ) -> None:
+        if task not in TASKS:
+            raise InputError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        self.task, self.root, self.split, self.reduce_zero_label = task, Path(root), split, reduce_zero_label
+        require_folder(self.root / "images", "folder data set")
+        require_folder(self.root / TARGETS[task], "folder data set")
+        self.class_names = self._names(classes)
+        self.entries = self._listed() if task == "referring" else self._found()
+        if not self.entries:
+            raise DatasetError(f"{root}: no images in the split {split}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        """The image's name without extension; of referring the mask's."""
+        entry = self.entries[index]
+        path = entry["target"] if self.task == "referring" else entry["image"]
+        return f"{self.split}/{path.stem}"
+
+    def load(self, index: int) -> Sample:
+        """Read image and target. Raises ImageError, DatasetError."""
+        entry = self.entries[index]
+        image, target = read_rgb(entry["image"]), read_integers(entry["target"])
+        check_same_size(image, target, str(entry["image"]))
+        if self.task == "segmentation":
+            target = zero_to_ignored(target) if self.reduce_zero_label else target
+            check_labels(target, len(self.class_names), entry["target"])
+            return Sample(image, target.astype(np.uint8), self.name(index))
+        if self.task == "depth":
+            scene = scene_from_filename(entry["image"].name, self.class_names)
+            return Sample(image, target.astype(np.float32) / np.float32(MILLIMETRES), self.name(index), (), scene)
+        return Sample(image, (target > 0).astype(np.uint8), self.name(index), entry["sentences"])
+
+    def _names(self, classes: Sequence[str] | None) -> tuple[str, ...]:
+        if classes is not None or self.task == "referring":
+            return tuple(classes or ())
+        path = self.root / ("classes.txt" if self.task == "segmentation" else "scenes.txt")
+        if self.task == "depth" and not path.is_file():
+            return ()
+        names = tuple(_lines(require_file(path, "folder data set")))
+        if not names or len(set(names)) < len(names):
+            raise DatasetError(f"{path}: expected a name per line, none twice, got {len(names)}")
+        return names
+
+    def _found(self) -> list[dict[str, Any]]:
+        listing = self.root / "splits" / f"{self.split}.txt"
+        targets = self.root / TARGETS[self.task]
+        if listing.is_file():
+            names = _lines(listing)
+            images = {path.stem: path for path in _images(self.root / "images")}
+            missing = [name for name in names if name not in images]
+            if missing:
+                raise DatasetError(f"{listing}: {missing[0]!r} has no image in {self.root / 'images'}")
+            found = [images[name] for name in names]
+        else:
+            what = f"folder data set (neither {listing} nor a folder of images)"
+            found, targets = _images(require_folder(self.root / "images" / self.split, what)), targets / self.split
+        return [{"image": path, "target": targets / f"{path.stem}.png"} for path in found]
+
+    def _listed(self) -> list[dict[str, Any]]:
+        path = require_file(self.root / "sentences.json", "folder data set")
+        try:
+            rows = json.loads(path.read_text("utf-8"))
+            entries = [
+                {
+                    "image": self.root / "images" / row["image"],
+                    "target": self.root / "masks" / row["mask"],
+                    "sentences": tuple(row["sentences"]),
+                }
+                for row in rows
+                if row["split"] == self.split
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{path}: expected a list of entries with image, mask, sentences and split "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        for entry in entries:
+            sentences = entry["sentences"]
+            if not sentences or not all(isinstance(text, str) and text.strip() for text in sentences):
+                raise DatasetError(f"{path}: {entry['target'].name} has an empty sentence; expected words")
+        return entries
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]

@@ -1,0 +1,118 @@
+"""What all data sets have in common: samples, and the calls that data sets answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from vpd_fast.errors import DatasetError, ImageError
+from vpd_fast.inference.images import read_image, to_uint8
+
+IGNORED = 255  # of labels: pixels that no loss and no metric counts
+MILLIMETRES = 1000.0  # stored depths to metres
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as a data set has it, before any transform.
+
+    image: (H,W,3) uint8 RGB.
+    target: segmentation (H,W) uint8 class ids, 255 ignored; referring (H,W) uint8, 1 on the object; depth (H,W)
+        float32 metres, 0 where it is unknown.
+    name: unique within the data set.
+    sentences: of a referring sample, at least one.
+    scene: of a depth sample, an index into the data set's class_names; None if unknown.
+    """
+
+    image: np.ndarray
+    target: np.ndarray
+    name: str
+    sentences: tuple[str, ...] = ()
+    scene: int | None = None
+
+
+class Dataset(Protocol):
+    """A data set of one task. class_names: classes of segmentation, scenes of depth, () of referring."""
+
+    task: str
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Name of a sample, without reading it."""
+
+    def load(self, index: int) -> Sample:
+        """Read a sample. Raises ImageError or DatasetError, naming the file."""
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """An image file as (H,W,3) uint8 RGB. Raises ImageError."""
+    return to_uint8(read_image(path))
+
+
+def read_integers(path: Path) -> np.ndarray:
+    """A PNG of labels or millimetres as (H,W) integers: palette indices, 8 or 16 bits. Raises ImageError."""
+    if not path.is_file():
+        raise ImageError(f"{path}: cannot read the mask, the file does not exist")
+    # Pillow keeps palette indices, which OpenCV would turn into colours; OpenCV reads 16 bits much faster.
+    values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.suffix.lower() == ".png" else None
+    if values is None or values.ndim != 2 or _has_palette(path):
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as file:
+                values = np.array(file)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise ImageError(f"{path}: cannot read the mask ({error}); expected a PNG of one channel") from error
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ImageError(f"{path}: a mask of shape {values.shape} and {values.dtype}; expected one channel of integers")
+    return values
+
+
+def _has_palette(path: Path) -> bool:
+    """Byte 25 of a PNG is its colour type; 3 is a palette."""
+    with path.open("rb") as file:
+        return file.read(26)[25:26] == b"\x03"
+
+
+def check_same_size(image: np.ndarray, target: np.ndarray, name: str) -> None:
+    """Raises DatasetError unless both have the same height and width."""
+    if image.shape[:2] != target.shape[:2]:
+        sizes = " and ".join(f"{a.shape[0]}x{a.shape[1]}" for a in (image, target))
+        raise DatasetError(f"{name}: image and target must have the same size, got {sizes} pixels (height x width)")
+
+
+def check_labels(labels: np.ndarray, count: int, path: Path) -> None:
+    """Raises DatasetError if a label is neither a class nor ignored."""
+    valid = labels[labels != IGNORED]
+    if valid.size and int(valid.max()) >= count:
+        raise DatasetError(f"{path}: the mask has class {int(valid.max())}, but there are only {count} classes")
+
+
+def require_folder(path: Path, what: str) -> Path:
+    """The folder, if it is there. Raises DatasetError that says what was looked for and what is there instead."""
+    if path.is_dir():
+        return path
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise DatasetError(f"{what}: {nearest} is a file, expected the folder {path}")
+    inside = sorted(p.name for p in nearest.iterdir())
+    found = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "") if inside else "nothing"
+    raise DatasetError(f"{what}: looked for the folder {path}; {nearest} has {found}")
+
+
+def require_file(path: Path, what: str) -> Path:
+    """The file, if it is there. Raises DatasetError that says what was looked for and what is there instead."""
+    if path.is_file():
+        return path
+    require_folder(path.parent, what)
+    inside = sorted(p.name for p in path.parent.iterdir())
+    found = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "") if inside else "nothing"
+    raise DatasetError(f"{what}: looked for the file {path}; the folder has {found}")
