@@ -1,7 +1,8 @@
 """Checkpoints of a run: folders that are complete as soon as they have their name, and an index beside them.
 
-A checkpoint is written into a hidden folder, forced to disk and renamed, so that a process that is killed at any moment,
-or a full disk, leaves the earlier ones as they were. What such an end leaves behind is removed at the next start.
+A checkpoint is written into a hidden folder, forced to disk and renamed, so that a process that is killed at any
+moment, or a full disk, leaves the earlier ones as they were. What such an end leaves behind is removed at the next
+start.
 """
 
 from __future__ import annotations

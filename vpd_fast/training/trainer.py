@@ -41,7 +41,7 @@ class TrainingError(VPDFastError, RuntimeError):
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. best: the folder for `VPD.from_pretrained`, None without evaluation; metric: its (name, value)."""
+    """How a run ended. best: the folder for `VPD.from_pretrained`, None without evaluation; metric: (name, value)."""
 
     step: int
     steps: int
@@ -304,6 +304,14 @@ class Trainer:
                 f"max_nan_steps={self.config.max_nan_steps}; the last checkpoint is {last or 'none'}"
             )
 
+    def try_batch(self) -> float:
+        """One batch forward and backward; the loss. Weights stay as they are."""
+        inputs = self.task.prepare(next(self.loader.batches(0)), self.encode, self.processes.device)
+        loss = self.train_step(inputs)
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.processes.sum(loss.detach()).item() / self.processes.count
+
     # Evaluation
 
     def _evaluation_due(self, step: int) -> bool:
@@ -331,7 +339,8 @@ class Trainer:
                 raise KeyboardInterrupt
             result = evaluate(
                 self.model, self.val_data, limit=options.limit, batch_size=options.batch_size,
-                rank=self.processes.rank, world_size=self.processes.count, text_encoder=self.sentences, **options.options,
+                rank=self.processes.rank, world_size=self.processes.count, text_encoder=self.sentences,
+                **options.options,
             )  # fmt: skip
             pictures = []
             if self.processes.first and self.config.log.tensorboard:
@@ -454,7 +463,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the step is finished and saved. An evaluation is broken off; a second one ends at once."""
+        """SIGTERM and SIGINT: the step is finished and saved, an evaluation broken off. A second signal ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -519,8 +528,8 @@ def _resume_from(folder: Path | None, store: checkpoint.CheckpointStore | None, 
         raise InputError(f"--resume must be auto, never or a checkpoint's folder, got {path}, which is none")
     if last is not None and path.resolve() != last.resolve():
         raise InputError(
-            f"{folder}: holds a run whose last checkpoint is {last.name}; going back to {path} would mix two runs, give "
-            "another folder with -o"
+            f"{folder}: holds a run whose last checkpoint is {last.name}; going on from {path} would mix two runs, "
+            "give another folder with -o"
         )
     if last is None and used:
         raise InputError(f"{folder}: is not empty; expected a new folder to resume {path} in")
