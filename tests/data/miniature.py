@@ -15,7 +15,7 @@ NAMES = ("red", "green", "blue", "yellow")
 
 
 def picture(seed: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int, int]]]:
-    """RGB image, labels (0 ground, i + 1 what has COLOURS[i]), boxes (top, left, bottom, right) of the two rectangles."""
+    """RGB image, labels (0 ground, i + 1 has COLOURS[i]), boxes (top, left, bottom, right) of two rectangles."""
     rng = np.random.default_rng(seed)
     image = np.full((*size, 3), 128, np.uint8) + rng.integers(0, 12, (*size, 3), np.uint8)
     labels, boxes = np.zeros(size, np.uint8), []

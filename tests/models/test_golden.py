@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vpd_fast.training.losses import referring_loss, segmentation_loss, silog_loss
 
 SMALL = ["seg_small", "seg_small_a64", "refer_small", "depth_small"]
 FULL_SIZE = [("seg_sd15", "plain"), ("refer_sd15", "plain"), ("depth_sd15", "plain"), ("seg_sd15", "sdpa")]
@@ -83,15 +84,14 @@ def loss_of(case: object, model: torch.nn.Module) -> Tensor:
         prediction = model(*inputs)["pred_d"]
         target = torch.from_numpy(rng.random(tuple(prediction.shape), dtype="float32") * 10).to(model.dtype)
         target[..., :9, :] = 0
-        difference = (target.log() - prediction.log())[target > 0]
-        return torch.sqrt((difference**2).mean() - 0.5 * difference.mean() ** 2)
+        return silog_loss(prediction, target[:, 0])
     logits = model(*inputs)
     if task == "referring":
         labels = torch.from_numpy(rng.integers(0, 2, (batch, *logits.shape[2:])))
-        return F.cross_entropy(logits, labels, weight=logits.new_tensor([0.9, 1.1]))
+        return referring_loss(logits, labels)
     labels = torch.from_numpy(rng.integers(0, model.config.num_classes, (batch, *logits.shape[2:])))
     labels[:, :5] = 255
-    return F.cross_entropy(logits, labels, ignore_index=255, reduction="none").mean()
+    return segmentation_loss(logits, labels)
 
 
 def gradients(case: object, model: torch.nn.Module) -> dict[str, Tensor | None]:
