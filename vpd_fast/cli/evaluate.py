@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vpd_fast.evaluation import Evaluation
     from vpd_fast.models import VPD
 
-KINDS = ("ade20k", "refcoco", "refcoco+", "refcocog", "nyu", "folder")  # of vpd_fast.data, which would import PyTorch
+# Kinds of vpd_fast.data, and the split that results are published for.
 SPLITS = {
     "ade20k": "validation",
     "refcoco": "val",
@@ -34,13 +34,13 @@ DATA = "Data"
 
 
 def evaluate(
-    data: Annotated[str, typer.Option(metavar="KIND", help=f"{', '.join(KINDS)}.", rich_help_panel=DATA)],
+    data: Annotated[str, typer.Option(metavar="KIND", help=f"{', '.join(SPLITS)}.", rich_help_panel=DATA)],
     root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the data set lies.", rich_help_panel=DATA)],
     split: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="[default: validation for ade20k, val for refcoco, refcoco+, refcocog and folder, test for nyu]",
+            help="[default: validation for ade20k, test for nyu, val for the others]",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -74,9 +74,7 @@ def evaluate(
     ] = None,
     split_by: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Who split the data set: unc, umd, google.", rich_help_panel=options.REFERRING
-        ),
+        typer.Option(metavar="NAME", help="Who split it: unc, umd, google.", rich_help_panel=options.REFERRING),
     ] = None,
     crop: Annotated[
         str | None,
@@ -137,8 +135,8 @@ def evaluate(
 
     Broken samples do not stop a run: they are reported at the end, and the exit code is 1.
     """
-    if data not in KINDS:
-        raise InputError(f"--data must be one of {', '.join(KINDS)}, got {data!r}")
+    if data not in SPLITS:
+        raise InputError(f"--data must be one of {', '.join(SPLITS)}, got {data!r}")
     chosen = {
         "mode": mode, "scales": None if scales is None else parse_scales(scales), "flip": flip,
         "resolution": resolution, "shift_window": shift_window, "crop": crop,
