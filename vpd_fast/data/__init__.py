@@ -13,7 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vpd_fast.data.loading import TrainLoader
 from vpd_fast.data.sample import Dataset, Sample
+from vpd_fast.data.transforms import make_transform
 from vpd_fast.errors import InputError
 
 REFER_KINDS = ("refcoco", "refcoco+", "refcocog", "refclef")
@@ -43,4 +45,4 @@ def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dat
         raise InputError(f"data set {kind}: {error}") from error
 
 
-__all__ = ["KINDS", "Dataset", "Sample", "open_dataset"]
+__all__ = ["KINDS", "Dataset", "Sample", "TrainLoader", "make_transform", "open_dataset"]
