@@ -463,7 +463,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the step is finished and saved, an evaluation broken off. A second signal ends at once."""
+        """SIGTERM and SIGINT: the step is finished and saved, an evaluation broken off. A second one ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

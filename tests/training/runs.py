@@ -1,0 +1,88 @@
+"""Tiny runs of each task on miniature data sets, in this process or in another."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from vpd_fast.training.config import TrainConfig, merge
+
+TASKS = ("segmentation", "referring", "depth")
+KINDS = {"segmentation": "ade20k", "referring": "refcoco", "depth": "nyu"}
+BACKBONE = {"model_channels": 32, "context_dim": 64, "num_heads": 4, "vae_ch": 32}
+TOKENS = 8
+
+
+def miniature():
+    """tests/data/miniature.py, however this file was imported."""
+    name = "vpd_miniature"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "data" / "miniature.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def make_data(root: Path, task: str) -> Path:
+    """A data set in the real folder format."""
+    module = miniature()
+    return {"segmentation": module.ade20k, "referring": module.refer, "depth": module.nyu}[task](root / task)
+
+
+def tiny(task: str, root: Path, **changes) -> TrainConfig:
+    """Six steps, saved every three."""
+    values = {
+        "task": task,
+        "model": {"backbone": BACKBONE, "base_size": 64},
+        "init": {"random": 1},
+        "data": {
+            "kind": KINDS[task], "root": str(root / task), "size": 64, "workers": 0,
+            "train_split": "training" if task == "segmentation" else "train",
+            "val_split": {"segmentation": "validation", "referring": "val", "depth": "test"}[task],
+        },
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"name": "poly", "steps": 6},
+        "precision": "fp32",
+        "encoder": {"precision": "fp32"},
+        "checkpoints": {"every_steps": 3, "keep": 5},
+        "evaluation": {"limit": 1},
+        "log": {"every": 1, "tensorboard": False},
+        "device": "cpu",
+    }  # fmt: skip
+    if task == "segmentation":
+        names = ["ground", *miniature().NAMES]
+        values["data"]["options"] = {"classes": names}
+        values["model"] |= {"channels": 32}
+    elif task == "referring":
+        values["model"] |= {"tokens": TOKENS}
+    return TrainConfig.from_dict(merge(values, changes))
+
+
+def sentences(texts) -> torch.Tensor:
+    """Token features made from the letters, in place of CLIP's."""
+    from vpd_fast.cli.options import random_tokens
+
+    return random_tokens(list(texts), TOKENS, BACKBONE["context_dim"])
+
+
+def trainer(config: TrainConfig, folder: Path | None, **options):
+    """A Trainer that needs no CLIP."""
+    from vpd_fast.training.trainer import Trainer
+
+    return Trainer(config, folder, sentences=sentences if config.task == "referring" else None, bar=False, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint or a model's folder."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
