@@ -1,0 +1,60 @@
+"""Two real processes measure what one does, to the last bit."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .process import TASKS, dataset_with_a_broken_one, measure
+from .sets import BROKEN
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{rank: what it found}."""
+    folder = tmp_path_factory.mktemp("group")
+    program = [sys.executable, "-P", str(Path(__file__).with_name("process.py"))]
+    results = {rank: folder / f"{rank}.pkl" for rank in (0, 1)}
+    processes = [
+        subprocess.Popen([*program, str(rank), str(folder / "store"), str(result)], stderr=subprocess.PIPE, text=True)
+        for rank, result in results.items()
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return {rank: pickle.loads(result.read_bytes()) for rank, result in results.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_measure_what_one_does(found, task):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = measure(task, dataset_with_a_broken_one(task))
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["index"] for row in alone["failed"]] == [3]
+    assert sorted({row["index"] for row in alone["rows"]}) == [0, 1, 2, 4]
+    for rank in (0, 1):
+        assert found[rank][task]["metrics"] == alone["metrics"]
+        assert found[rank][task] == alone
+
+
+def test_a_process_without_samples(found):
+    assert found[0]["one sample"]["count"] == 1
+    assert found[0]["one sample"] == found[1]["one sample"]
+
+
+def test_an_error_in_one_process_ends_both(found):
+    """The broken sample is the second of rank 1."""
+    assert found[1]["strict"] == f"ImageError: {BROKEN}"
+    assert found[0]["strict"] == f"DatasetError: the evaluation stopped in process 1 of 2: ImageError: {BROKEN}"
