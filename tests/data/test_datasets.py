@@ -106,6 +106,35 @@ def test_refer_errors(tmp_path):
         open_dataset("refcoco", tmp_path, "train")
 
 
+@pytest.mark.parametrize("segmentation", [[], [[1, 2]], ["abc"], None, {"size": [64, 96], "counts": "!!zz99"}])
+def test_shapes_that_are_none(tmp_path, segmentation):
+    miniature.refer(tmp_path)
+    path = tmp_path / "refcoco/instances.json"
+    values = json.loads(path.read_text())
+    values["annotations"][0]["segmentation"] = segmentation
+    path.write_text(json.dumps(values))
+    with pytest.raises(DatasetError, match="train/10: no polygon and no RLE"):
+        open_dataset("refcoco", tmp_path, "train").load(0)
+    values["images"][0]["height"] = None
+    path.write_text(json.dumps(values))
+    with pytest.raises(DatasetError, match="image 30 must have"):
+        open_dataset("refcoco", tmp_path, "train")
+
+
+def test_compressed_rle(tmp_path):
+    from pycocotools import mask as masks
+
+    miniature.refer(tmp_path)
+    expected = np.zeros((64, 96), np.uint8, order="F")
+    expected[3:9, 4:80] = 1
+    code = masks.encode(expected)
+    path = tmp_path / "refcoco/instances.json"
+    values = json.loads(path.read_text())
+    values["annotations"][0]["segmentation"] = {"size": [64, 96], "counts": code["counts"].decode()}
+    path.write_text(json.dumps(values))
+    np.testing.assert_array_equal(open_dataset("refcoco", tmp_path, "train").load(0).target, expected)
+
+
 class Hostile:
     def __reduce__(self):
         return (print, ("this must never be printed",))
@@ -143,7 +172,7 @@ def test_nyu_from_a_list(tmp_path):
     data = open_dataset("nyu", tmp_path, "train", filenames=listing)
     assert [data.load(i).name for i in range(len(data))] == ["study_room_0004_rgb_00001"]
     listing.write_text("/study_room_0004/rgb_00001.jpg\n")
-    with pytest.raises(DatasetError, match="line 1"):
+    with pytest.raises(DatasetError, match="an image and a depth file, got '/study_room_0004/rgb_00001.jpg'"):
         open_dataset("nyu", tmp_path, "train", filenames=listing)
 
 
@@ -195,3 +224,8 @@ def test_folder_with_lists_and_errors(tmp_path):
         open_dataset("folder", tmp_path, "val", task="segmentation")
     with pytest.raises(DatasetError, match="depths"):
         open_dataset("folder", tmp_path, "val", task="depth")
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DatasetError, match=r"classes.txt.*expected text in UTF-8"):
+        open_dataset("folder", tmp_path, "val", task="segmentation")
+    with pytest.raises(DatasetError, match="256 classes; expected at most 255"):
+        open_dataset("folder", tmp_path, "val", task="segmentation", classes=[str(i) for i in range(256)])

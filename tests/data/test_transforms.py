@@ -147,6 +147,13 @@ def test_depth_example():
     assert make_transform("depth", size=48)(sample(), rng(), 1)["class_id"] == -1
 
 
+@pytest.mark.parametrize(("rows", "size"), [(48, 49), (49, 98), (480, 490)])
+def test_depth_is_enlarged_to_hold_the_crop(rows, size):
+    """480 * (490 / 480) is less than 490 in floating point."""
+    given = Sample(np.zeros((rows, rows + 7, 3), np.uint8), np.ones((rows, rows + 7), np.float32), "x")
+    assert make_transform("depth", size=size)(given, rng(), 1)["target"].shape == (size, size)
+
+
 def test_every_fourth_image_of_depth_is_cut():
     given = Sample(np.zeros((64, 96, 3), np.uint8), np.full((64, 96), 0.2, np.float32), "x")
     transform = make_transform("depth", size=64, flip=0.0, color=False)

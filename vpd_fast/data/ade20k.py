@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vpd_fast.data.sample import IGNORED, Sample, check_labels, check_same_size, read_integers, read_rgb, require_folder
+from vpd_fast.data.sample import (
+    IGNORED,
+    Sample,
+    check_class_count,
+    check_labels,
+    check_same_size,
+    read_integers,
+    read_rgb,
+    require_folder,
+)
 from vpd_fast.errors import DatasetError
 from vpd_fast.labels import ADE20K_CLASSES
 
@@ -35,6 +44,7 @@ class ADE20K:
         images = require_folder(root / "images" / split, "ADE20K")
         self.masks = require_folder(root / "annotations" / split, "ADE20K")
         self.class_names = tuple(ADE20K_CLASSES if classes is None else classes)
+        check_class_count(self.class_names, root)
         self.reduce_zero_label, self.split = reduce_zero_label, split
         self.images = sorted(path for path in images.iterdir() if path.suffix == ".jpg")
         if not self.images:

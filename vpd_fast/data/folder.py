@@ -14,9 +14,11 @@ from vpd_fast.data.ade20k import zero_to_ignored
 from vpd_fast.data.sample import (
     MILLIMETRES,
     Sample,
+    check_class_count,
     check_labels,
     check_same_size,
     read_integers,
+    read_lines,
     read_rgb,
     require_file,
     require_folder,
@@ -59,6 +61,8 @@ class Folder:
         require_folder(self.root / "images", "folder data set")
         require_folder(self.root / TARGETS[task], "folder data set")
         self.class_names = self._names(classes)
+        if task == "segmentation":
+            check_class_count(self.class_names, self.root)
         self.entries = self._listed() if task == "referring" else self._found()
         if not self.entries:
             raise DatasetError(f"{root}: no images in the split {split}")
@@ -92,7 +96,7 @@ class Folder:
         path = self.root / ("classes.txt" if self.task == "segmentation" else "scenes.txt")
         if self.task == "depth" and not path.is_file():
             return ()
-        names = tuple(_lines(require_file(path, "folder data set")))
+        names = tuple(read_lines(require_file(path, "folder data set")))
         if not names or len(set(names)) < len(names):
             raise DatasetError(f"{path}: expected a name per line, none twice, got {len(names)}")
         return names
@@ -101,7 +105,7 @@ class Folder:
         listing = self.root / "splits" / f"{self.split}.txt"
         targets = self.root / TARGETS[self.task]
         if listing.is_file():
-            names = _lines(listing)
+            names = read_lines(listing)
             images = {path.stem: path for path in _images(self.root / "images")}
             missing = [name for name in names if name not in images]
             if missing:
@@ -139,7 +143,3 @@ class Folder:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]

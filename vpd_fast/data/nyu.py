@@ -12,6 +12,7 @@ from vpd_fast.data.sample import (
     Sample,
     check_same_size,
     read_integers,
+    read_lines,
     read_rgb,
     require_file,
     require_folder,
@@ -100,13 +101,11 @@ def _found(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def _listed(folder: Path, path: Path) -> list[tuple[Path, Path]]:
-    lines = require_file(path, "NYUv2's list of files").read_text(encoding="utf-8").splitlines()
+    lines = read_lines(require_file(path, "NYUv2's list of files"))
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         parts = line.split()
-        if not parts:
-            continue
         if len(parts) < 2:
-            raise DatasetError(f"{path}, line {number}: expected an image and a depth file, got {line!r}")
+            raise DatasetError(f"{path}: expected an image and a depth file, got {line!r}")
         pairs.append((folder / parts[0].lstrip("/"), folder / parts[1].lstrip("/")))
     return pairs

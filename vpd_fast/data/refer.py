@@ -72,7 +72,7 @@ class Refer:
         ref = self.refs[index]
         about = self._images[ref["image_id"]]
         path = self.images / about["file_name"]
-        mask = self._mask(ref, int(about["height"]), int(about["width"]))
+        mask = self._mask(ref, about["height"], about["width"])
         image = read_rgb(path)
         check_same_size(image, mask, str(path))
         return Sample(image, mask, self.name(index), ref["sentences"])
@@ -85,7 +85,7 @@ class Refer:
             else:
                 codes = [masks.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape]
             layers = masks.decode(codes).sum(2)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # pycocotools raises plain ones
             raise DatasetError(f"{self.name(index=self.refs.index(ref))}: no polygon and no RLE ({error})") from error
         return (layers == 1 if self.overlaps == "hole" else layers > 0).astype(np.uint8)
 
@@ -134,8 +134,11 @@ def _read_instances(path: Path, refs: list[dict[str, Any]]) -> tuple[dict[int, A
         wanted, pictures = {ref["ann_id"] for ref in refs}, {ref["image_id"] for ref in refs}
         shapes = {a["id"]: a["segmentation"] for a in values["annotations"] if a["id"] in wanted}
         images = {i["id"]: i for i in values["images"] if i["id"] in pictures}
-        if not all({"file_name", "height", "width"} <= image.keys() for image in images.values()):
-            raise ValueError("an image without file_name, height or width")
+        for image in images.values():
+            if not isinstance(image["file_name"], str) or not all(
+                type(image[key]) is int for key in ("height", "width")
+            ):
+                raise ValueError(f"image {image['id']} must have a file_name, and height and width in pixels")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path}: not COCO's instances ({type(error).__name__}: {error})") from error
     for name, there, needed in (("annotation", shapes, wanted), ("image", images, pictures)):

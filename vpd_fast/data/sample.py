@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -92,6 +93,20 @@ def check_labels(labels: np.ndarray, count: int, path: Path) -> None:
     valid = labels[labels != IGNORED]
     if valid.size and int(valid.max()) >= count:
         raise DatasetError(f"{path}: the mask has class {int(valid.max())}, but there are only {count} classes")
+
+
+def check_class_count(names: Sequence[str], where: Path) -> None:
+    """Raises DatasetError if there are so many classes that one would have the number of ignored pixels."""
+    if len(names) > IGNORED:
+        raise DatasetError(f"{where}: {len(names)} classes; expected at most {IGNORED}, since {IGNORED} is ignored")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, stripped. Raises DatasetError."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot read the list ({error}); expected text in UTF-8") from error
 
 
 def require_folder(path: Path, what: str) -> Path:

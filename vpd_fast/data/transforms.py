@@ -119,8 +119,8 @@ def _depth(
     if train:
         rows, columns = depth.shape
         if min(rows, columns) < size:  # enlarged until the crop fits, depths as well
-            factor = size / min(rows, columns)
-            shape = (int(rows * factor), int(columns * factor))
+            # In integers: a product of fractions may come out one pixel short of the crop.
+            shape = (rows * size // min(rows, columns), columns * size // min(rows, columns))
             image, depth = resize_bilinear(image, shape), resize_bilinear(depth, shape)
         if cut_depth != "none" and position % CUT_EVERY == 0:
             image = cut(image, depth, rng.random(), rng.random(), scaled=cut_depth == "scaled")
