@@ -21,14 +21,11 @@ if TYPE_CHECKING:
     from vpd_fast.models import VPD
 
 # Kinds of vpd_fast.data, and the split that results are published for.
+# Kinds of vpd_fast.data, which would import PyTorch, and the split that results are published for.
 SPLITS = {
-    "ade20k": "validation",
-    "refcoco": "val",
-    "refcoco+": "val",
-    "refcocog": "val",
-    "nyu": "test",
+    "ade20k": "validation", "refcoco": "val", "refcoco+": "val", "refcocog": "val", "refclef": "val", "nyu": "test",
     "folder": "val",
-}
+}  # fmt: skip
 SHOWN_CLASSES = 10  # best and worst
 DATA = "Data"
 
@@ -98,6 +95,14 @@ def evaluate(
             metavar="RULE", help="nyu's scenes: substring (as published) or fixed.", rich_help_panel=options.DEPTH
         ),
     ] = None,
+    filenames: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="nyu's list of images and depths as published. [default: all in the folder]",
+            rich_help_panel=options.DEPTH,
+        ),
+    ] = None,
     flip: Annotated[
         bool | None,
         typer.Option(
@@ -144,8 +149,7 @@ def evaluate(
     if data == "folder" and crop is None:
         chosen["crop"] = "none"
     split = SPLITS[data] if split is None else split
-    data_options = {"split_by": split_by, "scene_rule": scene_rule}
-    data_options = {name: value for name, value in data_options.items() if value is not None}
+    data_options = _data_options(data, split_by, scene_rule, filenames)
     with _process_group(device) as (rank, world_size, device):
         # A data set of a known task is opened before the model, which may take minutes to load.
         dataset = None if data == "folder" and task is None else _open(data, root, split, task, data_options)
@@ -160,7 +164,9 @@ def evaluate(
             model = model_options.load()
         if dataset is None:
             dataset = _open(data, root, split, model.config.task, data_options)
-        chosen = {name: value for name, value in chosen.items() if value is not None and _fits(name, model)}
+        if model.config.task != "depth" and crop is None:
+            del chosen["crop"]  # a default, which other tasks do not know
+        chosen = {name: value for name, value in chosen.items() if value is not None}
         encoder, notes = _text_encoder(model, text_encoder, random_weights)
         notes = options.notes(random_weights, {}) + notes
         from vpd_fast.evaluation import evaluate as run
@@ -179,9 +185,16 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _fits(name: str, model: VPD) -> bool:
-    """Whether an option is passed on. The crop of folders is a default of ours, which other tasks do not know."""
-    return name != "crop" or model.config.task == "depth"
+def _data_options(data: str, split_by: str | None, scene_rule: str | None, filenames: Path | None) -> dict[str, Any]:
+    """The options given that the data set has. Raises InputError for those it does not have."""
+    given = {
+        "split_by": (split_by, data.startswith("ref")), "scene_rule": (scene_rule, data == "nyu"),
+        "filenames": (None if filenames is None else str(filenames), data == "nyu"),
+    }  # fmt: skip
+    for name, (value, fits) in given.items():
+        if value is not None and not fits:
+            raise InputError(f"--{name.replace('_', '-')} is not for --data {data}")
+    return {name: value for name, (value, _) in given.items() if value is not None}
 
 
 def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str, Any]) -> Dataset:
@@ -278,8 +291,8 @@ def _print_tables(found: Evaluation) -> None:
                 values = (show("IoU", row["IoU"]), show("accuracy", row["accuracy"]), f"{row['pixels']:,}")
                 table.add_row(escape(row["class"]), *values)
         console.print(table)
-    table = Table(*found.metrics)
-    for column in table.columns:
-        column.justify = "right"
-    table.add_row(*(show(name, value) for name, value in found.metrics.items()))
+    table = Table("metric", "value")
+    table.columns[1].justify = "right"
+    for name, value in found.metrics.items():
+        table.add_row(name, show(name, value))
     console.print(table)

@@ -1,0 +1,200 @@
+"""`vpd-fast evaluate` on miniature data sets in their real folder formats."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vpd_fast import VPD, VPDConfig
+from vpd_fast.cli.evaluate import SPLITS
+from vpd_fast.cli.main import run
+from vpd_fast.data import KINDS
+from vpd_fast.models.random_weights import randomize
+
+FILES = {"metrics.json", "per_image.csv", "worst.html", "worst.png"}
+TASKS = {"ade20k": "segmentation", "refcoco": "referring", "nyu": "depth"}
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    path = Path(__file__).parents[1] / "data" / "miniature.py"
+    spec = importlib.util.spec_from_file_location("vpd_miniature_for_evaluate", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def roots(miniature, tmp_path):
+    """{kind: where a miniature of it lies}."""
+    return {
+        "ade20k": miniature.ade20k(tmp_path / "ade", 3),
+        "refcoco": miniature.refer(tmp_path / "ref"),
+        "nyu": miniature.nyu(tmp_path / "nyu", 3),
+        "folder": miniature.folder(tmp_path / "own", "segmentation", 3),
+    }
+
+
+@pytest.fixture
+def config(small_backbone):
+    """`config(task, ...)` of a small model with as many classes and scenes as the released ones."""
+    return lambda task, **changes: VPDConfig(
+        task=task, tokens=8, channels=32, base_size=128, backbone=small_backbone, **changes
+    )
+
+
+@pytest.fixture
+def small(tmp_path, config):
+    """`small(task)` -> options that build a small random model of that task."""
+
+    def options(task: str, **changes) -> list[str]:
+        config(task, **changes).save(tmp_path / f"{task}.json")
+        return ["--random-weights", "1", "--config", str(tmp_path / f"{task}.json")]
+
+    return options
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _error(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_evaluate(roots, small, tmp_path, capsys, kind):
+    output = tmp_path / "out"
+    command = ["evaluate", "--data", kind, "--root", str(roots[kind]), *small(TASKS[kind]), "-o", str(output)]
+    assert run([*command, "--worst", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "the weights are random (seed 1)" in printed.out
+    assert _names(output) == FILES | ({"per_class.csv"} if kind == "ade20k" else set())
+    values = json.loads((output / "metrics.json").read_text())
+    assert values["task"] == TASKS[kind]
+    assert values["data"]["split"] == SPLITS[kind]
+    assert (values["count"], values["failed"], values["processes"]) == (3 if kind != "refcoco" else 2, [], 1)
+    rows = list(csv.DictReader((output / "per_image.csv").open(newline="")))
+    assert len(rows) == values["rows"] == (4 if kind == "refcoco" else 3)  # two sentences per image
+    name = {"ade20k": "mIoU", "refcoco": "oIoU", "nyu": "rmse"}[kind]
+    assert name in printed.out
+    if kind == "nyu":
+        assert sum(float(row["rmse"]) for row in rows) / 3 == pytest.approx(values["metrics"]["rmse"])
+        assert values["settings"]["crop"] == "eigen"
+        assert "3 of 3 were measured whole" in printed.out
+        assert f"{values['metrics']['rmse']:.4f} m" in printed.out
+    else:
+        assert f"{100 * values['metrics'][name]:.2f} %" in printed.out
+    if kind == "refcoco":
+        assert any("no text encoder" in note for note in values["notes"])
+        union = sum(int(row["union"]) for row in rows)
+        assert sum(int(row["intersection"]) for row in rows) / union == values["metrics"]["oIoU"]
+    html = (output / "worst.html").read_text()
+    assert html.count('<li class="case">') == 2
+    Image.open(output / "worst.png").verify()
+
+    assert run([*command, "--json", "--limit", "1", "--worst", "0"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["count"] == 1
+    assert printed == json.loads((output / "metrics.json").read_text())
+
+
+def test_options_reach_the_evaluation(roots, small, tmp_path):
+    def settings(kind, *options):
+        command = ["evaluate", "--data", kind, "--root", str(roots[kind]), *small(TASKS[kind])]
+        assert run([*command, "-o", str(tmp_path / "out"), "--limit", "1", *options]) == 0
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]
+
+    found = settings("ade20k", "--scales", "0.5,1", "--flip", "--mode", "whole", "--batch-size", "2")
+    assert found == {"mode": "whole", "resize_to": 128, "scales": [0.5, 1.0], "flip": True, "batch_size": 2}
+    assert settings("refcoco", "--resolution", "original")["resolution"] == "original"
+    found = settings("nyu", "--no-flip", "--whole", "--crop", "none")
+    assert (found["flip"], found["shift_window"], found["crop"]) == (False, False, "none")
+
+
+def test_own_folder_and_a_saved_model_in_int8(roots, config, tmp_path, capsys):
+    randomize(VPD(config("segmentation", num_classes=5)), 1).save_pretrained(tmp_path / "model")
+    command = ["evaluate", "--data", "folder", "--root", str(roots["folder"]), "--checkpoint", str(tmp_path / "model")]
+    found = {}
+    for name, options in (("plain", []), ("fast", ["--precision", "int8"])):
+        assert run([*command, "-o", str(tmp_path / name), *options]) == 0
+        found[name] = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert "ground" in capsys.readouterr().out  # a row of the table of classes
+    assert (found["plain"]["fast"], found["fast"]["fast"]) == (False, True)
+    assert found["fast"]["precision"] == "int8"
+    assert found["fast"]["metrics"]["aAcc"] == pytest.approx(found["plain"]["metrics"]["aAcc"], abs=0.1)
+    rows = list(csv.DictReader((tmp_path / "plain" / "per_class.csv").open(newline="")))
+    assert [row["class"] for row in rows][0] == "ground"
+    assert sum(int(row["pixels"]) for row in rows) == 3 * 64 * 96
+
+
+def test_broken_samples_do_not_stop_a_run(roots, small, tmp_path, capsys):
+    broken = sorted((roots["ade20k"] / "images" / "validation").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:200])
+    command = ["evaluate", "--data", "ade20k", "--root", str(roots["ade20k"]), *small("segmentation")]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("failed: ")
+    assert broken.name in printed.err
+    assert "2 images (1 failed)" in printed.out
+    assert len(json.loads((tmp_path / "out" / "metrics.json").read_text())["failed"]) == 1
+    assert run([*command, "-o", str(tmp_path / "strict"), "--strict"]) == 2
+    assert broken.name in _error(capsys)
+    assert _names(tmp_path / "strict") == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "options", "message"),
+    [
+        ("ade20k", "depth", [], "the data set is for segmentation, the model for depth"),
+        ("folder", "segmentation", [], "the model has 150 classes, the data set 5"),
+        ("ade20k", "segmentation", ["--root", "nowhere"], "nowhere"),
+        ("ade20k", "segmentation", ["--split", "testing"], "testing"),
+        ("ade20k", "segmentation", ["--split-by", "unc"], "--split-by is not for --data ade20k"),
+        ("ade20k", "segmentation", ["--scene-rule", "fixed"], "--scene-rule is not for --data ade20k"),
+        ("ade20k", "segmentation", ["--crop", "eigen"], "segmentation has no option crop"),
+        ("ade20k", "segmentation", ["--scales", "big"], "--scales must be numbers"),
+        ("ade20k", "segmentation", ["--limit", "0"], "limit must be an int of at least 1"),
+        ("ade20k", "segmentation", ["--text-encoder", "clip"], "--text-encoder is for referring models"),
+        ("ade20k", "segmentation", ["--data", "coco"], "--data must be one of ade20k, refcoco"),
+        ("nyu", "depth", ["--crop", "big"], "crop must be one of eigen"),
+        ("refcoco", "referring", ["--resolution", "big"], "resolution must be one of resized, original"),
+    ],
+)
+def test_wrong_input(roots, small, tmp_path, capsys, kind, task, options, message):
+    command = ["evaluate", "--data", kind, "--root", str(roots[kind]), *small(task), "-o", str(tmp_path / "out")]
+    assert run([*command, *options]) == 2
+    assert message in _error(capsys)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_kinds_are_those_of_the_data_sets():
+    assert set(SPLITS) == set(KINDS)
+
+
+def test_under_torchrun(roots, small, tmp_path):
+    """Two processes: one writes and prints, and what it writes is what a single process writes."""
+    command = ["evaluate", "--data", "ade20k", "--root", str(roots["ade20k"]), *small("segmentation")]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    printed = {}
+    for name, start in (("two", launch), ("one", [])):
+        program = [sys.executable, "-P", "-m", *start, "vpd_fast.cli.main", *command, "-o", str(tmp_path / name)]
+        done = subprocess.run(program, env=threads, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        printed[name] = done.stdout
+    assert printed["two"].count("written to") == 1
+    values = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in printed}
+    assert (values["two"]["processes"], values["one"]["processes"]) == (2, 1)
+    assert values["two"]["metrics"] == values["one"]["metrics"]
+    for table in ("per_image.csv", "per_class.csv", "worst.html"):
+        assert (tmp_path / "two" / table).read_bytes() == (tmp_path / "one" / table).read_bytes()
