@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vpd_fast.evaluation import Evaluation
     from vpd_fast.models import VPD
 
-# Kinds of vpd_fast.data, and the split that results are published for.
 # Kinds of vpd_fast.data, which would import PyTorch, and the split that results are published for.
 SPLITS = {
     "ade20k": "validation", "refcoco": "val", "refcoco+": "val", "refcocog": "val", "refclef": "val", "nyu": "test",

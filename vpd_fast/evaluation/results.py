@@ -72,7 +72,7 @@ class Evaluation:
         if self.per_class:
             writers[folder / "per_class.csv"] = lambda path: _write_csv(path, self.per_class)
         if self.worst:
-            titles = f"The {len(self.worst)} worst of {len(self.per_image)}", self._subtitle()
+            titles = self._title(), self._subtitle()
             writers[folder / "worst.html"] = lambda path: path.write_text(page(self.worst, *titles), encoding="utf-8")
             writers[folder / "worst.png"] = lambda path: sheet(self.worst, *titles).save(path, format="PNG")
         try:
@@ -81,9 +81,13 @@ class Evaluation:
             raise InputError(f"{folder}: cannot write the evaluation there ({error.strerror or error})") from error
         return list(writers)
 
+    def _title(self) -> str:
+        rows = "sentences" if self.task == "referring" else "images"
+        return f"The worst {len(self.worst)} of {len(self.per_image)} {rows}"
+
     def _subtitle(self) -> str:
         values = ", ".join(f"{name} {show(name, value)}" for name, value in list(self.metrics.items())[:9])
-        return f"{self.task}, {self.count} images: {values}"
+        return f"{self.task}, {self.count} image{'' if self.count == 1 else 's'}: {values}"
 
 
 def show(name: str, value: float | None) -> str:
