@@ -279,3 +279,33 @@ def test_random_weights_depend_on_the_seed_only(make: Callable) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["class_embeddings"], c["class_embeddings"])
     assert a["class_embeddings"].std() == pytest.approx(1, abs=0.2)
+
+
+def test_gradient_checkpointing_by_level(small_backbone):
+    """What backward keeps shrinks level by level, and the gradients stay."""
+    model = randomize(VPD.empty(VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone)), 2)
+    images = torch.randn(1, 3, 128, 128).clamp(-1, 1)
+
+    def run(levels: bool | tuple[int, ...]) -> tuple[int, torch.Tensor]:
+        model.gradient_checkpointing_enable(levels)
+        model.zero_grad()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept.update({storage.data_ptr(): storage.nbytes()} if storage.data_ptr() not in weights else {})
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(images).square().mean()
+        loss.backward()
+        return sum(kept.values()), model.unet.unet.diffusion_model.input_blocks[1][0].in_layers[2].weight.grad.clone()
+
+    (everything, gradient), *others = [run(levels) for levels in (False, (2, 3), (0,), (0, 1), True)]
+    sizes = [size for size, _ in others]
+    assert everything > sizes[0] > sizes[1] > sizes[2] > sizes[3]
+    for _, other in others:
+        torch.testing.assert_close(other, gradient)
+    with pytest.raises(InputError, match="levels must be 0 to 3, got 4"):
+        model.gradient_checkpointing_enable([0, 4])

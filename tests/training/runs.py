@@ -59,7 +59,9 @@ def tiny(task: str, root: Path, **changes) -> TrainConfig:
         values["model"] |= {"channels": 32}
     elif task == "referring":
         values["model"] |= {"tokens": TOKENS}
-    return TrainConfig.from_dict(merge(values, changes))
+    values = merge(values, changes)
+    values["data"]["options"] = values["data"].get("options") or {}
+    return TrainConfig.from_dict(values)
 
 
 def sentences(texts) -> torch.Tensor:

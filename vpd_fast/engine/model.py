@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.engine import heads
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.encoder import encode
+from vpd_fast.engine.encoder import run_encoder
 from vpd_fast.engine.graphs import GraphCache
 from vpd_fast.engine.layers import Layer
 from vpd_fast.engine.report import EngineReport
@@ -24,6 +24,7 @@ from vpd_fast.engine.workspace import WorkspacePool
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
 from vpd_fast.models.attention_backends import PLAIN
+from vpd_fast.models.unet import checkpointing_levels
 from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
 
 # What the layers replace, by task: attributes of the model.
@@ -87,12 +88,7 @@ class FastVPD(VPD):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> latents (B,4,H/8,W/8), times `latent_scale`."""
         checks.images(images, self.device, self.dtype, SIZE_MULTIPLE)
-
-        def stage(images: Tensor) -> list[Tensor]:
-            with self._workspaces.lease() as memory:
-                return [encode(self.layers, to_nhwc(images), memory).float()]
-
-        return to_nchw(self._graphs.run("encode", stage, images)[0])
+        return run_encoder(self.layers, self._workspaces, self._graphs, images)
 
     @torch.no_grad()
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
@@ -173,9 +169,9 @@ class FastVPD(VPD):
         """Raises InputError: rounded and merged weights are no checkpoint; see `save`."""
         raise InputError("a fast model is no checkpoint; use save(folder), or save_pretrained of the plain model")
 
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Raises InputError if enabled: there are no gradients."""
-        if enabled:
+    def gradient_checkpointing_enable(self, levels: bool | Iterable[int] = True) -> None:
+        """Raises InputError unless levels is False: there are no gradients."""
+        if levels is not False:
             raise InputError("a fast model has no gradients to checkpoint")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastVPD:

@@ -7,7 +7,7 @@ no parameters here and is ignored when a state dict is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +26,7 @@ from vpd_fast.models.depth_head import DepthDecoder, FeatureMerge, last_layer_de
 from vpd_fast.models.referring_head import SimpleDecoding
 from vpd_fast.models.segmentation_head import FPN, FPNHead
 from vpd_fast.models.text_adapter import TextAdapter
-from vpd_fast.models.unet import UNetWrapper
+from vpd_fast.models.unet import UNetWrapper, checkpointing_levels
 
 if TYPE_CHECKING:
     from vpd_fast.inference import Result
@@ -144,9 +144,19 @@ class VPD(nn.Module):
         }
         return plain, maps
 
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Less memory in training: residual and transformer blocks are recomputed in backward, maps are not."""
-        self.backbone.unet.set_gradient_checkpointing(enabled)
+    def gradient_checkpointing_enable(self, levels: bool | Iterable[int] = True) -> None:
+        """Less memory in training: residual and transformer blocks are recomputed in backward, maps are not.
+
+        levels: of the UNet, 0 the finest (1/8 of the image) to 3, which the middle block belongs to; True: all, False:
+        none. The finest levels hold most of the memory. Raises InputError for a level that there is not.
+        """
+        count = len(self.config.backbone.channel_mult)
+        known = range(count)
+        chosen = (known if levels else ()) if isinstance(levels, bool) else tuple(levels)
+        wrong = [level for level in chosen if level not in known]
+        if wrong:
+            raise InputError(f"levels must be 0 to {count - 1}, got {wrong[0]!r}")
+        self.backbone.unet.set_gradient_checkpointing(chosen)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

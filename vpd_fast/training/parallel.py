@@ -88,6 +88,6 @@ class Processes:
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
-    """Running means and variances."""
+    """Running means and variances, and how many batches they have seen."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +151,35 @@ class Trainer:
     def _build_sentences(self, given: Sentences | None) -> Sentences | None:
         if self.config.task != "referring" or given is not None:
             return given
-        encoder = build.text_encoder(self.config, self.processes.device)
-        return lambda sentences: encoder.embed_sentences(list(sentences), tokens=self.model.config.tokens)
+        encoder, tokens = build.text_encoder(self.config, self.processes.device), self.model.config.tokens
+
+        def embed(sentences: Sequence[str]) -> Tensor:
+            return encoder.embed_sentences(list(sentences), tokens=tokens)
+
+        if self.config.encoder.cache is None:
+            return embed
+        from vpd_fast.training.cache import TextCache
+
+        folder = Path(self.config.encoder.cache) / "sentences"
+        cache = TextCache(folder, int(self.config.encoder.cache_gib * 2**30), f"{encoder.name} {tokens}")
+        return lambda sentences: cache.embed(sentences, embed)
 
     def _build_encoder(self) -> Callable[[Tensor], Tensor]:
         from vpd_fast.training.frozen import FrozenEncoder
 
-        return FrozenEncoder(self.model, self.config.encoder.precision)
+        config = self.config.encoder
+        if self.model.config.train_encoder:
+            return self.model.encode
+        encoder = FrozenEncoder(self.model, config.precision)
+        if config.cache is None:
+            return encoder
+        if self.config.task != "referring":
+            self.notes.append("encoder.cache is not used: images are augmented at random, so none comes twice")
+            return encoder
+        from vpd_fast.training.cache import LatentCache
+
+        cache = LatentCache(Path(config.cache) / "latents", int(config.cache_gib * 2**30), encoder.identity)
+        return lambda images: cache.encode(images, encoder)
 
     def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
         from vpd_fast.training.groups import parameter_groups
@@ -207,7 +229,9 @@ class Trainer:
         batches = self.loader.batches(self.step * self.config.accumulation)
         window = _Window()
         saved = time.monotonic()
+        random = checkpoint.random_state()
         ahead = self._fetch(batches)
+        checkpoint.set_random_state(random)  # starting a DataLoader draws a number, wherever the run begins
         while self.step < self.steps:
             if isinstance(ahead, VPDFastError):
                 # The steps so far are whole. Where there are several processes the others know nothing of the error.
