@@ -411,7 +411,8 @@ def test_own_classes_from_a_checkpoint_of_others(data, tmp_path):
     embeddings = tmp_path / "embeddings.safetensors"
     save_file({"embeddings": torch.ones(3, 64)}, embeddings)
     config = runs.tiny(
-        "segmentation", data, init={"random": None, "checkpoint": str(tmp_path / "old"), "class_embeddings": str(embeddings)},
+        "segmentation", data,
+        init={"random": None, "checkpoint": str(tmp_path / "old"), "class_embeddings": str(embeddings)},
         data={"kind": "folder", "root": str(root), "train_split": "train", "val_split": "val", "options": None},
     )  # fmt: skip
     trainer = runs.trainer(config, None)

@@ -124,7 +124,7 @@ class Trainer:
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             else:
                 self.notes.append("PyTorch has no SyncBatchNorm on CPUs: each process normalises by its own images")
-        return model.to(self.processes.device).train()
+        return _own_memory(model.to(self.processes.device)).train()
 
     def _build_loader(self) -> Any:
         from vpd_fast.data import TrainLoader, make_transform
@@ -242,7 +242,9 @@ class Trainer:
             loss, finite, stop, due, ahead = self._one_step(ahead, batches, due)
             window.add(loss, finite, self.config.batch_size * self.config.accumulation * self.processes.count)
             self.log.advance(self.step, loss, self.rate())
-            if not finite:
+            if finite:
+                self.nan_in_row = 0
+            else:
                 self._count_nan(loss)
             if self.step % self.config.log.every == 0 or self.step == self.steps:
                 self.log.scalars(self.step, **window.values(), lr=self.rate(), skipped=len(self.loader.skipped))
@@ -523,6 +525,14 @@ class _Window:
         """Mean loss of the finite steps (none: left out) and images per second."""
         speed = {"images_per_second": self.images / max(time.monotonic() - self.start, 1e-9)}
         return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
+
+
+def _own_memory(model: VPD) -> VPD:
+    """Take tensors out of the files they are mapped from: sums depend on how memory is aligned, in their last bits."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return model
 
 
 def _minutes(every: float | None, since: float) -> bool:
