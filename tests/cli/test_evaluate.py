@@ -47,7 +47,7 @@ def roots(miniature, tmp_path):
 def config(small_backbone):
     """`config(task, ...)` of a small model with as many classes and scenes as the released ones."""
     return lambda task, **changes: VPDConfig(
-        task=task, tokens=8, channels=32, base_size=128, backbone=small_backbone, **changes
+        task=task, tokens=8, channels=32, base_size=64, backbone=small_backbone, **changes
     )
 
 
@@ -115,7 +115,7 @@ def test_options_reach_the_evaluation(roots, small, tmp_path):
         return json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]
 
     found = settings("ade20k", "--scales", "0.5,1", "--flip", "--mode", "whole", "--batch-size", "2")
-    assert found == {"mode": "whole", "resize_to": 128, "scales": [0.5, 1.0], "flip": True, "batch_size": 2}
+    assert found == {"mode": "whole", "resize_to": 64, "scales": [0.5, 1.0], "flip": True, "batch_size": 2}
     assert settings("refcoco", "--resolution", "original")["resolution"] == "original"
     found = settings("nyu", "--no-flip", "--whole", "--crop", "none")
     assert (found["flip"], found["shift_window"], found["crop"]) == (False, False, "none")
