@@ -283,7 +283,9 @@ def test_random_weights_depend_on_the_seed_only(make: Callable) -> None:
 
 def test_gradient_checkpointing_by_level(small_backbone):
     """What backward keeps shrinks level by level, and the gradients stay."""
-    model = randomize(VPD.empty(VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone)), 2)
+    model = randomize(
+        VPD.empty(VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone)), 2
+    ).eval()
     images = torch.randn(1, 3, 128, 128).clamp(-1, 1)
 
     def run(levels: bool | tuple[int, ...]) -> tuple[int, torch.Tensor]:

@@ -24,7 +24,6 @@ from vpd_fast.engine.workspace import WorkspacePool
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
 from vpd_fast.models.attention_backends import PLAIN
-from vpd_fast.models.unet import checkpointing_levels
 from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
 
 # What the layers replace, by task: attributes of the model.

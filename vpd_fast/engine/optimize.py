@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vpd_fast.engine.build import build_layer
+from vpd_fast.engine.build import LayerInfo, build_layer
 from vpd_fast.engine.calibrate import Batch, Calibration, check_batches
+from vpd_fast.engine.layers import Layer
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import ACTIVATIONS, PRECISIONS, Policy
-from vpd_fast.engine.specs import layer_specs
+from vpd_fast.engine.specs import Spec, layer_specs
 from vpd_fast.errors import InputError
 from vpd_fast.models.vpd import VPD
 
@@ -48,14 +49,11 @@ def optimize(
     Raises InputError for another model or precision, one in training mode, on another device or not in float32, and for
     calibration images of a wrong shape, not finite or constant.
     """
-    _check(model, precision)
-    policy = policy or Policy()
-    if not isinstance(policy, Policy):
-        raise InputError(f"policy must be a vpd_fast.engine.Policy, got {type(policy).__name__}")
+    check_model(model, precision)
+    if any(module.training for module in model.modules()):
+        raise InputError("model is in training mode, and a fast model is for inference; call model.eval() first")
     specs = list(layer_specs(model))
-    policy.check_names([spec.name for spec in specs if spec.kind != "group_norm"])
-    target = _device(device, model)
-    policy.check_device(precision, target)
+    policy, target = check_choices(policy, specs, precision, device, model)
     measured = None
     if calibration is not None:
         if PRECISIONS[precision].itemsize > 1:
@@ -72,12 +70,28 @@ def optimize(
 def _assemble(
     model: VPD,
     precision: str,
-    specs: list,
+    specs: Sequence[Spec],
     policy: Policy,
     device: torch.device,
     measured: Calibration | None,
     progress: bool,
 ) -> FastVPD:
+    layers, infos = build_layers(specs, precision, policy, device, measured, progress)
+    kept = {
+        k: v.to(device, copy=True) for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)
+    }
+    return FastVPD.assemble(model.config, kept, layers, infos, precision)
+
+
+def build_layers(
+    specs: Iterable[Spec],
+    precision: str,
+    policy: Policy,
+    device: torch.device,
+    measured: Calibration | None = None,
+    progress: bool = False,
+) -> tuple[dict[str, Layer], tuple[LayerInfo, ...]]:
+    """The layers of `specs` by name, on the device, and what became of each."""
     layers, infos = {}, []
     for spec in tqdm(specs, desc=f"optimize to {precision}", unit="layer", disable=not progress):
         scale = measured.scale(spec) if measured else None
@@ -85,21 +99,34 @@ def _assemble(
         snr = measured.snr_db(spec, layer) if measured else None
         layers[spec.name] = layer.for_device(device)
         infos.append(replace(info, snr_db=snr))
-    kept = {
-        k: v.to(device, copy=True) for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)
-    }
-    return FastVPD.assemble(model.config, kept, layers, tuple(infos), precision)
+    return layers, tuple(infos)
 
 
-def _check(model: VPD, precision: str) -> None:
+def check_choices(
+    policy: Policy | None,
+    specs: Sequence[Spec],
+    precision: str,
+    device: torch.device | str | None,
+    model: VPD,
+) -> tuple[Policy, torch.device]:
+    """The policy and the device that were meant. Raises InputError where they do not fit each other or the layers."""
+    policy = policy or Policy()
+    if not isinstance(policy, Policy):
+        raise InputError(f"policy must be a vpd_fast.engine.Policy, got {type(policy).__name__}")
+    policy.check_names([spec.name for spec in specs if spec.kind != "group_norm"])
+    target = _device(device, model)
+    policy.check_device(precision, target)
+    return policy, target
+
+
+def check_model(model: VPD, precision: str) -> None:
+    """Raises InputError unless it is a plain float32 model on a device that we know, and a precision."""
     if isinstance(model, FastVPD):
         raise InputError("model is a fast model already; optimize the plain model")
     if not isinstance(model, VPD):
         raise InputError(f"model must be a vpd_fast.VPD, got {type(model).__name__}")
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    if any(module.training for module in model.modules()):
-        raise InputError("model is in training mode, and a fast model is for inference; call model.eval() first")
     if model.device.type not in ("cpu", "cuda"):
         raise InputError(f"model must be on the CPU or a GPU, got {model.device}")
     if model.dtype != torch.float32:

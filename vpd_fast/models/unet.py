@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vpd_fast.config import BackboneConfig, VPDConfig
-from vpd_fast.errors import InputError
 from vpd_fast.models.attention import BasicTransformerBlock, MapSum
 from vpd_fast.models.attention_backends import PLAIN
-
-
-LEVELS = 4  # of resolution, each half of the one before
-
-
-def checkpointing_levels(levels: bool | Iterable[int]) -> frozenset[int]:
-    """Levels whose blocks are to be recomputed in backward: all for True, none for False. Raises InputError."""
-    if isinstance(levels, bool):
-        return frozenset(range(LEVELS) if levels else ())
-    try:
-        found = list(levels)
-    except TypeError:
-        found = [levels]
-    wrong = [level for level in found if isinstance(level, bool) or not isinstance(level, int)]
-    wrong += [level for level in found if level not in wrong and not 0 <= level < LEVELS]
-    if wrong or isinstance(levels, int):
-        raise InputError(
-            f"levels of gradient checkpointing must be True, False or numbers from 0 (highest resolution) to "
-            f"{LEVELS - 1}, got {levels!r}"
-        )
-    return frozenset(found)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -301,11 +279,7 @@ class UNetWrapper(nn.Module):
 
     def set_gradient_checkpointing(self, levels: Collection[int]) -> None:
         """Keep only the inputs of residual and transformer blocks of these levels for backward; 0 is the finest."""
-        unet = self.unet.diffusion_model
-        blocks = [*zip(unet.input_blocks, unet.input_levels, strict=True)]
-        blocks += [(unet.middle_block, unet.input_levels[-1])]
-        blocks += [*zip(unet.output_blocks, unet.output_levels, strict=True)]
-        for block, level in blocks:
+        for block, level in self.unet.diffusion_model.blocks():
             for module in block.modules():
                 if isinstance(module, (UNetBlock, SpatialTransformer)):
                     module.gradient_checkpointing = level in levels

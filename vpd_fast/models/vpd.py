@@ -26,7 +26,7 @@ from vpd_fast.models.depth_head import DepthDecoder, FeatureMerge, last_layer_de
 from vpd_fast.models.referring_head import SimpleDecoding
 from vpd_fast.models.segmentation_head import FPN, FPNHead
 from vpd_fast.models.text_adapter import TextAdapter
-from vpd_fast.models.unet import UNetWrapper, checkpointing_levels
+from vpd_fast.models.unet import UNetWrapper
 
 if TYPE_CHECKING:
     from vpd_fast.inference import Result
