@@ -43,7 +43,7 @@ class TextEncoder:
     name_or_path: a Hugging Face id, a local CLIP folder, or a Stable Diffusion folder in diffusers' layout (its
     `text_encoder` and `tokenizer` are used; in Stable Diffusion 1.x they are this CLIP).
     dtype: what the encoder computes in; None: float32, as VPD did. Results are always float32, on `device`.
-    cache_dir: where results are stored; None: `default_cache_dir()`. A hub id stands for its weights in the cache's
+    cache_dir: where results are stored; None: `default_cache_dir()`. remember: False stores nothing. A hub id stands for its weights in the cache's
     keys, a local folder for its files (contents of configuration and tokenizer, size and time of the weights).
     """
 
@@ -54,11 +54,13 @@ class TextEncoder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         cache_dir: str | Path | None = None,
+        remember: bool = True,
     ) -> None:
         self.name = str(name_or_path)
         self.device = torch.device(device)
         self.dtype = torch.float32 if dtype is None else dtype
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self.remember = remember
         self._lock = threading.RLock()
         self._loaded_tokenizer: Any = None
         self._loaded_model: nn.Module | None = None
@@ -115,13 +117,14 @@ class TextEncoder:
         self, texts: list[str], settings: dict[str, Any], batch_size: int, embed: Callable[[list[str]], Tensor]
     ) -> Tensor:
         paths = {text: self._cache_path(settings, text) for text in texts}
-        results = {text: _read_cached(path) for text, path in paths.items()}
+        results = {text: _read_cached(path) if self.remember else None for text, path in paths.items()}
         missing = [text for text, found in results.items() if found is None]
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             for text, result in zip(batch, embed(batch).float().cpu(), strict=True):
                 results[text] = result
-                _write_cached(paths[text], result)
+                if self.remember:
+                    _write_cached(paths[text], result)
         return torch.stack([results[text] for text in texts]).to(self.device)
 
     def _ids(self, texts: list[str], tokens: int) -> Tensor:
@@ -157,11 +160,16 @@ class TextEncoder:
     def _folder(self) -> Path:
         return Path(self.name) if Path(self.name).is_dir() else _hub_folder(self.name)
 
-    def _cache_path(self, settings: dict[str, Any], text: str) -> Path:
+    @property
+    def identity(self) -> str:
+        """Stands for the encoder in the keys of caches."""
         if self._identity is None:
             folder = Path(self.name)
             self._identity = _fingerprint(folder) if folder.is_dir() else f"hub:{self.name}"
-        content = {"encoder": self._identity, "dtype": str(self.dtype), "format": _FORMAT, "text": text, **settings}
+        return self._identity
+
+    def _cache_path(self, settings: dict[str, Any], text: str) -> Path:
+        content = {"encoder": self.identity, "dtype": str(self.dtype), "format": _FORMAT, "text": text, **settings}
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.cache_dir / "text" / f"{key}.safetensors"
 

@@ -12,6 +12,7 @@ from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.errors import CheckpointError, DatasetError, InputError
 from vpd_fast.models import VPD
 from vpd_fast.training.config import TrainConfig
+from vpd_fast.training.tasks import Encode, Sentences
 
 UNNAMED_SCENE = "scene"  # what depth is conditioned on where the data set has no scenes
 
@@ -52,6 +53,45 @@ def text_encoder(config: TrainConfig, device: torch.device | str = "cpu") -> Any
     from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
 
     return TextEncoder(config.init.text_encoder or DEFAULT_ENCODER, device=device)
+
+
+def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
+    """Sentences -> token features on the model's device, kept in the configuration's cache if it has one."""
+    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
+
+    tokens = model.config.tokens
+    # Its own cache has no bound, and a data set has a hundred thousand sentences.
+    encoder = TextEncoder(config.init.text_encoder or DEFAULT_ENCODER, device=model.device, remember=False)
+
+    def embed(sentences: Sequence[str]) -> torch.Tensor:
+        return encoder.embed_sentences(list(sentences), tokens=tokens)
+
+    if config.encoder.cache is None:
+        return embed
+    from vpd_fast.training.cache import TextCache
+
+    folder, limit = Path(config.encoder.cache) / "sentences", round(config.encoder.cache_gib * 2**30)
+    cache = TextCache(folder, limit, f"{encoder.identity} {encoder.dtype} {tokens}")
+    return lambda sentences: cache.embed(sentences, embed)
+
+
+def latent_encoder(config: TrainConfig, model: VPD) -> Encode:
+    """Images on any device -> latents on the model's; kept on disk where nothing is augmented at random."""
+    from vpd_fast.training.frozen import FrozenEncoder
+
+    device = model.device
+    encoder = FrozenEncoder(model, config.encoder.precision)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return encoder(images.to(device, non_blocking=True))
+
+    if config.encoder.cache is None or config.task != "referring":
+        return encode
+    from vpd_fast.training.cache import LatentCache
+
+    folder, limit = Path(config.encoder.cache) / "latents", round(config.encoder.cache_gib * 2**30)
+    cache = LatentCache(folder, limit, encoder.identity)
+    return lambda images: cache.encode(images, encode).to(device, non_blocking=True)
 
 
 def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = None) -> tuple[VPD, list[str]]:

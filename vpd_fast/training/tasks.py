@@ -14,7 +14,7 @@ from vpd_fast.models import VPD
 from vpd_fast.training.config import QuirksConfig
 from vpd_fast.training.losses import referring_loss, segmentation_loss, silog_loss
 
-Encode = Callable[[Tensor], Tensor]  # images (B,3,H,W) in [-1,1], sides multiples of 64 -> latents
+Encode = Callable[[Tensor], Tensor]  # images (B,3,H,W) in [-1,1] on any device, sides multiples of 64 -> latents
 Sentences = Callable[[Sequence[str]], Tensor]  # sentences -> token features (S,tokens,context_dim) float32
 
 PADDING = 0.0  # mid-grey once images are in [-1,1]
@@ -34,7 +34,7 @@ class Task:
 
         Where the encoder is trained, "latents" are the images in its place.
         """
-        images = batch["image"].to(device, non_blocking=True)
+        images = batch["image"]  # where it is: a cache of latents looks at the pixels
         inputs = {"target": batch["target"].to(device, non_blocking=True)}
         if self.name == "depth":
             height, width = images.shape[2:]
@@ -45,7 +45,7 @@ class Task:
             assert self.sentences is not None
             inputs["tokens"] = self.sentences(batch["sentence"]).to(device, non_blocking=True)
         if self.train_encoder:
-            return {**inputs, "latents": images}
+            return {**inputs, "latents": images.to(device, non_blocking=True)}
         with torch.no_grad():
             return {**inputs, "latents": encode(images)}
 
