@@ -14,6 +14,7 @@ from vpd_fast.cli.evaluate import evaluate
 from vpd_fast.cli.info import info
 from vpd_fast.cli.maps import maps
 from vpd_fast.cli.predict import predict
+from vpd_fast.cli.train import train
 from vpd_fast.cli.tune import tune
 from vpd_fast.errors import VPDFastError
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (predict, maps, evaluate, convert, bench, tune, info):
+for command in (predict, maps, train, evaluate, convert, bench, tune, info):
     app.command()(command)
 
 

@@ -43,8 +43,9 @@ class TextEncoder:
     name_or_path: a Hugging Face id, a local CLIP folder, or a Stable Diffusion folder in diffusers' layout (its
     `text_encoder` and `tokenizer` are used; in Stable Diffusion 1.x they are this CLIP).
     dtype: what the encoder computes in; None: float32, as VPD did. Results are always float32, on `device`.
-    cache_dir: where results are stored; None: `default_cache_dir()`. remember: False stores nothing. A hub id stands for its weights in the cache's
-    keys, a local folder for its files (contents of configuration and tokenizer, size and time of the weights).
+    cache_dir: where results are stored; None: `default_cache_dir()`. remember: False stores nothing.
+    A hub id stands for its weights in the cache's keys, a local folder for its files (contents of configuration and
+    tokenizer, size and time of the weights).
     """
 
     def __init__(

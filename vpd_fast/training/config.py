@@ -88,7 +88,7 @@ class EncoderConfig:
     """The frozen image encoder: its precision, and a cache of its results on disk.
 
     cache: a folder, None: none. It serves what is not augmented at random, as in referring segmentation, and sentences.
-    cache_gib: what the latents in it may take.
+    cache_gib: what the latents in it may take, and the sentences as much again at most.
     """
 
     precision: str = "bf16"

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vpd_fast.training import build, checkpoint
 from vpd_fast.training.config import TrainConfig, differences
 from vpd_fast.training.logging import RunLog, sample_pictures
 from vpd_fast.training.parallel import Processes, batch_norm_buffers
-from vpd_fast.training.tasks import Sentences, Task, TrainStep
+from vpd_fast.training.tasks import Encode, Sentences, Task, TrainStep
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -151,35 +151,14 @@ class Trainer:
     def _build_sentences(self, given: Sentences | None) -> Sentences | None:
         if self.config.task != "referring" or given is not None:
             return given
-        encoder, tokens = build.text_encoder(self.config, self.processes.device), self.model.config.tokens
+        return build.sentence_features(self.config, self.model)
 
-        def embed(sentences: Sequence[str]) -> Tensor:
-            return encoder.embed_sentences(list(sentences), tokens=tokens)
-
-        if self.config.encoder.cache is None:
-            return embed
-        from vpd_fast.training.cache import TextCache
-
-        folder = Path(self.config.encoder.cache) / "sentences"
-        cache = TextCache(folder, int(self.config.encoder.cache_gib * 2**30), f"{encoder.name} {tokens}")
-        return lambda sentences: cache.embed(sentences, embed)
-
-    def _build_encoder(self) -> Callable[[Tensor], Tensor]:
-        from vpd_fast.training.frozen import FrozenEncoder
-
-        config = self.config.encoder
+    def _build_encoder(self) -> Encode:
         if self.model.config.train_encoder:
             return self.model.encode
-        encoder = FrozenEncoder(self.model, config.precision)
-        if config.cache is None:
-            return encoder
-        if self.config.task != "referring":
+        if self.config.encoder.cache is not None and self.config.task != "referring":
             self.notes.append("encoder.cache is not used: images are augmented at random, so none comes twice")
-            return encoder
-        from vpd_fast.training.cache import LatentCache
-
-        cache = LatentCache(Path(config.cache) / "latents", int(config.cache_gib * 2**30), encoder.identity)
-        return lambda images: cache.encode(images, encoder)
+        return build.latent_encoder(self.config, self.model)
 
     def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
         from vpd_fast.training.groups import parameter_groups
