@@ -1,0 +1,105 @@
+"""Two processes on the CPU: the gradients of one, the same weights in both, and errors that reach both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import runs
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[Path, Path]:
+    """(data, what two processes left)."""
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("out")
+    for task in runs.TASKS:
+        runs.make_data(data, task)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-P", str(WORKER), str(data), str(out)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(text[-4000:] for text in outputs)
+    return data, out
+
+
+def single(task: str, data: Path, slices: list[slice]) -> dict[str, torch.Tensor]:
+    """Mean gradients of one process over parts of the batch of two that the two processes share."""
+    trainer = runs.trainer(runs.tiny(task, data, batch_size=2), None)
+    trainer.model.eval()
+    batch = next(trainer.loader.batches(0))
+    for part in slices:
+        inputs = trainer.task.prepare({k: v[part] for k, v in batch.items()}, trainer.encode, torch.device("cpu"))
+        (trainer.train_step(inputs) / len(slices)).backward()
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("task", runs.TASKS)
+def test_two_processes_have_the_gradients_of_one(results, task):
+    data, out = results
+    ranks = [torch.load(out / f"gradients_{task}_{rank}.pt", weights_only=True) for rank in range(2)]
+    # A loss that weighs or normalises within an image is the mean of the processes' losses; segmentation's mean over
+    # pixels is that of the whole batch as well.
+    expected = [single(task, data, [slice(0, 1), slice(1, 2)])]
+    if task == "segmentation":
+        expected.append(single(task, data, [slice(0, 2)]))
+    for reference in expected:
+        assert reference.keys() == ranks[0].keys() == ranks[1].keys()
+        total = torch.stack([gradient.norm() for gradient in reference.values()]).norm().item()
+        for name, gradient in reference.items():
+            assert torch.equal(ranks[0][name], ranks[1][name])
+            # Some gradients are zero but for rounding, such as that of a bias before a norm: they are measured against
+            # a thousandth of the whole gradient.
+            scale = max(gradient.norm().item(), 1e-3 * total)
+            assert (ranks[0][name] - gradient).norm().item() <= 1e-5 * scale, name
+
+
+def test_every_trainable_parameter_has_a_gradient(results):
+    """Otherwise DistributedDataParallel would wait for some."""
+    data, out = results
+    for task in runs.TASKS:
+        model = runs.trainer(runs.tiny(task, data), None).model
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trainable == torch.load(out / f"gradients_{task}_0.pt", weights_only=True).keys()
+
+
+def test_both_end_with_the_same_model_and_metric(results):
+    _, out = results
+    first, second = (torch.load(out / f"end_{rank}.pt", weights_only=True) for rank in range(2))
+    assert first[0] == second[0]
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+    assert sorted(path.name for path in (out / "run").iterdir()) == [
+        "best", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard",
+    ]  # fmt: skip
+
+
+def test_both_go_on_bit_for_bit(results):
+    _, out = results
+    unbroken, resumed = (runs.weights(out / name / "checkpoints/step_000004") for name in ("run", "again"))
+    assert runs.same(unbroken, resumed)
+    # The step that was bad in one process was skipped in both.
+    assert not runs.same(unbroken, runs.weights(out / "run/checkpoints/step_000002"))
+
+
+def test_an_error_while_saving_reaches_both(results):
+    _, out = results
+    texts = [(out / f"error_{rank}.txt").read_text() for rank in range(2)]
+    assert texts[0] == texts[1]
+    assert "the disk is full" in texts[0]

@@ -1,0 +1,74 @@
+"""One of several processes of a run: `python worker.py DATA OUT`, with the environment that torchrun sets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # not a package: started as a file
+
+import runs
+import torch
+
+
+def gradients(task: str, root: Path, out: Path) -> None:
+    """What a step's backward leaves in every process, with one image each."""
+    trainer = runs.trainer(runs.tiny(task, root, batch_size=1), None)
+    trainer.model.eval()  # statistics of batch norm over one image and over two are not the same
+    inputs = trainer.task.prepare(next(trainer.loader.batches(0)), trainer.encode, torch.device("cpu"))
+    trainer.train_step(inputs).backward()
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    torch.save(found, out / f"gradients_{task}_{trainer.processes.rank}.pt")
+
+
+def run(root: Path, out: Path) -> None:
+    """Train with evaluation, stop, go on; one step's loss is bad in one process only."""
+    from vpd_fast.training.tasks import Task
+
+    config = runs.tiny(
+        "segmentation", root, batch_size=2, schedule={"steps": 4}, checkpoints={"every_steps": 2, "keep": 5},
+        evaluation={"limit": 3}, log={"tensorboard": True, "pictures": 1},
+    )  # fmt: skip
+    loss, calls = Task.loss, iter(range(100))
+    trainer = runs.trainer(config, out / "run")
+    rank = trainer.processes.rank
+
+    def bad_once(self, model, inputs):
+        value = loss(self, model, inputs)
+        return value * float("nan") if next(calls) == 2 and rank == 1 else value
+
+    Task.loss = bad_once
+    summary = trainer.run()
+    Task.loss = loss
+    assert (summary.step, summary.skipped_steps) == (4, 1), summary
+    assert any("SyncBatchNorm" in note for note in trainer.notes)
+    torch.save([summary.metric, list(trainer.model.state_dict().values())], out / f"end_{rank}.pt")
+    again = runs.trainer(config, out / "again", resume=out / "run/checkpoints/step_000002")
+    calls = iter(range(2, 100))
+    Task.loss = bad_once
+    again.run()
+    Task.loss = loss
+    fail_to_save(config, out, rank)
+
+
+def fail_to_save(config, out: Path, rank: int) -> None:
+    """An error of the process that writes is everyone's, instead of leaving the others waiting."""
+    from vpd_fast.errors import CheckpointError
+    from vpd_fast.training import checkpoint
+
+    def full(path, values):
+        raise OSError(28, "No space left on device")
+
+    checkpoint.write_state = full
+    try:
+        runs.trainer(config, out / "full").run()
+    except CheckpointError as error:
+        (out / f"error_{rank}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data, output = Path(sys.argv[1]), Path(sys.argv[2])
+    for name in runs.TASKS:
+        gradients(name, data, output)
+    run(data, output)
