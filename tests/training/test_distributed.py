@@ -55,20 +55,25 @@ def single(task: str, data: Path, slices: list[slice]) -> dict[str, torch.Tensor
 def test_two_processes_have_the_gradients_of_one(results, task):
     data, out = results
     ranks = [torch.load(out / f"gradients_{task}_{rank}.pt", weights_only=True) for rank in range(2)]
-    # A loss that weighs or normalises within an image is the mean of the processes' losses; segmentation's mean over
-    # pixels is that of the whole batch as well.
-    expected = [single(task, data, [slice(0, 1), slice(1, 2)])]
+    expected = single(task, data, [slice(0, 1), slice(1, 2)])
+    assert expected.keys() == ranks[0].keys() == ranks[1].keys()
+    total = norm(expected)
+    for name, gradient in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        # Some gradients are zero but for rounding, such as that of a bias before a norm: they are measured against a
+        # thousandth of the whole gradient.
+        scale = max(gradient.norm().item(), 1e-3 * total)
+        assert (ranks[0][name] - gradient).norm().item() <= 1e-5 * scale, name
     if task == "segmentation":
-        expected.append(single(task, data, [slice(0, 2)]))
-    for reference in expected:
-        assert reference.keys() == ranks[0].keys() == ranks[1].keys()
-        total = torch.stack([gradient.norm() for gradient in reference.values()]).norm().item()
-        for name, gradient in reference.items():
-            assert torch.equal(ranks[0][name], ranks[1][name])
-            # Some gradients are zero but for rounding, such as that of a bias before a norm: they are measured against
-            # a thousandth of the whole gradient.
-            scale = max(gradient.norm().item(), 1e-3 * total)
-            assert (ranks[0][name] - gradient).norm().item() <= 1e-5 * scale, name
+        # Its loss is a mean over pixels, so that the batch of two has this gradient as well. Two images at once are
+        # added up in another order than one after the other: the gradient is compared as a whole.
+        batch = single(task, data, [slice(0, 2)])
+        assert norm({name: batch[name] - ranks[0][name] for name in batch}) <= 1e-5 * total
+
+
+def norm(gradients: dict[str, torch.Tensor]) -> float:
+    """Of all together."""
+    return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
 
 
 def test_every_trainable_parameter_has_a_gradient(results):
