@@ -16,6 +16,15 @@ from . import runs
 WORKER = Path(__file__).parent / "worker.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the workers: with more, sums are added up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[Path, Path]:
     """(data, what two processes left)."""
