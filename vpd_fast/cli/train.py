@@ -148,7 +148,8 @@ def _plan(trainer: Trainer, settings: TrainConfig) -> str:
         )
     memory = estimate_memory(
         trainer.model.config, batch_size=settings.batch_size, size=settings.data.size, precision=settings.precision,
-        checkpointing=settings.checkpointing,
+        attention_backend=settings.attention_backend, checkpointing=settings.checkpointing,
+        encoder=settings.encoder.precision, amsgrad=settings.optimizer.amsgrad,
     )  # fmt: skip
     lines.append(f"memory of a step, estimated: {memory['total'] / GIB:.2f} GiB")
     lines += [f"  {name:<12} {value / GIB:7.2f} GiB" for name, value in memory.items() if name != "total"]

@@ -1,0 +1,131 @@
+"""`vpd-fast train` from the shell: plans, runs, resuming, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vpd_fast import VPD
+from vpd_fast.cli.main import run
+
+
+def _runs():
+    """tests/training/runs.py."""
+    path = Path(__file__).parents[1] / "training" / "runs.py"
+    spec = importlib.util.spec_from_file_location("vpd_training_runs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+runs = _runs()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small gain nothing by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for task in runs.TASKS:
+        runs.make_data(root, task)
+    return root
+
+
+@pytest.fixture
+def file(data, tmp_path):
+    """`file(task)`: a configuration file of a tiny run."""
+
+    def write(task: str, **changes) -> str:
+        path = tmp_path / f"{task}.yaml"
+        runs.tiny(task, data, **changes).save(path)
+        return str(path)
+
+    return write
+
+
+def test_a_run_and_its_model(file, tmp_path, capsys):
+    config, folder = file("referring"), tmp_path / "run"
+    assert run(["train", config, "schedule.steps=2", "-o", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "2 steps done" in out
+    assert f"best model: {folder / 'best'} (oIoU " in out
+    assert f'vpd-fast predict IMAGE --checkpoint {folder / "best"} --text "what to look for"' in out
+    assert VPD.from_pretrained(folder / "best").config.tokens == runs.TOKENS
+    assert "steps: 2" in (folder / "config.yaml").read_text()
+
+    assert run(["train", config, "schedule.steps=2", "-o", str(folder)]) == 2
+    assert "is not empty; --resume auto goes on" in capsys.readouterr().err
+    assert run(["train", config, "schedule.steps=3", "-o", str(folder), "--resume", "auto"]) == 2
+    assert "another configuration: schedule.steps is 3, was 2" in " ".join(capsys.readouterr().err.split())
+    assert run(["train", config, "schedule.steps=2", "-o", str(folder), "--resume", "auto"]) == 0
+    # The configuration of a run is a configuration file.
+    assert run(["train", str(folder / "config.yaml"), "-o", str(tmp_path / "again")]) == 0
+    first, second = (runs.weights(where / "best") for where in (folder, tmp_path / "again"))
+    assert runs.same(first, second)
+
+
+@pytest.mark.parametrize("task", runs.TASKS)
+def test_a_dry_run_writes_nothing(file, task, tmp_path, capsys, monkeypatch):
+    config = file(task)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(["train", config, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    count = {"segmentation": (4, 4), "referring": (4, 2), "depth": (4, 4)}[task]
+    assert f"{task}: {count[0]} samples to train on, {count[1]} to evaluate on" in out
+    assert "6 steps of 2 images (1 processes x 1 x 2), 3.0 epochs" in out
+    assert "schedule poly" in out
+    assert "lr 0.001 to 0.000199" in out  # 0.001 * (1 / 6) ** 0.9 at the last step
+    assert "memory of a step, estimated: " in out
+    assert "one batch forward and backward: loss " in out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(["train", config, "--dry-run", "--no-step"]) == 0
+    assert "one batch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ade2k", "-o", "x"], "did you mean ade20k?"),
+        (["ade20k", "-o", "x"], "data.root is not set"),
+        (["ade20k", "data.root=x", "-o", "x"], "init must say where the weights come from"),
+        (["ade20k", "data.root=nowhere", "init.random=0", "-o", "x"], "nowhere"),
+        (["ade20k", "optimizer.learning=1", "-o", "x"], "optimizer.learning is not a setting"),
+        (["ade20k"], "-o is missing"),
+    ],
+)
+def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun(file, tmp_path):
+    """Two processes under torchrun: one report."""
+    config, folder = file("segmentation"), tmp_path / "run"
+    command = [
+        sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpd_fast",
+        "train", config, "schedule.steps=1", "-o", str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 steps done") == 1
+    assert done.stderr.count("no SyncBatchNorm on CPUs") == 1
+    assert (folder / "best" / "model.safetensors").is_file()
