@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class TrainLoader:
         loader = DataLoader(
             self._examples,
             batch_sampler=_Batches(self, start),
-            num_workers=self.workers,
+            num_workers=min(self.workers, os.cpu_count() or 1),  # more would fight for the cores
             collate_fn=_collate,
             worker_init_fn=_one_thread,
             pin_memory=torch.cuda.is_available(),
