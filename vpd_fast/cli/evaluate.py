@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_fast.cli import files, options, running
-from vpd_fast.cli.predict import _scales as parse_scales
 from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def evaluate(
     if data not in SPLITS:
         raise InputError(f"--data must be one of {', '.join(SPLITS)}, got {data!r}")
     chosen = {
-        "mode": mode, "scales": None if scales is None else parse_scales(scales), "flip": flip,
+        "mode": mode, "scales": None if scales is None else options.scales_of(scales), "flip": flip,
         "resolution": resolution, "shift_window": shift_window, "crop": crop,
     }  # fmt: skip
     if data == "folder" and crop is None:

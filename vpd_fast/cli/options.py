@@ -174,6 +174,14 @@ class ModelOptions:
         }  # fmt: skip
 
 
+def scales_of(text: str) -> list[float]:
+    """The numbers of --scales. Raises InputError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--scales must be numbers separated by commas, like 1.0,1.25, got {text!r}") from None
+
+
 def text_options(model: VPD, text: list[str] | None, encoder: str | None, random_weights: int | None) -> dict[str, Any]:
     """Options of the predictor for a referring model's sentences, {} for other models.
 

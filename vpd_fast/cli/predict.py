@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_fast.cli import files, options, running
-from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +78,7 @@ def predict(
     chosen: dict[str, Any] = {"mode": mode, "flip": flip, "scene": scene}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if scales is not None:
-        chosen["scales"] = _scales(scales)
+        chosen["scales"] = options.scales_of(scales)
     if probabilities:
         chosen["probabilities"] = True
     paths = files.collect_images(images)
@@ -96,13 +95,6 @@ def predict(
     notes = options.notes(random_weights, chosen)
     header = model_options.header(model, notes)
     running.run_images(paths, stems, predictor, partial(_write, output), header, output / "results.json", json)
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--scales must be numbers separated by commas, like 1.0,1.25, got {text!r}") from None
 
 
 def _write(output: Path, result: Result, stem: str) -> running.Record:
