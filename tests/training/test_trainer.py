@@ -114,7 +114,7 @@ def test_the_same_run_twice(whole, tmp_path):
 def test_the_loss_goes_down(data, tmp_path):
     for task, lr in (("segmentation", 3e-3), ("referring", 1e-3), ("depth", 3e-4)):
         config = runs.tiny(
-            task, data, schedule={"steps": 16, "name": "constant"}, optimizer={"lr": lr}, data={"val_split": None},
+            task, data, schedule={"steps": 12, "name": "constant"}, optimizer={"lr": lr}, data={"val_split": None},
             checkpoints={"every_steps": None}, accumulation=2 if task == "depth" else 1,
         )  # fmt: skip
         runs.trainer(config, tmp_path / task).run()
@@ -164,6 +164,26 @@ def test_bf16_keeps_float32_weights(data, tmp_path):
     assert entries(tmp_path / "run")[0]["loss"] != reference
 
 
+@pytest.mark.parametrize("whole", ["referring"], indirect=True)
+def test_caches_change_nothing(whole, tmp_path):
+    """The second run reads all latents from the disk."""
+    config, folder, _ = whole
+    cached = config.replace(encoder={"cache": str(tmp_path / "cache")})
+    for name in ("first", "second"):
+        trainer = runs.trainer(cached, tmp_path / name)
+        files = len(list(tmp_path.glob("cache/latents/*/*.npy")))
+        assert files == {"first": 0, "second": 4}[name]
+        summary = trainer.run()
+        assert runs.same(runs.weights(summary.last), runs.weights(folder / "checkpoints/step_000006"))
+
+
+@pytest.mark.parametrize("whole", ["segmentation"], indirect=True)
+def test_what_is_recomputed_changes_nothing(whole, tmp_path):
+    config, folder, _ = whole
+    summary = runs.trainer(config.replace(checkpointing=[0, 2], schedule={"steps": 6}), tmp_path / "run").run()
+    assert runs.same(runs.weights(summary.last), runs.weights(folder / "checkpoints/step_000006"))
+
+
 # Stopping
 
 
@@ -178,11 +198,10 @@ def stop_at(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
     trainer._fetch = signalled
 
 
+@pytest.mark.parametrize("whole", ["referring"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_auto_goes_on(whole, tmp_path, number):
     config, folder, _ = whole
-    if config.task != "referring":
-        pytest.skip("one task is enough")
     trainer = runs.trainer(config, tmp_path / "run")
     stop_at(trainer, 1, number)
     before = signal.getsignal(number)
@@ -325,10 +344,9 @@ def test_broken_images_are_skipped_or_end_the_run(data, tmp_path, capfd):
     assert steps == ["step_000001"] or steps == []
 
 
+@pytest.mark.parametrize("whole", ["segmentation"], indirect=True)
 def test_folders_that_do_not_fit(whole, tmp_path):
     config, folder, _ = whole
-    if config.task != "segmentation":
-        pytest.skip("one task is enough")
     with pytest.raises(InputError, match="is not empty; --resume auto"):
         runs.trainer(config, folder)
     (tmp_path / "other").mkdir()
@@ -348,10 +366,9 @@ def test_folders_that_do_not_fit(whole, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("whole", ["segmentation"], indirect=True)
 def test_resuming_with_another_configuration(whole, tmp_path):
     config, folder, _ = whole
-    if config.task != "segmentation":
-        pytest.skip("one task is enough")
     begin = folder / "checkpoints/step_000003"
     changed = config.replace(optimizer={"lr": 0.5}, seed=3, log={"every": 2})
     with pytest.raises(InputError) as raised:
