@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +207,37 @@ def _set_embeddings(model: VPD, path: str) -> None:
         raise CheckpointError(f"{path}: expected a {tuple(buffer.shape)} tensor, got {tuple(tensor.shape)}")
     with torch.no_grad():
         buffer.copy_(tensor)
+
+
+def build_optimizer(
+    config: TrainConfig, model: VPD, steps: int
+) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+    """AdamW over the task's groups, which keep their rate as "initial_lr", and the schedule's factor by step."""
+    from vpd_fast.training.groups import parameter_groups
+    from vpd_fast.training.schedules import make_schedule
+
+    options = config.optimizer
+    quirks = {
+        "segmentation": config.quirks.unet_norm_full_rate, "referring": config.quirks.dead_lr_scale,
+    }.get(config.task, True)  # fmt: skip
+    groups = parameter_groups(
+        model, lr=options.lr, weight_decay=options.weight_decay, preset=config.task, quirks=quirks
+    )
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(
+        groups, lr=options.lr, betas=options.betas, eps=options.eps, amsgrad=options.amsgrad, fused=True
+    )
+    try:
+        schedule = make_schedule(config.schedule.name, steps=steps, **config.schedule.options)
+    except TypeError as error:
+        raise InputError(f"schedule.options: {config.schedule.name} does not take them ({error})") from error
+    return optimizer, schedule
+
+
+def own_memory(model: VPD) -> VPD:
+    """Take tensors out of the files they are mapped from: sums depend on how memory is aligned, in their last bits."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return model

@@ -124,6 +124,25 @@ class RunLog:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
+class Window:
+    """Loss and speed since the last entry of the log."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.losses: list[float] = []
+        self.images = 0
+
+    def add(self, loss: float, finite: bool, images: int) -> None:
+        self.images += images
+        if finite:
+            self.losses.append(loss)
+
+    def values(self) -> dict[str, float]:
+        """Mean loss of the finite steps (none: left out) and images per second."""
+        speed = {"images_per_second": self.images / max(time.monotonic() - self.start, 1e-9)}
+        return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
+
+
 def _progress_bar(start: int, steps: int) -> tuple[Any, Any]:
     from rich.console import Console
     from rich.progress import (

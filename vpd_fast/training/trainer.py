@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,12 @@ from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
 from vpd_fast.errors import CheckpointError, InputError, VPDFastError
 from vpd_fast.models import VPD
 from vpd_fast.training import build, checkpoint
-from vpd_fast.training.config import TrainConfig, differences
-from vpd_fast.training.logging import RunLog, sample_pictures
+from vpd_fast.training.config import TrainConfig
+from vpd_fast.training.logging import RunLog, Window, sample_pictures
 from vpd_fast.training.parallel import Processes, batch_norm_buffers
+from vpd_fast.training.run_folder import BEST, CHECKPOINTS, CONFIG, check_same, resume_from
+from vpd_fast.training.stopping import StopSignals
 from vpd_fast.training.tasks import Encode, Sentences, Task, TrainStep
-
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-BEST = "best"
-# What a resumed run may have otherwise: nothing that its weights depend on.
-FREE = (
-    "device", "data.root", "data.workers", "data.on_error", "data.max_failures", "log", "checkpoints", "evaluation",
-    "encoder.cache", "encoder.cache_gib", "max_nan_steps", "checkpointing", "init.stable_diffusion", "init.checkpoint",
-    "init.class_embeddings",
-)  # fmt: skip
 
 
 class TrainingError(VPDFastError, RuntimeError):
@@ -59,8 +49,8 @@ class Trainer:
     a path from that checkpoint. sentences: sentences -> token features (S,tokens,context_dim), in place of CLIP.
     folder None: nothing is written, as for a dry run.
 
-    A resumed run gives bit for bit what an unbroken one would. Raises InputError where configuration, folder and
-    checkpoint do not fit, DatasetError, CheckpointError.
+    A resumed run gives bit for bit what an unbroken one would, on GPUs as far as PyTorch's operators are deterministic
+    there. Raises InputError where configuration, folder and checkpoint do not fit, DatasetError, CheckpointError.
     """
 
     def __init__(
@@ -79,10 +69,10 @@ class Trainer:
             None if folder is None else checkpoint.CheckpointStore(self.folder / CHECKPOINTS, config.checkpoints.keep)
         )
         self.processes = Processes(config.device == "cpu", find_unused=bool(config.model.get("train_encoder")))
-        self.resumed_from = _resume_from(self.folder, self.store, resume)
+        self.resumed_from = resume_from(self.folder, self.store, resume)
         state = None if self.resumed_from is None else checkpoint.read_state(self.resumed_from)
         if state is not None:
-            _check_same(TrainConfig.from_dict(state["config"]), config, self.resumed_from)
+            check_same(TrainConfig.from_dict(state["config"]), config, self.resumed_from)
 
         self.train_data, self.val_data = build.open_datasets(config)
         self.notes: list[str] = []
@@ -92,7 +82,7 @@ class Trainer:
         self.sentences = self._build_sentences(sentences)
         self.encode = self._build_encoder()
         self.task = Task(self.model, config.quirks, self.sentences)
-        self.optimizer, self.schedule = self._build_optimizer()
+        self.optimizer, self.schedule = build.build_optimizer(config, self.model, self.steps)
         dtype = torch.bfloat16 if config.precision == "bf16" else None
         self.train_step = self.processes.wrap(TrainStep(self.model, self.task, dtype))
 
@@ -102,8 +92,7 @@ class Trainer:
         self.nan_in_row = 0
         self.skipped_steps = 0
         self.bar = bar
-        self._stop = False
-        self._interruptible = False
+        self.signals = StopSignals()
         torch.manual_seed(config.seed + self.processes.rank)
         if state is not None:
             self._load(state)
@@ -124,7 +113,7 @@ class Trainer:
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             else:
                 self.notes.append("PyTorch has no SyncBatchNorm on CPUs: each process normalises by its own images")
-        return _own_memory(model.to(self.processes.device)).train()
+        return build.own_memory(model.to(self.processes.device)).train()
 
     def _build_loader(self) -> Any:
         from vpd_fast.data import TrainLoader, make_transform
@@ -160,31 +149,6 @@ class Trainer:
             self.notes.append("encoder.cache is not used: images are augmented at random, so none comes twice")
         return build.latent_encoder(self.config, self.model)
 
-    def _build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
-        from vpd_fast.training.groups import parameter_groups
-        from vpd_fast.training.schedules import make_schedule
-
-        config = self.config
-        options = config.optimizer
-        quirks = {
-            "segmentation": config.quirks.unet_norm_full_rate, "referring": config.quirks.dead_lr_scale,
-        }.get(config.task, True)  # fmt: skip
-        groups = parameter_groups(
-            self.model, lr=options.lr, weight_decay=options.weight_decay, preset=config.task, quirks=quirks
-        )
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-            group["initial_lr"] = group["lr"]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, betas=options.betas, eps=options.eps, amsgrad=options.amsgrad, fused=True
-        )
-        try:
-            schedule = make_schedule(config.schedule.name, steps=self.steps, **config.schedule.options)
-        except TypeError as error:
-            raise InputError(f"schedule.options: {config.schedule.name} does not take them ({error})") from error
-        return optimizer, schedule
-
     # The loop
 
     def run(self) -> Summary:
@@ -195,7 +159,7 @@ class Trainer:
         """
         assert self.folder is not None
         self._open_folder()
-        with self._signals(), contextlib.closing(self._open_log()) as self.log:
+        with self.signals, contextlib.closing(self._open_log()) as self.log:
             for note in self.notes:
                 self.log.message(f"note: {note}")
             with contextlib.suppress(KeyboardInterrupt) if self.processes.count == 1 else contextlib.nullcontext():
@@ -206,7 +170,7 @@ class Trainer:
         if self.step and self._evaluation_due(self.step) and self.evaluated < self.step:
             self._evaluate()  # the run was stopped before or while evaluating
         batches = self.loader.batches(self.step * self.config.accumulation)
-        window = _Window()
+        window = Window()
         saved = time.monotonic()
         random = checkpoint.random_state()
         ahead = self._fetch(batches)
@@ -227,14 +191,14 @@ class Trainer:
                 self._count_nan(loss)
             if self.step % self.config.log.every == 0 or self.step == self.steps:
                 self.log.scalars(self.step, **window.values(), lr=self.rate(), skipped=len(self.loader.skipped))
-                window = _Window()
+                window = Window()
             every = self.config.checkpoints.every_steps
             evaluate = self._evaluation_due(self.step)
             if stop or due or evaluate or self.step == self.steps or (every and self.step % every == 0):
                 self._save()
                 saved = time.monotonic()
             if stop:
-                self._stop = True
+                self.signals.asked = True
                 return
             if evaluate:
                 self._evaluate()
@@ -268,7 +232,7 @@ class Trainer:
             ahead = self._fetch(batches) if self.step + 1 < self.steps or i + 1 < count else {}
         norm = self._gradient_norm()
         finite = torch.isfinite(total) & torch.isfinite(norm)
-        flags = torch.tensor([self._stop, due and self.processes.first], device=total.device)
+        flags = torch.tensor([self.signals.asked, due and self.processes.first], device=total.device)
         numbers = self.processes.sum(torch.cat([torch.stack([total, finite.float()]), flags.float()])).tolist()
         all_finite = numbers[1] == self.processes.count
         if all_finite:
@@ -338,9 +302,9 @@ class Trainer:
         random = checkpoint.random_state()
         self.processes.share_buffers(self.model)
         self.model.eval()
-        self._interruptible = self.processes.count == 1
+        self.signals.breakable = self.processes.count == 1
         try:
-            if self._interruptible and self._stop:
+            if self.signals.breakable and self.signals.asked:
                 raise KeyboardInterrupt
             result = evaluate(
                 self.model, self.val_data, limit=options.limit, batch_size=options.batch_size,
@@ -351,10 +315,10 @@ class Trainer:
             if self.processes.first and self.config.log.tensorboard:
                 pictures = sample_pictures(self.model, self.val_data, self.config.log.pictures, self.sentences)
         except KeyboardInterrupt:
-            self._stop = True
+            self.signals.asked = True
             raise
         finally:
-            self._interruptible = False
+            self.signals.breakable = False
             self.model.train()
             checkpoint.set_random_state(random)
         name, direction = PRIMARY[self.config.task]
@@ -457,99 +421,13 @@ class Trainer:
         return Summary(
             step=self.step,
             steps=self.steps,
-            stopped=self._stop,
+            stopped=self.signals.asked,
             last=self.store.last(),
             best=best if self.best is not None and best.is_dir() else None,
             metric=None if self.best is None else (self.best["metric"], self.best["value"]),
             skipped_steps=self.skipped_steps,
         )
 
-    # Signals
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the step is finished and saved, an evaluation broken off. A second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: Any) -> None:
-            if self._stop or self._interruptible:
-                self._stop = True
-                raise KeyboardInterrupt
-            self._stop = True
-
-        old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-
-class _Window:
-    """Loss and speed since the last entry of the log."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.losses: list[float] = []
-        self.images = 0
-
-    def add(self, loss: float, finite: bool, images: int) -> None:
-        self.images += images
-        if finite:
-            self.losses.append(loss)
-
-    def values(self) -> dict[str, float]:
-        """Mean loss of the finite steps (none: left out) and images per second."""
-        speed = {"images_per_second": self.images / max(time.monotonic() - self.start, 1e-9)}
-        return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
-
-
-def _own_memory(model: VPD) -> VPD:
-    """Take tensors out of the files they are mapped from: sums depend on how memory is aligned, in their last bits."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-    return model
-
 
 def _minutes(every: float | None, since: float) -> bool:
     return every is not None and time.monotonic() - since >= 60 * every
-
-
-def _resume_from(folder: Path | None, store: checkpoint.CheckpointStore | None, resume: str | Path) -> Path | None:
-    """The checkpoint to go on from, or None to begin. Raises InputError where the folder does not allow it."""
-    if folder is None or store is None:
-        return None
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; expected a folder for the run")
-    last = store.last()
-    used = folder.is_dir() and any(folder.iterdir())
-    if str(resume) == "auto":
-        if last is None and used and not (folder / CONFIG).is_file():
-            raise InputError(f"{folder}: is not empty and holds no run to resume; give another folder")
-        return last
-    if str(resume) == "never":
-        if used:
-            raise InputError(
-                f"{folder}: is not empty; --resume auto goes on with the run in it, or give another folder"
-            )
-        return None
-    path = Path(resume)
-    if not path.is_dir():
-        raise InputError(f"--resume must be auto, never or a checkpoint's folder, got {path}, which is none")
-    if last is not None and path.resolve() != last.resolve():
-        raise InputError(
-            f"{folder}: holds a run whose last checkpoint is {last.name}; going on from {path} would mix two runs, "
-            "give another folder with -o"
-        )
-    if last is None and used:
-        raise InputError(f"{folder}: is not empty; expected a new folder to resume {path} in")
-    return path
-
-
-def _check_same(old: TrainConfig, new: TrainConfig, path: Path) -> None:
-    changed = differences(old, new, FREE)
-    if changed:
-        raise InputError(f"{path} was trained with another configuration: {'; '.join(changed)}")

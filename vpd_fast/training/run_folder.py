@@ -1,0 +1,57 @@
+"""The folder of a run: what lies where, and whether one may begin or go on in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vpd_fast.errors import InputError
+from vpd_fast.training.checkpoint import CheckpointStore
+from vpd_fast.training.config import TrainConfig, differences
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+# What a resumed run may have otherwise: nothing that its weights depend on.
+FREE = (
+    "device", "data.root", "data.workers", "data.on_error", "data.max_failures", "log", "checkpoints", "evaluation",
+    "encoder.cache", "encoder.cache_gib", "max_nan_steps", "checkpointing", "init.stable_diffusion", "init.checkpoint",
+    "init.class_embeddings",
+)  # fmt: skip
+
+
+def resume_from(folder: Path | None, store: CheckpointStore | None, resume: str | Path) -> Path | None:
+    """The checkpoint to go on from, or None to begin. Raises InputError where the folder does not allow it."""
+    if folder is None or store is None:
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; expected a folder for the run")
+    last = store.last()
+    used = folder.is_dir() and any(folder.iterdir())
+    if str(resume) == "auto":
+        if last is None and used and not (folder / CONFIG).is_file():
+            raise InputError(f"{folder}: is not empty and holds no run to resume; give another folder")
+        return last
+    if str(resume) == "never":
+        if used:
+            raise InputError(
+                f"{folder}: is not empty; --resume auto goes on with the run in it, or give another folder"
+            )
+        return None
+    path = Path(resume)
+    if not path.is_dir():
+        raise InputError(f"--resume must be auto, never or a checkpoint's folder, got {path}, which is none")
+    if last is not None and path.resolve() != last.resolve():
+        raise InputError(
+            f"{folder}: holds a run whose last checkpoint is {last.name}; going on from {path} would mix two runs, "
+            "give another folder with -o"
+        )
+    if last is None and used:
+        raise InputError(f"{folder}: is not empty; expected a new folder to resume {path} in")
+    return path
+
+
+def check_same(old: TrainConfig, new: TrainConfig, path: Path) -> None:
+    """Raise InputError that lists what differs, if it is more than a resumed run may change."""
+    changed = differences(old, new, FREE)
+    if changed:
+        raise InputError(f"{path} was trained with another configuration: {'; '.join(changed)}")
