@@ -51,6 +51,23 @@ def run(root: Path, out: Path) -> None:
     fail_to_save(config, out, rank)
 
 
+def run_sharded(root: Path, out: Path) -> None:
+    """Both ways to spread the work train the same; a sharded run goes on as well."""
+    for name, options in (("ddp", {}), ("fsdp", {"fsdp": True})):
+        config = runs.tiny(
+            "depth", root, batch_size=1, accumulation=2, schedule={"steps": 2}, optimizer={"clip": 1.0, "lr": 1e-4},
+            checkpoints={"every_steps": 1, "keep": 5}, evaluation={"limit": 2}, distributed=options,
+        )  # fmt: skip
+        trainer = runs.trainer(config, out / name)
+        if name == "fsdp":
+            whole = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+            mine = sum(p.to_local().numel() for p in trainer.model.parameters() if p.requires_grad)
+            assert 0.4 * whole < mine < 0.6 * whole
+        summary = trainer.run()
+        assert summary.metric[0] == "rmse"
+    runs.trainer(config, out / "fsdp_again", resume=out / "fsdp/checkpoints/step_000001").run()
+
+
 def fail_to_save(config, out: Path, rank: int) -> None:
     """An error of the process that writes is everyone's, instead of leaving the others waiting."""
     from vpd_fast.errors import CheckpointError
@@ -71,4 +88,5 @@ if __name__ == "__main__":
     data, output = Path(sys.argv[1]), Path(sys.argv[2])
     for name in runs.TASKS:
         gradients(name, data, output)
+    run_sharded(data, output)
     run(data, output)

@@ -31,19 +31,35 @@ class Processes:
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
+        self.sharded = False
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module on the device, in DistributedDataParallel where there are several processes."""
+    def wrap(self, module: nn.Module, sharded: bool = False) -> nn.Module:
+        """The module on the device, in DistributedDataParallel where there are several processes.
+
+        sharded: spread over the processes instead, in place; an optimizer is to be made of its parameters afterwards.
+        """
+        self.sharded = sharded and self.count > 1
+        if self.sharded:
+            from vpd_fast.training.sharding import shard
+
+            shard(module, self.count)
+            return module
         return self._accelerator.prepare_model(module)
 
     def no_sync(self, module: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
         """While `skip`, backward leaves gradients as each process has them."""
-        return self._accelerator.no_sync(module) if skip else contextlib.nullcontext()
+        if not skip:
+            return contextlib.nullcontext()
+        if self.sharded:
+            from vpd_fast.training.sharding import no_sync
+
+            return no_sync(module)
+        return self._accelerator.no_sync(module)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""

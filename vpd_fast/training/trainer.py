@@ -16,7 +16,7 @@ from vpd_fast.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
 from vpd_fast.errors import CheckpointError, InputError, VPDFastError
 from vpd_fast.models import VPD
-from vpd_fast.training import build, checkpoint
+from vpd_fast.training import build, checkpoint, sharding
 from vpd_fast.training.config import TrainConfig
 from vpd_fast.training.logging import RunLog, Window, sample_pictures
 from vpd_fast.training.parallel import Processes, batch_norm_buffers
@@ -82,9 +82,9 @@ class Trainer:
         self.sentences = self._build_sentences(sentences)
         self.encode = self._build_encoder()
         self.task = Task(self.model, config.quirks, self.sentences)
-        self.optimizer, self.schedule = build.build_optimizer(config, self.model, self.steps)
         dtype = torch.bfloat16 if config.precision == "bf16" else None
-        self.train_step = self.processes.wrap(TrainStep(self.model, self.task, dtype))
+        self.train_step = self.processes.wrap(TrainStep(self.model, self.task, dtype), config.distributed.fsdp)
+        self.optimizer, self.schedule = build.build_optimizer(config, self.model, self.steps)
 
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -246,11 +246,11 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))
         clip = self.config.optimizer.clip
         if clip is not None:
             factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor.item() if self.processes.sharded else factor)
         return norm
 
     def _set_rates(self) -> None:
@@ -301,19 +301,19 @@ class Trainer:
         options = self.config.evaluation
         random = checkpoint.random_state()
         self.processes.share_buffers(self.model)
-        self.model.eval()
+        model = sharding.whole_model(self.model)
         self.signals.breakable = self.processes.count == 1
         try:
             if self.signals.breakable and self.signals.asked:
                 raise KeyboardInterrupt
             result = evaluate(
-                self.model, self.val_data, limit=options.limit, batch_size=options.batch_size,
+                model, self.val_data, limit=options.limit, batch_size=options.batch_size,
                 rank=self.processes.rank, world_size=self.processes.count, text_encoder=self.sentences,
                 **options.options,
             )  # fmt: skip
             pictures = []
             if self.processes.first and self.config.log.tensorboard:
-                pictures = sample_pictures(self.model, self.val_data, self.config.log.pictures, self.sentences)
+                pictures = sample_pictures(model, self.val_data, self.config.log.pictures, self.sentences)
         except KeyboardInterrupt:
             self.signals.asked = True
             raise
@@ -331,7 +331,7 @@ class Trainer:
         with self.processes.first_only():
             if self.processes.first:
                 if better:
-                    save_pretrained(self.model, self.folder / BEST)
+                    save_pretrained(model, self.folder / BEST)
                     text = checkpoint.json_text({"step": self.step, **result.metrics})
                     checkpoint.write_text(self.folder / BEST / "metrics.json", text)
                 self.store.write_index(best=self.best, evaluated=self.evaluated)
@@ -343,28 +343,29 @@ class Trainer:
     def _save(self) -> None:
         self.processes.share_buffers(self.model)
         states = self.processes.gather(checkpoint.random_state())
+        weights = sharding.whole(self.model.state_dict())
+        optimizer = sharding.optimizer_state(self.optimizer)
         with self.processes.first_only():
             if self.processes.first:
-                weights = self.model.state_dict()
                 self.store.save(
                     self.step,
                     {
                         WEIGHTS_NAME: lambda path: write_safetensors(path, weights, self.model.config),
                         CONFIG_NAME: self.model.config.save,
                         CONFIG: self.config.save,
-                        checkpoint.STATE: lambda path: checkpoint.write_state(path, self._state(states)),
+                        checkpoint.STATE: lambda path: checkpoint.write_state(path, self._state(optimizer, states)),
                     },
                 )
                 self.store.write_index()
 
-    def _state(self, random_states: list[dict[str, Any]]) -> dict[str, Any]:
+    def _state(self, optimizer: dict[str, Any], random_states: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "format": 1,
             "step": self.step,
             "batches": self.step * self.config.accumulation,
             "config": self.config.to_dict(),
             "run": self._facts(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "random": random_states,
             "best": self.best,
             "evaluated": self.evaluated,
@@ -385,7 +386,7 @@ class Trainer:
         if changed:
             raise InputError(f"{self.resumed_from}: cannot be continued bit for bit, {'; '.join(changed)}")
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            sharding.load_optimizer_state(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{self.resumed_from}: its optimizer state does not fit ({error})") from error
         checkpoint.set_random_state(state["random"][self.processes.rank])
