@@ -124,7 +124,7 @@ def test_sharded_weights_train_as_whole_ones(results):
     ddp, fsdp, again = (runs.weights(out / f"{name}/checkpoints/step_000002") for name in ("ddp", "fsdp", "fsdp_again"))
     assert ddp.keys() == fsdp.keys()
     assert runs.same(fsdp, again)
-    begin = runs.trainer(runs.tiny("depth", results[0]), None).model.state_dict()
+    begin = runs.trainer(runs.tiny("referring", results[0]), None).model.state_dict()
     moved = norm({name: ddp[name] - begin[name] for name in begin if begin[name].is_floating_point()})
     apart = norm({name: ddp[name] - fsdp[name] for name in begin if begin[name].is_floating_point()})
     # Adam's first steps are nearly the sign of the gradient, which rounding decides where the gradient is zero.
