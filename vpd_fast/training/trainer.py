@@ -333,7 +333,10 @@ class Trainer:
                 if better:
                     save_pretrained(model, self.folder / BEST)
                     text = checkpoint.json_text({"step": self.step, **result.metrics})
-                    checkpoint.write_text(self.folder / BEST / "metrics.json", text)
+                    try:
+                        checkpoint.write_text(self.folder / BEST / "metrics.json", text)
+                    except OSError as error:
+                        raise CheckpointError(f"{self.folder / BEST}: cannot be written ({error.strerror})") from error
                 self.store.write_index(best=self.best, evaluated=self.evaluated)
         self.log.evaluation(self.step, result.metrics, better)
         self.log.pictures(self.step, pictures)
