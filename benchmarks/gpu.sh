@@ -122,7 +122,13 @@ tune() {
     fi
 }
 
-train() { skip train "there is no training benchmark yet"; }
+# Batch sizes apart, as with e2e.
+train() {
+    for batch in 1 16; do
+        part "train-batch$batch" env VPD_FAST_RESULTS="$out/train$batch" \
+            "$python" benchmarks/train_step.py --device cuda --batch "$batch"
+    done
+}
 
 summary() {
     local row name status seconds separator=

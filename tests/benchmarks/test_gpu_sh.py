@@ -59,7 +59,7 @@ def after(words: list[str], word: str) -> list[str]:
 def test_all_parts(commands: dict[str, list[str]]) -> None:
     assert list(commands) == [
         *("tests", "tune", "ops", "e2e-batch1", "e2e-batch8", "layers", "roofline-batch1", "roofline-batch8", "slow"),
-        *("sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck"),
+        *("sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "train-batch1", "train-batch16"),
     ]
     assert all(sys.executable in words for words in commands.values())
 
@@ -67,7 +67,7 @@ def test_all_parts(commands: dict[str, list[str]]) -> None:
 def test_scripts_take_their_arguments(commands, script, monkeypatch) -> None:
     """All the way to the question whether there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("e2e-batch1", "e2e-batch8", "layers"):
+    for name in ("e2e-batch1", "e2e-batch8", "layers", "train-batch1", "train-batch16"):
         path, *arguments = after(commands[name], sys.executable)
         with pytest.raises(SystemExit, match="PyTorch finds no NVIDIA GPU here"):
             script(Path(path).stem).main(arguments)
@@ -123,13 +123,16 @@ def status(tmp_path: Path) -> dict[str, str]:
 
 
 def test_account_of_what_ran(tmp_path, stub: dict[str, str]) -> None:
-    skipped = dict.fromkeys(("sanitizer", "tune", "train"), "skipped")
+    skipped = dict.fromkeys(("sanitizer", "tune"), "skipped")
     done = call(tmp_path, **stub | {"FAILING": "e2e.py --device cuda --batch 8"})
     assert done.returncode == 1
     assert "gpu.sh: failed: e2e-batch8\n" in done.stdout
     assert "== sanitizer: compute-sanitizer is not installed" in done.stdout
     first = status(tmp_path)
-    expected = ("tests", "ops", "e2e-batch1", "layers", "roofline-batch1", "roofline-batch8", "slow")
+    expected = (
+        *("tests", "ops", "e2e-batch1", "layers", "roofline-batch1", "roofline-batch8", "slow"),
+        *("train-batch1", "train-batch16"),
+    )
     assert first == dict.fromkeys(expected, "passed") | {"e2e-batch8": "failed(3)"} | skipped
     assert f"--device {tmp_path}/out/gpu/layers.json --batch 8" in Path(stub["LOG"]).read_text()
 
