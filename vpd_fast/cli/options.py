@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # of vpd_fast.engine.polic
 
 # Panels of --help.
 MODEL, SEGMENTATION, REFERRING, DEPTH, RUNNING = "Model", "Segmentation", "Referring", "Depth", "Running"
+AT_SCALE = "At scale"
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMAGES", help="Files, folders (the images in them) and quoted globs.")
