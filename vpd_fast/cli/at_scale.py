@@ -56,7 +56,7 @@ class AtScale:
 
         if self.list_file == STDIN:
             return listed, None
-        total = sum(1 for _ in self._paths(sources, root))
+        total = sum(bool(relative_name(path, root)) for path in self._paths(sources, root))
         if not total:
             raise InputError(f"no images ({' '.join(IMAGE_SUFFIXES)}) in {self.list_file or ' '.join(sources)}")
         return listed, len(range(self.shard.index, total, self.shard.count))
@@ -94,18 +94,18 @@ def check_output(output: Path, sources: Iterable[str]) -> None:
 
 def run(
     at_scale: AtScale,
-    sources: list[str],
+    listing: tuple[Callable[[], Iterator[tuple[str, str]]], int | None],
     predictor: Callable[[Any], Any],
     write: Callable[[Any, str], running.Record],
     header: running.Record,
     output: Path,
     print_json: bool,
 ) -> None:
-    """Predict on this shard's images; a record per image in `output`, progress on stderr, a summary on stdout.
+    """Predict on this shard's images, which `at_scale.images` found; a record per image in `output`, progress on stderr, a summary on stdout.
 
     The exit code is 1 if images failed.
     """
-    listed, total = at_scale.images(sources)
+    listed, total = listing
     if not print_json:
         for note in header["notes"]:
             typer.echo(f"note: {note}")

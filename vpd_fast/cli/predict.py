@@ -138,7 +138,7 @@ def predict(
         files.prepare_output(output)
     else:
         at_scale.check_output(output, images or ())
-        scale.images(images or [])  # what is misspelt is said before the model is loaded
+        listing = scale.images(images or [])  # what is misspelt is said before the model is loaded
 
     with running.error_console().status("loading the model"):
         model = model_options.load()
@@ -154,7 +154,7 @@ def predict(
     else:
         told = {name: value for name, value in chosen.items() if name not in ("tokens", "text_encoder")}
         header |= {"options": told | ({"text_encoder": text_encoder} if text_encoder else {})}
-        at_scale.run(scale, images or [], predictor, write, header, output, json)
+        at_scale.run(scale, listing, predictor, write, header, output, json)
 
 
 def _at_scale(
