@@ -23,3 +23,7 @@ class DatasetError(VPDFastError, ValueError):
 
 class MissingDependencyError(VPDFastError, ImportError):
     """An optional package, a native module or a pretrained model is not available."""
+
+
+class TrainingError(VPDFastError, RuntimeError):
+    """Training cannot go on: the loss or gradients are not finite, step after step."""

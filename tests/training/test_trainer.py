@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from vpd_fast import VPD
-from vpd_fast.errors import CheckpointError, DatasetError, InputError
+from vpd_fast.errors import CheckpointError, DatasetError, InputError, TrainingError
 from vpd_fast.training import checkpoint
 from vpd_fast.training.parallel import batch_norm_buffers
 from vpd_fast.training.tasks import Task
-from vpd_fast.training.trainer import Trainer, TrainingError
+from vpd_fast.training.trainer import Trainer
 
 from . import runs
 

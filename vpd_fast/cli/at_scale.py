@@ -101,9 +101,8 @@ def run(
     output: Path,
     print_json: bool,
 ) -> None:
-    """Predict on this shard's images, which `at_scale.images` found; a record per image in `output`, progress on stderr, a summary on stdout.
-
-    The exit code is 1 if images failed.
+    """Predict on the images that `at_scale.images` found: a record per image in `output`, progress on stderr, a summary
+    on stdout. The exit code is 1 if images failed.
     """
     listed, total = listing
     if not print_json:

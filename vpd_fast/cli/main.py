@@ -50,7 +50,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: done. 1: some images of several failed. 2: wrong usage or input, after one line "error: ..." on stderr.
-    130: interrupted.
+    130: interrupted, or training stopped by a signal, with its steps saved.
     """
     try:
         # Not standalone: typer would print its own boxes for errors, and turn an interruption into "Aborted!".

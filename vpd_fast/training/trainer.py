@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpd_fast.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
-from vpd_fast.errors import CheckpointError, InputError, VPDFastError
+from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
 from vpd_fast.models import VPD
 from vpd_fast.training import build, checkpoint, sharding
 from vpd_fast.training.config import TrainConfig
@@ -23,10 +23,6 @@ from vpd_fast.training.parallel import Processes, batch_norm_buffers
 from vpd_fast.training.run_folder import BEST, CHECKPOINTS, CONFIG, check_same, resume_from
 from vpd_fast.training.stopping import StopSignals
 from vpd_fast.training.tasks import Encode, Sentences, Task, TrainStep
-
-
-class TrainingError(VPDFastError, RuntimeError):
-    """Training cannot go on: the loss or gradients are not finite, step after step."""
 
 
 @dataclass(frozen=True)
