@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from vpd_fast.models import VPD
 
 # Kinds of vpd_fast.data, which would import PyTorch, and the split that results are published for.
+ANY_TASK = ("folder", "shapes")  # of vpd_fast.data, which would import PyTorch
 SPLITS = {
     "ade20k": "validation", "refcoco": "val", "refcoco+": "val", "refcocog": "val", "refclef": "val", "nyu": "test",
     "folder": "val",
+    "shapes": "test",
 }  # fmt: skip
 SHOWN_CLASSES = 10  # best and worst
 DATA = "Data"
@@ -35,7 +37,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="[default: validation for ade20k, test for nyu, val for the others]",
+            help="[default: validation for ade20k, test for nyu and shapes, val for the others]",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -144,13 +146,13 @@ def evaluate(
         "mode": mode, "scales": None if scales is None else options.scales_of(scales), "flip": flip,
         "resolution": resolution, "shift_window": shift_window, "crop": crop,
     }  # fmt: skip
-    if data == "folder" and crop is None:
+    if data in ANY_TASK and crop is None:
         chosen["crop"] = "none"
     split = SPLITS[data] if split is None else split
     data_options = _data_options(data, split_by, scene_rule, filenames)
     with _process_group(device) as (rank, world_size, device):
         # A data set of a known task is opened before the model, which may take minutes to load.
-        dataset = None if data == "folder" and task is None else _open(data, root, split, task, data_options)
+        dataset = None if data in ANY_TASK and task is None else _open(data, root, split, task, data_options)
         if task is None and dataset is not None and random_weights is not None and config is None:
             task = dataset.task
         model_options = options.ModelOptions(
@@ -198,7 +200,7 @@ def _data_options(data: str, split_by: str | None, scene_rule: str | None, filen
 def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str, Any]) -> Dataset:
     from vpd_fast.data import open_dataset
 
-    return open_dataset(kind, root, split, **({"task": task} if kind == "folder" else {}), **chosen)
+    return open_dataset(kind, root, split, **({"task": task} if kind in ANY_TASK else {}), **chosen)
 
 
 def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> tuple[Any, list[str]]:

@@ -121,7 +121,7 @@ def predict(
     """
     scale = _at_scale(list_file, recursive, root, shard, resume, prefetch)
     if not images and list_file is None:
-        raise InputError("give images, folders or globs, or --list FILE")
+        raise InputError("Missing argument 'IMAGES...': give images, folders or globs, or --list FILE")
     if scale is not None:
         device = scale.local_device(device)
     model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision, attention_backend)

@@ -6,6 +6,8 @@ refcoco, refcoco+, refcocog, refclef: root/KIND/refs(BY).p, root/KIND/instances.
     root/images/mscoco/images/train2014; train, val, test, testA, testB.
 nyu: root/sync/SCENE/rgb_N.jpg with sync_depth_N.png beside it (train), the same in root/official_splits/test (test).
 folder: one's own images for any task, see `vpd_fast.data.folder.Folder`.
+shapes: rendered scenes for any task, kept in root once they are made, see `vpd_fast.data.shapes`; train, validation,
+    test, unseen.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from vpd_fast.data.transforms import make_transform
 from vpd_fast.errors import InputError
 
 REFER_KINDS = ("refcoco", "refcoco+", "refcocog", "refclef")
-KINDS = ("ade20k", *REFER_KINDS, "nyu", "folder")
+ANY_TASK = ("folder", "shapes")  # which have the option `task`
+KINDS = ("ade20k", *REFER_KINDS, "nyu", *ANY_TASK)
 
 
 def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dataset:
@@ -35,6 +38,8 @@ def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dat
         from vpd_fast.data.nyu import NYU as cls
     elif kind == "folder":
         from vpd_fast.data.folder import Folder as cls
+    elif kind == "shapes":
+        from vpd_fast.data.shapes import ShapesDataset as cls
     else:
         from vpd_fast.data.refer import Refer as cls
 
@@ -45,4 +50,4 @@ def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dat
         raise InputError(f"data set {kind}: {error}") from error
 
 
-__all__ = ["KINDS", "Dataset", "Sample", "TrainLoader", "make_transform", "open_dataset"]
+__all__ = ["ANY_TASK", "KINDS", "Dataset", "Sample", "TrainLoader", "make_transform", "open_dataset"]

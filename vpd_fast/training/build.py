@@ -45,7 +45,9 @@ def open_datasets(config: TrainConfig) -> tuple[Any, Any | None]:
 
 
 def _with_task(config: TrainConfig, options: dict[str, Any]) -> dict[str, Any]:
-    return {"task": config.task, **options} if config.data.kind == "folder" else options
+    from vpd_fast.data import ANY_TASK
+
+    return {"task": config.task, **options} if config.data.kind in ANY_TASK else options
 
 
 def text_encoder(config: TrainConfig, device: torch.device | str = "cpu") -> Any:

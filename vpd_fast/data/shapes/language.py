@@ -1,0 +1,97 @@
+"""Captions and referring sentences of scenes, in a small vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vpd_fast.data.shapes.world import SceneObject
+
+Sentence = tuple[str, int]
+CAPTION_WORDS = 20
+PER_OBJECT = 4  # sentences
+CLEAR = 0.06  # of the image's width: how far left something must be to be called so; nearer and farther: in metres
+CLEAR_METRES = 0.4
+ATTRIBUTES = ("size", "color", "texture")
+RELATIONS = ("left of", "right of", "in front of", "behind")
+EXTREMES = dict(zip(("leftmost", "rightmost", "nearest", "farthest"), RELATIONS, strict=True))
+_WORDS = """
+a the and thing small large red green blue yellow purple orange cyan white plain striped checkered dotted
+sphere cube cylinder cone pyramid ring left right of in front behind leftmost rightmost nearest farthest empty room
+"""
+VOCABULARY = tuple(_WORDS.split())
+
+
+def caption_of(things: Sequence[SceneObject], random: np.random.Generator) -> str:
+    """What stands in the scene from left to right, "a large red sphere and a striped cube", at most CAPTION_WORDS."""
+    phrases: list[str] = []
+    words = 0
+    for thing in sorted(things, key=lambda thing: thing.column):
+        kept = [getattr(thing, name) for name in ATTRIBUTES if name == "color" or random.random() < 0.4]
+        phrase = " ".join(["a", *(word for word in kept if word != "plain"), thing.shape])
+        words += len(phrase.split()) + bool(phrases)
+        if words > CAPTION_WORDS:
+            break
+        phrases.append(phrase)
+    return " and ".join(phrases) or "a empty room"
+
+
+def sentences_of(
+    named: Sequence[tuple[int, SceneObject]], random: np.random.Generator, size: int
+) -> Iterator[Sentence]:
+    """Sentences that fit one of these objects and no other, at most PER_OBJECT for each, in random order."""
+    for i, thing in named:
+        found = list(_fitting(i, thing, named, size))
+        for k in random.permutation(len(found))[:PER_OBJECT]:
+            yield found[k], i
+
+
+def relation_holds(name: str, a: SceneObject, b: SceneObject, size: int) -> bool | None:
+    """Whether `a` is left of `b` (right of, ...); None where one could argue."""
+    beside = name in ("left of", "right of")
+    lead = (b.column - a.column) / size / CLEAR if beside else (b.z - a.z) / CLEAR_METRES
+    if name in ("right of", "behind"):
+        lead = -lead
+    return None if abs(lead) < 1 else lead > 0
+
+
+def _phrases(thing: SceneObject) -> Iterator[tuple[str, dict[str, str]]]:
+    """Noun phrases that fit, with what they say."""
+    for chosen in product((False, True), repeat=len(ATTRIBUTES)):
+        said = {name: getattr(thing, name) for name, wanted in zip(ATTRIBUTES, chosen, strict=True) if wanted}
+        for noun in (thing.shape, "thing"):
+            if noun == "thing" and not said:
+                continue
+            says = said if noun == "thing" else {**said, "shape": thing.shape}
+            yield " ".join([*said.values(), noun]), says
+
+
+def _fits(thing: SceneObject, says: dict[str, str]) -> bool:
+    return all(getattr(thing, name) == word for name, word in says.items())
+
+
+def _fitting(i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]], size: int) -> Iterator[str]:
+    """All sentences that single out `thing`."""
+    others = [(k, other) for k, other in named if k != i]
+    for phrase, says in _phrases(thing):
+        alike = [other for _, other in others if _fits(other, says)]
+        if not alike:
+            yield f"the {phrase}"
+            continue
+        for extreme, relation in EXTREMES.items():
+            if all(relation_holds(relation, thing, other, size) for other in alike):
+                yield f"the {extreme} {phrase}"
+        for k, anchor in others:
+            around = [other for m, other in named if m not in (i, k) and _fits(other, says)]
+            for name, told in _phrases(anchor):
+                if sum(_fits(other, told) for _, other in named) != 1:
+                    continue
+                for relation in RELATIONS:
+                    if relation_holds(relation, thing, anchor, size) and all(
+                        relation_holds(relation, other, anchor, size) is False for other in around
+                    ):
+                        yield f"the {phrase} {relation} the {name}"
