@@ -57,6 +57,16 @@ def test_every_parameter_that_trains_is_in_one_group(small_backbone, task):
     assert set(grouped) == {id(p) for name, p in model.named_parameters() if "encoder_vq" not in name}
 
 
+@pytest.mark.parametrize("task", TABLE)
+def test_the_rate_of_the_unet_can_be_chosen(small_backbone, task):
+    model = VPD.empty(VPDConfig(task=task, backbone=small_backbone))
+    groups = parameter_groups(model, lr=2.0, weight_decay=0.1, preset=task, unet_lr_scale=0.3)
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        if "encoder_vq" not in name:
+            assert rates[id(parameter)] == (2.0 * 0.3 if "unet" in name else 2.0), name
+
+
 def test_an_encoder_that_trains_is_slow_like_the_unet(small_backbone):
     model = VPD.empty(VPDConfig(task="segmentation", backbone=small_backbone, train_encoder=True))
     groups = parameter_groups(model, lr=1.0, weight_decay=0.1, preset="segmentation")

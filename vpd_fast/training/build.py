@@ -223,8 +223,9 @@ def build_optimizer(
         "segmentation": config.quirks.unet_norm_full_rate, "referring": config.quirks.dead_lr_scale,
     }.get(config.task, True)  # fmt: skip
     groups = parameter_groups(
-        model, lr=options.lr, weight_decay=options.weight_decay, preset=config.task, quirks=quirks
-    )
+        model, lr=options.lr, weight_decay=options.weight_decay, preset=config.task, quirks=quirks,
+        unet_lr_scale=options.unet_lr_scale,
+    )  # fmt: skip
     for group in groups:
         group["initial_lr"] = group["lr"]
     optimizer = torch.optim.AdamW(

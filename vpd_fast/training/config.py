@@ -60,7 +60,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. clip: the largest gradient norm, None leaves gradients as they are."""
+    """AdamW. clip: the largest gradient norm, None leaves gradients as they are.
+
+    unet_lr_scale: factor on the UNet's learning rate; None: the original's, which differs by task.
+    """
 
     lr: float = 1e-4
     weight_decay: float = 0.01
@@ -68,6 +71,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     amsgrad: bool = False
     clip: float | None = None
+    unet_lr_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -243,9 +247,9 @@ class TrainConfig:
 
 _POSITIVE = (
     "batch_size", "accumulation", "data.size", "data.max_failures", "optimizer.lr", "optimizer.eps", "optimizer.clip",
-    "schedule.steps", "schedule.epochs", "encoder.cache_gib", "evaluation.every_steps", "evaluation.every_epochs",
-    "evaluation.limit", "evaluation.batch_size", "checkpoints.every_steps", "checkpoints.every_minutes",
-    "checkpoints.keep", "log.every",
+    "optimizer.unet_lr_scale", "schedule.steps", "schedule.epochs", "encoder.cache_gib", "evaluation.every_steps",
+    "evaluation.every_epochs", "evaluation.limit", "evaluation.batch_size", "checkpoints.every_steps",
+    "checkpoints.every_minutes", "checkpoints.keep", "log.every",
 )  # fmt: skip
 
 

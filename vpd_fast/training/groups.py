@@ -53,12 +53,19 @@ RULES: dict[str, Callable[[str, Tensor, bool], Rule]] = {
 
 
 def parameter_groups(
-    model: VPD, *, lr: float, weight_decay: float, preset: str, quirks: bool = True
+    model: VPD,
+    *,
+    lr: float,
+    weight_decay: float,
+    preset: str,
+    quirks: bool = True,
+    unet_lr_scale: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for an optimiser: name, params, lr, weight_decay, lr_scale. Frozen parameters are in none.
 
     lr: of what trains at the full rate. preset: "segmentation", "referring" or "depth", whose rules to follow.
     quirks: do what the original's code does; False: what it evidently means, see the rules. Depth has none.
+    unet_lr_scale: factor on the learning rate of the whole UNet, in place of the rules'; None: theirs.
 
     Raises InputError.
     """
@@ -69,6 +76,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         rule = RULES[preset](name, parameter, quirks)
+        if unet_lr_scale is not None and "unet" in name:
+            rule = rule._replace(lr_scale=unet_lr_scale)
         group = groups.setdefault(
             rule,
             {

@@ -20,7 +20,7 @@ ATTRIBUTES = ("size", "color", "texture")
 RELATIONS = ("left of", "right of", "in front of", "behind")
 EXTREMES = dict(zip(("leftmost", "rightmost", "nearest", "farthest"), RELATIONS, strict=True))
 _WORDS = """
-a the and thing small large red green blue yellow purple orange cyan white plain striped checkered dotted
+a an the and thing small large red green blue yellow purple orange cyan white plain striped checkered dotted
 sphere cube cylinder cone pyramid ring left right of in front behind leftmost rightmost nearest farthest empty room
 """
 VOCABULARY = tuple(_WORDS.split())
@@ -32,12 +32,13 @@ def caption_of(things: Sequence[SceneObject], random: np.random.Generator) -> st
     words = 0
     for thing in sorted(things, key=lambda thing: thing.column):
         kept = [getattr(thing, name) for name in ATTRIBUTES if name == "color" or random.random() < 0.4]
-        phrase = " ".join(["a", *(word for word in kept if word != "plain"), thing.shape])
+        named = [*(word for word in kept if word != "plain"), thing.shape]
+        phrase = " ".join(["an" if named[0] == "orange" else "a", *named])
         words += len(phrase.split()) + bool(phrases)
         if words > CAPTION_WORDS:
             break
         phrases.append(phrase)
-    return " and ".join(phrases) or "a empty room"
+    return " and ".join(phrases) or "an empty room"
 
 
 def sentences_of(
