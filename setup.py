@@ -87,7 +87,10 @@ if cuda_compiler():
 setup(
     packages=[*find_packages(include=["vpd_fast", "vpd_fast.*"]), "vpd_fast.kernels"],
     package_dir={"vpd_fast": "vpd_fast", "vpd_fast.kernels": "kernels"},
-    package_data={"vpd_fast": ["py.typed", "**/*.json", "**/*.yaml"], "vpd_fast.kernels": ["configs/*.json"]},
+    package_data={
+        "vpd_fast": ["py.typed", "**/*.json", "**/*.yaml", "assets/**/*.safetensors", "assets/**/*.txt"],
+        "vpd_fast.kernels": ["configs/*.json"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -85,6 +85,8 @@ class VPDConfig:
     train_encoder: let the KL encoder receive gradients. False is what the original code does.
     text_hidden_dim: hidden width of the text adapter; None: context_dim.
     class_names: names of the classes or scenes, for people; may be empty.
+    text_encoder: the CLIP encoder whose features the weights were trained with, as TextEncoder takes it; used where no
+        other is given. None: not known.
     """
 
     task: str = "segmentation"
@@ -103,6 +105,7 @@ class VPDConfig:
     train_encoder: bool = False
     text_hidden_dim: int | None = None
     class_names: tuple[str, ...] = ()
+    text_encoder: str | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from vpd_fast.data.shapes import CLASSES, VOCABULARY, Scene
 from vpd_fast.files import write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
+from vpd_fast.models.text import WORDS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _MIRRORED = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
@@ -62,6 +63,7 @@ def write_tokenizer(folder: Path, words: Iterable[str], length: int) -> dict[str
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     settings |= {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     texts = {"vocab.json": json.dumps(vocabulary), "merges.txt": merges, "tokenizer_config.json": json.dumps(settings)}
+    texts[WORDS] = "\n".join(dict.fromkeys((*VOCABULARY, *CLASSES))) + "\n"
     write_files(
         {folder / name: lambda path, text=text: path.write_text(text, encoding="utf-8") for name, text in texts.items()}
     )

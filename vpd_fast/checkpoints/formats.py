@@ -33,9 +33,9 @@ _INDEX_SUFFIX = ".index.json"
 class Checkpoint:
     """An opened checkpoint.
 
-    format: "pretrained" (own folder), "vpd" (released or own file), "mmseg" (depth port), "ldm" or "diffusers".
-    tensors: by VPD names (first three) or ldm names (last two). config: only where the checkpoint stores one of ours.
-    metadata: class_names, max_depth and num_heads where known. contents: what else the file holds.
+    format: "pretrained" (own folder), "bundled" (of the package), "vpd" (released or own file), "mmseg" (depth port),
+    "ldm" or "diffusers". tensors: by ldm names for the last two, else by VPD names. config: only where the checkpoint
+    stores one of ours. metadata: class_names, max_depth and num_heads where known. contents: what else the file holds.
     """
 
     path: Path
@@ -72,8 +72,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
-    """Open a file or folder of any supported format; `mmap` as in `reader.read_file`. Raises CheckpointError."""
+    """Open a file or folder of any supported format, or bundled weights by their name; `mmap` as in `reader.read_file`.
+
+    Raises CheckpointError.
+    """
+    from vpd_fast.checkpoints import bundled
+
     path = Path(path)
+    if bundled.is_bundled(path):
+        return bundled.open_bundled(str(path))
     if path.is_dir():
         return _open_folder(path, mmap)
     raw = reader.read_file(path, mmap=mmap)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.checkpoints import reader
+from vpd_fast.checkpoints.bundled import NAMES, is_bundled
 from vpd_fast.checkpoints.formats import Checkpoint, is_backbone, ldm_to_vpd, open_checkpoint
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
 from vpd_fast.checkpoints.report import LoadReport, first_names
@@ -28,7 +29,8 @@ def load_checkpoint(
     mmap: bool = True,
     **config_overrides: Any,
 ) -> VPD:
-    """A VPD model from a released file, the mmsegmentation 1.x depth port, or a file or folder of this package.
+    """A VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, or one of
+    the miniatures that come with it ("shapes-segmentation", "shapes-referring", "shapes-depth").
 
     task: what the checkpoint must hold; None: whatever it holds. allow_missing: weights the file lacks keep their fresh
     initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: on the CPU,
@@ -62,9 +64,9 @@ def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[s
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> VPD:
-    """A model from a folder written by `save_pretrained`; options as in `load_checkpoint`."""
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: expected a folder written by save_pretrained")
+    """A model from a folder written by `save_pretrained`, or bundled weights; options as in `load_checkpoint`."""
+    if not Path(folder).is_dir() and not is_bundled(folder):
+        raise CheckpointError(f"{folder}: expected a folder written by save_pretrained, or one of {', '.join(NAMES)}")
     return load_checkpoint(folder, **options)
 
 

@@ -215,7 +215,7 @@ def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> t
         return lambda texts: options.random_tokens(texts, config.tokens, width), options.notes(None, {"tokens": True})
     from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
 
-    return TextEncoder(name or DEFAULT_ENCODER, device=model.device), []
+    return TextEncoder(name or config.text_encoder or DEFAULT_ENCODER, device=model.device), []
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 
 from vpd_fast.cli.bench import bench
 from vpd_fast.cli.convert import convert
+from vpd_fast.cli.demo import demo
 from vpd_fast.cli.evaluate import evaluate
 from vpd_fast.cli.info import info
 from vpd_fast.cli.maps import maps
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (predict, maps, train, evaluate, convert, bench, tune, info):
+for command in (demo, predict, maps, train, evaluate, convert, bench, tune, info):
     app.command()(command)
 
 

@@ -30,8 +30,8 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        help="A released VPD file, or a file or folder (also of a fast model) written by this project; its task is "
-        "recognised.",
+        help="A released VPD file, a file or folder (also of a fast model) written by this project, or a bundled "
+        "miniature: shapes-segmentation, shapes-referring, shapes-depth. Its task is recognised.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -94,7 +94,8 @@ TextEncoderName = Annotated[
     str | None,
     typer.Option(
         metavar="ID|FOLDER",
-        help="CLIP from the Hugging Face hub or a local folder. [default: openai/clip-vit-large-patch14]",
+        help="CLIP from the Hugging Face hub or a local folder. "
+        "[default: what the checkpoint names, or openai/clip-vit-large-patch14]",
         rich_help_panel=REFERRING,
     ),
 ]
@@ -198,7 +199,8 @@ def text_options(model: VPD, text: list[str] | None, encoder: str | None, random
         return {"text": text, "tokens": random_tokens(text, model.config.tokens, model.config.backbone.context_dim)}
     from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
 
-    return {"text": text, "text_encoder": TextEncoder(encoder or DEFAULT_ENCODER, device=model.device)}
+    name = encoder or model.config.text_encoder or DEFAULT_ENCODER
+    return {"text": text, "text_encoder": TextEncoder(name, device=model.device)}
 
 
 def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vpd_fast.errors import InputError
 from vpd_fast.inference.images import resize_antialiased, to_tensor
 from vpd_fast.inference.results import AttentionMaps, ReferringResult
-from vpd_fast.inference.running import batch_size_for, evaluating, run_batches
+from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches
 from vpd_fast.inference.windows import WindowGrid
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class ReferringPredictor:
     """Referring options, checked, and the call that predicts on one image.
 
-    text: one sentence or several. text_encoder: a vpd_fast.models.text.TextEncoder that embeds them.
+    text: one sentence or several. text_encoder: a vpd_fast.models.text.TextEncoder that embeds them; None: the one that
+    the model's configuration names.
     tokens: CLIP token features (S, tokens, context_dim) in place of text_encoder; text then only names the results.
     probabilities: keep the probability of each pixel.
     with_maps: keep the cross-attention maps, one per token of each sentence.
@@ -59,6 +60,7 @@ class ReferringPredictor:
             raise InputError(
                 "text is missing: referring segmentation needs a sentence, a list of sentences, or tokens="
             )
+        self.text_encoder = self.text_encoder or named_encoder(self.model)
         if self.text_encoder is None:
             raise InputError("text needs text_encoder=, a vpd_fast.models.text.TextEncoder, or give tokens=")
         tokens = self.text_encoder.embed_sentences(list(sentences), tokens=self.model.config.tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             else:
                 for module in training:
                     module.training = True
+
+
+def named_encoder(model: VPD) -> Any:
+    """The text encoder that the model's configuration names, None where it names none."""
+    name = model.config.text_encoder
+    if name is None:
+        return None
+    from vpd_fast.models.text import TextEncoder
+
+    return TextEncoder(name, device=model.device)
 
 
 def batch_size_for(model: VPD, batch_size: int | None) -> int:

@@ -14,7 +14,7 @@ from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
 from vpd_fast.inference.images import fit_size, resize_bilinear, to_tensor
 from vpd_fast.inference.results import AttentionMaps, SegmentationResult
-from vpd_fast.inference.running import batch_size_for, evaluating, run_batches
+from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches
 from vpd_fast.inference.windows import WindowField, WindowGrid, check_pair, strips
 from vpd_fast.labels import default_names
 
@@ -124,6 +124,7 @@ class SegmentationPredictor:
                 f"classes has {len(self.classes)} names, but the model's head was trained for {count} classes; "
                 f"expected {count} names"
             )
+        self.text_encoder = self.text_encoder or named_encoder(self.model)
         if self.text_encoder is None:
             raise InputError("classes needs text_encoder=, a vpd_fast.models.text.TextEncoder, to embed the names")
         return tuple(self.classes)

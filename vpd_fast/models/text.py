@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ TEMPLATE_TOKENS = 20  # what VPD padded its prompts to; it only cuts off class n
 SENTENCE_BATCH = 32
 _FORMAT = "1"  # part of every cache key: change it when the same input should give other numbers
 
+WORDS = "words.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -40,12 +42,14 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bi
 class TextEncoder:
     """A CLIP text encoder that is loaded when first needed and remembers on disk what it computed.
 
-    name_or_path: a Hugging Face id, a local CLIP folder, or a Stable Diffusion folder in diffusers' layout (its
-    `text_encoder` and `tokenizer` are used; in Stable Diffusion 1.x they are this CLIP).
+    name_or_path: a Hugging Face id, a local CLIP folder, a Stable Diffusion folder in diffusers' layout (its
+    `text_encoder` and `tokenizer` are used; in Stable Diffusion 1.x they are this CLIP), or "shapes-text", the encoder
+    of the miniatures that come with the package.
     dtype: what the encoder computes in; None: float32, as VPD did. Results are always float32, on `device`.
     cache_dir: where results are stored; None: `default_cache_dir()`. remember: False stores nothing.
     A hub id stands for its weights in the cache's keys, a local folder for its files (contents of configuration and
-    tokenizer, size and time of the weights).
+    tokenizer, size and time of the weights). Where a folder has words.txt, the encoder was trained on these words
+    alone, and texts with others are an InputError.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class TextEncoder:
         self._loaded_tokenizer: Any = None
         self._loaded_model: nn.Module | None = None
         self._identity: str | None = None
+        self._words: tuple[str, ...] | None = None
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> Tensor:
         """Class or scene names -> (n, C) float32: the mean of the pooled outputs over all templates.
@@ -74,6 +79,7 @@ class TextEncoder:
         or non-string names and for a template without "{}", MissingDependencyError if the encoder is unavailable.
         """
         names = [name.replace("_", " ") for name in _texts("names", names)]
+        self._check_words(names)
         templates = _texts("templates", templates)
         for template in templates:
             if "{}" not in template:
@@ -97,6 +103,7 @@ class TextEncoder:
         MissingDependencyError if the encoder is unavailable.
         """
         sentences = _texts("sentences", sentences)
+        self._check_words(sentences)
         if not isinstance(tokens, int) or tokens < 2:
             raise InputError(f"tokens must be an int of at least 2 (start and end of the text), got {tokens!r}")
 
@@ -159,14 +166,33 @@ class TextEncoder:
             return self._loaded_model
 
     def _folder(self) -> Path:
-        return Path(self.name) if Path(self.name).is_dir() else _hub_folder(self.name)
+        return self._local_folder() or _hub_folder(self.name)
+
+    def _local_folder(self) -> Path | None:
+        from vpd_fast.checkpoints import bundled
+
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        return bundled.asset(self.name) if self.name == bundled.TEXT_ENCODER else None
+
+    def _check_words(self, texts: Sequence[str]) -> None:
+        """Raise InputError for words that the encoder has never seen, if it says which it has."""
+        with self._lock:
+            if self._words is None:
+                self._words = _read_words(self._local_folder())
+        for text in texts if self._words else ():
+            unknown = [word for word in re.findall(r"[a-z]+", text.lower()) if word not in self._words]
+            if unknown:
+                raise InputError(
+                    f"{text!r}: {self.name} does not know {', '.join(unknown)}; its words are {', '.join(self._words)}"
+                )
 
     @property
     def identity(self) -> str:
         """Stands for the encoder in the keys of caches."""
         if self._identity is None:
-            folder = Path(self.name)
-            self._identity = _fingerprint(folder) if folder.is_dir() else f"hub:{self.name}"
+            folder = self._local_folder()
+            self._identity = f"hub:{self.name}" if folder is None else _fingerprint(folder)
         return self._identity
 
     def _cache_path(self, settings: dict[str, Any], text: str) -> Path:
@@ -288,6 +314,15 @@ def _reading(folder: Path) -> Iterator[None]:
 def _subfolders(folder: Path) -> tuple[Path, Path]:
     """Where weights and tokenizer are."""
     return tuple(folder / sub if (folder / sub).is_dir() else folder for sub in ("text_encoder", "tokenizer"))
+
+
+def _read_words(folder: Path | None) -> tuple[str, ...]:
+    """The words that a local encoder was trained on; () where it does not say."""
+    path = None if folder is None else _subfolders(folder)[1] / WORDS
+    try:
+        return tuple(path.read_text(encoding="utf-8").split()) if path is not None and path.is_file() else ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def _fingerprint(folder: Path) -> str:

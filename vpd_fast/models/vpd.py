@@ -187,7 +187,8 @@ class VPD(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> VPD:
-        """Read a folder written by `save_pretrained`."""
+        """Read a folder written by `save_pretrained`, or weights that come with the package, "shapes-segmentation",
+        "shapes-referring" or "shapes-depth": miniatures trained on `vpd_fast.data.shapes`, without network."""
         from vpd_fast.checkpoints import load_pretrained
 
         return load_pretrained(folder, **{"task": getattr(cls, "task", None), **options})

@@ -1,0 +1,152 @@
+"""The three bundled miniatures on scenes they have not seen, as plain and as fast models."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpd_fast.checkpoints.bundled import NAMES
+from vpd_fast.config import TASKS
+from vpd_fast.data.shapes import ShapesDataset
+from vpd_fast.engine import optimize
+from vpd_fast.errors import InputError
+from vpd_fast.evaluation.metrics import PRIMARY, DepthMetrics, ReferringMetrics, SegmentationMetrics
+from vpd_fast.inference import Result, make_predictor
+from vpd_fast.inference.images import to_tensor
+from vpd_fast.models import VPD
+
+if TYPE_CHECKING:
+    from vpd_fast.data import Sample
+
+ROUNDS, BATCH = 5, 8
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """metric: its name; plain, fast: its values. agreement: share of pixels with the same label, IoU of the masks, or 1
+    minus the mean relative difference of depths, between plain and fast. *_ms: median milliseconds per image."""
+
+    task: str
+    metric: str
+    plain: float
+    fast: float
+    agreement: float
+    plain_ms: float
+    fast_ms: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the fast model is."""
+        return self.plain_ms / self.fast_ms
+
+
+@dataclass
+class Demo:
+    """reports: one per task. shown: for some scenes {task: (sample, result of the fast model)}."""
+
+    precision: str
+    scenes: int
+    reports: list[TaskReport] = field(default_factory=list)
+    shown: list[dict[str, tuple[Sample, Result]]] = field(default_factory=list)
+
+
+def run_demo(
+    scenes: int = 24,
+    *,
+    split: str = "test",
+    first: int = 0,
+    precision: str = "int8",
+    pictures: int = 4,
+    report: Callable[[str], None] = lambda _: None,
+) -> Demo:
+    """Draw `scenes` scenes of a split, from number `first`, and run the three tasks on them.
+
+    precision: of the fast models. pictures: of how many scenes the results are kept. report: told what is going on.
+    Raises InputError, CheckpointError where the weights are missing.
+    """
+    if scenes < 1 or first < 0:
+        raise InputError(f"a demo needs at least one scene, from number 0 on, got {scenes} and {first}")
+    demo = Demo(precision, scenes, shown=[{} for _ in range(min(pictures, scenes))])
+    with tempfile.TemporaryDirectory(prefix="vpd-fast-demo-") as folder:
+        for task, name in zip(TASKS, (NAMES[0], NAMES[1], NAMES[2]), strict=True):
+            report(f"{task}: loading {name}")
+            model = VPD.from_pretrained(name)
+            fast = optimize(model, precision)
+            report(f"{task}: {scenes} scenes")
+            data = ShapesDataset(folder, split, task=task, length=first + scenes)  # scenes are drawn once for all tasks
+            samples = [data.load(first + i) for i in range(scenes)]
+            demo.reports.append(_run(task, model, fast, samples, demo.shown))
+    return demo
+
+
+def _run(
+    task: str, model: VPD, fast: Any, samples: list[Sample], shown: list[dict[str, tuple[Sample, Result]]]
+) -> TaskReport:
+    metrics = [_metrics(model) for _ in range(2)]
+    agreements = []
+    for i, sample in enumerate(samples):
+        results = [_predict(m, sample, with_maps=task != "depth" and i < len(shown)) for m in (model, fast)]
+        found = [_found(result) for result in results]
+        for metric, values in zip(metrics, found, strict=True):
+            metric.update(values, sample.target.astype(bool) if task == "referring" else sample.target)
+        agreements.append(_agreement(task, *found))
+        if i < len(shown):
+            shown[i][task] = sample, results[1]
+    name = PRIMARY[task][0]
+    plain_ms, fast_ms = _times([model, fast], samples)
+    values = [metric.compute()[name] for metric in metrics]
+    return TaskReport(task, name, *values, float(np.mean(agreements)), plain_ms, fast_ms)
+
+
+def _metrics(model: VPD) -> Any:
+    if model.config.task == "segmentation":
+        return SegmentationMetrics(model.config.num_classes)
+    return ReferringMetrics() if model.config.task == "referring" else DepthMetrics(crop="none")
+
+
+def _predict(model: Any, sample: Sample, with_maps: bool) -> Result:
+    options: dict[str, Any] = {"with_maps": True} if with_maps else {}
+    if model.config.task == "referring":
+        options["text"] = sample.sentences[0]
+    return make_predictor(model, **options)(sample.image)
+
+
+def _found(result: Result) -> np.ndarray:
+    return next(getattr(result, name) for name in ("labels", "mask", "depth") if hasattr(result, name))
+
+
+def _agreement(task: str, plain: np.ndarray, fast: np.ndarray) -> float:
+    if task == "segmentation":
+        return float((plain == fast).mean())
+    if task == "referring":
+        return float((plain & fast).sum() / max((plain | fast).sum(), 1))
+    return 1 - float(np.mean(np.abs(fast - plain) / plain))
+
+
+def _times(models: list[Any], samples: list[Sample]) -> list[float]:
+    """Milliseconds per image of each model's forward pass on batches, taking turns; the median of the rounds."""
+    batch = [samples[i % len(samples)] for i in range(BATCH)]
+    images = torch.stack([to_tensor(sample.image) for sample in batch])
+    inputs: tuple[Tensor, ...] = (images * 2 - 1,)
+    if models[0].config.task == "depth":
+        inputs = (images, torch.zeros(BATCH, dtype=torch.long))
+    elif models[0].config.task == "referring":
+        predictor = make_predictor(models[0], text=[sample.sentences[0] for sample in batch])
+        inputs = (*inputs, predictor.tokens)
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for round_ in range(ROUNDS + 1):
+            for model, found in zip(models, seconds, strict=True):
+                start = time.perf_counter()
+                model(*inputs)
+                if round_:  # the first is a warm-up
+                    found.append(time.perf_counter() - start)
+    return [1000 * statistics.median(found) / BATCH for found in seconds]
