@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,16 @@ from vpd_fast.files import write_files
 
 
 def pack_text(weights: Path, folder: Path) -> None:
-    """The text encoder in 16 bits, and its tokenizer."""
-    sources = {name: weights / name for name in ("text_encoder", "tokenizer")}
-    copied = {
-        folder / name / path.name: path for name, source in sources.items() for path in source.iterdir()
-        if path.suffix in (".json", ".txt")
-    }  # fmt: skip
-    writers: dict[Path, Any] = {
-        target: lambda temporary, source=source: shutil.copyfile(source, temporary) for target, source in copied.items()
-    }
-    tensors = {name: t.half() for name, t in load_file(sources["text_encoder"] / "model.safetensors").items()}
-    name = folder / "text_encoder" / "model.safetensors"
-    writers[name] = lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
-    write_files(writers)
+    """The text encoder with 8-bit weights, and its tokenizer."""
+    kept = [path for name in ("text_encoder", "tokenizer") for path in (weights / name).iterdir()]
+    writers = {folder / path.parent.name / path.name: _copy_of(path) for path in kept if path.suffix != ".safetensors"}
+    packed = bundled.pack(load_file(weights / "text_encoder" / "model.safetensors"))
+    target = folder / "text_encoder" / "model.safetensors"
+    write_files({**writers, target: lambda temporary: save_file(packed, temporary, metadata={"format": "pt"})})
+
+
+def _copy_of(source: Path) -> Callable[[Path], Any]:
+    return lambda temporary: shutil.copyfile(source, temporary)
 
 
 def pack_task(task: str, data: Path, weights: Path, runs: Path, folder: Path) -> dict[str, Any]:
@@ -74,10 +72,7 @@ def main() -> int:
                 record = pack_task(task, options.data, options.weights, options.runs, new)
                 print(f"{task}: {json.dumps({name: record[name] for name in ('float32', '8-bit weights')})}")
             files = [path for path in new.rglob("*") if path.is_file()]
-            targets = {options.output / path.relative_to(new): path for path in files}
-            write_files(
-                {t: lambda temporary, path=path: shutil.copyfile(path, temporary) for t, path in targets.items()}
-            )
+            write_files({options.output / path.relative_to(new): _copy_of(path) for path in files})
             print(f"{options.output}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
     except (VPDFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("shapes-sd"))
     parser.add_argument("--scenes", type=int, default=10_000, help=f"of the split train ({', '.join(SPLITS)} exist)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
-    parser.add_argument("--diffusion-steps", type=int, default=4000)
+    parser.add_argument("--diffusion-steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64, help="images in a step of diffusion")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

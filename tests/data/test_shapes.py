@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vpd_fast.data import open_dataset
-from vpd_fast.data.shapes import CLASSES, SPLITS, VOCABULARY, Scene, make_scene
+from vpd_fast.data.shapes import CLASSES, SPLITS, VOCABULARY, Scene, export, make_scene, stream
 from vpd_fast.data.shapes.language import CLEAR, CLEAR_METRES
 from vpd_fast.data.shapes.render import SHAPES, Camera, Room, Solid, shade, trace
 from vpd_fast.data.shapes.world import held_out
@@ -197,6 +198,67 @@ def test_data_set_keeps_what_it_rendered(task: str, tmp_path, monkeypatch) -> No
         np.testing.assert_array_equal(first[0].target, scene.instances == number + 1)
     if task == "segmentation":
         assert data.class_names == CLASSES
+
+
+def test_stream() -> None:
+    scenes_from_two = list(itertools.islice(stream("validation", first=2, size=32), 2))
+    for scene, index in zip(scenes_from_two, (2, 3), strict=True):
+        np.testing.assert_array_equal(scene.image, make_scene(index, "validation", size=32).image)
+
+
+def alike(image: np.ndarray, stored: np.ndarray) -> bool:
+    return image.shape == stored.shape and np.abs(image.astype(int) - stored).mean() < 4  # JPEG
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_export_as_ade20k(split: str, tmp_path) -> None:
+    export("ade20k", tmp_path, split, range(3))
+    data = open_dataset("ade20k", tmp_path, "training" if split == "train" else "validation", classes=CLASSES)
+    assert len(data) == 3
+    for i in range(3):
+        sample, scene = data.load(i), make_scene(i, split)
+        assert alike(sample.image, scene.image)
+        np.testing.assert_array_equal(sample.target, scene.labels)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_export_as_nyu(split: str, tmp_path) -> None:
+    export("nyu", tmp_path, split, range(3))
+    data = open_dataset("nyu", tmp_path, split)
+    assert len(data) == 3
+    for i in range(3):
+        sample, scene = data.load(i), make_scene(i, split)
+        assert alike(sample.image, scene.image)
+        np.testing.assert_allclose(sample.target, scene.depth, atol=6e-4)  # half a millimetre
+
+
+def test_export_as_refcoco(tmp_path) -> None:
+    pytest.importorskip("pycocotools")
+    for split in ("train", "test", "test"):  # one after the other into one folder; again replaces
+        export("refcoco", tmp_path, split, range(3))
+    for split, stored in (("train", "train"), ("test", "testA")):
+        data = open_dataset("refcoco", tmp_path, stored)
+        samples = [data.load(i) for i in range(len(data))]
+        wanted = [
+            (scene, number)
+            for scene in (make_scene(i, split) for i in range(3))
+            for number in sorted({number for _, number in scene.sentences})
+        ]
+        assert len(samples) == len(wanted) > 3
+        for sample, (scene, number) in zip(samples, wanted, strict=True):
+            assert alike(sample.image, scene.image)
+            np.testing.assert_array_equal(sample.target, scene.instances == number + 1)
+            assert set(sample.sentences) == {text for text, of in scene.sentences if of == number}
+
+
+def test_export_refuses(tmp_path) -> None:
+    with pytest.raises(InputError, match="kind must be one of ade20k, nyu, refcoco, got 'coco'"):
+        export("coco", tmp_path, "train", range(1))
+    with pytest.raises(InputError, match="split must be one of"):
+        export("nyu", tmp_path, "val", range(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="cannot be written"):
+        export("nyu", tmp_path / "file", "train", range(1))
 
 
 def test_bad_input(tmp_path) -> None:

@@ -8,7 +8,10 @@ examples/shapes/pack.py, and their metadata say with which settings and how good
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.checkpoints import reader
-from vpd_fast.checkpoints.formats import CONFIG_KEY, Checkpoint
+from vpd_fast.checkpoints.formats import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME, Checkpoint
 from vpd_fast.checkpoints.infer import ENCODER
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import CheckpointError
@@ -101,6 +104,21 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         packed[key] = (tensor.float() / scale.view(shape)).round().clamp(-127, 127).to(torch.int8)
         packed[key + _SCALE] = scale
     return packed
+
+
+@contextmanager
+def unpacked_folder(folder: Path) -> Iterator[Path]:
+    """A folder that transformers can read: this one, or while the context lasts a copy with its weights unpacked."""
+    if ASSETS not in folder.parents:
+        yield folder
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="vpd-fast-") as scratch:
+        shutil.copyfile(folder / CONFIG_NAME, Path(scratch) / CONFIG_NAME)
+        tensors = unpack(reader.read_file(folder / WEIGHTS_NAME).tensors)
+        save_file(tensors, Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
+        yield Path(scratch)
 
 
 def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -70,12 +70,12 @@ def _print(done: Demo) -> None:
 
     table = Table(title=f"{done.scenes} scenes, 128x128", title_justify="left")
     fast = done.precision
-    for name in ("task", "metric", "plain", fast, "agreement", "plain ms", f"{fast} ms", "speed-up"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for name in ("task", "metric", "plain", fast, "equal", "plain", fast, "speed-up"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
     for r in done.reports:
-        direction = "lower is better" if r.task == "depth" else "higher is better"
+        metric = "RMSE in m" if r.task == "depth" else r.metric
         table.add_row(
-            r.task, f"{r.metric}, {direction}", f"{r.plain:.4f}", f"{r.fast:.4f}", f"{100 * r.agreement:.2f} %",
-            f"{r.plain_ms:.1f}", f"{r.fast_ms:.1f}", f"{r.speedup:.1f}x",
+            r.task, metric, f"{r.plain:.4f}", f"{r.fast:.4f}", f"{100 * r.agreement:.2f} %",
+            f"{r.plain_ms:.1f} ms", f"{r.fast_ms:.1f} ms", f"{r.speedup:.1f}x",
         )  # fmt: skip
     Console().print(table)

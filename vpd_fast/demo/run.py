@@ -134,7 +134,7 @@ def _agreement(task: str, plain: np.ndarray, fast: np.ndarray) -> float:
 def _times(models: list[Any], samples: list[Sample]) -> list[float]:
     """Milliseconds per image of each model's forward pass on batches, taking turns; the median of the rounds."""
     batch = [samples[i % len(samples)] for i in range(BATCH)]
-    images = torch.stack([to_tensor(sample.image) for sample in batch])
+    images = torch.cat([to_tensor(sample.image) for sample in batch])
     inputs: tuple[Tensor, ...] = (images * 2 - 1,)
     if models[0].config.task == "depth":
         inputs = (images, torch.zeros(BATCH, dtype=torch.long))

@@ -277,9 +277,10 @@ def _load_model(folder: Path, vocabulary: int) -> nn.Module:
     with _reading(folder):
         from transformers import CLIPTextModel
 
-        model, info = CLIPTextModel.from_pretrained(
-            str(_subfolders(folder)[0]), local_files_only=True, output_loading_info=True
-        )
+        from vpd_fast.checkpoints.bundled import unpacked_folder
+
+        with unpacked_folder(_subfolders(folder)[0]) as place:
+            model, info = CLIPTextModel.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of a CLIP text encoder, e.g. {missing[0]}")

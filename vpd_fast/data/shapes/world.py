@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +99,12 @@ def make_scene(index: int, split: str = "train", *, size: int = 128) -> Scene:
         caption=caption_of([thing for _, thing in named], random),
         sentences=tuple(sentences_of(named, random, size)),
     )
+
+
+def stream(split: str = "train", *, first: int = 0, size: int = 128) -> Iterator[Scene]:
+    """Scenes of a split from number `first` on, without end. Raises InputError as `make_scene` does."""
+    for index in itertools.count(first):
+        yield make_scene(index, split, size=size)
 
 
 def _room(random: np.random.Generator) -> Room:

@@ -1,0 +1,67 @@
+"""What the analysis compares: each variant is a change to the configuration of its task, or to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vpd_fast import VPD
+
+PRECISIONS = ("fp32", "bf16", "int8", "fp8")
+PRETRAINED = "pre-trained"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """overrides: of the configuration. random: a UNet without pre-training. adapter: whether the text adapter learns,
+    or leaves the text as it is. constants: vectors that are learned, in place of the classes' texts. precisions: also
+    measure the trained model in each precision. length: factor on the number of steps."""
+
+    task: str
+    name: str
+    overrides: tuple[str, ...] = ()
+    random: bool = False
+    adapter: bool = True
+    constants: bool = False
+    precisions: bool = False
+    length: float = 1.0
+
+
+def _maps(name: str, selector: str) -> Variant:
+    return Variant("segmentation", name, (f"model.attn_selector={selector}",))
+
+
+VARIANTS = (
+    Variant("segmentation", PRETRAINED, precisions=True),
+    Variant("segmentation", "random UNet", random=True),
+    Variant("segmentation", "no text adapter", adapter=False),
+    Variant("segmentation", "learned constants, not text", constants=True),
+    Variant("segmentation", "no maps", ("model.use_attn=false",)),
+    _maps("maps of the up blocks", "up_cross"),
+    _maps("maps of the down blocks", "down_cross"),
+    _maps("maps of all blocks", "up_cross+mid_cross+down_cross"),
+    Variant("referring", PRETRAINED, precisions=True, length=1.5),
+    Variant("referring", "random UNet", random=True, length=1.5),
+    Variant("referring", "no text adapter", adapter=False, length=1.5),
+    Variant("referring", "no maps", ("model.use_attn=false",), length=1.5),
+    Variant("depth", PRETRAINED, precisions=True, length=0.5),
+    Variant("depth", "random UNet", random=True, length=0.5),
+)
+
+
+def prepare(model: VPD, variant: Variant, seed: int) -> None:
+    """Make of a fresh model what the variant says."""
+    backbone = model.backbone
+    if not variant.adapter:
+        with torch.no_grad():
+            backbone.gamma.zero_()  # text + gamma * adapter(text)
+        backbone.gamma.requires_grad_(False)
+        backbone.text_adapter.requires_grad_(False)
+    if variant.constants:
+        # As large as the texts they stand for.
+        spread = model.class_embeddings.std()
+        values = torch.randn(model.class_embeddings.shape, generator=torch.Generator().manual_seed(seed)) * spread
+        del model.class_embeddings
+        model.class_embeddings = nn.Parameter(values)

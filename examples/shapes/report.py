@@ -1,0 +1,126 @@
+"""Tables and plots of docs/shapes.md from the rows of analysis.py."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from experiments import PRECISIONS, PRETRAINED, VARIANTS
+
+from vpd_fast.config import TASKS
+from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.files import write_files
+
+Rows = list[dict[str, Any]]
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and, of several, the sample's standard deviation."""
+    mean = statistics.mean(values)
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def finals(rows: Rows, task: str, variant: str) -> list[float]:
+    """The metric at the end of every seed's run."""
+    last: dict[int, tuple[int, float]] = {}
+    for row in rows:
+        if (row["kind"], row["task"], row["variant"]) == ("curve", task, variant):
+            last[row["seed"]] = max(last.get(row["seed"], (0, 0.0)), (row["step"], row["value"]))
+    return [value for _, value in last.values()]
+
+
+def variants_table(rows: Rows, task: str) -> str:
+    """Markdown: every variant of a task at the end, and its difference to the first."""
+    metric = next((row["metric"] for row in rows if row["task"] == task), "metric")
+    lines = [f"| {task} | {metric} | difference | runs |", "| --- | --- | --- | --- |"]
+    base = finals(rows, task, PRETRAINED)
+    for variant in (v for v in VARIANTS if v.task == task):
+        values = finals(rows, task, variant.name)
+        if not values:
+            continue
+        difference = "" if variant.name == PRETRAINED else f"{statistics.mean(values) - statistics.mean(base):+.3f}"
+        lines.append(f"| {variant.name} | {spread(values)} | {difference} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def steps_table(rows: Rows) -> str:
+    """Markdown: after how many steps the pre-trained model is where the random one ends."""
+    lines = ["| task | random UNet at the end | steps | pre-trained is there after |", "| --- | --- | --- | --- |"]
+    for task in TASKS:
+        curves = {name: mean_curve(rows, task, name) for name in (PRETRAINED, "random UNet")}
+        if not all(curves.values()):
+            continue
+        end, value = curves["random UNet"][-1][:2]
+        sign = -1 if task == "depth" else 1
+        reached = next((step for step, mean, _ in curves[PRETRAINED] if sign * mean >= sign * value), None)
+        lines.append(f"| {task} | {value:.3f} | {end} | {'not reached' if reached is None else f'{reached} steps'} |")
+    return "\n".join(lines)
+
+
+def precision_table(rows: Rows) -> str:
+    """Markdown: tasks by precisions, mean and spread over the seeds."""
+    lines = [f"| | {' | '.join(PRECISIONS)} |", f"| --- |{' --- |' * len(PRECISIONS)}"]
+    for task in TASKS:
+        found = [r for r in rows if r["kind"] == "precision" and r["task"] == task and r["variant"] == PRETRAINED]
+        if not found:
+            continue
+        cells = [spread([r["value"] for r in found if r["precision"] == p], 4) for p in PRECISIONS]
+        base = {r["seed"]: r["value"] for r in found if r["precision"] == "fp32"}
+        changes = []
+        for p in PRECISIONS:
+            differences = [r["value"] - base[r["seed"]] for r in found if r["precision"] == p]
+            changes.append(f"{statistics.mean(differences):+.4f}")
+        lines.append(f"| {task}, {found[0]['metric']} | {' | '.join(cells)} |")
+        lines.append(f"| change to fp32 | {' | '.join(changes)} |")
+    return "\n".join(lines)
+
+
+def mean_curve(rows: Rows, task: str, variant: str) -> list[tuple[int, float, float]]:
+    """(step, mean, standard deviation) over the seeds."""
+    by_step: dict[int, list[float]] = {}
+    for row in rows:
+        if (row["kind"], row["task"], row["variant"]) == ("curve", task, variant):
+            by_step.setdefault(row["step"], []).append(row["value"])
+    return [
+        (step, statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for step, v in sorted(by_step.items())
+    ]
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Accuracy against steps, pre-trained and random, a panel per task. Raises MissingDependencyError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("the plots need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, task in zip(figure.subplots(1, 3), TASKS, strict=True):
+        for variant, color in ((PRETRAINED, "tab:blue"), ("random UNet", "tab:orange")):
+            curve = mean_curve(rows, task, variant)
+            if curve:
+                steps, means, deviations = zip(*curve, strict=True)
+                axes.plot(steps, means, color=color, marker="o", markersize=3, label=variant)
+                low, high = ([m + s * d for m, d in zip(means, deviations, strict=True)] for s in (-1, 1))
+                axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        metric = next((row["metric"] for row in rows if row["task"] == task), "")
+        axes.set(title=task, xlabel="steps of fine-tuning", ylabel="RMSE in metres" if task == "depth" else metric)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_files({path: lambda temporary: figure.savefig(temporary, format="png", dpi=110)})
+
+
+def write_report(rows: Rows, page: Path) -> None:
+    """Put the tables between the page's marks, and the plot beside it. Raises InputError where there are no rows."""
+    if not rows:
+        raise InputError("there are no rows to report yet; run the analysis first")
+    tables = {f"variants {task}": variants_table(rows, task) for task in TASKS}
+    tables |= {"steps": steps_table(rows), "precision": precision_table(rows)}
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise InputError(f"{page}: the marks {begin} and {end} are missing")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    plot(rows, page.parent / "shapes-curves.png")
+    write_files({page: lambda path: path.write_text(text, encoding="utf-8")})

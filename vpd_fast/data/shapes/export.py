@@ -1,0 +1,120 @@
+"""Scenes as folders in the formats of real data sets, for readers of those, this package's or others'."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vpd_fast.data.sample import MILLIMETRES
+from vpd_fast.data.shapes.world import SPLITS, Scene, make_scene
+from vpd_fast.errors import DatasetError, InputError
+from vpd_fast.files import write_files
+
+SCENE = "living_room_0001"  # NYUv2 has no scene of this kind; readers need the name of one of theirs
+_ADE20K_SPLITS = {"train": "training", "validation": "validation", "test": "validation", "unseen": "validation"}
+_REFER_SPLITS = {"train": "train", "validation": "val", "test": "testA", "unseen": "testB"}
+
+
+def export(kind: str, root: str | Path, split: str, scenes: Iterable[int], *, size: int = 128) -> None:
+    """Write scenes of a split into `root` as a data set of `kind`, as `vpd_fast.data.open_dataset` reads it.
+
+    ade20k: images/ and annotations/, label n stored as n + 1; open it with classes=CLASSES. nyu: depths as 16-bit
+    millimetres, in sync/ for "train", else in official_splits/test/. refcoco: refs(unc).p, instances.json with masks
+    as uncompressed RLE, and the images; splits train, val, testA ("test") and testB ("unseen"), of which others that
+    are there stay. Images are JPEG of quality 95, as the formats want it.
+
+    Raises InputError for an unknown kind or split, DatasetError where the folder cannot be written.
+    """
+    if kind not in _WRITERS:
+        raise InputError(f"kind must be one of {', '.join(_WRITERS)}, got {kind!r}")
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    try:
+        _WRITERS[kind](Path(root), split, ((i, make_scene(i, split, size=size)) for i in scenes))
+    except OSError as error:
+        raise DatasetError(f"{root}: cannot be written ({error.strerror or error})") from error
+
+
+Numbered = Iterable[tuple[int, Scene]]
+
+
+def _ade20k(root: Path, split: str, scenes: Numbered) -> None:
+    place = _ADE20K_SPLITS[split]
+    for i, scene in scenes:
+        name = f"{split}_{i:07d}"
+        write_files(
+            {
+                root / "images" / place / f"{name}.jpg": _jpeg(scene.image),
+                root / "annotations" / place / f"{name}.png": _png(scene.labels + 1),
+            }
+        )
+
+
+def _nyu(root: Path, split: str, scenes: Numbered) -> None:
+    folder = root / ("sync" if split == "train" else "official_splits/test") / SCENE
+    for i, scene in scenes:
+        number = f"{SPLITS[split]}{i:07d}"
+        millimetres = np.rint(scene.depth * MILLIMETRES).astype(np.uint16)
+        write_files(
+            {folder / f"rgb_{number}.jpg": _jpeg(scene.image), folder / f"sync_depth_{number}.png": _png(millimetres)}
+        )
+
+
+def _refcoco(root: Path, split: str, scenes: Numbered) -> None:
+    folder = root / "refcoco"
+    refs_path, instances_path = folder / "refs(unc).p", folder / "instances.json"
+    place = _REFER_SPLITS[split]
+    refs: list[dict[str, Any]] = []
+    instances: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+    if refs_path.exists():
+        from vpd_fast.data.refer import _read_instances, _read_refs
+
+        kept = [ref for ref in _read_refs(refs_path) if ref["split"] != place]
+        shapes, images = _read_instances(instances_path, kept)
+        refs = [{**ref, "sentences": [{"sent": text} for text in ref["sentences"]]} for ref in kept]
+        instances["images"] = list(images.values())
+        instances["annotations"] = [{"id": number, "segmentation": shape} for number, shape in shapes.items()]
+    for i, scene in scenes:
+        image_id = SPLITS[split] * 10**8 + i
+        name = f"COCO_train2014_{image_id:012d}.jpg"
+        write_files({root / "images/mscoco/images/train2014" / name: _jpeg(scene.image)})
+        height, width = scene.labels.shape
+        instances["images"].append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for number in sorted({number for _, number in scene.sentences}):
+            ann_id = image_id * 10 + number
+            mask = {"size": [height, width], "counts": _run_lengths(scene.instances == number + 1)}
+            instances["annotations"].append({"id": ann_id, "segmentation": mask})
+            sentences = [{"sent": text} for text, of in scene.sentences if of == number]
+            ref = {"ref_id": ann_id, "ann_id": ann_id, "image_id": image_id, "split": place, "sentences": sentences}
+            refs.append(ref)
+    write_files(
+        {
+            refs_path: lambda path: path.write_bytes(pickle.dumps(refs, protocol=2)),
+            instances_path: lambda path: path.write_text(json.dumps(instances), encoding="utf-8"),
+        }
+    )
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed RLE: lengths of runs column by column, the first of zeros."""
+    flat = mask.ravel(order="F")
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    lengths = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
+    return [0, *lengths] if flat[0] else lengths
+
+
+def _jpeg(image: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: Image.fromarray(image).save(path, format="JPEG", quality=95, subsampling=0)
+
+
+def _png(values: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: Image.fromarray(values).save(path, format="PNG")
+
+
+_WRITERS = {"ade20k": _ade20k, "nyu": _nyu, "refcoco": _refcoco}
