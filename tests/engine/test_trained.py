@@ -1,0 +1,64 @@
+"""What the fast models cost in accuracy, on models that have learnt something: the bundled miniatures.
+
+The limits for 8 bits are 0.5 points of mIoU and 1 % of RMSE.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from vpd_fast import VPD, optimize
+from vpd_fast.data.shapes import ShapesDataset
+from vpd_fast.engine import Policy
+from vpd_fast.evaluation import evaluate
+from vpd_fast.models.text import TextEncoder
+
+SCENES = 60
+LIMITS = {  # {precision: (points of mIoU, points of oIoU, relative RMSE)}: largest loss against fp32
+    "fp32": (0.05, 0.05, 0.0005),
+    "bf16": (0.3, 0.5, 0.005),
+    "int8": (0.5, 1.0, 0.01),
+    "fp8": (2.0, 3.0, 0.03),
+}
+OPTIONS = {"segmentation": {}, "referring": {}, "depth": {"crop": "none"}}
+
+
+@functools.cache
+def scenes(task: str, folder: str) -> ShapesDataset:
+    return ShapesDataset(folder, "test", task=task, length=SCENES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("shapes"))
+
+
+@functools.cache
+def metrics(task: str, folder: str, precision: str | None) -> dict[str, float]:
+    model = VPD.from_pretrained(f"shapes-{task}")
+    if precision is not None:
+        model = optimize(model, precision, policy=Policy(emulate=True) if precision == "fp8" else None)
+    encoder = {"text_encoder": TextEncoder("shapes-text", remember=False)} if task == "referring" else {}
+    return evaluate(model, scenes(task, folder), batch_size=4, worst=0, **OPTIONS[task], **encoder).metrics
+
+
+@pytest.mark.parametrize("task", OPTIONS)
+def test_the_plain_models_have_learnt_their_task(task: str, folder: str) -> None:
+    found = metrics(task, folder, None)
+    least = {"segmentation": ("mIoU", 0.85), "referring": ("oIoU", 0.75), "depth": ("abs_rel", -0.08)}[task]
+    assert (-1 if task == "depth" else 1) * found[least[0]] > least[1]
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("task", OPTIONS)
+def test_loss_of_precision(task: str, precision: str, folder: str) -> None:
+    plain, fast = metrics(task, folder, None), metrics(task, folder, precision)
+    points_miou, points_oiou, relative = LIMITS[precision]
+    if task == "depth":
+        assert fast["rmse"] <= plain["rmse"] * (1 + relative)
+    else:
+        name, points = ("mIoU", points_miou) if task == "segmentation" else ("oIoU", points_oiou)
+        print(f"{task} {precision}: {name} {plain[name]:.4f} -> {fast[name]:.4f}")
+        assert fast[name] >= plain[name] - points / 100
