@@ -118,6 +118,10 @@ class VPDConfig:
         for name in ("num_classes", "tokens", "num_scenes", "channels", "base_size"):
             value = getattr(self, name)
             _check(isinstance(value, int) and value > 0, f"VPDConfig.{name} must be a positive int, got {value!r}")
+        _check(
+            self.text_encoder is None or isinstance(self.text_encoder, str),
+            f"VPDConfig.text_encoder must be a name or a folder, got {self.text_encoder!r}",
+        )
         _check(self.max_depth > 0, f"VPDConfig.max_depth must be positive (metres), got {self.max_depth!r}")
         _check(
             self.base_size % SIZE_MULTIPLE == 0,

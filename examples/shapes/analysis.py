@@ -24,18 +24,20 @@ import numpy as np
 import torch
 from experiments import PRECISIONS, VARIANTS, Variant, prepare
 from finetune import config_of
-from models import Autoencoder, Denoiser
+from models import TOKENS, Autoencoder, Denoiser
 from report import write_report
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from script import positive, run_script
 from torch import Tensor
 from tqdm import tqdm
 
 from vpd_fast import VPD, optimize
+from vpd_fast.checkpoints import reader
 from vpd_fast.data.sample import Sample
 from vpd_fast.data.shapes import ShapesDataset
 from vpd_fast.engine import Policy
-from vpd_fast.errors import VPDFastError
-from vpd_fast.evaluation.metrics import PRIMARY, DepthMetrics, ReferringMetrics, SegmentationMetrics
+from vpd_fast.errors import InputError
+from vpd_fast.evaluation.metrics import PRIMARY, make_metrics
 from vpd_fast.files import write_files
 from vpd_fast.models.text import TextEncoder
 from vpd_fast.training import build
@@ -63,7 +65,7 @@ class Scenes:
             self.latents = torch.cat([autoencoder.encode(part.float() / 127.5 - 1) for part in images.split(100)])
         self.tokens: list[Tensor] = []
         if task == "referring":
-            self.tokens = [text.embed_sentences(sample.sentences, tokens=24) for sample in self.samples]
+            self.tokens = [text.embed_sentences(sample.sentences, tokens=TOKENS) for sample in self.samples]
 
     def batch(self, indices: list[int], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """What `Task.loss` takes; a sentence at random, without a generator the first."""
@@ -91,7 +93,7 @@ def train(
             group["lr"] = group["initial_lr"] * schedule(step)
         indices = torch.randint(len(scenes.samples), (BATCH,), generator=generator).tolist()
         step_module(scenes.batch(indices, generator)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -104,9 +106,7 @@ def measure(model: Any, scenes: Scenes) -> float:
     if isinstance(model, torch.nn.Module):
         model.eval()
     task = model.config.task
-    metrics: Any = {"referring": ReferringMetrics, "depth": lambda: DepthMetrics(crop="none")}.get(
-        task, lambda: SegmentationMetrics(model.config.num_classes)
-    )()
+    metrics = make_metrics(model.config, crop="none")
     size = tuple(scenes.targets.shape[1:])
     for indices in torch.arange(len(scenes.samples)).split(20):
         inputs = scenes.batch(indices.tolist())
@@ -154,7 +154,8 @@ def run_variant(
 def _random_weights(weights: Path, seed: int, output: Path) -> Path:
     """A folder like `weights` with the same autoencoder, and a UNet as it was before pre-training."""
     torch.manual_seed(1000 + seed)
-    tensors = {k: t for k, t in load_file(weights / "sd.safetensors").items() if k.startswith("first_stage_model.")}
+    pretrained = reader.read_file(weights / "sd.safetensors").tensors
+    tensors = {k: t for k, t in pretrained.items() if k.startswith("first_stage_model.")}
     tensors |= {f"model.diffusion_model.{name}": t for name, t in Denoiser().state_dict().items()}
     folder = output / f"random-{seed}"
     write_files({folder / "sd.safetensors": lambda path: save_file(tensors, path)})
@@ -162,24 +163,23 @@ def _random_weights(weights: Path, seed: int, output: Path) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows so far; a line that was cut off by an interruption is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"{path}: a broken line is left out", file=sys.stderr)
-    return rows
+    """Rows so far. Raises InputError for a file of something else."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not rows of this script ({error})") from error
 
 
 def run(options: argparse.Namespace) -> None:
     """All runs that are not in rows.jsonl yet, task by task, a seed of every variant before the next seed."""
     path = options.output / "rows.jsonl"
     rows = read_rows(path)
-    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {"steps": options.steps, "scenes": options.scenes, "held_out": options.held_out}
+    if any(row["settings"] != settings for row in rows):
+        raise InputError(f"{path}: has runs with {rows[0]['settings']}, not {settings}; give another --output")
     autoencoder = Autoencoder()
     prefix = "first_stage_model."
-    state = load_file(options.weights / "sd.safetensors")
+    state = reader.read_file(options.weights / "sd.safetensors").tensors
     autoencoder.load_state_dict({k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)})
     autoencoder.eval().requires_grad_(False)
     text = TextEncoder(options.weights, remember=False)
@@ -188,41 +188,33 @@ def run(options: argparse.Namespace) -> None:
     sets: dict[str, tuple[Scenes, Scenes]] = {}
     for variant, seed in tqdm(jobs, desc="runs", unit="run"):
         if variant.task not in sets:
-            arguments = (variant.task, autoencoder, text)
             sets[variant.task] = tuple(
-                Scenes(options.data, split, arguments[0], count, *arguments[1:])
+                Scenes(options.data, split, variant.task, count, autoencoder, text)
                 for split, count in (("train", options.scenes), ("test", options.held_out))
             )
         steps = max(int(options.steps * variant.length), 1)
         new = run_variant(variant, seed, steps, options.data, options.weights, sets[variant.task], options.output)
-        with path.open("a", encoding="utf-8") as file:  # a run's rows at once: it is whole or not there
-            file.write("".join(json.dumps(row) + "\n" for row in new))
+        rows += [{**row, "settings": settings} for row in new]
+        text_rows = "".join(json.dumps(row) + "\n" for row in rows)
+        write_files({path: lambda temporary, content=text_rows: temporary.write_text(content, encoding="utf-8")})
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("shapes-data"))
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"))
     parser.add_argument("--output", type=Path, default=Path("shapes-analysis"))
     parser.add_argument("--page", type=Path, default=PAGE, help="whose tables are made anew")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--scenes", type=int, default=4000, help="to train on")
-    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--scenes", type=positive, default=4000, help="to train on")
+    parser.add_argument("--held-out", type=positive, default=200)
     parser.add_argument("--report-only", action="store_true", help="only make tables and plots of the rows there are")
     options = parser.parse_args()
-    try:
-        if not options.report_only:
-            run(options)
-        write_report(read_rows(options.output / "rows.jsonl"), options.page)
-    except VPDFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    if not options.report_only:
+        run(options)
+    write_report(read_rows(options.output / "rows.jsonl"), options.page)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

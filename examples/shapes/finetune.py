@@ -21,10 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from script import run_script
+
 from vpd_fast import VPD
 from vpd_fast.config import TASKS
 from vpd_fast.data.shapes import ShapesDataset
-from vpd_fast.errors import VPDFastError
 from vpd_fast.evaluation import evaluate
 from vpd_fast.files import write_files
 from vpd_fast.models.text import TextEncoder
@@ -53,39 +54,39 @@ def measure(model: VPD, data: Path, weights: Path, split: str, limit: int | None
     ).metrics
 
 
-def finetune(task: str, data: Path, weights: Path, output: Path, overrides: list[str]) -> bool:
-    """Train, then measure. False if it was stopped."""
+def finetune(task: str, data: Path, weights: Path, output: Path, overrides: list[str]) -> None:
+    """Train, then measure. Raises KeyboardInterrupt if it was stopped, with its steps saved."""
     folder = output / task
     summary = Trainer(config_of(task, data, weights, overrides), folder, resume="auto").run()
     if summary.stopped:
-        return False
+        raise KeyboardInterrupt
     model = VPD.from_pretrained(folder / "best")
     found = {split: measure(model, data, weights, split) for split in SPLITS}
     text = json.dumps(found, indent=2) + "\n"
     write_files({folder / "test.json": lambda path: path.write_text(text, encoding="utf-8")})
     for split, metrics in found.items():
         print(f"{task}, {split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return True
 
 
-def main() -> int:
+def _tasks(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: tasks are {', '.join(TASKS)}")
+    return names
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("shapes-data"), help="where rendered scenes are kept")
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"), help="folder that pretrain.py wrote")
     parser.add_argument("--output", type=Path, default=Path("shapes-runs"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", type=_tasks, default=TASKS, metavar="TASK,...", help=f"default: {','.join(TASKS)}")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings to change, for all tasks")
     options = parser.parse_args()
-    try:
-        for task in options.tasks:
-            if not finetune(task, options.data, options.weights, options.output, options.overrides):
-                print("stopped; the same command goes on from here", file=sys.stderr)
-                return 130
-    except VPDFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for task in options.tasks:
+        finetune(task, options.data, options.weights, options.output, options.overrides)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

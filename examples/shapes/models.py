@@ -111,7 +111,7 @@ class Denoiser(UNet):
         super().__init__(config)
         width = config.model_channels * config.channel_mult[0]
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, config.in_channels, 3, padding=1))
-        for module in self.modules():  # every residual branch begins as nothing, as in latent diffusion
+        for module in self.modules():  # the weights of residual branches begin as zeros, as in latent diffusion
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.out_layers[3].weight)
             elif isinstance(module, SpatialTransformer):

@@ -17,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from finetune import SPLITS, measure
 from safetensors.torch import load_file, save_file
+from script import run_script
 
 from vpd_fast import VPD, __version__
 from vpd_fast.checkpoints import bundled, reader
 from vpd_fast.config import TASKS
-from vpd_fast.errors import VPDFastError
+from vpd_fast.errors import CheckpointError
 from vpd_fast.files import write_files
 
 
@@ -31,7 +33,9 @@ def pack_text(weights: Path, folder: Path) -> None:
     """The text encoder with 8-bit weights, and its tokenizer."""
     kept = [path for name in ("text_encoder", "tokenizer") for path in (weights / name).iterdir()]
     writers = {folder / path.parent.name / path.name: _copy_of(path) for path in kept if path.suffix != ".safetensors"}
-    packed = bundled.pack(load_file(weights / "text_encoder" / "model.safetensors"))
+    prefix = "text_model."  # which newer releases of transformers leave out and all of them read
+    tensors = load_file(weights / "text_encoder" / "model.safetensors")
+    packed = bundled.pack({prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     target = folder / "text_encoder" / "model.safetensors"
     write_files({**writers, target: lambda temporary: save_file(packed, temporary, metadata={"format": "pt"})})
 
@@ -41,44 +45,52 @@ def _copy_of(source: Path) -> Callable[[Path], Any]:
 
 
 def pack_task(task: str, data: Path, weights: Path, runs: Path, folder: Path) -> dict[str, Any]:
-    """One model's file into `folder`; its record."""
+    """One model's file into `folder`, which has the text encoder; its record. Raises CheckpointError."""
     run = runs / task
     model = VPD.from_pretrained(run / "best")
+    tensors = model.state_dict()
+    check_encoder(model, weights)
     record = {
         "made by": "examples/shapes/make.sh", "vpd_fast": __version__,
         "pretraining": reader.read_json(weights / "report.json"),
         "float32": reader.read_json(run / "test.json"),
     }  # fmt: skip
+    model.load_state_dict(bundled.unpack(bundled.pack(tensors)))
+    text = folder / bundled.TEXT_ENCODER
+    record["8-bit weights"] = {split: measure(model, data, text, split) for split in SPLITS}
+    tensors = VPD.from_pretrained(run / "best").state_dict()
     config = model.config.replace(text_encoder=bundled.TEXT_ENCODER)
-    model.load_state_dict(bundled.unpack(bundled.pack(model.state_dict())))
-    record["8-bit weights"] = {split: measure(model, data, weights, split) for split in SPLITS}
-    bundled.write_bundled(folder, f"shapes-{task}", VPD.from_pretrained(run / "best").state_dict(), config, record)
+    bundled.write_bundled(folder, f"shapes-{task}", tensors, config, record)
     return record
 
 
-def main() -> int:
+def check_encoder(model: VPD, weights: Path) -> None:
+    """Raise CheckpointError where a model was not fine-tuned from `weights`."""
+    path = weights / "sd.safetensors"
+    pretrained = reader.read_file(path).tensors
+    for name, tensor in model.backbone.encoder_vq.state_dict().items():
+        if not torch.equal(tensor, pretrained[f"first_stage_model.{name}"]):
+            raise CheckpointError(f"the {model.config.task} model was not fine-tuned from {path}; run finetune.py anew")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("shapes-data"))
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"))
     parser.add_argument("--runs", type=Path, default=Path("shapes-runs"))
     parser.add_argument("--output", type=Path, default=bundled.ASSETS)
     options = parser.parse_args()
-    try:
-        # A whole new set or none: the files of one set belong together.
-        with tempfile.TemporaryDirectory() as scratch:
-            new = Path(scratch)
-            pack_text(options.weights, new / bundled.TEXT_ENCODER)
-            for task in TASKS:
-                record = pack_task(task, options.data, options.weights, options.runs, new)
-                print(f"{task}: {json.dumps({name: record[name] for name in ('float32', '8-bit weights')})}")
-            files = [path for path in new.rglob("*") if path.is_file()]
-            write_files({options.output / path.relative_to(new): _copy_of(path) for path in files})
-            print(f"{options.output}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
-    except (VPDFastError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    # A whole new set or none: the files of one set belong together.
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Path(scratch)
+        pack_text(options.weights, new / bundled.TEXT_ENCODER)
+        for task in TASKS:
+            record = pack_task(task, options.data, options.weights, options.runs, new)
+            print(f"{task}: {json.dumps({name: record[name] for name in ('float32', '8-bit weights')})}")
+        files = [path for path in new.rglob("*") if path.is_file()]
+        write_files({options.output / path.relative_to(new): _copy_of(path) for path in files})
+        print(f"{options.output}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -11,11 +11,13 @@ As in latent diffusion (Rombach et al. 2022, section 3.3) the text encoder is tr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import multiprocessing
 import os
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,13 @@ from models import BACKBONE, SIZE, TOKENS, Autoencoder, Denoiser, make_text_enco
 from PIL import Image
 from safetensors.torch import save_file
 from sampling import add_noise, ddim, guided
+from script import positive, run_script
 from stages import train
 from torch import Tensor, nn
 from tqdm import tqdm
 from words import END, START, known_words, training_text, write_tokenizer
 
-from vpd_fast.data.shapes import SPLITS, Scene, ShapesDataset
-from vpd_fast.errors import VPDFastError
+from vpd_fast.data.shapes import Scene, ShapesDataset
 from vpd_fast.files import write_files
 
 KL_WEIGHT = 5e-4
@@ -59,7 +61,10 @@ def _one_thread() -> None:
 
 
 def _scene(root: Path, split: str, index: int) -> Scene:
-    return ShapesDataset(root, split, task="depth", length=index + 1, size=SIZE).scene(index)
+    """Without labels, depth and instances, which pre-training does not look at."""
+    scene = ShapesDataset(root, split, task="depth", length=index + 1, size=SIZE).scene(index)
+    nothing = np.empty(0)
+    return dataclasses.replace(scene, labels=nothing, depth=nothing, instances=nothing)
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
@@ -195,13 +200,17 @@ def save_model(folder: Path, autoencoder: Autoencoder, model: TextToImage, repor
     """sd.safetensors, text_encoder/ and report.json."""
     tensors = {f"first_stage_model.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
     tensors |= {f"model.diffusion_model.{name}": tensor for name, tensor in model.denoiser.state_dict().items()}
-    write_files(
-        {
-            folder / "sd.safetensors": lambda path: save_file(tensors, path),
-            folder / "report.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
-        }
-    )
-    model.text.save_pretrained(folder / "text_encoder")
+    writers: dict[Path, Any] = {
+        folder / "sd.safetensors": lambda path: save_file(tensors, path),
+        folder / "report.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        model.text.save_pretrained(scratch)
+        for saved in Path(scratch).iterdir():
+            content = saved.read_bytes()
+            target = folder / "text_encoder" / saved.name
+            writers[target] = lambda path, content=content: path.write_bytes(content)
+    write_files(writers)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -216,16 +225,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     autoencoder = Autoencoder()
 
-    def show_reconstructions(_step: int) -> None:
+    def show_reconstructions() -> None:
         with torch.no_grad():
             x = to_float(unseen[:8])
             save_sheet(folder / "reconstructions.png", [x, autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1)])
 
+    identity = {"scenes": options.scenes, "seed": options.seed}
     train(
         "autoencoder", autoencoder, functools.partial(autoencoder_loss, autoencoder, images, 16, options.seed), folder,
-        steps=options.autoencoder_steps, lr=8e-4, each=show_reconstructions,
+        steps=options.autoencoder_steps, lr=8e-4, identity=identity, each=show_reconstructions,
     )  # fmt: skip
-    show_reconstructions(0)
+    show_reconstructions()
     autoencoder.eval().requires_grad_(False)
     means, deviations = latents_of(autoencoder, images)
     sample = means[0].float()
@@ -239,44 +249,37 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = TextToImage(vocabulary)
     captions = [scene.caption for scene in held_out[:8]]
 
-    def show_samples(_step: int) -> None:
+    def show_samples() -> None:
         samples = draw_samples(model, autoencoder, tokenizer, captions, options.seed)
         save_sheet(folder / "samples.png", [to_float(unseen[:8]), samples], captions)
 
     loss = train(
         "diffusion", model,
         functools.partial(diffusion_loss, model, tokenizer, scenes, latents, options.batch, options.seed), folder,
-        steps=options.diffusion_steps, lr=6e-4, each=lambda step: show_samples(step),
+        steps=options.diffusion_steps, lr=6e-4, each=show_samples,
+        identity={**identity, "batch": options.batch, "latents": [mean.tolist(), std.tolist()]},
     )  # fmt: skip
-    show_samples(0)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    show_samples()
+    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
     report = {"settings": settings, "psnr": reconstruction_error(autoencoder, unseen), "noise_error": loss}
     save_model(folder, autoencoder, model, report)
     return report
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("shapes-data"), help="where rendered scenes are kept")
     parser.add_argument("--output", type=Path, default=Path("shapes-sd"))
-    parser.add_argument("--scenes", type=int, default=10_000, help=f"of the split train ({', '.join(SPLITS)} exist)")
-    parser.add_argument("--autoencoder-steps", type=int, default=2400)
-    parser.add_argument("--diffusion-steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64, help="images in a step of diffusion")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=positive, default=10_000, help="of the split train")
+    parser.add_argument("--autoencoder-steps", type=positive, default=2400)
+    parser.add_argument("--diffusion-steps", type=positive, default=3000)
+    parser.add_argument("--batch", type=positive, default=64, help="images in a step of diffusion")
+    parser.add_argument("--seed", type=int, default=0, choices=range(1000), metavar="0..999")
     options = parser.parse_args()
-    try:
-        report = run(options)
-    except VPDFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    report = run(options)
     psnr, error = report["psnr"], report["noise_error"]
     print(f"{options.output}: PSNR of reconstructions {psnr:.1f} dB, mean squared error of the noise {error:.3f}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -63,7 +63,7 @@ def precision_table(rows: Rows) -> str:
     lines = [f"| | {' | '.join(PRECISIONS)} |", f"| --- |{' --- |' * len(PRECISIONS)}"]
     for task in TASKS:
         found = [r for r in rows if r["kind"] == "precision" and r["task"] == task and r["variant"] == PRETRAINED]
-        if not found:
+        if len(found) < len(PRECISIONS):
             continue
         cells = [spread([r["value"] for r in found if r["precision"] == p], 4) for p in PRECISIONS]
         base = {r["seed"]: r["value"] for r in found if r["precision"] == "fp32"}

@@ -17,7 +17,7 @@ def signal_levels() -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Latents (B,4,h,w) as they are at `timesteps` (B,), 0..999."""
+    """Latents (B,C,h,w) as they are at `timesteps` (B,), 0..999."""
     level = signal_levels().to(latents.device)[timesteps][:, None, None, None]
     return level.sqrt() * latents + (1 - level).sqrt() * noise
 
@@ -29,7 +29,7 @@ def ddim_timesteps(steps: int) -> list[int]:
 
 @torch.no_grad()
 def ddim(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = 50, limit: float = 5.0) -> Tensor:
-    """Latents out of noise (B,4,h,w), without randomness (Song et al., 2021).
+    """Latents out of noise (B,C,h,w), without randomness (Song et al., 2021).
 
     predict: noisy latents, timesteps (B,) -> noise. limit: latents have unit variance, so no estimate is larger.
     """

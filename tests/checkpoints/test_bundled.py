@@ -86,7 +86,7 @@ def test_damaged_metadata(tmp_path, monkeypatch) -> None:
     tensors = {key: tensor.clone() for key, tensor in raw.tensors.items()}
     for metadata in ({}, {"vpd_fast_config": "{", "record": "{}"}, {"vpd_fast_config": "{}", "record": "{"}):
         save_file(tensors, tmp_path / "shapes-depth.safetensors", metadata=metadata)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(CheckpointError, match="is damaged"):
             VPD.from_pretrained("shapes-depth")
 
 
@@ -107,10 +107,13 @@ def test_class_embeddings_are_the_bundled_encoders() -> None:
     assert torch.nn.functional.cosine_similarity(found, model.class_embeddings).min() > 0.99
 
 
-def test_unknown_words_are_answered_with_the_known_ones(tmp_path, capsys) -> None:
+def test_unknown_words_are_answered_with_the_known_ones(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("VPD_FAST_CACHE", str(tmp_path / "cache"))
     encoder = TextEncoder("shapes-text", remember=False)
     with pytest.raises(InputError, match="does not know dog, lamp; its words are a, an, the, .*pyramid"):
         encoder.embed_sentences(["the cube", "the dog behind the lamp"], tokens=24)
+    with pytest.raises(InputError, match="does not know W\u00fcrfel"):
+        encoder.embed_sentences(["the W\u00fcrfel"], tokens=24)
     with pytest.raises(InputError, match="does not know sofa"):
         encoder.embed_classes(["cube", "sofa"])
     from PIL import Image
@@ -121,6 +124,31 @@ def test_unknown_words_are_answered_with_the_known_ones(tmp_path, capsys) -> Non
     assert "does not know zebra" in capsys.readouterr().err
     assert run([*arguments, "--text", "the red cube"]) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["images"]
+
+
+def test_a_copy_of_the_text_encoder_is_unpacked_as_well(tmp_path) -> None:
+    shutil.copytree(bundled.asset("shapes-text"), tmp_path / "copy")
+    ours, theirs = (TextEncoder(name, remember=False) for name in ("shapes-text", tmp_path / "copy"))
+    text = ["the red cube left of the ring"]
+    assert torch.equal(ours.embed_sentences(text, tokens=24), theirs.embed_sentences(text, tokens=24))
+    assert ours.identity == theirs.identity
+
+
+def test_every_release_of_transformers_knows_the_names() -> None:
+    """Older ones want the prefix, newer ones take it away."""
+    names = reader.read_file(bundled.asset("shapes-text") / "text_encoder" / "model.safetensors").tensors
+    assert all(name.startswith("text_model.") for name in names)
+
+
+def test_training_goes_on_with_the_encoder_of_the_checkpoint() -> None:
+    from vpd_fast.training import build
+    from vpd_fast.training.config import TrainConfig
+
+    model = VPD.from_pretrained("shapes-referring")
+    given = TrainConfig.from_dict({"task": "referring", "init": {"text_encoder": "folder"}})
+    assert build.text_encoder(given, model).name == "folder"
+    assert build.text_encoder(TrainConfig(task="referring"), model).name == "shapes-text"
+    assert build.text_encoder(TrainConfig(task="referring")).name == "openai/clip-vit-large-patch14"
 
 
 def test_converting_gives_a_usual_folder(tmp_path) -> None:

@@ -251,6 +251,29 @@ def test_export_as_refcoco(tmp_path) -> None:
             assert set(sample.sentences) == {text for text, of in scene.sentences if of == number}
 
 
+def test_export_as_refcoco_is_what_coco_reads(tmp_path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    export("refcoco", tmp_path, "train", range(3))
+    data = coco.COCO(tmp_path / "refcoco" / "instances.json")
+    for annotation in data.loadAnns(data.getAnnIds()):
+        mask = data.annToMask(annotation)
+        assert mask.sum() == annotation["area"]
+        rows, columns = np.nonzero(mask)
+        x, y, width, height = annotation["bbox"]
+        assert (x, y, x + width - 1, y + height - 1) == (columns.min(), rows.min(), columns.max(), rows.max())
+        assert data.loadCats(annotation["category_id"])[0]["name"] in CLASSES[2:]
+
+
+def test_export_leaves_other_data_sets_alone(tmp_path) -> None:
+    folder = tmp_path / "refcoco"
+    folder.mkdir()
+    (folder / "instances.json").write_text('{"info": {"description": "COCO 2014"}, "images": [], "annotations": []}')
+    (folder / "refs(unc).p").write_bytes(b"precious")
+    with pytest.raises(DatasetError, match="files that no export wrote"):
+        export("refcoco", tmp_path, "train", range(1))
+    assert (folder / "refs(unc).p").read_bytes() == b"precious"
+
+
 def test_export_refuses(tmp_path) -> None:
     with pytest.raises(InputError, match="kind must be one of ade20k, nyu, refcoco, got 'coco'"):
         export("coco", tmp_path, "train", range(1))

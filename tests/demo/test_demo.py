@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -10,8 +11,17 @@ from PIL import Image
 
 from vpd_fast.cli.main import run
 from vpd_fast.config import TASKS
-from vpd_fast.demo import contact_sheet, run_demo
+from vpd_fast.demo import contact_sheet, run_demo, sheet
+from vpd_fast.demo.run import _agreement
 from vpd_fast.errors import InputError
+from vpd_fast.inference import drawing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VPD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +45,29 @@ def test_reports(demo) -> None:
 
 
 def test_sheet_shows_what_was_predicted(demo) -> None:
-    sheet = contact_sheet(demo)
-    assert sheet.width > sheet.height / 2
-    pixels = np.asarray(sheet)
-    assert len(demo.shown) == 2
-    assert pixels.std() > 20
-    # Scenes differ, so their rows do.
-    half = pixels.shape[0] // 2
-    assert np.abs(pixels[40:half].astype(int)[:100] - pixels[half : half + 100]).mean() > 1
+    pixels = np.asarray(contact_sheet(demo)).astype(int)
+    bar = drawing.FONT_SIZE + 14
+
+    def tile(row: int, column: int) -> np.ndarray:
+        top = sheet.MARGIN + 40 + row * (sheet.TILE + bar + sheet.GAP) + bar
+        left = sheet.MARGIN + column * (sheet.TILE + sheet.GAP)
+        return pixels[top : top + sheet.TILE, left : left + sheet.TILE]
+
+    assert tile(1, 5).shape == (sheet.TILE, sheet.TILE, 3)
+    for row in range(2):
+        scene = demo.shown[row]["segmentation"][0].image
+        resized = np.asarray(Image.fromarray(scene).resize((sheet.TILE, sheet.TILE)))
+        assert np.abs(tile(row, 0) - resized).mean() < 8
+        for a, b in itertools.combinations(range(6), 2):
+            assert np.abs(tile(row, a) - tile(row, b)).mean() > 3, (a, b)
+
+
+def test_agreement_by_hand() -> None:
+    yes, no = np.array([[True, True]]), np.array([[False, False]])
+    assert _agreement("referring", no, no) == 1
+    assert _agreement("referring", yes, np.array([[True, False]])) == 0.5
+    assert _agreement("segmentation", np.array([[1, 2, 3, 4]]), np.array([[1, 2, 3, 0]])) == 0.75
+    assert _agreement("depth", np.array([[2.0, 4.0]]), np.array([[2.2, 4.0]])) == pytest.approx(0.95)
 
 
 def test_command(tmp_path, capsys) -> None:
@@ -62,9 +87,10 @@ def test_command(tmp_path, capsys) -> None:
 
 
 def test_bad_input(tmp_path, capsys) -> None:
-    with pytest.raises(InputError, match="at least one scene"):
-        run_demo(0)
+    for wrong in ({"scenes": 0}, {"pictures": 0}, {"first": -1}):
+        with pytest.raises(InputError, match="at least one scene"):
+            run_demo(**wrong)
     assert run(["demo", "-o", str(tmp_path), "--precision", "int4"]) == 2
-    assert "--precision must be fp32, bf16 or int8, got 'int4'" in capsys.readouterr().err
+    assert "precision must be one of fp32, bf16, int8, got 'int4'" in capsys.readouterr().err
     assert run(["demo", "-o", str(tmp_path), "--split", "val"]) == 2
     assert "train, validation, test, unseen, got 'val'" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What the fast models cost in accuracy, on models that have learnt something: the bundled miniatures.
 
-The limits for 8 bits are 0.5 points of mIoU and 1 % of RMSE.
+The limits for int8 are 0.5 points of mIoU and 1 % of RMSE; fp8 has three bits behind the point and wider ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_the_plain_models_have_learnt_their_task(task: str, folder: str) -> None
     assert (-1 if task == "depth" else 1) * found[least[0]] > least[1]
 
 
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("precision", [*(p for p in LIMITS if p != "fp8"), pytest.param("fp8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", OPTIONS)
 def test_loss_of_precision(task: str, precision: str, folder: str) -> None:
     plain, fast = metrics(task, folder, None), metrics(task, folder, precision)

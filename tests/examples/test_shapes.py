@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,9 +99,9 @@ def test_guidance_of_one_is_none(shapes) -> None:
     text, empty = torch.randn(2, 3, 4), torch.zeros(3, 4)
 
     def denoiser(x, timesteps, context):
-        return x + context.mean((1, 2))[:, None]
+        return x + context.mean((1, 2))[:, None, None, None]
 
-    x, t = torch.randn(2, 5), torch.zeros(2)
+    x, t = torch.randn(2, 5, 1, 1), torch.zeros(2)
     once = shapes.sampling.guided(denoiser, text, empty, 1.0)(x, t)
     torch.testing.assert_close(once, denoiser(x, t, text))
     twice = shapes.sampling.guided(denoiser, text, empty, 2.0)(x, t)
@@ -132,38 +134,58 @@ def test_vpd_starts_from_what_pretraining_writes(shapes, tmp_path) -> None:
     assert all(torch.equal(loaded[name], ours[name]) for name in loaded)
 
 
-def stage(shapes, folder: Path, stop_at: int | None = None, steps: int = 12) -> nn.Module:
+def stage(shapes, folder: Path, interrupt_at: int | None = None, steps: int = 12, seed: int = 0) -> nn.Module:
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
 
     def loss_of(step: int) -> torch.Tensor:
-        if step == stop_at:
-            raise KeyboardInterrupt
+        if step == interrupt_at:
+            signal.raise_signal(signal.SIGINT)
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         return (module(x) - x[:, :2]).square().mean()
 
-    shapes.stages.train("stage", module, loss_of, folder, steps=steps, lr=0.1)
+    shapes.stages.train("stage", module, loss_of, folder, steps=steps, lr=0.1, identity={"seed": seed})
     return module
 
 
 def test_a_stage_goes_on_bit_for_bit(shapes, tmp_path) -> None:
     whole = stage(shapes, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        stage(shapes, tmp_path / "broken", stop_at=7)
+        stage(shapes, tmp_path / "broken", interrupt_at=7)
+    state = torch.load(tmp_path / "broken" / "state" / "stage.pt", weights_only=True)
+    assert state["step"] == len(state["losses"]) == 8  # the step that was interrupted is whole
     again = stage(shapes, tmp_path / "broken")
     assert torch.equal(whole.weight, again.weight)
-    finished = stage(shapes, tmp_path / "broken", stop_at=0)  # no step is left to do
+    finished = stage(shapes, tmp_path / "broken", interrupt_at=0)  # no step is left to do
     assert torch.equal(whole.weight, finished.weight)
 
 
 def test_a_state_of_other_settings_or_damaged_is_refused(shapes, tmp_path) -> None:
     stage(shapes, tmp_path)
-    with pytest.raises(CheckpointError, match="was made with"):
-        stage(shapes, tmp_path, steps=20)
+    for other in ({"steps": 20}, {"seed": 1}):
+        with pytest.raises(CheckpointError, match="was made with"):
+            stage(shapes, tmp_path, **other)
     path = tmp_path / "state" / "stage.pt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="remove it to begin anew"):
         stage(shapes, tmp_path)
+
+
+def test_scripts_end_with_one_line(shapes, tmp_path, capsys) -> None:
+    def fails() -> None:
+        raise FileNotFoundError(2, "No such file", "weights")
+
+    def stops() -> None:
+        raise KeyboardInterrupt
+
+    assert shapes.script.run_script(lambda: None) == 0
+    assert shapes.script.run_script(fails) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert shapes.script.run_script(stops) == 130
+    with pytest.raises(argparse.ArgumentTypeError):
+        shapes.script.positive("0")
+    with pytest.raises(argparse.ArgumentTypeError, match="pose: tasks are"):
+        shapes.finetune._tasks("depth,pose")
 
 
 def test_settings_of_the_tasks_are_those_of_the_network(shapes) -> None:
@@ -226,11 +248,16 @@ def test_report_needs_rows_and_marks(shapes, tmp_path) -> None:
     assert page.read_text() == "no marks"
 
 
-def test_rows_that_were_cut_off_are_left_out(shapes, tmp_path) -> None:
+def test_rows_of_other_settings_are_not_mixed(shapes, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"a": 1}) + '\n{"b": ')
-    assert shapes.analysis.read_rows(path) == [{"a": 1}]
-    assert shapes.analysis.read_rows(tmp_path / "nothing") == []
+    assert shapes.analysis.read_rows(path) == []
+    path.write_text("{")
+    with pytest.raises(InputError, match="not rows"):
+        shapes.analysis.read_rows(path)
+    path.write_text(json.dumps({"settings": {"steps": 1}}) + "\n")
+    options = SimpleNamespace(output=tmp_path, steps=2, scenes=3, held_out=4)
+    with pytest.raises(InputError, match="give another --output"):
+        shapes.analysis.run(options)
 
 
 @pytest.mark.slow
@@ -258,7 +285,6 @@ def test_everything_from_nothing(tmp_path) -> None:
     few = ("--seeds", 1, "--steps", 2, "--scenes", 20, "--held-out", 4)
     page = tmp_path / "shapes.md"
     page.write_text((SHAPES.parents[1] / "docs" / "shapes.md").read_text())
-    pytest.importorskip("matplotlib")
     run("analysis.py", "--data", data, "--weights", sd, "--output", rows_path, "--page", page, *few)
     assert "| pre-trained |" in page.read_text()
     assert (tmp_path / "shapes-curves.png").is_file()

@@ -49,7 +49,9 @@ def test_content_of_the_wheel(tmp_path: Path) -> None:
     assert any(name.startswith("vpd_fast/_C.") and name.endswith(".so") for name in names)
     assert not any("_C_cuda" in name for name in names)
     missing = {
-        path.relative_to(ROOT).as_posix() for suffix in ("*.py", "*.json") for path in (ROOT / "vpd_fast").rglob(suffix)
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "*.json", "*.yaml", "assets/**/*.*")
+        for path in (ROOT / "vpd_fast").rglob(pattern)
     } - set(names)
     assert not missing
 

@@ -56,12 +56,15 @@ def open_bundled(name: str) -> Checkpoint:
     own, shared = (reader.read_file(asset(part)) for part in (name, SHARED))
     try:
         config = VPDConfig.from_dict(json.loads(own.metadata[CONFIG_KEY]))
-        record = json.loads(own.metadata[RECORD])
+        record = dict(json.loads(own.metadata[RECORD]))
         root = "encoder." if config.task == "depth" else ""
         tensors = {f"{root}{ENCODER}{key}": tensor for key, tensor in unpack(shared.tensors).items()}
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{own.path}: damaged ({error}); expected what examples/shapes/pack.py writes") from error
-    return Checkpoint(Path(name), "bundled", tensors | unpack(own.tensors), config, {RECORD: record})
+        tensors |= unpack(own.tensors)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{own.path} or {shared.path.name} is damaged ({error}); expected what examples/shapes/pack.py writes"
+        ) from error
+    return Checkpoint(Path(name), "bundled", tensors, config, {RECORD: record})
 
 
 def write_bundled(
@@ -108,16 +111,17 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def unpacked_folder(folder: Path) -> Iterator[Path]:
-    """A folder that transformers can read: this one, or while the context lasts a copy with its weights unpacked."""
-    if ASSETS not in folder.parents:
+    """A folder that transformers can read: this one, or for packed weights a copy that lasts as long as the context."""
+    weights = folder / WEIGHTS_NAME
+    packed = reader.read_file(weights).tensors if weights.is_file() else {}
+    if not any(tensor.dtype == torch.int8 for tensor in packed.values()):
         yield folder
         return
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory(prefix="vpd-fast-") as scratch:
         shutil.copyfile(folder / CONFIG_NAME, Path(scratch) / CONFIG_NAME)
-        tensors = unpack(reader.read_file(folder / WEIGHTS_NAME).tensors)
-        save_file(tensors, Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(unpack(packed), Path(scratch) / WEIGHTS_NAME, metadata={"format": "pt"})
         yield Path(scratch)
 
 

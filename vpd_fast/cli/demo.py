@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_fast.cli import files, options, running
-from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
     from vpd_fast.demo import Demo
@@ -34,8 +33,6 @@ def demo(
     prints how accurate both are, how far they agree and how long they take, and writes sheet.png and demo.json. The
     miniatures and their images are tiny: at full size the fast models gain much more.
     """
-    if precision not in options.PRECISIONS[:2] + ("int8",):
-        raise InputError(f"--precision must be fp32, bf16 or int8, got {precision!r}")
     files.prepare_output(output)
     console = running.error_console()
     with console.status("starting") as status:

@@ -97,8 +97,8 @@ def _is_in(of_ref: str, split: str) -> bool:
     return split in of_ref if split == "test" else of_ref == split
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Containers, text and numbers need no class to be looked up; nothing else is allowed."""
+class PlainUnpickler(pickle.Unpickler):
+    """Runs no code. Containers, text and numbers need no class to be looked up; nothing else is allowed."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it would load {module}.{name}")
@@ -111,7 +111,7 @@ def _read_refs(path: Path) -> list[dict[str, Any]]:
     """What is needed of each ref: ref_id, ann_id, image_id, split, sentences. Raises DatasetError."""
     try:
         with path.open("rb") as file:
-            refs = _PlainUnpickler(file, encoding="latin-1").load()  # written by Python 2
+            refs = PlainUnpickler(file, encoding="latin-1").load()  # written by Python 2
         return [
             {
                 **{key: int(ref[key]) for key in ("ref_id", "ann_id", "image_id")},

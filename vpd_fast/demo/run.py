@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vpd_fast.checkpoints.bundled import NAMES
 from vpd_fast.config import TASKS
-from vpd_fast.data.shapes import ShapesDataset
+from vpd_fast.data.shapes import SPLITS, ShapesDataset
 from vpd_fast.engine import optimize
 from vpd_fast.errors import InputError
-from vpd_fast.evaluation.metrics import PRIMARY, DepthMetrics, ReferringMetrics, SegmentationMetrics
+from vpd_fast.evaluation.metrics import PRIMARY, make_metrics
 from vpd_fast.inference import Result, make_predictor
 from vpd_fast.inference.images import to_tensor
 from vpd_fast.models import VPD
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vpd_fast.data import Sample
 
 ROUNDS, BATCH = 5, 8
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ def run_demo(
     precision: of the fast models. pictures: of how many scenes the results are kept. report: told what is going on.
     Raises InputError, CheckpointError where the weights are missing.
     """
-    if scenes < 1 or first < 0:
-        raise InputError(f"a demo needs at least one scene, from number 0 on, got {scenes} and {first}")
+    if scenes < 1 or first < 0 or pictures < 1:
+        raise InputError(
+            f"a demo needs at least one scene and one picture, from number 0 on, got {scenes}, {pictures} and {first}"
+        )
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_precision(precision)
     demo = Demo(precision, scenes, shown=[{} for _ in range(min(pictures, scenes))])
     with tempfile.TemporaryDirectory(prefix="vpd-fast-demo-") as folder:
-        for task, name in zip(TASKS, (NAMES[0], NAMES[1], NAMES[2]), strict=True):
+        for task, name in zip(TASKS, NAMES, strict=True):
             report(f"{task}: loading {name}")
             model = VPD.from_pretrained(name)
             fast = optimize(model, precision)
@@ -87,10 +93,16 @@ def run_demo(
     return demo
 
 
+def check_precision(precision: str) -> None:
+    """Raise InputError for what the CPU's fast models do not have."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
 def _run(
     task: str, model: VPD, fast: Any, samples: list[Sample], shown: list[dict[str, tuple[Sample, Result]]]
 ) -> TaskReport:
-    metrics = [_metrics(model) for _ in range(2)]
+    metrics = [make_metrics(model.config, crop="none") for _ in range(2)]
     agreements = []
     for i, sample in enumerate(samples):
         results = [_predict(m, sample, with_maps=task != "depth" and i < len(shown)) for m in (model, fast)]
@@ -104,12 +116,6 @@ def _run(
     plain_ms, fast_ms = _times([model, fast], samples)
     values = [metric.compute()[name] for metric in metrics]
     return TaskReport(task, name, *values, float(np.mean(agreements)), plain_ms, fast_ms)
-
-
-def _metrics(model: VPD) -> Any:
-    if model.config.task == "segmentation":
-        return SegmentationMetrics(model.config.num_classes)
-    return ReferringMetrics() if model.config.task == "referring" else DepthMetrics(crop="none")
 
 
 def _predict(model: Any, sample: Sample, with_maps: bool) -> Result:
@@ -127,7 +133,8 @@ def _agreement(task: str, plain: np.ndarray, fast: np.ndarray) -> float:
     if task == "segmentation":
         return float((plain == fast).mean())
     if task == "referring":
-        return float((plain & fast).sum() / max((plain | fast).sum(), 1))
+        either = (plain | fast).sum()
+        return float((plain & fast).sum() / either) if either else 1.0
     return 1 - float(np.mean(np.abs(fast - plain) / plain))
 
 

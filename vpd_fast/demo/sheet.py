@@ -30,7 +30,7 @@ def contact_sheet(demo: Demo) -> Image.Image:
     height = 2 * MARGIN + 40 + len(rows) * (TILE + bar + GAP) - GAP
     sheet = Image.new("RGB", (width, height), drawing.BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    title = f"vpd_fast on scenes it has not seen, fast models in {demo.precision}"
+    title = f"vpd_fast on drawn scenes, fast models in {demo.precision}"
     draw.text((MARGIN, MARGIN + 10), title, drawing.TEXT, drawing._font(24), anchor="lm")
     for i, row in enumerate(rows):
         for j, (name, tile) in enumerate(row):

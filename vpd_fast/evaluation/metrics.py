@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vpd_fast.config import VPDConfig
 from vpd_fast.errors import InputError
 
 # What decides which of two models is the better one, and whether more or less of it is better.
@@ -295,3 +296,10 @@ def _same_size(prediction: np.ndarray, target: np.ndarray) -> None:
 def _nanmean(values: np.ndarray) -> float:
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else math.nan
+
+
+def make_metrics(config: VPDConfig, **depth_options: Any) -> SegmentationMetrics | ReferringMetrics | DepthMetrics:
+    """Empty counts for the task of a model; depth_options: of DepthMetrics."""
+    if config.task == "segmentation":
+        return SegmentationMetrics(config.num_classes)
+    return ReferringMetrics() if config.task == "referring" else DepthMetrics(**depth_options)

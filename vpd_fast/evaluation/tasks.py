@@ -14,6 +14,7 @@ from vpd_fast.evaluation import panels
 from vpd_fast.evaluation.metrics import DepthMetrics, ReferringMetrics, SegmentationMetrics
 from vpd_fast.inference import DepthPredictor, ReferringPredictor, make_predictor
 from vpd_fast.inference.images import resize_antialiased
+from vpd_fast.inference.running import named_encoder
 from vpd_fast.labels import default_names
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Referring:
     ) -> None:
         if resolution not in RESOLUTIONS:
             raise InputError(f"resolution must be one of {', '.join(RESOLUTIONS)}, got {resolution!r}")
+        text_encoder = text_encoder or named_encoder(model)
         if text_encoder is None:
             raise InputError("a referring model needs text_encoder=, which turns sentences into token features")
         known = ("batch_size",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def named_encoder(model: VPD) -> Any:
     """The text encoder that the model's configuration names, None where it names none."""
     name = model.config.text_encoder
-    if name is None:
-        return None
+    return None if name is None else _encoder(name, model.device)
+
+
+@functools.lru_cache(maxsize=2)  # predictors come and go
+def _encoder(name: str, device: torch.device) -> Any:
     from vpd_fast.models.text import TextEncoder
 
-    return TextEncoder(name, device=model.device)
+    return TextEncoder(name, device=device)
 
 
 def batch_size_for(model: VPD, batch_size: int | None) -> int:

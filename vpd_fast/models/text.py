@@ -36,6 +36,7 @@ _FORMAT = "1"  # part of every cache key: change it when the same input should g
 
 WORDS = "words.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_HASHED = 2**24  # bytes: of larger files only size and time count
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -48,7 +49,7 @@ class TextEncoder:
     dtype: what the encoder computes in; None: float32, as VPD did. Results are always float32, on `device`.
     cache_dir: where results are stored; None: `default_cache_dir()`. remember: False stores nothing.
     A hub id stands for its weights in the cache's keys, a local folder for its files (contents of configuration and
-    tokenizer, size and time of the weights). Where a folder has words.txt, the encoder was trained on these words
+    tokenizer, size and time of large weights). Where a folder has words.txt, the encoder was trained on these words
     alone, and texts with others are an InputError.
     """
 
@@ -173,7 +174,7 @@ class TextEncoder:
 
         if Path(self.name).is_dir():
             return Path(self.name)
-        return bundled.asset(self.name) if self.name == bundled.TEXT_ENCODER else None
+        return bundled.asset(self.name) if bundled.is_bundled(self.name) else None
 
     def _check_words(self, texts: Sequence[str]) -> None:
         """Raise InputError for words that the encoder has never seen, if it says which it has."""
@@ -181,7 +182,7 @@ class TextEncoder:
             if self._words is None:
                 self._words = _read_words(self._local_folder())
         for text in texts if self._words else ():
-            unknown = [word for word in re.findall(r"[a-z]+", text.lower()) if word not in self._words]
+            unknown = [word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in self._words]
             if unknown:
                 raise InputError(
                     f"{text!r}: {self.name} does not know {', '.join(unknown)}; its words are {', '.join(self._words)}"
@@ -327,7 +328,7 @@ def _read_words(folder: Path | None) -> tuple[str, ...]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """What makes a local encoder itself: hashing gigabytes of weights on each call would cost more than encoding."""
+    """What makes a local encoder itself: hashing large weights on each call would cost more than encoding."""
     weights, words = _subfolders(folder)
     digest = hashlib.sha256()
     for path in (weights / "config.json", *(words / name for name in _TOKENIZER_FILES)):
@@ -335,6 +336,9 @@ def _fingerprint(folder: Path) -> str:
             digest.update(f"{path.name}:".encode() + path.read_bytes())
     for path in sorted({p for pattern in _WEIGHT_FILES for p in weights.glob(pattern)}):
         stat = path.stat()
+        if stat.st_size <= _HASHED:
+            digest.update(path.read_bytes())
+            continue
         digest.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     return f"folder:{digest.hexdigest()}"
 

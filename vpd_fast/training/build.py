@@ -50,20 +50,20 @@ def _with_task(config: TrainConfig, options: dict[str, Any]) -> dict[str, Any]:
     return {"task": config.task, **options} if config.data.kind in ANY_TASK else options
 
 
-def text_encoder(config: TrainConfig, device: torch.device | str = "cpu") -> Any:
-    """The CLIP text encoder of the configuration, loaded when it is first used."""
+def text_encoder(config: TrainConfig, model: VPD | None = None, **options: Any) -> Any:
+    """The CLIP text encoder, loaded when it is first used: the configuration's, else the one that the model was trained
+    with, else the default. options: of TextEncoder."""
     from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
 
-    return TextEncoder(config.init.text_encoder or DEFAULT_ENCODER, device=device)
+    name = config.init.text_encoder or (model and model.config.text_encoder) or DEFAULT_ENCODER
+    return TextEncoder(name, **options)
 
 
 def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
     """Sentences -> token features on the model's device, kept in the configuration's cache if it has one."""
-    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
-
     tokens = model.config.tokens
     # Its own cache has no bound, and a data set has a hundred thousand sentences.
-    encoder = TextEncoder(config.init.text_encoder or DEFAULT_ENCODER, device=model.device, remember=False)
+    encoder = text_encoder(config, model, device=model.device, remember=False)
 
     def embed(sentences: Sequence[str]) -> torch.Tensor:
         return encoder.embed_sentences(list(sentences), tokens=tokens)
@@ -105,9 +105,9 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
     torch.manual_seed(config.seed)
     init = config.init
     fields = _model_fields(config, class_names)
-    encoder = encoder or text_encoder(config)
     if init.checkpoint is not None:
         return _from_checkpoint(config, init.checkpoint, fields, encoder)
+    encoder = encoder or text_encoder(config)
     if "base_size" not in fields:
         fields["base_size"] = -(-config.data.size // SIZE_MULTIPLE) * SIZE_MULTIPLE
     vpd_config = VPDConfig.from_dict({"task": config.task, **fields})
@@ -130,6 +130,8 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
 def _model_fields(config: TrainConfig, class_names: Sequence[str]) -> dict[str, Any]:
     """Fields of VPDConfig: the configuration's, and number and names of the data set's classes."""
     fields = dict(config.model)
+    if config.init.text_encoder is not None:
+        fields.setdefault("text_encoder", config.init.text_encoder)
     count_name = {"segmentation": "num_classes", "depth": "num_scenes"}.get(config.task)
     if count_name is None:
         return fields
@@ -160,6 +162,7 @@ def _from_checkpoint(config: TrainConfig, path: str, fields: dict[str, Any], enc
     names = tuple(fields.pop("class_names", ()))
     sizes = {name: fields.pop(name) for name in ("num_classes", "num_scenes") if name in fields}
     model = VPD.from_checkpoint(path, task=config.task, **backbone, **fields)
+    encoder = encoder or text_encoder(config, model)
     notes: list[str] = []
     known = model.config.class_names
     if any(getattr(model.config, name) != value for name, value in sizes.items()):

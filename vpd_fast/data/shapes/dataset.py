@@ -15,7 +15,7 @@ from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.files import write_files
 
 LENGTHS = {"train": 4000, "validation": 500, "test": 500, "unseen": 500}
-_FORMAT = 1  # of stored scenes: change it when scenes change
+_FORMAT = 2  # of stored scenes: change it when scenes change
 
 
 class ShapesDataset:

@@ -1,0 +1,29 @@
+"""How the scripts end: one line for errors, what to do after an interruption."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from vpd_fast.errors import VPDFastError
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Exit code: 0 done, 2 an error on one line, 130 stopped."""
+    try:
+        main()
+    except (VPDFastError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
