@@ -15,14 +15,16 @@ from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.files import write_files
 
 LENGTHS = {"train": 4000, "validation": 500, "test": 500, "unseen": 500}
-_FORMAT = 2  # of stored scenes: change it when scenes change
+OBJECTS = 3  # samples of a scene for referring
+_FORMAT = 3  # of stored scenes: change it when scenes change
 
 
 class ShapesDataset:
-    """`length` scenes of a split, from scene 0. root: where rendered scenes are kept; None keeps none.
+    """`length` samples of a split, one per scene, from scene 0. root: where rendered scenes are kept; None keeps none.
 
-    Referring: each scene with one of its objects and the sentences that fit it; scenes where none is visible enough
-    are of another index far behind, so that every sample has a sentence.
+    Referring: OBJECTS samples per scene, each of one of its objects with the sentences that fit it, in random order and
+    from the first one again where there are fewer; scenes where none is visible enough are of another index far behind,
+    so that every sample has a sentence.
     Raises InputError for unknown tasks and splits, DatasetError where the folder cannot be written.
     """
 
@@ -65,17 +67,18 @@ class ShapesDataset:
         """Render or read a sample. Raises DatasetError."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        scene = self.scene(index)
+        scene = self.scene(index // OBJECTS if self.task == "referring" else index)
         if self.task == "segmentation":
             return Sample(scene.image, scene.labels, self.name(index))
         if self.task == "depth":
             return Sample(scene.image, scene.depth, self.name(index), scene=0)
-        again = index
+        again = index // OBJECTS
         while not scene.sentences:
             again += 10**6
             scene = self.scene(again)
         choices = sorted({number for _, number in scene.sentences})
-        chosen = int(np.random.default_rng((SPLITS[self.split], again, 1)).choice(choices))
+        order = np.random.default_rng((SPLITS[self.split], again, 1)).permutation(choices)
+        chosen = int(order[index % OBJECTS % len(order)])
         sentences = tuple(text for text, number in scene.sentences if number == chosen)
         return Sample(scene.image, (scene.instances == chosen + 1).astype(np.uint8), self.name(index), sentences)
 

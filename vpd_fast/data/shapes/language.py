@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ CAPTION_WORDS = 20
 PER_OBJECT = 4  # sentences
 CLEAR = 0.06  # of the image's width: how far left something must be to be called so; nearer and farther: in metres
 CLEAR_METRES = 0.4
+KINDS = ("attributes", "extremes", "relations")  # of sentences
 ATTRIBUTES = ("size", "color", "texture")
 RELATIONS = ("left of", "right of", "in front of", "behind")
 EXTREMES = dict(zip(("leftmost", "rightmost", "nearest", "farthest"), RELATIONS, strict=True))
@@ -44,11 +45,18 @@ def caption_of(things: Sequence[SceneObject], random: np.random.Generator) -> st
 def sentences_of(
     named: Sequence[tuple[int, SceneObject]], random: np.random.Generator, size: int
 ) -> Iterator[Sentence]:
-    """Sentences that fit one of these objects and no other, at most PER_OBJECT for each, in random order."""
+    """Sentences that fit one of these objects and no other, at most PER_OBJECT for each.
+
+    Kinds take turns (attributes, extremes, relations), or the last, of which there are most, would be nearly all.
+    """
     for i, thing in named:
-        found = list(_fitting(i, thing, named, size))
-        for k in random.permutation(len(found))[:PER_OBJECT]:
-            yield found[k], i
+        kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        for kind, sentence in _fitting(i, thing, named, size):
+            kinds[kind].append(sentence)
+        mixed = [[found[k] for k in random.permutation(len(found))] for found in kinds.values()]
+        turns = [sentence for turn in zip_longest(*mixed) for sentence in turn if sentence is not None]
+        for sentence in turns[:PER_OBJECT]:
+            yield sentence, i
 
 
 def relation_holds(name: str, a: SceneObject, b: SceneObject, size: int) -> bool | None:
@@ -75,17 +83,17 @@ def _fits(thing: SceneObject, says: dict[str, str]) -> bool:
     return all(getattr(thing, name) == word for name, word in says.items())
 
 
-def _fitting(i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]], size: int) -> Iterator[str]:
-    """All sentences that single out `thing`."""
+def _fitting(i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]], size: int) -> Iterator[tuple[str, str]]:
+    """(kind, sentence) of all that single out `thing`."""
     others = [(k, other) for k, other in named if k != i]
     for phrase, says in _phrases(thing):
         alike = [other for _, other in others if _fits(other, says)]
         if not alike:
-            yield f"the {phrase}"
+            yield "attributes", f"the {phrase}"
             continue
         for extreme, relation in EXTREMES.items():
             if all(relation_holds(relation, thing, other, size) for other in alike):
-                yield f"the {extreme} {phrase}"
+                yield "extremes", f"the {extreme} {phrase}"
         for k, anchor in others:
             around = [other for m, other in named if m not in (i, k) and _fits(other, says)]
             for name, told in _phrases(anchor):
@@ -95,4 +103,4 @@ def _fitting(i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]
                     if relation_holds(relation, thing, anchor, size) and all(
                         relation_holds(relation, other, anchor, size) is False for other in around
                     ):
-                        yield f"the {phrase} {relation} the {name}"
+                        yield "relations", f"the {phrase} {relation} the {name}"

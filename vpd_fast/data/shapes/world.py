@@ -97,7 +97,7 @@ def make_scene(index: int, split: str = "train", *, size: int = 128) -> Scene:
         instances=np.maximum(seen + 1, 0).astype(np.uint8).reshape(size, size),
         objects=tuple(objects),
         caption=caption_of([thing for _, thing in named], random),
-        sentences=tuple(sentences_of(named, random, size)),
+        sentences=tuple(sentences_of(named, np.random.default_rng((SPLITS[split], index, 2)), size)),
     )
 
 
