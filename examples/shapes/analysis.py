@@ -27,12 +27,13 @@ from finetune import config_of
 from models import TOKENS, Autoencoder, Denoiser
 from report import write_report
 from safetensors.torch import save_file
-from script import positive, run_script
+from script import positive, run_script, task_names
 from torch import Tensor
 from tqdm import tqdm
 
 from vpd_fast import VPD, optimize
 from vpd_fast.checkpoints import reader
+from vpd_fast.config import TASKS
 from vpd_fast.data.sample import Sample
 from vpd_fast.data.shapes import ShapesDataset
 from vpd_fast.engine import Policy
@@ -61,8 +62,9 @@ class Scenes:
         images = torch.from_numpy(np.stack([sample.image for sample in self.samples])).permute(0, 3, 1, 2)
         targets = np.stack([sample.target for sample in self.samples])
         self.targets = torch.from_numpy(targets if task == "depth" else targets.astype(np.int64))
-        with torch.no_grad():
-            self.latents = torch.cat([autoencoder.encode(part.float() / 127.5 - 1) for part in images.split(100)])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            parts = [autoencoder.encode(part.float() / 127.5 - 1).float() for part in images.split(100)]
+        self.latents = torch.cat(parts)
         self.tokens: list[Tensor] = []
         if task == "referring":
             self.tokens = [text.embed_sentences(sample.sentences, tokens=TOKENS) for sample in self.samples]
@@ -171,7 +173,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """All runs that are not in rows.jsonl yet, task by task, a seed of every variant before the next seed."""
+    """All runs that are not in rows.jsonl yet, task by task."""
     path = options.output / "rows.jsonl"
     rows = read_rows(path)
     settings = {"steps": options.steps, "scenes": options.scenes, "held_out": options.held_out}
@@ -184,7 +186,8 @@ def run(options: argparse.Namespace) -> None:
     autoencoder.eval().requires_grad_(False)
     text = TextEncoder(options.weights, remember=False)
     done = {(row["task"], row["variant"], row["seed"]) for row in rows}
-    jobs = [(v, seed) for seed in range(options.seeds) for v in VARIANTS if (v.task, v.name, seed) not in done]
+    chosen = [variant for variant in VARIANTS if variant.task in options.tasks]
+    jobs = [(v, seed) for v in chosen for seed in range(options.seeds) if (v.task, v.name, seed) not in done]
     sets: dict[str, tuple[Scenes, Scenes]] = {}
     for variant, seed in tqdm(jobs, desc="runs", unit="run"):
         if variant.task not in sets:
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"))
     parser.add_argument("--output", type=Path, default=Path("shapes-analysis"))
     parser.add_argument("--page", type=Path, default=PAGE, help="whose tables are made anew")
+    parser.add_argument("--tasks", type=task_names, default=TASKS, metavar="TASK,...", help="default: all")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=400)
     parser.add_argument("--scenes", type=positive, default=4000, help="to train on")

@@ -42,10 +42,12 @@ VARIANTS = (
     _maps("maps of the up blocks", "up_cross"),
     _maps("maps of the down blocks", "down_cross"),
     _maps("maps of all blocks", "up_cross+mid_cross+down_cross"),
+    Variant("segmentation", "maps that gradients go through", ("model.map_grad=true",)),
     Variant("referring", PRETRAINED, precisions=True, length=1.5),
     Variant("referring", "random UNet", random=True, length=1.5),
     Variant("referring", "no text adapter", adapter=False, length=1.5),
     Variant("referring", "no maps", ("model.use_attn=false",), length=1.5),
+    Variant("referring", "maps that gradients go through", ("model.map_grad=true",), length=1.5),
     Variant("depth", PRETRAINED, precisions=True, length=0.5),
     Variant("depth", "random UNet", random=True, length=0.5),
 )

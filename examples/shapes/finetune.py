@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from script import run_script
+from script import run_script, task_names
 
 from vpd_fast import VPD
 from vpd_fast.config import TASKS
@@ -68,20 +68,14 @@ def finetune(task: str, data: Path, weights: Path, output: Path, overrides: list
         print(f"{task}, {split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
-def _tasks(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in TASKS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: tasks are {', '.join(TASKS)}")
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("shapes-data"), help="where rendered scenes are kept")
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"), help="folder that pretrain.py wrote")
     parser.add_argument("--output", type=Path, default=Path("shapes-runs"))
-    parser.add_argument("--tasks", type=_tasks, default=TASKS, metavar="TASK,...", help=f"default: {','.join(TASKS)}")
+    parser.add_argument(
+        "--tasks", type=task_names, default=TASKS, metavar="TASK,...", help=f"default: {','.join(TASKS)}"
+    )
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings to change, for all tasks")
     options = parser.parse_args()
     for task in options.tasks:

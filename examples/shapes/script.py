@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from vpd_fast.config import TASKS
 from vpd_fast.errors import VPDFastError
 
 
@@ -20,6 +21,15 @@ def run_script(main: Callable[[], None]) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def task_names(text: str) -> list[str]:
+    """Tasks separated by commas, for argparse."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: tasks are {', '.join(TASKS)}")
+    return names
 
 
 def positive(text: str) -> int:

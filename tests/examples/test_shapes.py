@@ -185,7 +185,7 @@ def test_scripts_end_with_one_line(shapes, tmp_path, capsys) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         shapes.script.positive("0")
     with pytest.raises(argparse.ArgumentTypeError, match="pose: tasks are"):
-        shapes.finetune._tasks("depth,pose")
+        shapes.script.task_names("depth,pose")
 
 
 def test_settings_of_the_tasks_are_those_of_the_network(shapes) -> None:
@@ -255,7 +255,7 @@ def test_rows_of_other_settings_are_not_mixed(shapes, tmp_path) -> None:
     with pytest.raises(InputError, match="not rows"):
         shapes.analysis.read_rows(path)
     path.write_text(json.dumps({"settings": {"steps": 1}}) + "\n")
-    options = SimpleNamespace(output=tmp_path, steps=2, scenes=3, held_out=4)
+    options = SimpleNamespace(output=tmp_path, tasks=["depth"], steps=2, scenes=3, held_out=4)
     with pytest.raises(InputError, match="give another --output"):
         shapes.analysis.run(options)
 

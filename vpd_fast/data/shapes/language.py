@@ -83,7 +83,9 @@ def _fits(thing: SceneObject, says: dict[str, str]) -> bool:
     return all(getattr(thing, name) == word for name, word in says.items())
 
 
-def _fitting(i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]], size: int) -> Iterator[tuple[str, str]]:
+def _fitting(
+    i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]], size: int
+) -> Iterator[tuple[str, str]]:
     """(kind, sentence) of all that single out `thing`."""
     others = [(k, other) for k, other in named if k != i]
     for phrase, says in _phrases(thing):
