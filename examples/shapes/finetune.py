@@ -73,9 +73,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("shapes-data"), help="where rendered scenes are kept")
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"), help="folder that pretrain.py wrote")
     parser.add_argument("--output", type=Path, default=Path("shapes-runs"))
-    parser.add_argument(
-        "--tasks", type=task_names, default=TASKS, metavar="TASK,...", help=f"default: {','.join(TASKS)}"
-    )
+    parser.add_argument("--tasks", type=task_names, default=TASKS, metavar="TASK,...", help="default: all")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings to change, for all tasks")
     options = parser.parse_args()
     for task in options.tasks:
