@@ -8,11 +8,13 @@ from typing import Any
 
 from experiments import PRECISIONS, PRETRAINED, VARIANTS
 
+from vpd_fast.checkpoints import open_checkpoint
 from vpd_fast.config import TASKS
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.files import write_files
 
 Rows = list[dict[str, Any]]
+SHOWN = {"segmentation": ("mIoU", "aAcc"), "referring": ("oIoU", "mIoU", "P@0.5"), "depth": ("abs_rel", "rmse", "d1")}
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -28,6 +30,17 @@ def finals(rows: Rows, task: str, variant: str) -> list[float]:
         if (row["kind"], row["task"], row["variant"]) == ("curve", task, variant):
             last[row["seed"]] = max(last.get(row["seed"], (0, 0.0)), (row["step"], row["value"]))
     return [value for _, value in last.values()]
+
+
+def models_table() -> str:
+    """Markdown: the bundled models on held-out scenes, from their own records."""
+    lines = ["| task | metric | float32 | 8-bit weights | unseen pairs |", "| --- | --- | --- | --- | --- |"]
+    for task, names in SHOWN.items():
+        record = open_checkpoint(f"shapes-{task}").metadata["record"]
+        for name in names:
+            values = (record["float32"]["test"], record["8-bit weights"]["test"], record["8-bit weights"]["unseen"])
+            lines.append(f"| {task} | {name} | {' | '.join(f'{found[name]:.4f}' for found in values)} |")
+    return "\n".join(lines)
 
 
 def variants_table(rows: Rows, task: str) -> str:
@@ -114,7 +127,7 @@ def write_report(rows: Rows, page: Path) -> None:
     if not rows:
         raise InputError("there are no rows to report yet; run the analysis first")
     tables = {f"variants {task}": variants_table(rows, task) for task in TASKS}
-    tables |= {"steps": steps_table(rows), "precision": precision_table(rows)}
+    tables |= {"models": models_table(), "steps": steps_table(rows), "precision": precision_table(rows)}
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
