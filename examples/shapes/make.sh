@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything of the shapes world from nothing: pre-training, three tasks, the bundled weights. It may be stopped at any
-# time and started again. About three hours on two cores. An argument: the folder for data and runs (default: shapes).
+# time and started again. About two hours on two cores. An argument: the folder for data and runs (default: shapes).
 set -euo pipefail
 here=$(dirname "$0")
 folder=${1:-shapes}

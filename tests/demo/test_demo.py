@@ -11,6 +11,7 @@ from PIL import Image
 
 from vpd_fast.cli.main import run
 from vpd_fast.config import TASKS
+from vpd_fast.data.shapes import make_scene
 from vpd_fast.demo import contact_sheet, run_demo, sheet
 from vpd_fast.demo.run import _agreement
 from vpd_fast.errors import InputError
@@ -55,6 +56,10 @@ def test_sheet_shows_what_was_predicted(demo) -> None:
 
     assert tile(1, 5).shape == (sheet.TILE, sheet.TILE, 3)
     for row in range(2):
+        shown = demo.shown[row]
+        assert np.array_equal(shown["segmentation"][0].image, shown["depth"][0].image)
+        if make_scene(3 + row, "test").sentences:  # else the referring model looks at another scene
+            assert np.array_equal(shown["segmentation"][0].image, shown["referring"][0].image)
         scene = demo.shown[row]["segmentation"][0].image
         resized = np.asarray(Image.fromarray(scene).resize((sheet.TILE, sheet.TILE)))
         assert np.abs(tile(row, 0) - resized).mean() < 8

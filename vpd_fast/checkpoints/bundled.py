@@ -44,7 +44,7 @@ def asset(name: str) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"{name}: these weights come with the package, but {path} is missing; in a source checkout "
-            "examples/shapes/make.sh makes them, in about three hours on two cores"
+            "examples/shapes/make.sh makes them, in about two hours on two cores"
         )
     return path
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vpd_fast.checkpoints.bundled import NAMES
 from vpd_fast.config import TASKS
 from vpd_fast.data.shapes import SPLITS, ShapesDataset
+from vpd_fast.data.shapes.dataset import OBJECTS
 from vpd_fast.engine import optimize
 from vpd_fast.errors import InputError
 from vpd_fast.evaluation.metrics import PRIMARY, make_metrics
@@ -87,8 +88,10 @@ def run_demo(
             model = VPD.from_pretrained(name)
             fast = optimize(model, precision)
             report(f"{task}: {scenes} scenes")
-            data = ShapesDataset(folder, split, task=task, length=first + scenes)  # scenes are drawn once for all tasks
-            samples = [data.load(first + i) for i in range(scenes)]
+            each = OBJECTS if task == "referring" else 1  # samples of a scene, of which the first is taken
+            # In one folder, so that scenes are drawn once for all tasks.
+            data = ShapesDataset(folder, split, task=task, length=(first + scenes) * each)
+            samples = [data.load((first + i) * each) for i in range(scenes)]
             demo.reports.append(_run(task, model, fast, samples, demo.shown))
     return demo
 
