@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from vpd_fast.data import open_dataset
 from vpd_fast.data.shapes import CLASSES, SPLITS, VOCABULARY, Scene, export, make_scene, stream
-from vpd_fast.data.shapes.language import CLEAR, CLEAR_METRES
+from vpd_fast.data.shapes.dataset import OBJECTS
+from vpd_fast.data.shapes.language import CLEAR, CLEAR_METRES, KINDS, PER_OBJECT
 from vpd_fast.data.shapes.render import SHAPES, Camera, Room, Solid, shade, trace
 from vpd_fast.data.shapes.world import held_out
 from vpd_fast.errors import DatasetError, InputError
@@ -158,6 +159,19 @@ def test_sentences_fit_one_object() -> None:
     assert count > 500
 
 
+def test_kinds_of_sentences_take_turns() -> None:
+    """No kind has more than its share where the others have sentences as well."""
+    counts = dict.fromkeys(KINDS, 0)
+    for scene in scenes():
+        for sentence, _ in scene.sentences:
+            words = sentence.split()
+            relation = "of" in words or "behind" in words
+            extreme = any(word in words for word in ("leftmost", "rightmost", "nearest", "farthest"))
+            counts["relations" if relation else "extremes" if extreme else "attributes"] += 1
+    assert PER_OBJECT == 4
+    assert all(count > 0.15 * sum(counts.values()) for count in counts.values()), counts
+
+
 def test_vocabulary_and_lengths() -> None:
     for scene in scenes():
         for text in (scene.caption, *(sentence for sentence, _ in scene.sentences)):
@@ -180,12 +194,13 @@ def test_boundaries_matter_little() -> None:
 
 @pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
 def test_data_set_keeps_what_it_rendered(task: str, tmp_path, monkeypatch) -> None:
-    data = open_dataset("shapes", tmp_path, "validation", task=task, length=3)
-    first = [data.load(i) for i in range(3)]
+    count = 3 * OBJECTS if task == "referring" else 3
+    data = open_dataset("shapes", tmp_path, "validation", task=task, length=count)
+    first = [data.load(i) for i in range(count)]
     stored = sorted(tmp_path.rglob("*.npz"))
     assert len(stored) >= 3
     monkeypatch.setattr("vpd_fast.data.shapes.dataset.make_scene", None)  # nothing is rendered again
-    for a, b in zip(first, (data.load(i) for i in range(3)), strict=True):
+    for a, b in zip(first, (data.load(i) for i in range(count)), strict=True):
         np.testing.assert_array_equal(a.image, b.image)
         np.testing.assert_array_equal(a.target, b.target)
         assert (a.name, a.sentences, a.scene) == (b.name, b.sentences, b.scene)
@@ -196,6 +211,8 @@ def test_data_set_keeps_what_it_rendered(task: str, tmp_path, monkeypatch) -> No
         scene = make_scene(0, "validation")
         (number,) = {n for text, n in scene.sentences if text in first[0].sentences}
         np.testing.assert_array_equal(first[0].target, scene.instances == number + 1)
+        spoken_of = {number for _, number in scene.sentences}
+        assert len({sample.target.tobytes() for sample in first[:OBJECTS]}) == min(OBJECTS, len(spoken_of))
     if task == "segmentation":
         assert data.class_names == CLASSES
 
