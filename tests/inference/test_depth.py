@@ -63,7 +63,7 @@ def reference_evaluation(model: nn.Module, image: Tensor, class_ids: Tensor, shi
 
 def test_four_to_three_is_the_references_evaluation() -> None:
     model, image = StandIn(), photo(96, 128)
-    result = predict(model, image, scene=3, batch_size=4)
+    result = predict(model, image, resize_to=96, scene=3, batch_size=4)
     tensor = torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)[None]
     with torch.no_grad():
         expected = reference_evaluation(model, tensor, torch.tensor([3]), 2)
@@ -79,6 +79,13 @@ def test_released_geometry_does_not_resize_nyu_images() -> None:
     assert [call[0] for call in model.calls] == [(2, 3, 480, 480)] * 2
 
 
+def test_models_of_other_sizes_see_images_at_the_size_they_were_trained_at() -> None:
+    model = StandIn(base_size=128)
+    predict(model, photo(128, 128), batch_size=2)
+    predict(model, photo(256, 256), batch_size=2)
+    assert [call[0] for call in model.calls] == [(1, 3, 128, 128)] * 4
+
+
 @pytest.mark.parametrize(
     ("length", "starts"),
     [(640, (0, 160)), (480, (0,)), (100, (0,)), (853, (0, 186, 373)), (1920, (0, 240, 480, 720, 960, 1200, 1440))],
@@ -92,14 +99,14 @@ def test_shifted_windows(length: int, starts: tuple[int, ...]) -> None:
 
 def test_portrait_images_are_shifted_along_their_height() -> None:
     model = StandIn()
-    result = predict(model, photo(128, 96), flip=False, batch_size=4)
+    result = predict(model, photo(128, 96), resize_to=96, flip=False, batch_size=4)
     assert result.depth.shape == (128, 96)
     assert [call[0] for call in model.calls] == [(2, 3, 96, 96)]
 
 
 def test_without_shift_window_the_image_is_one_forward() -> None:
     model, image = StandIn(), photo(96, 130)
-    result = predict(model, image, shift_window=False, flip=False)
+    result = predict(model, image, resize_to=96, shift_window=False, flip=False)
     assert model.calls == [((1, 3, 96, 160), None)]
     padded = np.full((96, 160, 3), 0.5, np.float32)
     padded[:, :130] = image / np.float32(255)
@@ -125,7 +132,7 @@ def test_large_images_are_shrunk_without_aliasing() -> None:
     model = StandIn()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([1.0, 0.0, 0.0]))
-    depth = predict(model, stripes, shift_window=False, flip=False).depth
+    depth = predict(model, stripes, resize_to=96, shift_window=False, flip=False).depth
     ramp = cv2.resize(np.linspace(0, 1, 128, dtype=np.float32)[None], (1280, 960), interpolation=cv2.INTER_LINEAR)
     np.testing.assert_allclose(depth, 0.5 + ramp, atol=0.005)
 
@@ -154,7 +161,7 @@ def test_small_model_end_to_end(small_backbone: BackboneConfig) -> None:
     config = VPDConfig(task="depth", num_scenes=27, base_size=128, backbone=small_backbone)
     model = randomize(VPD(config)).eval()
     image = photo(96, 128)
-    result = model.predict(image, scene="bedroom")
+    result = model.predict(image, resize_to=96, scene="bedroom")
     tensor = torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         expected = reference_evaluation(model, tensor, torch.tensor([8]), 2)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vpd_fast.models.vpd import VPDDepth
 
 DEPTH_MULTIPLE = 32
+RELEASED_SIZE, RELEASED_BASE = 480, 512  # pixels a side in training, and the next size that has whole latents
 LONG_OVER_SHORT = 4  # longer images are made smaller, not cut into ever more windows
 MID_GREY = 0.5  # 0 in the encoder's [-1, 1], which the reference pads with
 
@@ -49,7 +50,7 @@ class DepthPredictor:
 
     scene: name or number of the scene; None: the mean of all scene embeddings.
     resize_to: the image is resized, ratio kept, to this short side (long side at most four times that); default
-        base_size - 32, which is 480 for the released model: a 640x480 image of NYUv2 is not resized at all.
+        base_size, but 480 where that is 512, as the released model was trained: a 640x480 image of NYUv2 is not resized.
     shift_window: predict on square windows along the long side and average where they overlap; False: on the image as a
         whole.
     flip: average with the mirrored image.
@@ -68,7 +69,7 @@ class DepthPredictor:
     def __post_init__(self) -> None:
         config = self.model.config
         self.batch_size = batch_size_for(self.model, self.batch_size)
-        default = config.base_size - DEPTH_MULTIPLE
+        default = RELEASED_SIZE if config.base_size == RELEASED_BASE else config.base_size
         self.resize_to = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]
         self.scene_id = None if self.scene is None else find_name(self.scene, default_names(config), "scene")
 
