@@ -3,7 +3,8 @@
     python examples/shapes/pack.py --data shapes-data --weights shapes-sd --runs shapes-runs
 
 Writes vpd_fast/assets/shapes-*.safetensors (8-bit weights) and vpd_fast/assets/shapes-text. Each file's metadata say
-how it was made and what it reaches on held-out scenes, before and after rounding.
+how it was made and what it reaches on held-out scenes, before and after rounding. The pre-trained weights themselves go
+to pretrained.safetensors beside this script, which unpack.py reads.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from vpd_fast.config import TASKS
 from vpd_fast.errors import CheckpointError
 from vpd_fast.files import write_files
 
+PRETRAINED = Path(__file__).parent / "pretrained.safetensors"
+
 
 def pack_text(weights: Path, folder: Path) -> None:
     """The text encoder with 8-bit weights, and its tokenizer."""
     kept = [path for name in ("text_encoder", "tokenizer") for path in (weights / name).iterdir()]
-    writers = {folder / path.parent.name / path.name: _copy_of(path) for path in kept if path.suffix != ".safetensors"}
+    writers = {folder / path.parent.name / path.name: copy_of(path) for path in kept if path.suffix != ".safetensors"}
     prefix = "text_model."  # which newer releases of transformers leave out and all of them read
     tensors = load_file(weights / "text_encoder" / "model.safetensors")
     packed = bundled.pack({prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
@@ -40,7 +43,15 @@ def pack_text(weights: Path, folder: Path) -> None:
     write_files({**writers, target: lambda temporary: save_file(packed, temporary, metadata={"format": "pt"})})
 
 
-def _copy_of(source: Path) -> Callable[[Path], Any]:
+def pack_pretrained(weights: Path, target: Path) -> None:
+    """Autoencoder and UNet with 8-bit weights."""
+    packed = bundled.pack(load_file(weights / "sd.safetensors"))
+    metadata = {"format": "pt", bundled.RECORD: (weights / "report.json").read_text(encoding="utf-8")}
+    write_files({target: lambda temporary: save_file(packed, temporary, metadata=metadata)})
+
+
+def copy_of(source: Path) -> Callable[[Path], Any]:
+    """A writer, as `write_files` takes it."""
     return lambda temporary: shutil.copyfile(source, temporary)
 
 
@@ -79,6 +90,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("shapes-sd"))
     parser.add_argument("--runs", type=Path, default=Path("shapes-runs"))
     parser.add_argument("--output", type=Path, default=bundled.ASSETS)
+    parser.add_argument("--pretrained", type=Path, default=PRETRAINED, help="where the pre-trained weights go")
     options = parser.parse_args()
     # A whole new set or none: the files of one set belong together.
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +100,8 @@ def main() -> None:
             record = pack_task(task, options.data, options.weights, options.runs, new)
             print(f"{task}: {json.dumps({name: record[name] for name in ('float32', '8-bit weights')})}")
         files = [path for path in new.rglob("*") if path.is_file()]
-        write_files({options.output / path.relative_to(new): _copy_of(path) for path in files})
+        pack_pretrained(options.weights, options.pretrained)
+        write_files({options.output / path.relative_to(new): copy_of(path) for path in files})
         print(f"{options.output}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
 
 

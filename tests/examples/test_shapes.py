@@ -260,6 +260,25 @@ def test_rows_of_other_settings_are_not_mixed(shapes, tmp_path) -> None:
         shapes.analysis.run(options)
 
 
+def test_pretrained_weights_without_pretraining(shapes, tmp_path) -> None:
+    shapes.unpack.unpack(shapes.pack.PRETRAINED, tmp_path)
+    config = VPDConfig(task="referring", tokens=24, base_size=128, backbone=shapes.models.BACKBONE)
+    model = VPD.from_stable_diffusion(tmp_path / "sd.safetensors", config)
+    shapes.pack.check_encoder(model, tmp_path)
+    bundled_model = VPD.from_pretrained("shapes-referring")  # was fine-tuned from it, its encoder was not
+    for ours, theirs in zip(model.encoder_vq.parameters(), bundled_model.encoder_vq.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    encoders = [TextEncoder(name, remember=False) for name in (tmp_path, "shapes-text")]
+    mine, packaged = (encoder.embed_sentences(["the red cube"], tokens=24) for encoder in encoders)
+    assert torch.equal(mine, packaged)
+    assert json.loads((tmp_path / "report.json").read_text())["psnr"] > 25
+    # What was unpacked may be packed again beside what is there.
+    shapes.bundled = importlib.import_module("vpd_fast.checkpoints.bundled")
+    for _ in range(2):
+        shapes.bundled.write_bundled(tmp_path, "shapes-referring", model.state_dict(), model.config, {})
+        model.load_state_dict(shapes.bundled.unpack(shapes.bundled.pack(model.state_dict())))
+
+
 @pytest.mark.slow
 def test_everything_from_nothing(tmp_path) -> None:
     """A few steps of each script, one after the other; the numbers mean nothing."""
@@ -278,7 +297,19 @@ def test_everything_from_nothing(tmp_path) -> None:
     settings = ("schedule.steps=2", "batch_size=4", "data.options.length=16", "data.val_options.length=4")
     run("finetune.py", "--data", data, "--weights", sd, "--output", runs, *settings)
     assert set(json.loads((runs / "depth" / "test.json").read_text())) == {"test", "unseen"}
-    out = run("pack.py", "--data", data, "--weights", sd, "--runs", runs, "--output", assets)
+    out = run(
+        "pack.py",
+        "--data",
+        data,
+        "--weights",
+        sd,
+        "--runs",
+        runs,
+        "--output",
+        assets,
+        "--pretrained",
+        tmp_path / "p.safetensors",
+    )
     assert "MB" in out
     assert len(list(assets.glob("shapes-*.safetensors"))) == 4
     rows_path = tmp_path / "analysis"

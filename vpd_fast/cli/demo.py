@@ -62,17 +62,16 @@ def _record(done: Demo, split: str, first: int) -> dict[str, Any]:
 
 
 def _print(done: Demo) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{done.scenes} scenes, 128x128", title_justify="left")
     fast = done.precision
-    for name in ("task", "metric", "plain", fast, "equal", "plain", fast, "speed-up"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
+    rows = [("task", "metric", "plain", fast, "equal", "plain", fast, "speed-up")]
     for r in done.reports:
-        metric = "RMSE in m" if r.task == "depth" else r.metric
-        table.add_row(
-            r.task, metric, f"{r.plain:.4f}", f"{r.fast:.4f}", f"{100 * r.agreement:.2f} %",
-            f"{r.plain_ms:.1f} ms", f"{r.fast_ms:.1f} ms", f"{r.speedup:.1f}x",
+        rows.append(
+            (
+                r.task, "RMSE in m" if r.task == "depth" else r.metric, f"{r.plain:.4f}", f"{r.fast:.4f}",
+                f"{100 * r.agreement:.2f} %", f"{r.plain_ms:.1f} ms", f"{r.fast_ms:.1f} ms", f"{r.speedup:.1f}x",
+            )
         )  # fmt: skip
-    Console().print(table)
+    typer.echo(f"{done.scenes} scenes of 128x128 pixels; equal: how far plain and fast agree; times are per image")
+    for row in rows:
+        left, right = row[:2], row[2:]
+        typer.echo("".join(f"{cell:<14}" for cell in left) + "".join(f"{cell:>9}" for cell in right))

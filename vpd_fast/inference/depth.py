@@ -50,7 +50,7 @@ class DepthPredictor:
 
     scene: name or number of the scene; None: the mean of all scene embeddings.
     resize_to: the image is resized, ratio kept, to this short side (long side at most four times that); default
-        base_size, but 480 where that is 512, as the released model was trained: a 640x480 image of NYUv2 is not resized.
+        base_size, but 480 where that is 512, as the released model was trained; NYUv2's 640x480 stay as they are.
     shift_window: predict on square windows along the long side and average where they overlap; False: on the image as a
         whole.
     flip: average with the mirrored image.
