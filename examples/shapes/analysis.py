@@ -7,7 +7,7 @@ and the trained models as fast models in each precision. Rows go to --output/row
 stopped goes on. At the end (or with --report-only) the tables in docs/shapes.md and its plots are made from the rows.
 
 All variants see the same scenes in the same order, through latents that are made once. Loss, groups of parameters and
-schedule are the trainer's. About an hour on two cores.
+schedule are the trainer's.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import nn
 from vpd_fast import VPD
 
 PRECISIONS = ("fp32", "bf16", "int8", "fp8")
-PRETRAINED = "pre-trained"
+PRETRAINED, RANDOM = "pre-trained", "random UNet"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def _maps(name: str, selector: str) -> Variant:
 
 VARIANTS = (
     Variant("segmentation", PRETRAINED, precisions=True),
-    Variant("segmentation", "random UNet", random=True),
+    Variant("segmentation", RANDOM, random=True),
     Variant("segmentation", "no text adapter", adapter=False),
     Variant("segmentation", "learned constants, not text", constants=True),
     Variant("segmentation", "no maps", ("model.use_attn=false",)),
@@ -44,12 +44,12 @@ VARIANTS = (
     _maps("maps of all blocks", "up_cross+mid_cross+down_cross"),
     Variant("segmentation", "maps that gradients go through", ("model.map_grad=true",)),
     Variant("referring", PRETRAINED, precisions=True, length=1.5),
-    Variant("referring", "random UNet", random=True, length=1.5),
+    Variant("referring", RANDOM, random=True, length=1.5),
     Variant("referring", "no text adapter", adapter=False, length=1.5),
     Variant("referring", "no maps", ("model.use_attn=false",), length=1.5),
     Variant("referring", "maps that gradients go through", ("model.map_grad=true",), length=1.5),
     Variant("depth", PRETRAINED, precisions=True, length=0.5),
-    Variant("depth", "random UNet", random=True, length=0.5),
+    Variant("depth", RANDOM, random=True, length=0.5),
 )
 
 

@@ -44,13 +44,13 @@ def config_of(task: str, data: Path, weights: Path, overrides: list[str]) -> Tra
     return load_config(HERE / f"{task}.yaml", [*places, *overrides])
 
 
-def measure(model: VPD, data: Path, weights: Path, split: str, limit: int | None = None) -> dict[str, float]:
+def measure(model: VPD, data: Path, weights: Path, split: str) -> dict[str, float]:
     """Metrics of a model (plain or fast) on a split."""
     task = model.config.task
     by_task: dict[str, Any] = {"depth": {"crop": "none"}, "referring": {"text_encoder": TextEncoder(weights)}}
     options = by_task.get(task, {})
     return evaluate(
-        model, ShapesDataset(data, split, task=task), limit=limit, batch_size=8, progress=True, worst=0, **options
+        model, ShapesDataset(data, split, task=task), batch_size=8, progress=True, worst=0, **options
     ).metrics
 
 

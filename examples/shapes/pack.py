@@ -59,7 +59,7 @@ def pack_task(task: str, data: Path, weights: Path, runs: Path, folder: Path) ->
     """One model's file into `folder`, which has the text encoder; its record. Raises CheckpointError."""
     run = runs / task
     model = VPD.from_pretrained(run / "best")
-    tensors = model.state_dict()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     check_encoder(model, weights)
     record = {
         "made by": "examples/shapes/make.sh", "vpd_fast": __version__,
@@ -69,7 +69,6 @@ def pack_task(task: str, data: Path, weights: Path, runs: Path, folder: Path) ->
     model.load_state_dict(bundled.unpack(bundled.pack(tensors)))
     text = folder / bundled.TEXT_ENCODER
     record["8-bit weights"] = {split: measure(model, data, text, split) for split in SPLITS}
-    tensors = VPD.from_pretrained(run / "best").state_dict()
     config = model.config.replace(text_encoder=bundled.TEXT_ENCODER)
     bundled.write_bundled(folder, f"shapes-{task}", tensors, config, record)
     return record

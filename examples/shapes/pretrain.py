@@ -43,7 +43,7 @@ GUIDANCE = 2.5
 
 
 def render_scenes(root: Path, split: str, count: int) -> list[Scene]:
-    """The first scenes of a split, drawn by all cores where `root` does not have them, for training, too."""
+    """The first scenes of a split, drawn by all cores where `root` does not have them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
         ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
@@ -110,12 +110,12 @@ def autoencoder_loss(model: Autoencoder, images: Tensor, batch: int, seed: int, 
 
 
 @torch.no_grad()
-def latents_of(model: Autoencoder, images: Tensor, name: str = "latents") -> tuple[Tensor, Tensor]:
+def latents_of(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Means and deviations of the latents (2,N,C,16,16), float16: of the images, and of them seen in a mirror."""
     means, deviations = [], []
     for flipped in (False, True):
         parts = []
-        for start in tqdm(range(0, len(images), 100), desc=name, unit="batch"):
+        for start in tqdm(range(0, len(images), 100), desc="latents", unit="batch"):
             x = to_float(images[start : start + 100])
             with autocast():
                 parts.append([m.half() for m in model.moments(x.flip(3) if flipped else x)])
@@ -186,7 +186,7 @@ def draw_samples(
 
 
 def save_sheet(path: Path, rows: list[Tensor], captions: list[str] | None = None) -> None:
-    """Rows of images (n,3,h,w) in [-1,1] as one PNG; captions are printed, for a person to compare."""
+    """Rows of images (n,3,h,w) in [-1,1] as one PNG; captions go into a text file beside it."""
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     picture = Image.fromarray(((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     writers: dict[Path, Any] = {path: lambda temporary: picture.save(temporary, format="PNG")}

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments import PRECISIONS, PRETRAINED, VARIANTS
+from experiments import PRECISIONS, PRETRAINED, RANDOM, VARIANTS
 
 from vpd_fast.checkpoints import open_checkpoint
 from vpd_fast.config import TASKS
@@ -61,10 +61,10 @@ def steps_table(rows: Rows) -> str:
     """Markdown: after how many steps the pre-trained model is where the random one ends."""
     lines = ["| task | random UNet at the end | steps | pre-trained is there after |", "| --- | --- | --- | --- |"]
     for task in TASKS:
-        curves = {name: mean_curve(rows, task, name) for name in (PRETRAINED, "random UNet")}
+        curves = {name: mean_curve(rows, task, name) for name in (PRETRAINED, RANDOM)}
         if not all(curves.values()):
             continue
-        end, value = curves["random UNet"][-1][:2]
+        end, value = curves[RANDOM][-1][:2]
         sign = -1 if task == "depth" else 1
         reached = next((step for step, mean, _ in curves[PRETRAINED] if sign * mean >= sign * value), None)
         lines.append(f"| {task} | {value:.3f} | {end} | {'not reached' if reached is None else f'{reached} steps'} |")
@@ -108,7 +108,7 @@ def plot(rows: Rows, path: Path) -> None:
         raise MissingDependencyError("the plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, task in zip(figure.subplots(1, 3), TASKS, strict=True):
-        for variant, color in ((PRETRAINED, "tab:blue"), ("random UNet", "tab:orange")):
+        for variant, color in ((PRETRAINED, "tab:blue"), (RANDOM, "tab:orange")):
             curve = mean_curve(rows, task, variant)
             if curve:
                 steps, means, deviations = zip(*curve, strict=True)

@@ -213,9 +213,9 @@ def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> t
     if random_weights is not None and name is None:
         width = config.backbone.context_dim
         return lambda texts: options.random_tokens(texts, config.tokens, width), options.notes(None, {"tokens": True})
-    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
+    from vpd_fast.models.text import TextEncoder, encoder_name
 
-    return TextEncoder(name or config.text_encoder or DEFAULT_ENCODER, device=model.device), []
+    return TextEncoder(encoder_name(name, config), device=model.device), []
 
 
 @contextmanager

@@ -197,10 +197,9 @@ def text_options(model: VPD, text: list[str] | None, encoder: str | None, random
         raise InputError('referring segmentation needs --text "what to look for"')
     if random_weights is not None and encoder is None:
         return {"text": text, "tokens": random_tokens(text, model.config.tokens, model.config.backbone.context_dim)}
-    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
+    from vpd_fast.models.text import TextEncoder, encoder_name
 
-    name = encoder or model.config.text_encoder or DEFAULT_ENCODER
-    return {"text": text, "text_encoder": TextEncoder(name, device=model.device)}
+    return {"text": text, "text_encoder": TextEncoder(encoder_name(encoder, model.config), device=model.device)}
 
 
 def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor:

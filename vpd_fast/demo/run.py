@@ -80,7 +80,8 @@ def run_demo(
         )
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    check_precision(precision)
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     demo = Demo(precision, scenes, shown=[{} for _ in range(min(pictures, scenes))])
     with tempfile.TemporaryDirectory(prefix="vpd-fast-demo-") as folder:
         for task, name in zip(TASKS, NAMES, strict=True):
@@ -94,12 +95,6 @@ def run_demo(
             samples = [data.load((first + i) * each) for i in range(scenes)]
             demo.reports.append(_run(task, model, fast, samples, demo.shown))
     return demo
-
-
-def check_precision(precision: str) -> None:
-    """Raise InputError for what the CPU's fast models do not have."""
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def _run(

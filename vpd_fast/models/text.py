@@ -29,6 +29,8 @@ from vpd_fast.labels import IMAGENET_TEMPLATES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vpd_fast.config import VPDConfig
+
 DEFAULT_ENCODER = "openai/clip-vit-large-patch14"  # the encoder Stable Diffusion 1.x was trained with
 TEMPLATE_TOKENS = 20  # what VPD padded its prompts to; it only cuts off class names longer than about 12 words
 SENTENCE_BATCH = 32
@@ -202,6 +204,11 @@ class TextEncoder:
         return self.cache_dir / "text" / f"{key}.safetensors"
 
 
+def encoder_name(given: str | None, config: VPDConfig | None = None) -> str:
+    """The encoder asked for, else the one that a model was trained with, else the default."""
+    return given or (config.text_encoder if config is not None else None) or DEFAULT_ENCODER
+
+
 def set_classes(model: nn.Module, names: Sequence[str], encoder: TextEncoder) -> None:
     """Give a segmentation or depth model other classes or scenes, in place: embeddings from `encoder`, and the names.
 
@@ -337,7 +344,7 @@ def _fingerprint(folder: Path) -> str:
     for path in sorted({p for pattern in _WEIGHT_FILES for p in weights.glob(pattern)}):
         stat = path.stat()
         if stat.st_size <= _HASHED:
-            digest.update(path.read_bytes())
+            digest.update(f"{path.name}:".encode() + path.read_bytes())
             continue
         digest.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     return f"folder:{digest.hexdigest()}"

@@ -53,10 +53,9 @@ def _with_task(config: TrainConfig, options: dict[str, Any]) -> dict[str, Any]:
 def text_encoder(config: TrainConfig, model: VPD | None = None, **options: Any) -> Any:
     """The CLIP text encoder, loaded when it is first used: the configuration's, else the one that the model was trained
     with, else the default. options: of TextEncoder."""
-    from vpd_fast.models.text import DEFAULT_ENCODER, TextEncoder
+    from vpd_fast.models.text import TextEncoder, encoder_name
 
-    name = config.init.text_encoder or (model and model.config.text_encoder) or DEFAULT_ENCODER
-    return TextEncoder(name, **options)
+    return TextEncoder(encoder_name(config.init.text_encoder, model and model.config), **options)
 
 
 def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
