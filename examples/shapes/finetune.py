@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from script import run_script, task_names
+from script import MAKE_WEIGHTS, require, run_script, task_names
 
 from vpd_fast import VPD
 from vpd_fast.config import TASKS
 from vpd_fast.data.shapes import ShapesDataset
+from vpd_fast.data.shapes.language import KINDS, kind_of
 from vpd_fast.evaluation import evaluate
 from vpd_fast.files import write_files
 from vpd_fast.models.text import TextEncoder
@@ -45,13 +47,17 @@ def config_of(task: str, data: Path, weights: Path, overrides: list[str]) -> Tra
 
 
 def measure(model: VPD, data: Path, weights: Path, split: str) -> dict[str, float]:
-    """Metrics of a model (plain or fast) on a split."""
+    """Metrics of a model (plain or fast) on a split; for sentences also P@0.5 of each kind."""
     task = model.config.task
     by_task: dict[str, Any] = {"depth": {"crop": "none"}, "referring": {"text_encoder": TextEncoder(weights)}}
     options = by_task.get(task, {})
-    return evaluate(
-        model, ShapesDataset(data, split, task=task), batch_size=8, progress=True, worst=0, **options
-    ).metrics
+    found = evaluate(model, ShapesDataset(data, split, task=task), batch_size=8, progress=True, worst=0, **options)
+    if task != "referring":
+        return found.metrics
+    hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    for row in found.per_image:
+        hits[kind_of(row["sentence"])].append(row["IoU"] >= 0.5)
+    return found.metrics | {f"P@0.5, {kind}": statistics.mean(values) for kind, values in hits.items() if values}
 
 
 def finetune(task: str, data: Path, weights: Path, output: Path, overrides: list[str]) -> None:
@@ -76,6 +82,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=task_names, default=TASKS, metavar="TASK,...", help="default: all")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings to change, for all tasks")
     options = parser.parse_args()
+    require(options.weights / "sd.safetensors", MAKE_WEIGHTS)
     for task in options.tasks:
         finetune(task, options.data, options.weights, options.output, options.overrides)
 

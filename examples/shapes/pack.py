@@ -3,8 +3,8 @@
     python examples/shapes/pack.py --data shapes-data --weights shapes-sd --runs shapes-runs
 
 Writes vpd_fast/assets/shapes-*.safetensors (8-bit weights) and vpd_fast/assets/shapes-text. Each file's metadata say
-how it was made and what it reaches on held-out scenes, before and after rounding. The pre-trained weights themselves go
-to pretrained.safetensors beside this script, which unpack.py reads.
+how it was made (commands, settings of both trainings) and what it reaches on held-out scenes, before and after
+rounding. The pre-trained weights themselves go to pretrained.safetensors beside this script, which unpack.py reads.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from finetune import SPLITS, measure
 from safetensors.torch import load_file, save_file
-from script import run_script
+from script import MAKE_WEIGHTS, require, run_script
 
 from vpd_fast import VPD, __version__
 from vpd_fast.checkpoints import bundled, reader
 from vpd_fast.config import TASKS
 from vpd_fast.errors import CheckpointError
 from vpd_fast.files import write_files
+from vpd_fast.training.config import load_config
 
 PRETRAINED = Path(__file__).parent / "pretrained.safetensors"
 
@@ -62,16 +63,30 @@ def pack_task(task: str, data: Path, weights: Path, runs: Path, folder: Path) ->
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     check_encoder(model, weights)
     record = {
-        "made by": "examples/shapes/make.sh", "vpd_fast": __version__,
+        "commands": [
+            f"python examples/shapes/{name}" for name in ("pretrain.py", f"finetune.py --tasks {task}", "pack.py")
+        ],
+        "vpd_fast": __version__,
         "pretraining": reader.read_json(weights / "report.json"),
+        "finetuning": settings_of(run),
         "float32": reader.read_json(run / "test.json"),
-    }  # fmt: skip
+    }
     model.load_state_dict(bundled.unpack(bundled.pack(tensors)))
     text = folder / bundled.TEXT_ENCODER
     record["8-bit weights"] = {split: measure(model, data, text, split) for split in SPLITS}
     config = model.config.replace(text_encoder=bundled.TEXT_ENCODER)
     bundled.write_bundled(folder, f"shapes-{task}", tensors, config, record)
     return record
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """The configuration of a training, without the places of its files."""
+    settings = load_config(run / "config.yaml").to_dict()
+    for section, name in (
+        ("data", "root"), ("init", "stable_diffusion"), ("init", "text_encoder"), ("encoder", "cache"),
+    ):  # fmt: skip
+        del settings[section][name]
+    return settings
 
 
 def check_encoder(model: VPD, weights: Path) -> None:
@@ -91,6 +106,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=bundled.ASSETS)
     parser.add_argument("--pretrained", type=Path, default=PRETRAINED, help="where the pre-trained weights go")
     options = parser.parse_args()
+    require(options.weights / "sd.safetensors", MAKE_WEIGHTS)
+    for task in TASKS:
+        require(options.runs / task / "test.json", f"python examples/shapes/finetune.py --output {options.runs}")
     # A whole new set or none: the files of one set belong together.
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch)

@@ -10,31 +10,39 @@ from experiments import PRECISIONS, PRETRAINED, RANDOM, VARIANTS
 
 from vpd_fast.checkpoints import open_checkpoint
 from vpd_fast.config import TASKS
+from vpd_fast.data.shapes.language import KINDS
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.files import write_files
 
 Rows = list[dict[str, Any]]
-SHOWN = {"segmentation": ("mIoU", "aAcc"), "referring": ("oIoU", "mIoU", "P@0.5"), "depth": ("abs_rel", "rmse", "d1")}
+SHOWN = {
+    "segmentation": ("mIoU", "aAcc"),
+    "referring": ("oIoU", "mIoU", "P@0.5", *(f"P@0.5, {kind}" for kind in KINDS)),
+    "depth": ("abs_rel", "rmse", "d1"),
+}
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and, of several, the sample's standard deviation."""
+def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and, of several, the sample's standard deviation. sign: "+" shows that of positive means as well."""
     mean = statistics.mean(values)
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def finals(rows: Rows, task: str, variant: str) -> list[float]:
-    """The metric at the end of every seed's run."""
+def finals(rows: Rows, task: str, variant: str) -> dict[int, float]:
+    """Seed: the metric at the end of its run."""
     last: dict[int, tuple[int, float]] = {}
     for row in rows:
         if (row["kind"], row["task"], row["variant"]) == ("curve", task, variant):
             last[row["seed"]] = max(last.get(row["seed"], (0, 0.0)), (row["step"], row["value"]))
-    return [value for _, value in last.values()]
+    return {seed: value for seed, (_, value) in last.items()}
 
 
 def models_table() -> str:
     """Markdown: the bundled models on held-out scenes, from their own records."""
-    lines = ["| task | metric | float32 | 8-bit weights | unseen pairs |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| task | metric | float32 | 8-bit weights | scenes with an unseen pair |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for task, names in SHOWN.items():
         record = open_checkpoint(f"shapes-{task}").metadata["record"]
         for name in names:
@@ -44,7 +52,7 @@ def models_table() -> str:
 
 
 def variants_table(rows: Rows, task: str) -> str:
-    """Markdown: every variant of a task at the end, and its difference to the first."""
+    """Markdown: every variant of a task at the end, and its difference to the first with the same seed."""
     metric = next((row["metric"] for row in rows if row["task"] == task), "metric")
     lines = [f"| {task} | {metric} | difference | runs |", "| --- | --- | --- | --- |"]
     base = finals(rows, task, PRETRAINED)
@@ -52,16 +60,22 @@ def variants_table(rows: Rows, task: str) -> str:
         values = finals(rows, task, variant.name)
         if not values:
             continue
-        difference = "" if variant.name == PRETRAINED else f"{statistics.mean(values) - statistics.mean(base):+.3f}"
-        lines.append(f"| {variant.name} | {spread(values)} | {difference} | {len(values)} |")
+        paired = [value - base[seed] for seed, value in values.items() if seed in base and variant.name != PRETRAINED]
+        difference = spread(paired, sign="+") if paired else ""
+        lines.append(f"| {variant.name} | {spread(list(values.values()))} | {difference} | {len(values)} |")
     return "\n".join(lines)
+
+
+def curves_of(rows: Rows, task: str) -> dict[str, list[tuple[int, float, float]]]:
+    """{what the plot calls it: mean curve} of a task's variants that have one."""
+    return {v.curve: mean_curve(rows, task, v.name) for v in VARIANTS if v.task == task and v.curve}
 
 
 def steps_table(rows: Rows) -> str:
     """Markdown: after how many steps the pre-trained model is where the random one ends."""
     lines = ["| task | random UNet at the end | steps | pre-trained is there after |", "| --- | --- | --- | --- |"]
     for task in TASKS:
-        curves = {name: mean_curve(rows, task, name) for name in (PRETRAINED, RANDOM)}
+        curves = curves_of(rows, task)
         if not all(curves.values()):
             continue
         end, value = curves[RANDOM][-1][:2]
@@ -78,12 +92,9 @@ def precision_table(rows: Rows) -> str:
         found = [r for r in rows if r["kind"] == "precision" and r["task"] == task and r["variant"] == PRETRAINED]
         if len(found) < len(PRECISIONS):
             continue
-        cells = [spread([r["value"] for r in found if r["precision"] == p], 4) for p in PRECISIONS]
-        base = {r["seed"]: r["value"] for r in found if r["precision"] == "fp32"}
-        changes = []
-        for p in PRECISIONS:
-            differences = [r["value"] - base[r["seed"]] for r in found if r["precision"] == p]
-            changes.append(f"{statistics.mean(differences):+.4f}")
+        values = {p: {r["seed"]: r["value"] for r in found if r["precision"] == p} for p in PRECISIONS}
+        cells = [spread(list(values[p].values()), 4) for p in PRECISIONS]
+        changes = [spread([v - values["fp32"][seed] for seed, v in values[p].items()], 4, "+") for p in PRECISIONS]
         lines.append(f"| {task}, {found[0]['metric']} | {' | '.join(cells)} |")
         lines.append(f"| change to fp32 | {' | '.join(changes)} |")
     return "\n".join(lines)
@@ -100,19 +111,26 @@ def mean_curve(rows: Rows, task: str, variant: str) -> list[tuple[int, float, fl
     ]
 
 
+def require_plots() -> None:
+    """Raise MissingDependencyError where there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('the plot needs matplotlib: pip install "vpd_fast[examples]"') from error
+
+
 def plot(rows: Rows, path: Path) -> None:
     """Accuracy against steps, pre-trained and random, a panel per task. Raises MissingDependencyError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("the plots need matplotlib: pip install matplotlib") from error
+    require_plots()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, task in zip(figure.subplots(1, 3), TASKS, strict=True):
-        for variant, color in ((PRETRAINED, "tab:blue"), (RANDOM, "tab:orange")):
-            curve = mean_curve(rows, task, variant)
+        for name, curve in curves_of(rows, task).items():
             if curve:
+                color = {PRETRAINED: "tab:blue", RANDOM: "tab:orange"}[name]
                 steps, means, deviations = zip(*curve, strict=True)
-                axes.plot(steps, means, color=color, marker="o", markersize=3, label=variant)
+                axes.plot(steps, means, color=color, marker="o", markersize=3, label=name)
                 low, high = ([m + s * d for m, d in zip(means, deviations, strict=True)] for s in (-1, 1))
                 axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         metric = next((row["metric"] for row in rows if row["task"] == task), "")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from vpd_fast.config import TASKS
-from vpd_fast.errors import VPDFastError
+from vpd_fast.errors import CheckpointError, VPDFastError
+
+MAKE_WEIGHTS = "python examples/shapes/pretrain.py (an hour) or python examples/shapes/unpack.py (at once)"
 
 
 def run_script(main: Callable[[], None]) -> int:
@@ -21,6 +24,12 @@ def run_script(main: Callable[[], None]) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def require(path: Path, command: str) -> None:
+    """Raise CheckpointError where a file is missing that `command` makes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; it is made by: {command}")
 
 
 def task_names(text: str) -> list[str]:

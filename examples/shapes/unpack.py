@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pack import PRETRAINED, copy_of
 from safetensors.torch import save_file
-from script import run_script
+from script import require, run_script
 
 from vpd_fast.checkpoints import bundled, reader
 from vpd_fast.files import write_files
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("shapes-sd"))
     options = parser.parse_args()
+    require(PRETRAINED, "python examples/shapes/pack.py, after pretrain.py and finetune.py")
     unpack(PRETRAINED, options.output)
     print(f"wrote {options.output}")
 

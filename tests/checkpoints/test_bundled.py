@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,7 +51,9 @@ def test_loads_by_name(task: str) -> None:
     assert not model.load_report.unexpected
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in model.state_dict().values())
     record = open_checkpoint(f"shapes-{task}").metadata["record"]
-    assert {"made by", "pretraining", "float32", "8-bit weights"} <= record.keys()
+    assert {"commands", "pretraining", "finetuning", "float32", "8-bit weights"} <= record.keys()
+    assert record["finetuning"]["task"] == task
+    assert "root" not in record["finetuning"]["data"]  # a place on the machine that trained it
 
 
 def test_wrong_task_and_wrong_names() -> None:
@@ -65,6 +69,25 @@ def test_a_file_of_that_name_wins(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     VPD.from_pretrained("shapes-depth").save_pretrained("shapes-segmentation")
     assert VPD.from_pretrained("shapes-segmentation").config.task == "depth"
+
+
+def test_another_folder_of_that_name_does_not_hide_them(tmp_path, monkeypatch) -> None:
+    """What `vpd-fast train -o shapes-depth` leaves, for example, has its weights further down."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("shapes-depth", "shapes-text"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    assert VPD.from_pretrained("shapes-depth").config.task == "depth"
+    assert TextEncoder("shapes-text", remember=False).embed_sentences(["the cube"], tokens=24).shape == (1, 24, 96)
+
+
+def test_no_network(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    model = VPD.from_pretrained("shapes-referring")
+    assert model.predict(np.zeros((128, 128, 3), np.uint8), text="the red cube").mask.shape == (128, 128)
 
 
 def test_missing_and_damaged_files_say_what_to_do(tmp_path, monkeypatch, capsys) -> None:

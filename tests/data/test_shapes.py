@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from vpd_fast.data import open_dataset
 from vpd_fast.data.shapes import CLASSES, SPLITS, VOCABULARY, Scene, export, make_scene, stream
 from vpd_fast.data.shapes.dataset import OBJECTS
-from vpd_fast.data.shapes.language import CLEAR, CLEAR_METRES, KINDS, PER_OBJECT
+from vpd_fast.data.shapes.language import CLEAR, CLEAR_METRES, KINDS, PER_OBJECT, kind_of
 from vpd_fast.data.shapes.render import SHAPES, Camera, Room, Solid, shade, trace
 from vpd_fast.data.shapes.world import held_out
 from vpd_fast.errors import DatasetError, InputError
@@ -164,12 +164,23 @@ def test_kinds_of_sentences_take_turns() -> None:
     counts = dict.fromkeys(KINDS, 0)
     for scene in scenes():
         for sentence, _ in scene.sentences:
-            words = sentence.split()
-            relation = "of" in words or "behind" in words
-            extreme = any(word in words for word in ("leftmost", "rightmost", "nearest", "farthest"))
-            counts["relations" if relation else "extremes" if extreme else "attributes"] += 1
+            counts[kind_of(sentence)] += 1
     assert PER_OBJECT == 4
     assert all(count > 0.15 * sum(counts.values()) for count in counts.values()), counts
+
+
+@pytest.mark.parametrize(
+    ("sentence", "kind"),
+    [
+        ("the large red cube", "attributes"),
+        ("the leftmost thing", "extremes"),
+        ("the cube left of the red ring", "relations"),
+        ("the large thing behind the cone", "relations"),
+        ("the ring in front of the cone", "relations"),
+    ],
+)
+def test_kind_of(sentence: str, kind: str) -> None:
+    assert kind_of(sentence) == kind
 
 
 def test_vocabulary_and_lengths() -> None:
@@ -289,6 +300,14 @@ def test_export_leaves_other_data_sets_alone(tmp_path) -> None:
     with pytest.raises(DatasetError, match="files that no export wrote"):
         export("refcoco", tmp_path, "train", range(1))
     assert (folder / "refs(unc).p").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "nyu"])
+def test_export_does_not_mix_held_out_splits(kind: str, tmp_path) -> None:
+    for split in ("train", "test", "test"):
+        export(kind, tmp_path, split, range(1))
+    with pytest.raises(DatasetError, match="of another split"):
+        export(kind, tmp_path, "unseen", range(1))
 
 
 def test_export_refuses(tmp_path) -> None:

@@ -11,10 +11,11 @@ from PIL import Image
 
 from vpd_fast.cli.main import run
 from vpd_fast.config import TASKS
-from vpd_fast.data.shapes import make_scene
+from vpd_fast.data.shapes import CLASSES, ShapesDataset, make_scene
 from vpd_fast.demo import contact_sheet, run_demo, sheet
-from vpd_fast.demo.run import _agreement
+from vpd_fast.demo.run import _agreement, _with_one_sentence
 from vpd_fast.errors import InputError
+from vpd_fast.evaluation import panels
 from vpd_fast.inference import drawing
 
 
@@ -63,8 +64,21 @@ def test_sheet_shows_what_was_predicted(demo) -> None:
         scene = demo.shown[row]["segmentation"][0].image
         resized = np.asarray(Image.fromarray(scene).resize((sheet.TILE, sheet.TILE)))
         assert np.abs(tile(row, 0) - resized).mean() < 8
+        labels = demo.shown[row]["segmentation"][1].labels
+        drawn = panels.segmentation(scene, labels, np.zeros_like(labels), CLASSES).panels[1][1]
+        expected = np.asarray(drawn.resize((sheet.TILE, sheet.TILE), Image.Resampling.LANCZOS))
+        assert np.array_equal(tile(row, 1), expected)
         for a, b in itertools.combinations(range(6), 2):
             assert np.abs(tile(row, a) - tile(row, b)).mean() > 3, (a, b)
+
+
+def test_sentences_of_all_kinds_are_asked(demo) -> None:
+    sample = ShapesDataset(None, "test", task="referring", length=3).load(0)
+    asked = {_with_one_sentence(sample, turn).sentences for turn in range(8)}
+    assert asked == {(sentence,) for sentence in sample.sentences}
+    assert len(asked) > 1
+    plain = ShapesDataset(None, "test", task="depth", length=1).load(0)
+    assert _with_one_sentence(plain, 3) is plain
 
 
 def test_agreement_by_hand() -> None:

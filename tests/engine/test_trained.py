@@ -47,7 +47,7 @@ def metrics(task: str, folder: str, precision: str | None) -> dict[str, float]:
 @pytest.mark.parametrize("task", OPTIONS)
 def test_the_plain_models_have_learnt_their_task(task: str, folder: str) -> None:
     found = metrics(task, folder, None)
-    least = {"segmentation": ("mIoU", 0.85), "referring": ("oIoU", 0.55), "depth": ("abs_rel", -0.08)}[task]
+    least = {"segmentation": ("mIoU", 0.85), "referring": ("oIoU", 0.70), "depth": ("abs_rel", -0.08)}[task]
     assert (-1 if task == "depth" else 1) * found[least[0]] > least[1]
 
 

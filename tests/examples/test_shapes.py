@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib
 import json
 import signal
@@ -17,7 +19,8 @@ import torch
 from torch import nn
 
 from vpd_fast import VPD, VPDConfig
-from vpd_fast.data.shapes import CLASSES, VOCABULARY, make_scene
+from vpd_fast.checkpoints import bundled
+from vpd_fast.data.shapes import CLASSES, VOCABULARY, ShapesDataset, language, make_scene
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models.text import TextEncoder
 
@@ -217,7 +220,7 @@ def test_variants_are_valid_and_say_what_they_change(shapes) -> None:
 
 
 def rows() -> list[dict]:
-    def curve(variant: str, seed: int, values: list[float], task: str = "segmentation") -> list[dict]:
+    def curve(variant: str, seed: int, values: list[float], task: str = "referring") -> list[dict]:
         key = {"kind": "curve", "task": task, "variant": variant, "seed": seed, "metric": "mIoU"}
         return [{**key, "step": 10 * (i + 1), "value": value} for i, value in enumerate(values)]
 
@@ -231,13 +234,16 @@ def rows() -> list[dict]:
 
 
 def test_tables(shapes) -> None:
-    table = shapes.report.variants_table(rows(), "segmentation")
+    table = shapes.report.variants_table(rows(), "referring")
     assert "| pre-trained | 0.700 ± 0.141 |  | 2 |" in table
-    assert "| random UNet | 0.400 ± 0.141 | -0.300 | 2 |" in table
-    assert "| segmentation | 0.400 | 20 | 10 steps |" in shapes.report.steps_table(rows())
+    assert "| random UNet | 0.400 ± 0.141 | -0.300 ± 0.000 | 2 |" in table
+    assert "| referring | 0.400 | 20 | 10 steps |" in shapes.report.steps_table(rows())
     table = shapes.report.precision_table(rows())
     assert "| segmentation, mIoU | 0.7500 ± 0.0707 |" in table
-    assert "| change to fp32 | +0.0000 | +0.0000 | -0.0100 | -0.0500 |" in table
+    assert "| change to fp32 | +0.0000 ± 0.0000 | +0.0000 ± 0.0000 | -0.0100 ± 0.0000 | -0.0500 ± 0.0000 |" in table
+    table = shapes.report.models_table()
+    assert "| segmentation | mIoU |" in table
+    assert "| referring | P@0.5, relations |" in table
 
 
 def test_report_needs_rows_and_marks(shapes, tmp_path) -> None:
@@ -256,10 +262,74 @@ def test_rows_of_other_settings_are_not_mixed(shapes, tmp_path) -> None:
     path.write_text("{")
     with pytest.raises(InputError, match="not rows"):
         shapes.analysis.read_rows(path)
-    path.write_text(json.dumps({"settings": {"steps": 1}}) + "\n")
-    options = SimpleNamespace(output=tmp_path, tasks=["depth"], steps=2, scenes=3, held_out=4)
+    row = {"task": "depth", "variant": "pre-trained", "seed": 0, "settings": {"steps": 1}}
+    path.write_text(json.dumps(row) + "\n")
+    (tmp_path / "sd.safetensors").touch()
+    options = SimpleNamespace(
+        output=tmp_path, weights=tmp_path, tasks=["depth"], seeds=1, steps=2, scenes=3, held_out=4
+    )
     with pytest.raises(InputError, match="give another --output"):
         shapes.analysis.run(options)
+
+
+def test_settings_know_what_a_run_was(shapes) -> None:
+    variant = shapes.experiments.VARIANTS[0]
+    options = SimpleNamespace(steps=2, scenes=3, held_out=4)
+    base = shapes.analysis.settings_of(variant, 0, options, "weights")
+    assert base == shapes.analysis.settings_of(variant, 0, options, "weights")
+    for change in ({"adapter": False}, {"length": 2}, {"overrides": ("optimizer.lr=1.0",)}):
+        assert shapes.analysis.settings_of(dataclasses.replace(variant, **change), 0, options, "weights") != base
+    assert shapes.analysis.settings_of(variant, 1, options, "weights") != base
+    assert shapes.analysis.settings_of(variant, 0, options, "others") != base
+
+
+def test_what_is_missing_names_what_makes_it(shapes, tmp_path, monkeypatch, capsys) -> None:
+    for name in ("finetune", "analysis", "pack"):
+        monkeypatch.setattr(sys, "argv", [name, "--weights", str(tmp_path / "sd")])
+        assert shapes.script.run_script(getattr(shapes, name).main) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path / 'sd' / 'sd.safetensors'} is missing; it is made by: python ")
+        assert error.count("\n") == 1
+
+
+def test_accuracy_by_kind_of_sentence_adds_up(shapes, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shapes.finetune, "ShapesDataset", functools.partial(ShapesDataset, length=6))
+    model = VPD.from_pretrained("shapes-referring")
+    found = shapes.finetune.measure(model, tmp_path, bundled.asset("shapes-text"), "test")
+    data = ShapesDataset(tmp_path, "test", task="referring", length=6)
+    kinds = [language.kind_of(sentence) for i in range(6) for sentence in data.load(i).sentences]
+    mean = sum(found[f"P@0.5, {kind}"] for kind in kinds) / len(kinds)
+    assert mean == pytest.approx(found["P@0.5"])
+
+
+def test_one_variant_of_the_analysis(shapes, tmp_path) -> None:
+    """Two steps of a run, from the pre-trained weights to accuracy in each precision; every sentence counts."""
+    weights = tmp_path / "sd"
+    shapes.unpack.unpack(shapes.pack.PRETRAINED, weights)
+    run = ["--data", tmp_path / "data", "--weights", weights, "--output", tmp_path / "out", "--tasks", "referring"]
+    run += ["--steps", 1, "--scenes", 6, "--held-out", 3, "--seeds", 1]
+    only = next(v for v in shapes.experiments.VARIANTS if v.task == "referring" and v.precisions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["analysis.py", *map(str, run)])
+        patch.setattr(shapes.analysis, "VARIANTS", (only,))
+        assert shapes.script.run_script(shapes.analysis.main) == 0
+        again = shapes.analysis.read_rows(tmp_path / "out" / "rows.jsonl")
+        assert shapes.script.run_script(shapes.analysis.main) == 0  # nothing is left to do
+        assert shapes.analysis.read_rows(tmp_path / "out" / "rows.jsonl") == again
+    assert {row["kind"] for row in again} == {"curve", "precision"}
+    assert [row["precision"] for row in again if row["kind"] == "precision"] == ["fp32", "bf16", "int8", "fp8"]
+    assert {row["step"] for row in again if row["kind"] == "curve"} == {1, 2}
+    assert all(0 <= row["value"] <= 1 for row in again)
+    page = (tmp_path / "out" / "shapes.md").read_text()
+    assert "| referring, oIoU |" in page
+
+
+def test_held_out_sentences_are_all_measured(shapes, tmp_path) -> None:
+    scenes = shapes.analysis.Scenes.__new__(shapes.analysis.Scenes)
+    scenes.samples, scenes.tokens = [None] * 2, [torch.zeros(3, 1, 1), torch.ones(2, 1, 1)]
+    assert scenes.all_pairs() == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    drawn = scenes.draw(200, torch.Generator().manual_seed(0))
+    assert set(drawn) == set(scenes.all_pairs())
 
 
 def test_pretrained_weights_without_pretraining(shapes, tmp_path) -> None:
@@ -275,10 +345,9 @@ def test_pretrained_weights_without_pretraining(shapes, tmp_path) -> None:
     assert torch.equal(mine, packaged)
     assert json.loads((tmp_path / "report.json").read_text())["psnr"] > 25
     # What was unpacked may be packed again beside what is there.
-    shapes.bundled = importlib.import_module("vpd_fast.checkpoints.bundled")
     for _ in range(2):
-        shapes.bundled.write_bundled(tmp_path, "shapes-referring", model.state_dict(), model.config, {})
-        model.load_state_dict(shapes.bundled.unpack(shapes.bundled.pack(model.state_dict())))
+        bundled.write_bundled(tmp_path, "shapes-referring", model.state_dict(), model.config, {})
+        model.load_state_dict(bundled.unpack(bundled.pack(model.state_dict())))
 
 
 @pytest.mark.slow

@@ -34,17 +34,23 @@ _SCALE = ".scale"
 
 
 def is_bundled(path: str | Path) -> bool:
-    """Whether this is the name of bundled weights or of the bundled text encoder, and no file or folder."""
-    return str(path) in (*NAMES, TEXT_ENCODER) and not Path(path).exists()
+    """Whether this is the name of bundled weights or of the bundled text encoder, and no file or folder with weights.
+
+    Other folders of that name, of training runs for example, do not hide what comes with the package.
+    """
+    path = Path(path)
+    if str(path) not in (*NAMES, TEXT_ENCODER) or path.is_file():
+        return False
+    return not any((path / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME, "text_encoder", "unet"))
 
 
 def asset(name: str) -> Path:
     """The file or folder of a bundled name. Raises CheckpointError where it is missing."""
     path = ASSETS / (name if name == TEXT_ENCODER else f"{name}.safetensors")
-    if not path.exists():
+    if not (path / "text_encoder" / WEIGHTS_NAME if name == TEXT_ENCODER else path).is_file():
         raise CheckpointError(
             f"{name}: these weights come with the package, but {path} is missing; in a source checkout "
-            "examples/shapes/make.sh makes them, in about two hours on two cores"
+            "examples/shapes/make.sh makes them, in about three hours on two cores"
         )
     return path
 

@@ -65,7 +65,7 @@ def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[s
 
 def load_pretrained(folder: str | Path, **options: Any) -> VPD:
     """A model from a folder written by `save_pretrained`, or bundled weights; options as in `load_checkpoint`."""
-    if not Path(folder).is_dir() and not is_bundled(folder):
+    if not is_bundled(folder) and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: expected a folder written by save_pretrained, or one of {', '.join(NAMES)}")
     return load_checkpoint(folder, **options)
 

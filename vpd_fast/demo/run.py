@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,9 +92,16 @@ def run_demo(
             each = OBJECTS if task == "referring" else 1  # samples of a scene, of which the first is taken
             # In one folder, so that scenes are drawn once for all tasks.
             data = ShapesDataset(folder, split, task=task, length=(first + scenes) * each)
-            samples = [data.load((first + i) * each) for i in range(scenes)]
+            samples = [_with_one_sentence(data.load((first + i) * each), i) for i in range(scenes)]
             demo.reports.append(_run(task, model, fast, samples, demo.shown))
     return demo
+
+
+def _with_one_sentence(sample: Sample, turn: int) -> Sample:
+    """The sample with one of its sentences: in turn, as the first are of the easiest kind."""
+    if not sample.sentences:
+        return sample
+    return replace(sample, sentences=(sample.sentences[turn % len(sample.sentences)],))
 
 
 def _run(

@@ -174,9 +174,9 @@ class TextEncoder:
     def _local_folder(self) -> Path | None:
         from vpd_fast.checkpoints import bundled
 
-        if Path(self.name).is_dir():
-            return Path(self.name)
-        return bundled.asset(self.name) if bundled.is_bundled(self.name) else None
+        if bundled.is_bundled(self.name):
+            return bundled.asset(self.name)
+        return Path(self.name) if Path(self.name).is_dir() else None
 
     def _check_words(self, texts: Sequence[str]) -> None:
         """Raise InputError for words that the encoder has never seen, if it says which it has."""
@@ -268,7 +268,8 @@ def _hub_folder(name: str) -> Path:
                 return folder
     raise MissingDependencyError(
         f"the CLIP text encoder {name!r} is neither a local folder nor to be had from the Hugging Face hub; give the "
-        f"path of a folder with config.json, model.safetensors, vocab.json and merges.txt, or run once with network "
+        f"path of a folder with config.json, model.safetensors, vocab.json and merges.txt (--text-encoder; a "
+        f"model may name one that is elsewhere now), or run once with network "
         f"({_first_line(reason)})"
     )
 

@@ -31,8 +31,10 @@ def export(kind: str, root: str | Path, split: str, scenes: Iterable[int], *, si
     as uncompressed RLE, which pycocotools reads (a ring's hole is no polygon), and the images; splits train, val, testA
     ("test") and testB ("unseen"), of which others that an export left stay. Images are JPEG of quality 95.
 
+    ade20k and nyu have one folder for all that is not "train": give "validation", "test" and "unseen" a root each.
+
     Raises InputError for an unknown kind or split, DatasetError where the folder cannot be written or has another data
-    set's files.
+    set's or split's files.
     """
     if kind not in _WRITERS:
         raise InputError(f"kind must be one of {', '.join(_WRITERS)}, got {kind!r}")
@@ -44,11 +46,19 @@ def export(kind: str, root: str | Path, split: str, scenes: Iterable[int], *, si
         raise DatasetError(f"{root}: cannot be written ({error.strerror or error})") from error
 
 
+def _check_split(folder: Path, prefix: str) -> None:
+    """Raise DatasetError where a folder has images of another split, which readers would take for this one's."""
+    other = next((path for path in sorted(folder.glob("*.jpg")) if not path.name.startswith(prefix)), None)
+    if other is not None:
+        raise DatasetError(f"{folder}: has {other.name}, of another split; give each split a folder of its own")
+
+
 Numbered = Iterable[tuple[int, Scene]]
 
 
 def _ade20k(root: Path, split: str, scenes: Numbered) -> None:
     place = _ADE20K_SPLITS[split]
+    _check_split(root / "images" / place, f"{split}_")
     for i, scene in scenes:
         name = f"{split}_{i:07d}"
         write_files(
@@ -61,6 +71,7 @@ def _ade20k(root: Path, split: str, scenes: Numbered) -> None:
 
 def _nyu(root: Path, split: str, scenes: Numbered) -> None:
     folder = root / ("sync" if split == "train" else "official_splits/test") / SCENE
+    _check_split(folder, f"rgb_{SPLITS[split]}")
     for i, scene in scenes:
         number = f"{SPLITS[split]}{i:07d}"
         millimetres = np.rint(scene.depth * MILLIMETRES).astype(np.uint16)

@@ -59,6 +59,13 @@ def sentences_of(
             yield sentence, i
 
 
+def kind_of(sentence: str) -> str:
+    """Which of KINDS a sentence of the world is."""
+    if not EXTREMES.keys().isdisjoint(sentence.split()):
+        return "extremes"
+    return "relations" if any(f" {name} " in sentence for name in RELATIONS) else "attributes"
+
+
 def relation_holds(name: str, a: SceneObject, b: SceneObject, size: int) -> bool | None:
     """Whether `a` is left of `b` (right of, ...); None where one could argue."""
     beside = name in ("left of", "right of")
