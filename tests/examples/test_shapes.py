@@ -303,11 +303,11 @@ def test_accuracy_by_kind_of_sentence_adds_up(shapes, tmp_path, monkeypatch) -> 
 
 
 def test_one_variant_of_the_analysis(shapes, tmp_path) -> None:
-    """Two steps of a run, from the pre-trained weights to accuracy in each precision; every sentence counts."""
+    """Three steps of a run, from the pre-trained weights to accuracy in each precision; every sentence counts."""
     weights = tmp_path / "sd"
     shapes.unpack.unpack(shapes.pack.PRETRAINED, weights)
     run = ["--data", tmp_path / "data", "--weights", weights, "--output", tmp_path / "out", "--tasks", "referring"]
-    run += ["--steps", 1, "--scenes", 6, "--held-out", 3, "--seeds", 1]
+    run += ["--steps", 2, "--scenes", 6, "--held-out", 3, "--seeds", 1]
     only = next(v for v in shapes.experiments.VARIANTS if v.task == "referring" and v.precisions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["analysis.py", *map(str, run)])
@@ -318,7 +318,7 @@ def test_one_variant_of_the_analysis(shapes, tmp_path) -> None:
         assert shapes.analysis.read_rows(tmp_path / "out" / "rows.jsonl") == again
     assert {row["kind"] for row in again} == {"curve", "precision"}
     assert [row["precision"] for row in again if row["kind"] == "precision"] == ["fp32", "bf16", "int8", "fp8"]
-    assert {row["step"] for row in again if row["kind"] == "curve"} == {1, 2}
+    assert {row["step"] for row in again if row["kind"] == "curve"} == {1, 2, 3}
     assert all(0 <= row["value"] <= 1 for row in again)
     page = (tmp_path / "out" / "shapes.md").read_text()
     assert "| referring, oIoU |" in page
