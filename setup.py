@@ -85,8 +85,9 @@ if cuda_compiler():
     extensions.append(Extension("vpd_fast._C_cuda", sources=[]))
 
 setup(
+    # vpd_fast/kernels is a link to kernels/, which has no __init__.py: whoever has the checkout on sys.path and another
+    # package called `kernels` gets the other one.
     packages=[*find_packages(include=["vpd_fast", "vpd_fast.*"]), "vpd_fast.kernels"],
-    package_dir={"vpd_fast": "vpd_fast", "vpd_fast.kernels": "kernels"},
     package_data={
         "vpd_fast": ["py.typed", "**/*.json", "**/*.yaml", "assets/**/*.safetensors", "assets/**/*.txt"],
         "vpd_fast.kernels": ["configs/*.json"],

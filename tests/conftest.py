@@ -11,12 +11,12 @@ from types import ModuleType
 
 import pytest
 
-# Triton's interpreter multiplies with NumPy. Its OpenBLAS has AVX2 kernels (for CPUs it does not know, or because the
-# environment says so) that round rows at the end of a block otherwise than the rest, and tests that compare bits would
-# be about OpenBLAS. It reads this when NumPy is first imported.
+# Triton's interpreter multiplies with NumPy. The OpenBLAS that NumPy would choose has, for CPUs with AVX2 and for those
+# it does not know, kernels that round rows at the end of a block otherwise than the rest, and tests that compare bits
+# would be about OpenBLAS. It reads this when NumPy is first imported.
 _CPU = Path("/proc/cpuinfo")
-if _CPU.is_file() and "avx512vl" in _CPU.read_text(errors="replace"):
-    os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
+_AVX512 = _CPU.is_file() and "avx512vl" in _CPU.read_text(errors="replace")
+os.environ["OPENBLAS_CORETYPE"] = "SkylakeX" if _AVX512 else "Prescott"
 
 import torch  # noqa: E402
 

@@ -46,7 +46,14 @@ def test_operators_work_without_native_modules() -> None:
     assert "vpd_fast._C cannot be loaded" in in_fresh_process(code)
 
 
-def test_kernels_is_ours_only_inside_the_package() -> None:
-    found = importlib.util.find_spec("kernels")
-    assert found is None or not Path(found.origin or "").is_relative_to(ROOT)
-    assert importlib.util.find_spec("vpd_fast.kernels").origin.endswith("__init__.py")
+def test_the_checkout_hides_no_other_package_called_kernels(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("other = True")
+    # The checkout comes first, as it does for `python -m pytest` and for a script beside kernels/.
+    paths = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+    in_fresh_process(paths + "import kernels, vpd_fast.kernels; assert kernels.other")
+
+
+def test_kernels_are_part_of_the_package() -> None:
+    (folder,) = importlib.util.find_spec("vpd_fast.kernels").submodule_search_locations
+    assert Path(folder).samefile(ROOT / "kernels")

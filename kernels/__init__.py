@@ -1,1 +1,0 @@
-"""Triton kernels, one file per operator; installed as `vpd_fast.kernels` and imported only when one runs."""
