@@ -26,6 +26,7 @@ import triton
 from timing import table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from vpd_fast.kernels import (
     _product,
     _rows,
@@ -38,7 +39,6 @@ from vpd_fast.kernels import (
     self_attention,
     upsample_argmax,
 )
-
 from vpd_fast.ops._statistics import run_length, statistics_shape
 
 HEADS = 8

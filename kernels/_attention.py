@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._common import dot, rounded
 
 LOG2_E = 1.4426950408889634

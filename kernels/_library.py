@@ -5,6 +5,7 @@ They leave sums of float32 or int32, and cuDNN of bfloat16 or float16, which `_p
 
 import torch
 import torch.nn.functional as F
+
 from vpd_fast.kernels._geometry import Geometry
 
 ALIGNED = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of which n and k must be multiples

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels import _tuning
 from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
 from vpd_fast.kernels._geometry import Geometry

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._common import image_arguments, launch, rounded
 
 WIDEST = 16384  # columns of a row, which is kept in registers

@@ -8,6 +8,7 @@ largest.
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._common import launch
 
 PLANES = tl.constexpr(5)

@@ -6,6 +6,7 @@ Images of 8 bits have one scale and one zero each, which the padding has, too, s
 from collections.abc import Callable
 
 import torch
+
 from vpd_fast.kernels._geometry import Geometry
 from vpd_fast.kernels._product import product
 from vpd_fast.kernels._rows import prepare

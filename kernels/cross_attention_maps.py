@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._attention import (
     add_dot,
     attention_arguments,

@@ -12,6 +12,7 @@ monotone, and SiLU has one minimum. Kernels that round to 8 bits need that range
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._common import launch, multiprocessors
 from vpd_fast.kernels._statistics import CHANNELS, PLANES, POSITIONS, partial
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from vpd_fast.kernels._geometry import Geometry
 from vpd_fast.kernels._product import product
 from vpd_fast.kernels._rows import prepare

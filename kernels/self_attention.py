@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._attention import LOG2_E, batch_stride
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
 from vpd_fast.kernels._limits import row_stride

@@ -8,6 +8,7 @@ logits exist one channel at a time, in registers.
 import torch
 import triton
 import triton.language as tl
+
 from vpd_fast.kernels._common import INTERPRETED, launch
 
 UNROLLED_TAPS = (2, 4, 8)  # taps of an axis that a kernel is compiled for; more are counted when it runs
