@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
+from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check_size, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, schema
 
 ROOT = Path(__file__).parents[2]
 
 
+@dataclass(frozen=True)
+class Example:
+    x: Tensor
+    sizes: Sequence[SymInt]
+    count: int | None
+    total: Annotated[Tensor, WRITTEN]
+    out: Annotated[Tensor | None, WRITTEN]
+
+
+def test_schema() -> None:
+    assert schema(Example) == "Tensor x, SymInt[] sizes, int? count, Tensor(a!) total, Tensor(b!)? out"
+
+
+@dataclass(frozen=True)
+class Single:
+    x: str
+
+
 def make_op(*refusals: str | None) -> Op:
     implementations = tuple(
-        Implementation(f"impl{i}", run=lambda x, i=i: (i, x), refuse=lambda x, reason=reason: reason)
+        Implementation(f"impl{i}", run=lambda a, i=i: (i, a.x), refuse=lambda a, reason=reason: reason)
         for i, reason in enumerate(refusals)
     )
-    return Op("example", "Tensor x", "Tensor", lambda x, impl: x, lambda x: (x,), implementations)
+    return Op("example", Single, implementations)
 
 
 def test_auto_takes_the_first_that_does_not_refuse() -> None:
-    assert make_op(None, None)("x", "auto") == (0, "x")
-    assert make_op("no", None, None)("x", "auto") == (1, "x")
+    assert make_op(None, None).run("x", "auto") == (0, "x")
+    assert make_op("no", None, None).run("x", "auto") == (1, "x")
 
 
 def test_auto_says_every_reason_when_all_refuse() -> None:
     with pytest.raises(
         InputError, match=r"no implementation of example can run here \(impl0: too old; impl1: too new\)"
     ):
-        make_op("too old", "too new")("x", "auto")
+        make_op("too old", "too new").run("x", "auto")
 
 
 def test_an_explicit_choice_never_falls_back() -> None:
     op = make_op("too old", None)
-    assert op("x", "impl1") == (1, "x")
+    assert op.run("x", "impl1") == (1, "x")
     with pytest.raises(InputError, match="impl='impl0' of example cannot run here: too old"):
-        op("x", "impl0")
+        op.run("x", "impl0")
     with pytest.raises(InputError, match=r"an implementation of example \('impl0', 'impl1'\), got 'other'"):
-        op("x", "other")
+        op.run("x", "other")
 
 
 def test_explain(monkeypatch) -> None:

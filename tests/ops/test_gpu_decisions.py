@@ -186,7 +186,7 @@ def test_references_stay_on_the_device(name: str, dtype: torch.dtype) -> None:
     """Every tensor that a reference makes must be where its arguments are, and nothing may wait for a number."""
     args, kwargs = calls(dtype)[name]
     op = ops.registry()[name]
-    arguments = op.check(*args, **kwargs)
+    arguments = op.bind(*args, **kwargs)
     out = op.choose("reference", arguments).run(*arguments)
     for result in out if isinstance(out, tuple) else (out,):
         assert result is None or result.device == torch.device(GPU)
@@ -201,7 +201,7 @@ def test_references_of_8_bits_stay_on_the_device(precision: torch.dtype) -> None
     }
     for name, (args, kwargs) in calls.items():
         op = ops.registry()[name]
-        arguments = op.check(*args, **kwargs)
+        arguments = op.bind(*args, **kwargs)
         op.choose("reference", arguments).run(*arguments)
 
 
@@ -223,7 +223,7 @@ def test_sdpa_on_a_gpu(gpu, monkeypatch, capability: tuple[int, int]) -> None:
     for images, contexts, length, parts in ((2, 2, 1000, 1), (1, 1, 40000, 12), (3, 1, 500, 1)):
         seen.clear()
         q, k = empty(images, length, 82), empty(contexts, length, 82)
-        arguments = op.check(q, k, k, 2)
+        arguments = op.bind(q, k, k, 2)
         op.choose("sdpa", arguments).run(*arguments)
         assert len(seen) == parts
         assert sum(part.shape[0] * part.shape[2] for part in seen) == images * length
@@ -279,7 +279,7 @@ class TestOffsets:
         """Whose zeros around the image count, too: 46341 by 46341 positions, unlike 46340 by 46340, are 2**31."""
         op = ops.registry()["conv2d"]
         weight = PackedWeight(empty(4, 8, 4), None, None, 8, 4)
-        x, *rest = op.check(empty(1, 4, 4, 1), weight, kernel=(2, 2), upsample=True)
+        x, *rest = op.bind(empty(1, 4, 4, 1), weight, kernel=(2, 2), upsample=True)
         triton = next(i for i in op.implementations if i.name == "triton")
         for side, reason in ((46338, "padded x has 2147395600 positions"), (46339, "a prepared image has more")):
             assert reason in triton.refuse(empty(1, side, side, 1), *rest)

@@ -457,11 +457,11 @@ def test_why_the_cuda_kernels_cannot_run(monkeypatch, widths, dtype, norm, capab
 def test_opcheck(precision: torch.dtype) -> None:
     weight = make_weight(6, 20, precision)
     x, x2, residual = randn(2, 5, 8), randn(2, 5, 12, dtype=torch.bfloat16), randn(2, 5, 3)
-    vectors = randn(6), True, 1e-5, randn(2, 2, 20), randn(20)
+    vectors = randn(6), randn(2, 2, 20), randn(20)
     for name in ("auto", "cpu", "reference"):
         numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n
         known = torch.zeros(statistics_shape(2, 5, 3)) if name == "reference" else None
-        arguments = *numbers, *vectors, "geglu", residual, torch.zeros(2, 5, 3), known, 64, name
+        arguments = *numbers, *vectors, "geglu", residual, torch.zeros(2, 5, 3), True, 1e-5, known, 64, name
         torch.library.opcheck(torch.ops.vpd_fast.linear.default, arguments)
 
 

@@ -1,17 +1,38 @@
-"""What all operators share: their contract with PyTorch, their implementations, and the choice between them."""
+"""What all operators share: their contract with PyTorch, their implementations, and the choice between them.
+
+An operator is declared in four steps, of which `linear.py` is an example:
+
+1. `@dataclass(frozen=True) class LinearArguments`: the operator's arguments, the only list of them. The schema is
+   derived from the types of its fields (`schema`); a tensor that is written to is `Annotated[Tensor, WRITTEN]`.
+2. `def linear(..., impl="auto")`, the public function: checks what it is given and ends with `LINEAR(arguments, impl)`.
+3. Implementations, pairs of functions `run(arguments)` and `refuse(arguments)`, the plain PyTorch "reference" last.
+4. `LINEAR = register(Op("linear", LinearArguments, public=linear, implementations=(...)))`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from vpd_fast.errors import InputError
+from vpd_fast.ops._checks import check_impl
 
 LIBRARY = torch.library.Library("vpd_fast", "DEF")
 _OPS: dict[str, Op] = {}
+WRITTEN = "written"  # marks a tensor that the operator writes to
+SymInt = Annotated[int, "SymInt"]  # an integer that torch.compile may leave open, such as a size
+_TYPES: dict[Any, str] = {Tensor: "Tensor", int: "int", SymInt: "SymInt", float: "float", bool: "bool", str: "str"}
+_TYPES |= {Sequence[kind]: f"{_TYPES[kind]}[]" for kind in (int, SymInt)}
+_BIND = object()  # the `impl` with which `Op.bind` calls a public function
+
+
+class _Bound(Exception):  # noqa: N818
+    """Ends a public function that `Op.bind` called, with the arguments that it hands over."""
 
 
 def never_refuses(*args: Any) -> None:
@@ -22,7 +43,7 @@ def never_refuses(*args: Any) -> None:
 class Implementation:
     """One way to compute an operator.
 
-    run: takes the operator's arguments (without `impl`) and returns its result.
+    run: takes the operator's arguments and returns its result.
     refuse: takes the same arguments; returns the reason why `run` cannot take them, or None. It must not compute.
     """
 
@@ -35,24 +56,52 @@ class Implementation:
 class Op:
     """An operator `torch.ops.vpd_fast.<name>`.
 
-    arguments, returns: as in PyTorch's operator schemas, without `impl`, which is added as the last argument. There
-        are no default values (PyTorch would not hand them over); those are for the public function.
-    fake: returns an empty result of the right shape, dtype and device, for tracing.
-    check: takes the public function's arguments (without `impl`), raises InputError for bad ones and returns the
-        operator's arguments. The public function is `check`, then the operator.
+    arguments: a frozen dataclass, see the docstring of this module. PyTorch sees its fields, and `impl` after them.
+        There are no default values (PyTorch would not hand them over); those are for the public function.
     implementations: in order of preference. The last is the plain PyTorch "reference": it defines what is correct.
+    public: the function `vpd_fast.ops.<name>`.
+    returns: as in PyTorch's operator schemas; "()" for an operator that fills its arguments.
+    fake: takes the arguments and returns an empty result of the right shape, dtype and device, for tracing.
+    check: of operators that are not converted yet, whose arguments are a schema: public arguments to the operator's.
     """
 
     name: str
-    arguments: str
-    returns: str
-    fake: Callable[..., Any]
-    check: Callable[..., tuple[Any, ...]]
+    arguments: Any
     implementations: tuple[Implementation, ...]
+    public: Callable[..., Any] | None = None
+    returns: str = "()"
+    fake: Callable[..., Any] = lambda *_: None
+    check: Callable[..., tuple[Any, ...]] | None = None
 
-    def __call__(self, *args: Any) -> Any:
-        """Runs the operator on checked arguments, the last of which is `impl`."""
-        return self.choose(args[-1], args[:-1]).run(*args[:-1])
+    def __call__(self, arguments: Any, impl: str) -> Any:
+        """Runs the operator on checked arguments; for public functions. Raises InputError if `impl` is no name."""
+        if impl is _BIND:
+            raise _Bound(arguments)
+        flat = [getattr(arguments, name) for name in self.arguments.__match_args__]  # its fields
+        return getattr(torch.ops.vpd_fast, self.name)(*flat, check_impl(impl))
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What implementations take for a call of the public function, of which only the checks run."""
+        if self.check is not None:
+            return self.check(*args, **kwargs)
+        try:
+            self.public(*args, **{**kwargs, "impl": _BIND})
+        except _Bound as bound:
+            return bound.args
+        raise AssertionError(f"the public function of {self.name} does not call its operator")
+
+    def run(self, *flat: Any) -> Any:
+        """What PyTorch calls: chooses the implementation that the last argument, `impl`, names, and runs it."""
+        arguments = self.wrap(flat[:-1])
+        return self.choose(flat[-1], arguments).run(*arguments)
+
+    def run_fake(self, *flat: Any) -> Any:
+        """What PyTorch calls while it traces."""
+        return self.fake(*(flat if self.check is not None else self.wrap(flat[:-1])))
+
+    def wrap(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What implementations take: the arguments' object, or of operators that are not converted yet each of them."""
+        return flat if self.check is not None else (self.arguments(*flat),)
 
     def choose(self, impl: str, args: tuple[Any, ...]) -> Implementation:
         """The named implementation, or for "auto" the first that does not refuse. Raises InputError if none fits."""
@@ -72,11 +121,37 @@ class Op:
         raise InputError(f"impl must be 'auto' or an implementation of {self.name} ({names}), got {impl!r}")
 
 
+def schema(arguments: type) -> str:
+    """The fields of a dataclass as arguments of a PyTorch operator.
+
+    >>> @dataclass(frozen=True)
+    ... class Arguments:
+    ...     x: Tensor
+    ...     sizes: Sequence[SymInt]
+    ...     out: Annotated[Tensor | None, WRITTEN]
+    >>> schema(Arguments)
+    'Tensor x, SymInt[] sizes, Tensor(a!)? out'
+    """
+    letters = iter("abcdefgh")
+    types = typing.get_type_hints(arguments, include_extras=True)
+    return ", ".join(f"{_schema_type(types[field.name], letters)} {field.name}" for field in fields(arguments))
+
+
+def _schema_type(kind: Any, letters: Iterator[str]) -> str:
+    written = typing.get_origin(kind) is Annotated and WRITTEN in kind.__metadata__
+    kind = typing.get_args(kind)[0] if written else kind
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    return _TYPES[kind] + (f"({next(letters)}!)" if written else "") + ("?" if optional else "")
+
+
 def register(op: Op) -> Op:
     """Defines the operator in PyTorch, for all devices and for tracing; loads no native code."""
-    LIBRARY.define(f"{op.name}({op.arguments}, str impl) -> {op.returns}")
-    LIBRARY.impl(op.name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vpd_fast::{op.name}", op.fake, lib=LIBRARY)
+    arguments = op.arguments if isinstance(op.arguments, str) else schema(op.arguments)
+    LIBRARY.define(f"{op.name}({arguments}, str impl) -> {op.returns}")
+    LIBRARY.impl(op.name, op.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vpd_fast::{op.name}", op.run_fake, lib=LIBRARY)
     _announce_writes(getattr(torch.ops.vpd_fast, op.name).default)
     _OPS[op.name] = op
     return op
@@ -116,5 +191,5 @@ def explain(name: str, *args: Any, **kwargs: Any) -> dict[str, str]:
     if name not in _OPS:
         raise InputError(f"name must be an operator of vpd_fast ({', '.join(_OPS)}), got {name!r}")
     kwargs.pop("impl", None)
-    arguments = _OPS[name].check(*args, **kwargs)
+    arguments = _OPS[name].bind(*args, **kwargs)
     return {i.name: i.refuse(*arguments) or "ok" for i in _OPS[name].implementations}

@@ -14,7 +14,8 @@ smallest normal float32 is zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops._packing import FLOAT8, LARGEST, PANEL, WIDTHS, PackedWeight
 from vpd_fast.ops._triton import triton_missing
 
@@ -32,6 +34,39 @@ Range = tuple[Tensor, Tensor]  # least and largest numbers, (..., 1)
 ACTIVATIONS = (None, "relu", "silu", "geglu")
 LEVELS = 255  # steps between the least and the largest 8-bit number
 MOST_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
+
+
+@dataclass(frozen=True)
+class GemmArguments:
+    """What operators that multiply by a packed weight have in common; see their public functions."""
+
+    x: Tensor
+    x2: Tensor | None
+    data: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+    n: SymInt
+    bias: Tensor | None
+    affine: Tensor | None
+    scale: Tensor | None
+    activation: str
+    residual: Tensor | None
+    out: Annotated[Tensor, WRITTEN]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of both sources together."""
+        return self.x.shape[-1] + (0 if self.x2 is None else self.x2.shape[-1])
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the weight."""
+        return self.channels
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The weight that `data`, `scales`, `sums` and `n` are parts of."""
+        return PackedWeight(self.data, self.scales, self.sums, self.n, self.columns)
 
 
 def geglu_rows(n: int) -> Tensor:

@@ -11,7 +11,8 @@ makes its results not finite; with 8-bit weights, NaN.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _cuda_product, _gemm
-from vpd_fast.ops._checks import check, check_impl, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES, geglu_rows
 from vpd_fast.ops._packing import PackedWeight
 from vpd_fast.ops._statistics import Statistics, check_statistics, fill_statistics
@@ -68,41 +69,6 @@ def linear(
         >>> weight = PackedWeight.pack(layer.weight[None], torch.int8)
         >>> linear(x, weight, layer.bias, residual=x)
     """
-    arguments = _check(
-        x,
-        weight,
-        bias,
-        x2=x2,
-        norm=norm,
-        eps=eps,
-        affine=affine,
-        scale=scale,
-        residual=residual,
-        activation=activation,
-        out_dtype=out_dtype,
-        out=out,
-        statistics=statistics,
-    )
-    torch.ops.vpd_fast.linear(*arguments, check_impl(impl))
-    return arguments[-3]
-
-
-def _check(
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None = None,
-    *,
-    x2: Tensor | None = None,
-    norm: str | None = None,
-    eps: float = 1e-5,
-    affine: Tensor | None = None,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    out_dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-    statistics: Statistics | None = None,
-) -> tuple:
     check_tensor("x", x, "B M K1", DTYPES, "B")
     batch, rows, k = x.shape
     if x2 is not None:
@@ -119,41 +85,40 @@ def _check(
     out = _gemm.check_out(out, out_dtype, x, shape)
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
     _gemm.check_places("linear", x.device, tensors | {"residual": residual, "out": out})
-    return (
-        *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
-        *(bias, norm == "layer", float(eps), affine, scale, activation or "", residual, out),
-        *check_statistics("statistics", statistics, batch, rows, n_out),
+    data, run = check_statistics("statistics", statistics, batch, rows, n_out)
+    arguments = LinearArguments(
+        x=x,
+        x2=x2,
+        data=weight.data,
+        scales=weight.scales,
+        sums=weight.sums,
+        n=weight.n,
+        bias=bias,
+        affine=affine,
+        scale=scale,
+        activation=activation or "",
+        residual=residual,
+        out=out,
+        norm=norm == "layer",
+        eps=float(eps),
+        statistics=data,
+        run=run,
     )
+    LINEAR(arguments, impl)
+    return out
 
 
-class _Arguments(NamedTuple):
-    """What the operator takes, in its order; see the public function and `PackedWeight`."""
+@dataclass(frozen=True)
+class LinearArguments(_gemm.GemmArguments):
+    """Arguments of the operator; see the public function."""
 
-    x: Tensor
-    x2: Tensor | None
-    data: Tensor
-    scales: Tensor | None
-    sums: Tensor | None
-    n: int
-    bias: Tensor | None
     norm: bool
     eps: float
-    affine: Tensor | None
-    scale: Tensor | None
-    activation: str
-    residual: Tensor | None
-    out: Tensor
-    statistics: Tensor | None
-    run: int
-
-    @property
-    def weight(self) -> PackedWeight:
-        k = self.x.shape[2] + (0 if self.x2 is None else self.x2.shape[2])
-        return PackedWeight(self.data, self.scales, self.sums, self.n, k)
+    statistics: Annotated[Tensor | None, WRITTEN]
+    run: SymInt
 
 
-def _reference(*arguments: Any) -> None:
-    call = _Arguments(*arguments)
+def _reference(call: LinearArguments) -> None:
     a = _gemm.joined(call.x, call.x2)
     if call.norm:
         a = a - a.mean(-1, keepdim=True)
@@ -164,8 +129,7 @@ def _reference(*arguments: Any) -> None:
     fill_statistics(call.out, call.statistics, call.run)
 
 
-def _cpu(*arguments: Any) -> None:
-    call = _Arguments(*arguments)
+def _cpu(call: LinearArguments) -> None:
     if call.out.numel() == 0:
         return
     x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
@@ -189,14 +153,12 @@ def _cpu(*arguments: Any) -> None:
         call.out.copy_(target)
 
 
-def _cpu_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
+def _cpu_refuses(call: LinearArguments) -> str | None:
     return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=(call.statistics,))
 
 
-def _triton(*arguments: Any, **product: Any) -> None:
+def _triton(call: LinearArguments, **product: Any) -> None:
     """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
-    call = _Arguments(*arguments)
     if call.out.numel() == 0:
         return
     from vpd_fast.kernels import linear as kernels
@@ -213,30 +175,23 @@ def _triton(*arguments: Any, **product: Any) -> None:
         call.out.copy_(target)
 
 
-def _triton_refuses(*arguments: Any) -> str | None:
-    return _gemm.triton_refuses(_Arguments(*arguments))
+def _triton_refuses(call: LinearArguments) -> str | None:
+    return _gemm.triton_refuses(call)
 
 
-def _cuda(*arguments: Any) -> None:
-    _triton(*arguments, multiply=_cuda_product.product)
+def _cuda(call: LinearArguments) -> None:
+    _triton(call, multiply=_cuda_product.product)
 
 
-def _cuda_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
+def _cuda_refuses(call: LinearArguments) -> str | None:
     return _cuda_product.refuses(call, (call.norm, call.affine, call.scale))
 
 
-register(
+LINEAR = register(
     Op(
-        name="linear",
-        arguments=(
-            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, bool norm, "
-            "float eps, Tensor? affine, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out, "
-            "Tensor(b!)? statistics, SymInt run"
-        ),
-        returns="()",
-        fake=lambda *_: None,
-        check=_check,
+        "linear",
+        LinearArguments,
+        public=linear,
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
