@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vpd_fast.errors import InputError
+from vpd_fast.files import write_json
 
 TASKS = ("segmentation", "referring", "depth")
 MAP_SOURCES = tuple(f"{place}_{kind}" for place in ("down", "mid", "up") for kind in ("cross", "self"))
@@ -181,7 +182,7 @@ class VPDConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> VPDConfig:

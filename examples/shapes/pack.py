@@ -23,8 +23,9 @@ from finetune import SPLITS, measure
 from safetensors.torch import load_file, save_file
 from script import MAKE_WEIGHTS, require, run_script
 
-from vpd_fast import VPD, __version__
-from vpd_fast.checkpoints import bundled, reader
+from vpd_fast import VPD, __version__, bundled
+from vpd_fast.checkpoints import reader
+from vpd_fast.checkpoints.save import write_bundled
 from vpd_fast.config import TASKS
 from vpd_fast.errors import CheckpointError
 from vpd_fast.files import write_files
@@ -75,7 +76,7 @@ def pack_task(task: str, data: Path, weights: Path, runs: Path, folder: Path) ->
     text = folder / bundled.TEXT_ENCODER
     record["8-bit weights"] = {split: measure(model, data, text, split) for split in SPLITS}
     config = model.config.replace(text_encoder=bundled.TEXT_ENCODER)
-    bundled.write_bundled(folder, f"shapes-{task}", tensors, config, record)
+    write_bundled(folder, f"shapes-{task}", tensors, config, record)
     return record
 
 

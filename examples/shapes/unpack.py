@@ -15,7 +15,8 @@ from pack import PRETRAINED, copy_of
 from safetensors.torch import save_file
 from script import require, run_script
 
-from vpd_fast.checkpoints import bundled, reader
+from vpd_fast import bundled
+from vpd_fast.checkpoints import reader
 from vpd_fast.files import write_files
 
 

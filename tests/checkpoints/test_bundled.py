@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vpd_fast import VPD
-from vpd_fast.checkpoints import bundled, load_checkpoint, open_checkpoint, reader
+from vpd_fast import VPD, bundled
+from vpd_fast.checkpoints import load_checkpoint, open_checkpoint, reader
+from vpd_fast.checkpoints.save import write_bundled
 from vpd_fast.cli.main import run
 from vpd_fast.config import TASKS
 from vpd_fast.data.shapes import CLASSES
@@ -116,12 +117,12 @@ def test_damaged_metadata(tmp_path, monkeypatch) -> None:
 
 def test_encoders_of_two_sets_are_not_mixed(tmp_path) -> None:
     model = VPD.from_pretrained("shapes-depth")
-    bundled.write_bundled(tmp_path, "shapes-depth", model.state_dict(), model.config, {})
-    bundled.write_bundled(tmp_path, "shapes-depth", model.state_dict(), model.config, {})
+    write_bundled(tmp_path, "shapes-depth", model.state_dict(), model.config, {})
+    write_bundled(tmp_path, "shapes-depth", model.state_dict(), model.config, {})
     with torch.no_grad():
         model.encoder.encoder_vq.quant_conv.weight += 1
     with pytest.raises(CheckpointError, match="encoder of other weights"):
-        bundled.write_bundled(tmp_path, "shapes-depth", model.state_dict(), model.config, {})
+        write_bundled(tmp_path, "shapes-depth", model.state_dict(), model.config, {})
 
 
 def test_class_embeddings_are_the_bundled_encoders() -> None:

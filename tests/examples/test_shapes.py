@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from vpd_fast import VPD, VPDConfig
-from vpd_fast.checkpoints import bundled
+from vpd_fast import VPD, VPDConfig, bundled
+from vpd_fast.checkpoints.save import write_bundled
 from vpd_fast.data.shapes import CLASSES, VOCABULARY, ShapesDataset, language, make_scene
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models.text import TextEncoder
@@ -346,7 +346,7 @@ def test_pretrained_weights_without_pretraining(shapes, tmp_path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["psnr"] > 25
     # What was unpacked may be packed again beside what is there.
     for _ in range(2):
-        bundled.write_bundled(tmp_path, "shapes-referring", model.state_dict(), model.config, {})
+        write_bundled(tmp_path, "shapes-referring", model.state_dict(), model.config, {})
         model.load_state_dict(bundled.unpack(bundled.pack(model.state_dict())))
 
 

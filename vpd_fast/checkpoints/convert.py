@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpd_fast.checkpoints import ldm_diffusers, reader, save
-from vpd_fast.checkpoints.formats import (
-    CONFIG_KEY,
-    CONFIG_NAME,
-    LDM_TEXT,
-    LDM_UNET,
-    LDM_VAE,
-    WEIGHTS_NAME,
-    Checkpoint,
-    is_backbone,
-    open_checkpoint,
-    vpd_to_ldm,
-)
+from vpd_fast.checkpoints import ldm_diffusers, reader
+from vpd_fast.checkpoints.checkpoint import CONFIG_KEY, LDM_TEXT, LDM_UNET, LDM_VAE, Checkpoint
+from vpd_fast.checkpoints.formats import is_backbone, open_checkpoint, vpd_to_ldm
 from vpd_fast.checkpoints.load import empty_model, match_weights, raise_missing, vpd_config
 from vpd_fast.checkpoints.report import ConvertReport, unused_reason
+from vpd_fast.checkpoints.save import pretrained_writers, write_safetensors
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, write_files, write_json
 
 TARGETS = ("pretrained", "vpd", "ldm", "diffusers")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-Writers = dict[Path, Callable[[Path], None]]
+Writers = dict[Path, Writer]
 
 
 def convert(
@@ -55,21 +46,13 @@ def convert(
     destination = Path(destination)
     checkpoint = open_checkpoint(source)
     report = ConvertReport(checkpoint.path, destination, checkpoint.format, to, placeholders=checkpoint.placeholders)
-    if to in ("pretrained", "vpd"):
-        writers = _vpd_writers(checkpoint, destination, to, dtype, config_overrides, report)
-    else:
-        writers = _stable_diffusion_writers(checkpoint, destination, to, dtype, config_overrides, report)
-    save.write_files(writers)
+    make_writers = _vpd_writers if to in ("pretrained", "vpd") else _stable_diffusion_writers
+    write_files(make_writers(checkpoint, report, dtype, config_overrides), CheckpointError)
     return report
 
 
 def _vpd_writers(
-    checkpoint: Checkpoint,
-    destination: Path,
-    to: str,
-    dtype: torch.dtype | None,
-    overrides: Mapping[str, Any],
-    report: ConvertReport,
+    checkpoint: Checkpoint, report: ConvertReport, dtype: torch.dtype | None, overrides: Mapping[str, Any]
 ) -> Writers:
     config = vpd_config(checkpoint, overrides)
     expected = empty_model(config, checkpoint.path).state_dict()
@@ -80,14 +63,18 @@ def _vpd_writers(
     report.dropped = dict(loading.ignored)
     if loading.unexpected:
         report.dropped["unknown to VPD"] = loading.unexpected
-    if to == "pretrained":
-        return {
-            destination / WEIGHTS_NAME: lambda path: save.write_safetensors(path, tensors, config),
-            destination / CONFIG_NAME: config.save,
-        }
-    if destination.suffix == ".safetensors":
-        return {destination: lambda path: save.write_safetensors(path, tensors, config)}
-    return {destination: lambda path: save.write_torch(path, _released(tensors, config))}
+    if report.target_format == "pretrained":
+        return pretrained_writers(report.destination, config, tensors)
+    return _file_writer(report.destination, tensors, _released(tensors, config), config)
+
+
+def _file_writer(
+    path: Path, tensors: Mapping[str, Tensor], container: dict[str, Any], config: VPDConfig | None = None
+) -> Writers:
+    """Return the writer of one file: safetensors where its suffix says so, else `container` by torch.save."""
+    if path.suffix == ".safetensors":
+        return {path: lambda temporary: write_safetensors(temporary, tensors, config)}
+    return {path: lambda temporary: torch.save(container, temporary)}
 
 
 def _released(tensors: dict[str, Tensor], config: VPDConfig) -> dict[str, Any]:
@@ -99,12 +86,7 @@ def _released(tensors: dict[str, Tensor], config: VPDConfig) -> dict[str, Any]:
 
 
 def _stable_diffusion_writers(
-    checkpoint: Checkpoint,
-    destination: Path,
-    to: str,
-    dtype: torch.dtype | None,
-    overrides: Mapping[str, Any],
-    report: ConvertReport,
+    checkpoint: Checkpoint, report: ConvertReport, dtype: torch.dtype | None, overrides: Mapping[str, Any]
 ) -> Writers:
     if checkpoint.is_stable_diffusion:
         tensors, backbone = checkpoint.tensors, checkpoint.backbone(**overrides)
@@ -113,17 +95,13 @@ def _stable_diffusion_writers(
         _drop(report, [key for key in checkpoint.tensors if not is_backbone(key)], "VPD's text adapter and head")
     tensors = {key: reader.to_dtype(tensor, dtype) for key, tensor in tensors.items()}
     _note_lacking(tensors, report)
-    if to == "ldm":
+    if report.target_format == "ldm":
         report.written = list(tensors)
-        if destination.suffix == ".safetensors":
-            return {destination: lambda path: save.write_safetensors(path, tensors)}
-        return {destination: lambda path: save.write_torch(path, {"state_dict": tensors})}
-    return _diffusers_writers(tensors, backbone, destination, report)
+        return _file_writer(report.destination, tensors, {"state_dict": tensors})
+    return _diffusers_writers(tensors, backbone, report)
 
 
-def _diffusers_writers(
-    tensors: Mapping[str, Tensor], backbone: BackboneConfig, folder: Path, report: ConvertReport
-) -> Writers:
+def _diffusers_writers(tensors: Mapping[str, Tensor], backbone: BackboneConfig, report: ConvertReport) -> Writers:
     parts: dict[str, dict[str, Tensor]] = {LDM_UNET: {}, LDM_VAE: {}, LDM_TEXT: {}}
     for key, tensor in tensors.items():
         prefix = next((p for p in parts if key.startswith(p) and ".loss." not in key), None)
@@ -131,7 +109,7 @@ def _diffusers_writers(
             _drop(report, [key], "no place in a diffusers folder")
         else:
             parts[prefix][key[len(prefix) :]] = tensor
-    layout = ldm_diffusers.Layout.of_config(backbone)
+    folder, layout = report.destination, ldm_diffusers.Layout.of_config(backbone)
     unet = ldm_diffusers.unet_to_diffusers(parts[LDM_UNET], layout)
     vae = ldm_diffusers.vae_to_diffusers(parts[LDM_VAE], layout)
     text = parts[LDM_TEXT]
@@ -148,8 +126,8 @@ def _diffusers_writers(
 
 def _part(folder: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Writers:
     return {
-        folder / name: lambda path: save.write_safetensors(path, tensors),
-        folder / CONFIG_NAME: functools.partial(save.write_json, values=config),
+        folder / name: lambda path: write_safetensors(path, tensors),
+        folder / CONFIG_NAME: lambda path: write_json(path, config),
     }
 
 

@@ -8,67 +8,19 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vpd_fast import bundled
 from vpd_fast.checkpoints import ldm_diffusers, mmseg_port, reader
-from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_backbone, infer_task
+from vpd_fast.checkpoints.checkpoint import CONFIG_KEY, LDM_TEXT, LDM_UNET, LDM_VAE, Checkpoint
+from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_task
 from vpd_fast.checkpoints.pickles import Placeholder
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
-
-LDM_UNET = "model.diffusion_model."
-LDM_VAE = "first_stage_model."
-LDM_TEXT = "cond_stage_model.transformer."
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-CONFIG_KEY = "vpd_fast_config"  # our configuration inside files of other formats
-_INDEX_SUFFIX = ".index.json"
-
-
-@dataclass
-class Checkpoint:
-    """An opened checkpoint.
-
-    format: "pretrained" (own folder), "bundled" (of the package), "vpd" (released or own file), "mmseg" (depth port),
-    "ldm" or "diffusers". tensors: by ldm names for the last two, else by VPD names. config: only where the checkpoint
-    stores one of ours. metadata: class_names, max_depth and num_heads where known. contents: what else the file holds.
-    """
-
-    path: Path
-    format: str
-    tensors: dict[str, Tensor]
-    config: VPDConfig | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    contents: tuple[str, ...] = ()
-    placeholders: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    @property
-    def is_stable_diffusion(self) -> bool:
-        """Whether this is Stable Diffusion, not a VPD model."""
-        return self.format in ("ldm", "diffusers")
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of all tensors."""
-        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
-
-    def backbone(self, **overrides: Any) -> BackboneConfig:
-        """Sizes of a Stable Diffusion checkpoint's networks. Raises CheckpointError when they are not SD 1.x's."""
-        shapes = self.shapes
-        unet, vae = (
-            {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
-            for prefix in (LDM_UNET, LDM_VAE)
-        )
-        heads = {"num_heads": self.metadata["num_heads"]} if "num_heads" in self.metadata else {}
-        try:
-            return infer_backbone(unet, vae, **heads, **overrides)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
 
 
 def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
@@ -76,11 +28,9 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
 
     Raises CheckpointError.
     """
-    from vpd_fast.checkpoints import bundled
-
     path = Path(path)
     if bundled.is_bundled(path):
-        return bundled.open_bundled(str(path))
+        return _open_bundled(str(path))
     if path.is_dir():
         return _open_folder(path, mmap)
     raw = reader.read_file(path, mmap=mmap)
@@ -171,6 +121,24 @@ def _parse_config(values: Any, path: Path) -> VPDConfig:
         return config
     except (InputError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its stored configuration is not valid: {error}") from error
+
+
+def _open_bundled(name: str) -> Checkpoint:
+    """Open bundled weights, unpacked to float32; `metadata` has their record. Raises CheckpointError."""
+    if name == bundled.TEXT_ENCODER:
+        raise CheckpointError(f"{name} is a text encoder; expected one of {', '.join(bundled.NAMES)}")
+    own, shared = (reader.read_file(bundled.asset(part)) for part in (name, bundled.SHARED))
+    try:
+        config = VPDConfig.from_dict(json.loads(own.metadata[CONFIG_KEY]))
+        record = dict(json.loads(own.metadata[bundled.RECORD]))
+        root = "encoder." if config.task == "depth" else ""
+        tensors = {f"{root}{ENCODER}{key}": tensor for key, tensor in bundled.unpack(shared.tensors).items()}
+        tensors |= bundled.unpack(own.tensors)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{own.path} or {shared.path.name} is damaged ({error}); expected what examples/shapes/pack.py writes"
+        ) from error
+    return Checkpoint(Path(name), "bundled", tensors, config, {bundled.RECORD: record})
 
 
 def _open_folder(folder: Path, mmap: bool) -> Checkpoint:

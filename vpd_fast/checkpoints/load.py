@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpd_fast.bundled import NAMES, is_bundled
 from vpd_fast.checkpoints import reader
-from vpd_fast.checkpoints.bundled import NAMES, is_bundled
-from vpd_fast.checkpoints.formats import Checkpoint, is_backbone, ldm_to_vpd, open_checkpoint
+from vpd_fast.checkpoints.checkpoint import Checkpoint
+from vpd_fast.checkpoints.formats import is_backbone, ldm_to_vpd, open_checkpoint
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
 from vpd_fast.checkpoints.report import LoadReport, first_names
 from vpd_fast.config import TASKS, BackboneConfig, VPDConfig

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpd_fast import files
-from vpd_fast.checkpoints.formats import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME
+from vpd_fast import bundled
+from vpd_fast.checkpoints import reader
+from vpd_fast.checkpoints.checkpoint import CONFIG_KEY
+from vpd_fast.checkpoints.infer import ENCODER
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import CheckpointError
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, write_files
 from vpd_fast.models.vpd import VPD
 
 
@@ -22,18 +25,15 @@ def save_pretrained(model: VPD, folder: str | Path) -> None:
 
     Dtypes are kept. Raises CheckpointError when the folder cannot be written; then nothing in it has changed.
     """
-    write_pretrained(folder, model.config, model.state_dict())
+    write_files(pretrained_writers(Path(folder), model.config, model.state_dict()), CheckpointError)
 
 
-def write_pretrained(folder: str | Path, config: VPDConfig, tensors: Mapping[str, Tensor]) -> None:
-    """As `save_pretrained`, from a configuration and a state dict."""
-    folder = Path(folder)
-    write_files(
-        {
-            folder / WEIGHTS_NAME: lambda path: write_safetensors(path, tensors, config),
-            folder / CONFIG_NAME: config.save,
-        }
-    )
+def pretrained_writers(folder: Path, config: VPDConfig, tensors: Mapping[str, Tensor]) -> dict[Path, Writer]:
+    """Return the writers, as `write_files` takes them, of the two files of a model's folder."""
+    return {
+        folder / WEIGHTS_NAME: lambda path: write_safetensors(path, tensors, config),
+        folder / CONFIG_NAME: config.save,
+    }
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: VPDConfig | None = None) -> None:
@@ -46,22 +46,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: VPDConf
     save_file(_separate(tensors), path, metadata=metadata)
 
 
-def write_torch(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of torch.save."""
-    torch.save(content, path)
+def write_bundled(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], config: VPDConfig, record: Mapping[str, Any]
+) -> None:
+    """Write a model's file and, from its encoder, the shared one. Raises CheckpointError if that would change."""
+    from safetensors.torch import save_file
 
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def write_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """`vpd_fast.files.write_files`, whose failures become one CheckpointError."""
-    try:
-        files.write_files(writers)
-    except Exception as error:  # torch and safetensors report a full disk as errors of their own
-        raise CheckpointError(f"{next(iter(writers))}: cannot be written ({error})") from error
+    root = f"{'encoder.' if config.task == 'depth' else ''}{ENCODER}"
+    shared = bundled.pack({key[len(root) :]: tensor for key, tensor in tensors.items() if key.startswith(root)})
+    path = folder / f"{bundled.SHARED}.safetensors"
+    if path.exists():
+        present = reader.read_file(path).tensors
+        # Packing what was unpacked gives the same bytes but for the last bit of a scale.
+        if present.keys() != shared.keys() or not all(
+            torch.allclose(present[key].float(), shared[key].float(), rtol=1e-6, atol=0) for key in shared
+        ):
+            raise CheckpointError(f"{path}: is the encoder of other weights than {name}; remove it to write a new set")
+    own = bundled.pack({key: tensor for key, tensor in tensors.items() if not key.startswith(root)})
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict()), bundled.RECORD: json.dumps(record)}
+    write_files(
+        {
+            path: lambda temporary: save_file(shared, temporary, metadata={"format": "pt"}),
+            folder / f"{name}.safetensors": lambda temporary: save_file(own, temporary, metadata=metadata),
+        }
+    )
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpd_fast.checkpoints.bundled import NAMES
+from vpd_fast.bundled import NAMES
 from vpd_fast.config import TASKS
 from vpd_fast.data.shapes import SPLITS, ShapesDataset
 from vpd_fast.data.shapes.dataset import OBJECTS

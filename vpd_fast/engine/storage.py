@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vpd_fast.checkpoints.save import write_files, write_json
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
 from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Product, Winograd, from_parts
@@ -20,6 +19,7 @@ from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import NAMES
 from vpd_fast.engine.specs import layer_specs
 from vpd_fast.errors import CheckpointError
+from vpd_fast.files import write_files, write_json
 from vpd_fast.models.vpd import VPD
 from vpd_fast.ops._packing import ROWS_ONLY
 
@@ -54,7 +54,8 @@ def save_engine(model: FastVPD, folder: str | Path) -> None:
         {
             folder / TENSORS: lambda path: save_file(contiguous, path),
             folder / SETTINGS: lambda path: write_json(path, settings),
-        }
+        },
+        CheckpointError,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from vpd_fast.errors import InputError
 from vpd_fast.evaluation.gallery import Case, page, sheet
 from vpd_fast.evaluation.metrics import PRIMARY
-from vpd_fast.files import write_files
+from vpd_fast.files import json_text, write_files
 
 UNITS = {"rmse": " m", "sq_rel": " m", "abs_rel": "", "rmse_log": "", "log10": "", "silog": ""}
 
@@ -64,7 +63,7 @@ class Evaluation:
         cannot be written.
         """
         folder = Path(folder)
-        text = json.dumps({**(header or {}), **self.summary()}, indent=2) + "\n"
+        text = json_text({**(header or {}), **self.summary()})
         writers: dict[Path, Callable[[Path], object]] = {
             folder / "metrics.json": lambda path: path.write_text(text, encoding="utf-8"),
             folder / "per_image.csv": lambda path: _write_csv(path, self.per_image),

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vpd_fast import bundled
 from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError
 from vpd_fast.files import write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
@@ -172,8 +173,6 @@ class TextEncoder:
         return self._local_folder() or _hub_folder(self.name)
 
     def _local_folder(self) -> Path | None:
-        from vpd_fast.checkpoints import bundled
-
         if bundled.is_bundled(self.name):
             return bundled.asset(self.name)
         return Path(self.name) if Path(self.name).is_dir() else None
@@ -286,9 +285,7 @@ def _load_model(folder: Path, vocabulary: int) -> nn.Module:
     with _reading(folder):
         from transformers import CLIPTextModel
 
-        from vpd_fast.checkpoints.bundled import unpacked_folder
-
-        with unpacked_folder(_subfolders(folder)[0]) as place:
+        with bundled.unpacked_folder(_subfolders(folder)[0]) as place:
             model, info = CLIPTextModel.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if missing:

@@ -171,6 +171,8 @@ class VPD(nn.Module):
         with torch.device("meta"), _NoRandomNumbers():
             return cls(config)
 
+    # Users expect the methods below on the model. They import rooms above this one, so they do it when called.
+
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> VPD:
         """A released or own checkpoint of any task; options as in `vpd_fast.checkpoints.load_checkpoint`."""

@@ -14,20 +14,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.files import Writer, json_text
 
 INDEX = "index.json"
 STATE = "training.pt"
 _STEP = re.compile(r"step_(\d{6,})")
 _TEMPORARY = re.compile(r"\..*\.tmp")
-
-Writer = Callable[[Path], object]
 
 
 class CheckpointStore:
@@ -140,11 +139,6 @@ def write_text(path: Path, text: str) -> None:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def json_text(values: Mapping[str, Any]) -> str:
-    """A JSON object as it is written to files."""
-    return json.dumps(values, indent=2) + "\n"
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

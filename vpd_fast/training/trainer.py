@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpd_fast.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
 from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, json_text
 from vpd_fast.models import VPD
 from vpd_fast.training import build, checkpoint, sharding
 from vpd_fast.training.config import TrainConfig
@@ -328,7 +328,7 @@ class Trainer:
             if self.processes.first:
                 if better:
                     save_pretrained(model, self.folder / BEST)
-                    text = checkpoint.json_text({"step": self.step, **result.metrics})
+                    text = json_text({"step": self.step, **result.metrics})
                     try:
                         checkpoint.write_text(self.folder / BEST / "metrics.json", text)
                     except OSError as error:
