@@ -69,9 +69,9 @@ class ForDevice(Policy):
 
     kind = "cuda"
 
-    def winograd_taps(self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str) -> tuple:
+    def winograd_matrices(self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str) -> tuple:
         """As for that kind of device."""
-        return super().winograd_taps(side, channels, dtype, upsample, self.kind)
+        return super().winograd_matrices(side, channels, dtype, upsample, self.kind)
 
 
 class ForCPU(ForDevice):

@@ -26,7 +26,7 @@ class Recorded:
 def cache(monkeypatch) -> GraphCache:
     Recorded.captured = []
     monkeypatch.setattr(GraphCache, "wanted", staticmethod(lambda x: True))
-    return GraphCache(Recorded, most=2)
+    return GraphCache(Recorded, max_graphs=2)
 
 
 def double(x: Tensor) -> list[Tensor]:
@@ -50,7 +50,7 @@ def test_what_a_stage_depends_on_is_part_of_the_key(cache: GraphCache) -> None:
     texts = [torch.randn(3), torch.randn(3)]
     for text in (*texts, *texts):
         x = torch.randn(3)
-        assert torch.equal(cache.run("add", lambda x, t=text: [x + t], x, also=text)[0], x + text)
+        assert torch.equal(cache.run("add", lambda x, t=text: [x + t], x, state=text)[0], x + text)
     assert len(Recorded.captured) == 2
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.engine.layers import Conv2d, Product
+from vpd_fast.engine.layers import Conv2d, GemmLayer
 from vpd_fast.engine.workspace import Workspace
 
 Layers = Mapping[str, Any]  # of vpd_fast.engine.layers, by name
@@ -25,13 +25,13 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def normalised(x: Tensor, affine: Tensor) -> Tensor:
+def apply_scale_shift(x: Tensor, scale_shift: Tensor) -> Tensor:
     """x times scale plus shift of a GroupNorm layer, where no product follows that could do it on the way."""
-    scale, shift = affine[:, :, None, None].unbind(1)
+    scale, shift = scale_shift[:, :, None, None].unbind(1)
     return torch.addcmul(shift, x.float(), scale).to(x.dtype)
 
 
-def call(layer: Product, memory: Workspace, x: Tensor, norm_follows: bool = False, **options: Any) -> Tensor:
+def call(layer: GemmLayer, memory: Workspace, x: Tensor, norm_follows: bool = False, **options: Any) -> Tensor:
     """layer(x) in memory of the workspace. norm_follows: a group norm reads the result, maybe among others."""
     out = memory.take(layer.shape(x), layer.out_dtype)
     statistics = memory.take_statistics(out, layer.parts) if norm_follows else None
@@ -39,15 +39,15 @@ def call(layer: Product, memory: Workspace, x: Tensor, norm_follows: bool = Fals
 
 
 def group_norm(
-    layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None, then: Product | None = None
+    layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None, consumer: GemmLayer | None = None
 ) -> dict[str, Tensor]:
-    """Options for the layer that applies the norm, which is `then` if that may round whole images to 8 bits."""
+    """Options for the layer that applies the norm, which is `consumer` if that may round whole images to 8 bits."""
     options: dict[str, Any] = {"statistics": memory.statistics(x), "statistics2": memory.statistics(x2)}
     options = {name: known for name, known in options.items() if known is not None}
     found: dict[str, Tensor] = {}
-    if memory.finds_statistics and isinstance(then, Conv2d) and then.weight.dtype.itemsize == 1:
+    if memory.finds_statistics and isinstance(consumer, Conv2d) and consumer.weight.dtype.itemsize == 1:
         found["ranges"] = x.new_empty(x.shape[0], 2, layers[name].groups, dtype=torch.float32)
-        options |= {"ranges": found["ranges"], "silu": then.silu, "scale": then.scale}
+        options |= {"ranges": found["ranges"], "silu": consumer.silu, "scale": consumer.scale}
     return {"affine": layers[name](x, x2, **options), **found}
 
 
@@ -59,11 +59,11 @@ def convolve(layers: Layers, name: str, memory: Workspace, x: Tensor) -> Tensor:
 def res_block(layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None) -> Tensor:
     """Residual block of the encoder or the UNet; x2: further input channels."""
     conv1, conv2 = layers[f"{name}.conv1"], layers[f"{name}.conv2"]
-    norm = group_norm(layers, f"{name}.norm1", memory, x, x2, then=conv1)
+    norm = group_norm(layers, f"{name}.norm1", memory, x, x2, consumer=conv1)
     h = call(conv1, memory, x, x2=x2, norm_follows=True, **norm)
     shortcut = layers.get(f"{name}.shortcut")
     residual = x if shortcut is None else call(shortcut, memory, x, x2=x2)
-    norm = group_norm(layers, f"{name}.norm2", memory, h, then=conv2)
+    norm = group_norm(layers, f"{name}.norm2", memory, h, consumer=conv2)
     out = call(conv2, memory, h, residual=residual, norm_follows=True, **norm)
     memory.give(h)
     if shortcut is not None:
@@ -73,6 +73,6 @@ def res_block(layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tenso
 
 def one_head_attention(layers: Layers, name: str, memory: Workspace, x: Tensor) -> Tensor:
     """The KL encoder's attention with merged projections (rewrites.merge_one_head_attention)."""
-    h = normalised(x, **group_norm(layers, f"{name}.norm", memory, x)).flatten(1, 2)
+    h = apply_scale_shift(x, group_norm(layers, f"{name}.norm", memory, x)["affine"]).flatten(1, 2)
     out = ops.self_attention(layers[f"{name}.before"](h), h, h, heads=1, scale=x.shape[-1] ** -0.5)
     return call(layers[f"{name}.after"], memory, out.view(x.shape), residual=x, norm_follows=True)

@@ -60,12 +60,13 @@ def build_layer(
     if spec.kind == "linear":
         kind, packed, algorithm = Linear, PackedWeight.pack(weight[None].float(), dtype), "matrix product"
     else:
-        taps, why = 0, f"stride {settings['stride']}"
+        matrices, choice = 0, f"stride {settings['stride']}"
         if spec.upsample or (settings["stride"] == 1 and shape[2:] == (3, 3) and spec.side):
-            taps, why = policy.winograd_taps(spec.side, shape[1], dtype, spec.upsample, device or weight.device.type)
-        kind, packed, settings = _convolution(weight, taps, dtype, settings, spec.upsample)
-        algorithm = PHASES if spec.upsample and not taps else ALGORITHMS[taps]
-        reason = "; ".join(filter(None, (why if spec.side else "", reason)))
+            device = device or weight.device.type
+            matrices, choice = policy.winograd_matrices(spec.side, shape[1], dtype, spec.upsample, device)
+        kind, packed, settings = _convolution(weight, matrices, dtype, settings, spec.upsample)
+        algorithm = PHASES if spec.upsample and not matrices else ALGORITHMS[matrices]
+        reason = "; ".join(filter(None, (choice if spec.side else "", reason)))
     bias = None if bias is None else bias.float().clone()
     layer = kind(packed.for_device(weight.device), bias, out_dtype, scale, **settings)
     info = LayerInfo(
@@ -76,15 +77,15 @@ def build_layer(
 
 
 def _convolution(
-    weight: Tensor, taps: int, dtype: torch.dtype, settings: dict[str, Any], upsample: bool
+    weight: Tensor, matrices: int, dtype: torch.dtype, settings: dict[str, Any], upsample: bool
 ) -> tuple[type[Layer], PackedWeight, dict[str, Any]]:
-    if taps or upsample:
+    if matrices or upsample:
         del settings["stride"], settings["padding"]
-    if taps:
-        return Winograd, PackedWeight.pack(winograd_weight(weight, taps), dtype), settings | {"upsample": upsample}
+    if matrices:
+        return Winograd, PackedWeight.pack(winograd_weight(weight, matrices), dtype), settings | {"upsample": upsample}
     if upsample:
         phases = phase_weights(weight).permute(0, 1, 3, 4, 2).flatten(2)
-        how = {"kernel": (2, 2), "padding": (0, 0, 0, 0), "upsample": True}
-        return Conv2d, PackedWeight.pack(phases.float(), dtype), settings | how
+        phase_settings = {"kernel": (2, 2), "padding": (0, 0, 0, 0), "upsample": True}
+        return Conv2d, PackedWeight.pack(phases.float(), dtype), settings | phase_settings
     rows = weight.permute(0, 2, 3, 1).flatten(1)
     return Conv2d, PackedWeight.pack(rows[None].float(), dtype), settings | {"kernel": tuple(weight.shape[2:])}

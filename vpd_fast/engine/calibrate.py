@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
-from vpd_fast.engine.layers import Layer, Product
+from vpd_fast.engine.layers import GemmLayer, Layer
 from vpd_fast.engine.policy import Policy
 from vpd_fast.engine.specs import Spec
 from vpd_fast.errors import InputError
@@ -27,7 +27,7 @@ from vpd_fast.ops._gemm import rounded_rows
 from vpd_fast.ops._packing import LARGEST, PackedWeight
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
-SIDE = 16  # of the square of positions that is kept of each layer's input
+SAMPLE_SIDE = 16  # of the square of positions that is kept of each layer's input
 
 
 Batch = tuple[Tensor, ...]  # what a model is called with
@@ -78,7 +78,7 @@ def _sentences(config: VPDConfig, batch: int) -> Tensor:
 
 
 @dataclass
-class _Seen:
+class _LayerInput:
     """What a layer saw: the largest magnitude of each input channel, and a square of positions of the first batch."""
 
     largest: Tensor
@@ -88,8 +88,8 @@ class _Seen:
 class _Recorder:
     """Stands in for a layer and notes its input as the matrix product gets it."""
 
-    def __init__(self, layer: Product, seen: dict[str, _Seen], name: str) -> None:
-        self._layer, self._seen, self._name = layer, seen, name
+    def __init__(self, layer: GemmLayer, inputs: dict[str, _LayerInput], name: str) -> None:
+        self._layer, self._inputs, self._name = layer, inputs, name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -104,44 +104,44 @@ class _Recorder:
         if getattr(self._layer, "norm", None):
             rows = F.layer_norm(rows, rows.shape[-1:], eps=self._layer.eps)
         largest = rows.abs().flatten(0, -2).amax(0)
-        seen = self._seen.get(self._name)
-        if seen is None:
-            self._seen[self._name] = _Seen(largest, _middle(rows))
+        inputs = self._inputs.get(self._name)
+        if inputs is None:
+            self._inputs[self._name] = _LayerInput(largest, _center(rows))
         else:
-            seen.largest = torch.maximum(seen.largest, largest)
+            inputs.largest = torch.maximum(inputs.largest, largest)
         return self._layer(x, x2=x2, affine=affine, **options)
 
     def with_bias(self, bias: Tensor) -> _Recorder:
         """Of a layer with another bias, which counts as the same."""
-        return _Recorder(self._layer.with_bias(bias), self._seen, self._name)
+        return _Recorder(self._layer.with_bias(bias), self._inputs, self._name)
 
 
-def _middle(rows: Tensor) -> Tensor:
+def _center(rows: Tensor) -> Tensor:
     if rows.dim() == 3:
-        step = max(1, rows.shape[1] // SIDE**2)
+        step = max(1, rows.shape[1] // SAMPLE_SIDE**2)
         return rows[:1, ::step].clone()
-    top, left = (max(0, (size - SIDE) // 2) for size in rows.shape[1:3])
-    return rows[:1, top : top + SIDE, left : left + SIDE].clone()
+    top, left = (max(0, (size - SAMPLE_SIDE) // 2) for size in rows.shape[1:3])
+    return rows[:1, top : top + SAMPLE_SIDE, left : left + SAMPLE_SIDE].clone()
 
 
 class Calibration:
     """The inputs of all layers on the calibration images."""
 
-    def __init__(self, seen: dict[str, _Seen], policy: Policy, precision: str) -> None:
-        self._seen, self._policy, self._precision = seen, policy, precision
+    def __init__(self, inputs: dict[str, _LayerInput], policy: Policy, precision: str) -> None:
+        self._inputs, self._policy, self._precision = inputs, policy, precision
 
     @classmethod
     @torch.no_grad()
     def run(cls, model: VPD, batches: Sequence[Batch], policy: Policy, precision: str) -> Calibration:
         """Run a fast model of high precision on the images, for one of `precision`."""
-        seen: dict[str, _Seen] = {}
+        inputs: dict[str, _LayerInput] = {}
         layers = model.layers
         for name, layer in layers.items():
-            if isinstance(layer, Product):
-                layers[name] = _Recorder(layer, seen, name)
+            if isinstance(layer, GemmLayer):
+                layers[name] = _Recorder(layer, inputs, name)
         for batch in batches:
             model(*batch)
-        return cls(seen, policy, precision)
+        return cls(inputs, policy, precision)
 
     def _rounded(self, spec: Spec) -> torch.dtype | None:
         """The 8-bit type of the layer, or None."""
@@ -151,15 +151,15 @@ class Calibration:
     @torch.no_grad()
     def scale(self, spec: Spec) -> Tensor | None:
         """Factors of the layer's input channels with the smallest error, or None: 1 is best, or it is not 8-bit."""
-        seen, dtype = self._seen.get(spec.name), self._rounded(spec)
-        if seen is None or not self._policy.smoothing or dtype is None:
+        inputs, dtype = self._inputs.get(spec.name), self._rounded(spec)
+        if inputs is None or not self._policy.smoothing or dtype is None:
             return None
         weight = spec.make()[0]
         ranges = weight.abs().flatten(2).amax((0, 2)) if weight.dim() == 4 else weight.abs().amax(0)
-        matrix, rows = _as_product(spec, weight, seen.sample)
+        matrix, rows = _as_product(spec, weight, inputs.sample)
         exact, best = rows @ matrix.T, (float("inf"), None)
         for alpha in ALPHAS:
-            smooth = seen.largest.clamp_min(1e-5) ** -alpha * ranges.clamp_min(1e-5) ** (1 - alpha) if alpha else None
+            smooth = inputs.largest.clamp_min(1e-5) ** -alpha * ranges.clamp_min(1e-5) ** (1 - alpha) if alpha else None
             error = (_rounded_product(rows, matrix, smooth, dtype) - exact).square().sum().item()
             best = min(best, (error, smooth), key=lambda pair: pair[0])
         smooth = best[1]
@@ -168,14 +168,14 @@ class Calibration:
     @torch.no_grad()
     def snr_db(self, spec: Spec, layer: Layer) -> float | None:
         """Signal-to-noise ratio in decibels of the 8-bit layer's products on what was kept of its input."""
-        seen = self._seen.get(spec.name)
-        if seen is None or not self._rounded(spec):
+        inputs = self._inputs.get(spec.name)
+        if inputs is None or not self._rounded(spec):
             return None
         weight = spec.make()[0]
         plain = {"bias": None, "activation": None, "out_dtype": torch.float32}
         plain |= {name: value for name, value in (("norm", None), ("silu", False)) if hasattr(layer, name)}
-        result = type(layer)(**{**vars(layer), **plain})(seen.sample)
-        exact = _product(spec, weight, seen.sample)
+        result = type(layer)(**{**vars(layer), **plain})(inputs.sample)
+        exact = _product(spec, weight, inputs.sample)
         noise = (result - exact).square().sum()
         return (10 * torch.log10(exact.square().sum() / noise.clamp_min(1e-30))).item()
 

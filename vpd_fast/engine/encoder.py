@@ -39,7 +39,7 @@ def encode(layers: Layers, images: Tensor, memory: Workspace) -> Tensor:
         last, x = x, step(layers=layers, memory=memory, x=x)
         memory.give(last)
     conv_out = layers["encoder.conv_out"]
-    return conv_out(x, **group_norm(layers, "encoder.norm_out", memory, x, then=conv_out))
+    return conv_out(x, **group_norm(layers, "encoder.norm_out", memory, x, consumer=conv_out))
 
 
 def _steps(layers: Layers) -> Iterator[Callable[..., Tensor]]:

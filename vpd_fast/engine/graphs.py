@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 12  # of one model: three stages of four shapes
+MAX_GRAPHS = 12  # of one model: three stages of four shapes
 Stage = Callable[..., "list[Tensor]"]
 
 
@@ -41,8 +41,8 @@ class CudaGraph:
         """What the stage returns for other inputs of the same shapes, in memory of its own."""
         stream = torch.cuda.current_stream(inputs[0].device)
         stream.wait_event(self._done)  # of an earlier call, perhaps on another stream
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        for static, value in zip(self._inputs, inputs, strict=True):
+            static.copy_(value)
         self._graph.replay()
         results = [x.clone() for x in self._outputs]
         self._done.record(stream)
@@ -57,41 +57,41 @@ class GraphCache:
     """
 
     def __init__(
-        self, capture: Callable[[Stage, tuple[Tensor, ...]], Graph] = CudaGraph, most: int = MOST_GRAPHS
+        self, capture: Callable[[Stage, tuple[Tensor, ...]], Graph] = CudaGraph, max_graphs: int = MAX_GRAPHS
     ) -> None:
         self.enabled = True
-        self._capture, self._most = capture, most
+        self._capture, self._max_graphs = capture, max_graphs
         self._graphs: OrderedDict[Hashable, tuple[Graph, Any]] = OrderedDict()
         self._refused: set[Hashable] = set()
         self._lock = threading.Lock()
 
-    def run(self, name: str, stage: Stage, *inputs: Tensor, also: Any = None) -> list[Tensor]:
+    def run(self, name: str, stage: Stage, *inputs: Tensor, state: Any = None) -> list[Tensor]:
         """stage(*inputs), which returns tensors that nothing else writes to.
 
-        also: what else the stage depends on; it is kept as long as the graph, so it is the same if its id is.
+        state: what else the stage depends on; it is kept as long as the graph, so it is the same if its id is.
         """
         if not self.enabled or not self.wanted(inputs[0]):
             return stage(*inputs)
-        key = (name, id(also), *((x.shape, x.stride(), x.dtype) for x in inputs))
+        key = (name, id(state), *((x.shape, x.stride(), x.dtype) for x in inputs))
         with self._lock:
             if key in self._refused:
                 return stage(*inputs)
             if key not in self._graphs:
                 try:
-                    self._graphs[key] = self._capture(stage, inputs), also
+                    self._graphs[key] = self._capture(stage, inputs), state
                 except RuntimeError as error:
                     self._refused.add(key)
                     warnings.warn(
                         f"{name} runs without a CUDA graph, which could not be captured: {error}", stacklevel=3
                     )
                     return stage(*inputs)
-                while len(self._graphs) > self._most:
+                while len(self._graphs) > self._max_graphs:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
             return self._graphs[key][0].replay(inputs)
 
     def __reduce__(self) -> tuple:
-        return GraphCache, (self._capture, self._most)  # a copy captures graphs of its own
+        return GraphCache, (self._capture, self._max_graphs)  # a copy captures graphs of its own
 
     @staticmethod
     def wanted(x: Tensor) -> bool:

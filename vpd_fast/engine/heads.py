@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.engine.blocks import Layers, normalised, to_nchw, to_nhwc
+from vpd_fast.engine.blocks import Layers, apply_scale_shift, to_nchw, to_nhwc
 
 
 def _resized(x: Tensor, size: torch.Size | tuple[int, ...], mode: str, **options: bool) -> Tensor:
@@ -46,11 +46,11 @@ def referring(layers: Layers, features: list[Tensor]) -> Tensor:
 def depth(layers: Layers, features: list[Tensor], size: tuple[int, int] | None) -> Tensor:
     """Last layer's output (B,H,W,1), before the sigmoid; `size` cuts off padding at the right and bottom."""
     x = layers["head.layer1.0"](features[0])
-    x = layers["head.layer1.1"](normalised(x, layers["head.layer1.norm"](x)).relu_())
+    x = layers["head.layer1.1"](apply_scale_shift(x, layers["head.layer1.norm"](x)).relu_())
     lowest = _resized(features[3], features[2].shape[1:3], "nearest")
     parts = [x, layers["head.layer2"](features[1]), features[2], lowest]
     x = layers["head.out_layer"](torch.cat([part.to(x.dtype) for part in parts], dim=-1))
-    x = normalised(x, layers["head.out_layer.norm"](x)).relu_()
+    x = apply_scale_shift(x, layers["head.out_layer.norm"](x)).relu_()
     if size is not None:
         x = x[:, : size[0] // 32, : size[1] // 32].contiguous()
     for i in itertools.count():

@@ -74,7 +74,7 @@ class GroupNorm(Layer):
 
 
 @dataclass(frozen=True)
-class Product(Layer):
+class GemmLayer(Layer):
     """What all layers with a weight have in common."""
 
     weight: PackedWeight
@@ -99,7 +99,7 @@ class Product(Layer):
 
 
 @dataclass(frozen=True)
-class Linear(Product):
+class Linear(GemmLayer):
     """Rows times a weight, with everything around it fused; see `vpd_fast.ops.linear`."""
 
     kind: ClassVar[str] = "linear"
@@ -133,7 +133,7 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Conv2d(Product):
+class Conv2d(GemmLayer):
     """Direct convolution; see `vpd_fast.ops.conv2d`. With `upsample` of the enlarged image, by four phases."""
 
     kind: ClassVar[str] = "conv2d"
@@ -174,7 +174,7 @@ class Conv2d(Product):
 
 
 @dataclass(frozen=True)
-class Winograd(Product):
+class Winograd(GemmLayer):
     """3x3 convolution of stride 1 by Winograd's algorithm; see `vpd_fast.ops.winograd_conv2d`."""
 
     kind: ClassVar[str] = "winograd_conv2d"

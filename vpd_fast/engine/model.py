@@ -107,7 +107,7 @@ class FastVPD(VPD):
                     parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))
                 return [torch.cat(part, dim=-1) for part in parts]  # a copy, which outlives the workspace
 
-        return [to_nchw(x) for x in self._graphs.run("features", stage, latents, also=text)]
+        return [to_nchw(x) for x in self._graphs.run("features", stage, latents, state=text)]
 
     def _decode(self, head: Callable[..., Tensor], features: list[Tensor], *size: tuple[int, int] | None) -> Tensor:
         """What a head makes of features (B,C,H,W): (B,c,h,w) float32."""

@@ -23,7 +23,7 @@ ACTIVATIONS = PRECISIONS | {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 # Patterns of layer names -> precision and the reason. The first that fits decides.
-KEPT = {
+EXCEPTIONS = {
     "int8": {
         "encoder.conv_in": ("bf16", "3 input channels: little work, and its error goes through the whole network"),
         "encoder.conv_out": ("bf16", "makes the latents: little work"),
@@ -36,8 +36,8 @@ KEPT = {
     "fp16": {},
     "fp32": {},
 }
-KEPT["fp8"] = KEPT["int8"]
-SMALLEST_WINOGRAD = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # side in positions
+EXCEPTIONS["fp8"] = EXCEPTIONS["int8"]
+MIN_WINOGRAD_SIDE = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # side in positions
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Policy:
         for pattern, precision in self.precisions.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return PRECISIONS[precision], f"policy: {pattern}"
-        for pattern, (precision, reason) in KEPT[default].items():
+        for pattern, (precision, reason) in EXCEPTIONS[default].items():
             if fnmatch.fnmatchcase(name, pattern):
                 return PRECISIONS[precision], reason
         return PRECISIONS[default], ""
 
-    def winograd_taps(
+    def winograd_matrices(
         self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str
     ) -> tuple[int, str]:
         """Products of a Winograd tile for a 3x3 convolution of stride 1, or 0 for a direct one, and the reason.
@@ -87,13 +87,13 @@ class Policy:
             return 0, "no Winograd kernel for GPUs"
         if not self.winograd:
             return 0, "policy: winograd=False"
-        if dtype not in SMALLEST_WINOGRAD:
+        if dtype not in MIN_WINOGRAD_SIDE:
             return 0, f"no Winograd kernel for {NAMES[dtype]}"
         if upsample:
             return 9, "upsampled image is never made"
         if channels % 16:
             return 0, f"{channels} channels do not fill vectors"
-        if side < SMALLEST_WINOGRAD[dtype]:
+        if side < MIN_WINOGRAD_SIDE[dtype]:
             return 0, f"reading a larger weight costs more than {side}x{side} positions save"
         return (36, "F(4x4)") if dtype == torch.float32 else (16, "F(2x2): larger tiles lose accuracy below float32")
 

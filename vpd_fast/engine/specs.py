@@ -98,8 +98,8 @@ def _block(
     """Two times group norm, SiLU and convolution."""
     for i, (norm, conv) in enumerate(zip(norms, convs, strict=True), start=1):
         yield _norm(f"{name}.norm{i}", norm)
-        make, done = (first, ("time",)) if i == 1 and first else (None, ())
-        yield _conv(f"{name}.conv{i}", conv, side, make, settings={"silu": True}, rewrites=done)
+        make, applied = (first, ("time",)) if i == 1 and first else (None, ())
+        yield _conv(f"{name}.conv{i}", conv, side, make, settings={"silu": True}, rewrites=applied)
 
 
 def _kl_block(name: str, block: nn.Module, side: int) -> Iterator[Spec]:
@@ -133,8 +133,8 @@ def _unet(unet: UNet, side: int, tokens: int) -> Iterator[Spec]:
             elif isinstance(layer, SpatialTransformer):
                 yield from _transformer(name, layer, tokens)
             elif isinstance(layer, Upsample):
-                done = ("upsampling",)
-                yield _conv(name, layer.conv, 2 * size, upsample=True, rewrites=done)
+                applied = ("upsampling",)
+                yield _conv(name, layer.conv, 2 * size, upsample=True, rewrites=applied)
             elif isinstance(layer, Downsample):
                 yield _conv(name, layer.op, size)
             else:

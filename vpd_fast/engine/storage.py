@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Product, Winograd, from_parts
+from vpd_fast.engine.layers import Conv2d, GemmLayer, GroupNorm, Layer, Winograd, from_parts
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import NAMES
 from vpd_fast.engine.specs import layer_specs
@@ -115,7 +115,7 @@ def _require_device(layers: dict[str, Layer], device: torch.device) -> None:
     """Raises ValueError if a layer has no kernel there."""
     if device.type != "cpu" and any(isinstance(layer, Winograd) for layer in layers.values()):
         raise ValueError("it has Winograd layers, which run on CPUs; optimize with Policy(winograd=False)")
-    weights = {name: layer.weight.dtype for name, layer in layers.items() if isinstance(layer, Product)}
+    weights = {name: layer.weight.dtype for name, layer in layers.items() if isinstance(layer, GemmLayer)}
     for name, dtype in weights.items():
         if device.type == "cpu" and dtype in ROWS_ONLY:
             raise ValueError(f"layer {name} is {NAMES[dtype]}, which CPUs have no kernels for")
@@ -138,8 +138,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        came = settings.get("format") if isinstance(settings, dict) else settings
-        raise CheckpointError(f"{path}: expected format {FORMAT} of an engine, got {came!r}; optimize the model again")
+        got = settings.get("format") if isinstance(settings, dict) else settings
+        raise CheckpointError(f"{path}: expected format {FORMAT} of an engine, got {got!r}; optimize the model again")
     return settings
 
 

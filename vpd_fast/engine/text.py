@@ -12,7 +12,7 @@ from vpd_fast.engine.blocks import Layers
 from vpd_fast.engine.layers import Linear
 
 Projected = dict[str, "tuple[Tensor, Tensor] | list[Linear]"]
-MOST_TEXTS = 8
+MAX_TEXTS = 8
 
 
 class TextMemo:
@@ -20,19 +20,19 @@ class TextMemo:
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
-        self._known: list[tuple[Tensor, Projected]] = []
+        self._recent: list[tuple[Tensor, Projected]] = []
         self._lock = threading.Lock()
 
     def __call__(self, context: Tensor) -> Projected:
         """Context (B or 1,L,context_dim), the same for all images if 1 -> per transformer what its attn2 needs."""
         with self._lock:
-            known = list(self._known)
-        found = next((k for k in known if k[0].shape == context.shape and torch.equal(k[0], context)), None)
-        if found is None:
-            found = context.clone(), _project(self._layers, context)
+            recent = list(self._recent)
+        entry = next((k for k in recent if k[0].shape == context.shape and torch.equal(k[0], context)), None)
+        if entry is None:
+            entry = context.clone(), _project(self._layers, context)
         with self._lock:  # the last used is the last to go
-            self._known = [*(k for k in self._known if k is not found)][-MOST_TEXTS + 1 :] + [found]
-        return found[1]
+            self._recent = [*(k for k in self._recent if k is not entry)][-MAX_TEXTS + 1 :] + [entry]
+        return entry[1]
 
     def __deepcopy__(self, memo: dict) -> TextMemo:
         """Of the copied layers, and empty."""

@@ -23,7 +23,7 @@ class Structure:
     """Which blocks the UNet has, where features are taken, and whose maps are averaged; from the plain model."""
 
     blocks: tuple[tuple[str, str, int], ...]  # name, place ("down", "mid", "up"), level
-    taps: Mapping[str, int]  # name of the block after which a feature is taken: level
+    outputs_at: Mapping[str, int]  # name of the block after which a feature is taken: level
     map_weights: Mapping[tuple[str, int], Mapping[str, float]]  # (place, level): {kind: weight}
     heads: int
 
@@ -34,8 +34,8 @@ class Structure:
         blocks = [(f"unet.input_blocks.{i}", "down", level) for i, level in enumerate(unet.input_levels)]
         blocks.append(("unet.middle_block", "mid", unet.input_levels[-1]))
         blocks += [(f"unet.output_blocks.{i}", "up", level) for i, level in enumerate(unet.output_levels)]
-        taps = {f"unet.output_blocks.{i}": level for i, level in unet.taps.items()}
-        return cls(tuple(blocks), taps, wrapper.map_weights, heads)
+        outputs_at = {f"unet.output_blocks.{i}": level for i, level in unet.outputs_at.items()}
+        return cls(tuple(blocks), outputs_at, wrapper.map_weights, heads)
 
 
 class MapSums:
@@ -83,8 +83,8 @@ def run_unet(
             memory.give(skip)
         if place == "down":
             skips.append(x)
-        if name in structure.taps:
-            features[structure.taps[name]] = x
+        if name in structure.outputs_at:
+            features[structure.outputs_at[name]] = x
     return [features[level] for level in sorted(features)], maps
 
 

@@ -186,7 +186,7 @@ class UNet(nn.Module):
                 self.output_levels.append(level)
         # The last block of each level before its upsampling one, and the very last block.
         per_level = config.num_res_blocks + 1
-        self.taps = {per_level * n - 2: lowest - n + 1 for n in range(1, lowest + 1)} | {
+        self.outputs_at = {per_level * n - 2: lowest - n + 1 for n in range(1, lowest + 1)} | {
             per_level * (lowest + 1) - 1: 0
         }
 
@@ -241,8 +241,8 @@ class UNet(nn.Module):
         features: dict[int, Tensor] = {}
         for i, (block, level) in enumerate(zip(self.output_blocks, self.output_levels, strict=True)):
             h = run(block, torch.cat([h, skips.pop()], dim=1), "up", level)
-            if i in self.taps:
-                features[self.taps[i]] = h
+            if i in self.outputs_at:
+                features[self.outputs_at[i]] = h
         return [features[level] for level in sorted(features)], maps
 
 
