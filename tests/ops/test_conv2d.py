@@ -11,7 +11,7 @@ from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._statistics import statistics_shape
+from vpd_fast.ops._statistics import Statistics, statistics_shape
 
 from .gemm_cases import (
     DTYPES,
@@ -364,14 +364,14 @@ def test_bad_input(change: dict, message: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_opcheck(precision: torch.dtype) -> None:
-    weight = make_weight(8, 54, precision)
-    x, x2, residual, out = randn(2, 5, 6, 4), randn(2, 5, 6, 2), randn(2, 3, 3, 8), torch.zeros(2, 3, 3, 8)
+    op, weight = ops.registry()["conv2d"], make_weight(8, 54, precision)
+    x, x2, residual = randn(2, 5, 6, 4), randn(2, 5, 6, 2), randn(2, 3, 3, 8)
+    options = {"kernel": (3, 3), "stride": 2, "padding": 1, "affine": randn(2, 2, 6), "silu": True, "scale": randn(6)}
+    options |= {"x2": x2, "activation": "silu", "residual": residual}
     for name in ("auto", "cpu", "reference"):
-        numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n, randn(8)
-        how = (3, 3), 2, (1, 1, 1, 1), False, randn(2, 2, 6), True, randn(6), "silu"
-        known = (randn(2, 2, 3), torch.zeros(statistics_shape(2, 9, 8))) if name == "reference" else (None, None)
-        arguments = *numbers, *how, residual, out, *known, 64, name
-        torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, arguments)
+        known = {"ranges": randn(2, 2, 3), "statistics": Statistics(torch.zeros(statistics_shape(2, 9, 8)), 64)}
+        (call,) = op.bind(x, weight, randn(8), **options, **(known if name == "reference" else {}))
+        torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, (*op.flatten(call), name))
 
 
 def test_torch_compile_through_the_public_function() -> None:

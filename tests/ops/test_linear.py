@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _cuda_product
 from vpd_fast.ops._packing import FLOAT8, PackedWeight
-from vpd_fast.ops._statistics import statistics_shape
+from vpd_fast.ops._statistics import Statistics, statistics_shape
 
 from .gemm_cases import (
     DTYPES,
@@ -455,14 +455,13 @@ def test_why_the_cuda_kernels_cannot_run(monkeypatch, widths, dtype, norm, capab
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_opcheck(precision: torch.dtype) -> None:
-    weight = make_weight(6, 20, precision)
+    op, weight = ops.registry()["linear"], make_weight(6, 20, precision)
     x, x2, residual = randn(2, 5, 8), randn(2, 5, 12, dtype=torch.bfloat16), randn(2, 5, 3)
-    vectors = randn(6), randn(2, 2, 20), randn(20)
+    options = {"norm": "layer", "affine": randn(2, 2, 20), "scale": randn(20), "activation": "geglu"}
     for name in ("auto", "cpu", "reference"):
-        numbers = x, x2, weight.data, weight.scales, weight.sums, weight.n
-        known = torch.zeros(statistics_shape(2, 5, 3)) if name == "reference" else None
-        arguments = *numbers, *vectors, "geglu", residual, torch.zeros(2, 5, 3), True, 1e-5, known, 64, name
-        torch.library.opcheck(torch.ops.vpd_fast.linear.default, arguments)
+        statistics = Statistics(torch.zeros(statistics_shape(2, 5, 3)), 64) if name == "reference" else None
+        (call,) = op.bind(x, weight, randn(6), x2=x2, residual=residual, statistics=statistics, **options)
+        torch.library.opcheck(torch.ops.vpd_fast.linear.default, (*op.flatten(call), name))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops.winograd_conv2d import _INPUT, _OUTPUT, _WEIGHT, STEPS, _check
+from vpd_fast.ops.winograd_conv2d import _INPUT, _OUTPUT, _WEIGHT, STEPS
 
 from .winograd_cases import PRECISIONS, TAPS, check, error, everything, make_problem
 
@@ -168,7 +168,8 @@ def test_threads_do_not_change_a_bit(isa: str, shape: tuple, taps: int, precisio
 
 def operator_arguments(problem) -> tuple:
     weight = PackedWeight.pack(ops.winograd_weight(problem.kernel, problem.taps), problem.precision)
-    return _check(problem.x, weight, upsample=problem.taps == 9, **problem.options)
+    op = ops.registry()["winograd_conv2d"]
+    return tuple(op.flatten(*op.bind(problem.x, weight, upsample=problem.taps == 9, **problem.options)))
 
 
 @pytest.mark.parametrize("taps", STEPS)

@@ -77,8 +77,7 @@ class Op:
         """Runs the operator on checked arguments; for public functions. Raises InputError if `impl` is no name."""
         if impl is _BIND:
             raise _Bound(arguments)
-        flat = [getattr(arguments, name) for name in self.arguments.__match_args__]  # its fields
-        return getattr(torch.ops.vpd_fast, self.name)(*flat, check_impl(impl))
+        return getattr(torch.ops.vpd_fast, self.name)(*self.flatten(arguments), check_impl(impl))
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """What implementations take for a call of the public function, of which only the checks run."""
@@ -98,6 +97,10 @@ class Op:
     def run_fake(self, *flat: Any) -> Any:
         """What PyTorch calls while it traces."""
         return self.fake(*(flat if self.check is not None else self.wrap(flat[:-1])))
+
+    def flatten(self, arguments: Any) -> list[Any]:
+        """The fields of the arguments' object, which is what PyTorch takes."""
+        return [getattr(arguments, name) for name in self.arguments.__match_args__]
 
     def wrap(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
         """What implementations take: the arguments' object, or of operators that are not converted yet each of them."""

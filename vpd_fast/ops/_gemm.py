@@ -213,23 +213,21 @@ def finish(result: Tensor, bias: Tensor | None, activation: str, residual: Tenso
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def cpu_refuses(
-    x: Tensor, x2: Tensor | None, data: Tensor, *rest: Any, unknown: tuple[Tensor | None, ...] = ()
-) -> str | None:
-    """Why the native kernel cannot run on these arguments, or None. unknown: those that it knows nothing of."""
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, not on the CPU"
-    for tensor in (x, x2, data, *rest):
-        if isinstance(tensor, Tensor) and tensor.dtype not in CPU_DTYPES:
+def cpu_refuses(call: GemmArguments) -> str | None:
+    """Why the native kernel cannot run on these arguments, or None."""
+    if call.x.device.type != "cpu":
+        return f"x is on {call.x.device}, not on the CPU"
+    for tensor in (call.x, call.x2, call.data, call.residual, call.out):
+        if tensor is not None and tensor.dtype not in CPU_DTYPES:
             return f"no native kernel computes in {_name(tensor.dtype)}"
-    if data.dim() == 3:
+    if call.data.dim() == 3:
         return 'weight is laid out for a GPU; PackedWeight.for_device("cpu") changes that'
-    if any(t is not None for t in unknown):
+    if any(getattr(call, name, None) is not None for name in ("ranges", "statistics")):
         return "statistics and ranges are for kernels that round whole images"
     return _native.why_missing("_C")
 
 
-def triton_refuses(call: Any, padding: Sequence[int] = (0, 0, 0, 0)) -> str | None:
+def triton_refuses(call: GemmArguments, padding: Sequence[int] = (0, 0, 0, 0)) -> str | None:
     """Why the Triton kernels of a product cannot run on an operator's arguments, or None."""
     x, data = call.x, call.data
     reason = triton_missing(x)

@@ -8,7 +8,8 @@ in `linear`; a row of 8 bits is what one output position reads, but for the Trit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _cuda_product, _gemm
-from vpd_fast.ops._checks import MAX_SIDE, check, check_impl, check_size, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._checks import MAX_SIDE, check, check_size, check_tensor
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._packing import PackedWeight
 from vpd_fast.ops._statistics import Statistics, check_statistics, fill_statistics
@@ -72,49 +73,6 @@ def conv2d(
     Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
     for inputs that require gradients while they are recorded.
     """
-    arguments = _check(
-        x,
-        weight,
-        bias,
-        kernel=kernel,
-        stride=stride,
-        padding=padding,
-        upsample=upsample,
-        x2=x2,
-        affine=affine,
-        silu=silu,
-        scale=scale,
-        residual=residual,
-        activation=activation,
-        out_dtype=out_dtype,
-        out=out,
-        ranges=ranges,
-        statistics=statistics,
-    )
-    torch.ops.vpd_fast.conv2d(*arguments, check_impl(impl))
-    return arguments[-4]
-
-
-def _check(
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None = None,
-    *,
-    kernel: Sequence[int],
-    stride: int = 1,
-    padding: int | Sequence[int] = 0,
-    upsample: bool = False,
-    x2: Tensor | None = None,
-    affine: Tensor | None = None,
-    silu: bool = False,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    out_dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-    ranges: Tensor | None = None,
-    statistics: Statistics | None = None,
-) -> tuple:
     check_tensor("x", x, "B H W C1", DTYPES, "B")
     batch, height, width, channels = x.shape
     if x2 is not None:
@@ -145,11 +103,31 @@ def _check(
         raise InputError(f"statistics.run must divide the {height * width} positions of a phase, got {statistics.run}")
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
     _gemm.check_places("conv2d", x.device, tensors | {"residual": residual, "out": out, "ranges": ranges})
-    return (
-        *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
-        *(bias, kernel, stride, padding, upsample, affine, silu, scale, activation or "", residual, out, ranges),
-        *check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out),
+    data, run = check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out)
+    arguments = Conv2dArguments(
+        x=x,
+        x2=x2,
+        data=weight.data,
+        scales=weight.scales,
+        sums=weight.sums,
+        n=weight.n,
+        bias=bias,
+        affine=affine,
+        scale=scale,
+        activation=activation or "",
+        residual=residual,
+        out=out,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        upsample=upsample,
+        silu=silu,
+        ranges=ranges,
+        statistics=data,
+        run=run,
     )
+    CONV2D(arguments, impl)
+    return out
 
 
 def _is_integer(value: Any, least: int) -> bool:
@@ -163,47 +141,36 @@ def _check_padding(padding: Any) -> tuple[int, int, int, int]:
     return tuple(sides)
 
 
-class _Arguments(NamedTuple):
-    """What the operator takes, in its order; see the public function and `PackedWeight`."""
+@dataclass(frozen=True)
+class Conv2dArguments(_gemm.GemmArguments):
+    """Arguments of the operator; see the public function."""
 
-    x: Tensor
-    x2: Tensor | None
-    data: Tensor
-    scales: Tensor | None
-    sums: Tensor | None
-    n: int
-    bias: Tensor | None
-    kernel: Sequence[int]
-    stride: int
-    padding: Sequence[int]
+    kernel: Sequence[SymInt]
+    stride: SymInt
+    padding: Sequence[SymInt]
     upsample: bool
-    affine: Tensor | None
     silu: bool
-    scale: Tensor | None
-    activation: str
-    residual: Tensor | None
-    out: Tensor
     ranges: Tensor | None
-    statistics: Tensor | None
-    run: int
+    statistics: Annotated[Tensor | None, WRITTEN]
+    run: SymInt
 
     @property
-    def weight(self) -> PackedWeight:
-        channels = self.x.shape[3] + (0 if self.x2 is None else self.x2.shape[3])
-        k = self.kernel[0] * self.kernel[1] * channels
-        return PackedWeight(self.data, self.scales, self.sums, self.n, k)
+    def columns(self) -> int:
+        """Number of columns of the weight: what one output position reads."""
+        return self.kernel[0] * self.kernel[1] * self.channels
 
     @property
     def margins(self) -> Sequence[int]:
         """Zeros around the image that kernels for GPUs prepare: top, left, bottom, right."""
         return (1, 1, 1, 1) if self.upsample else self.padding
 
-    def phases(self) -> Iterator[_Arguments]:
+    def phases(self) -> Iterator[Conv2dArguments]:
         """The four convolutions of `upsample`."""
         for i in range(4):
             y, x = divmod(i, 2)
             part = self.weight.tap(i)
-            yield self._replace(
+            yield replace(
+                self,
                 data=part.data,
                 scales=part.scales,
                 sums=part.sums,
@@ -215,11 +182,10 @@ class _Arguments(NamedTuple):
             )
 
 
-def _reference(*arguments: Any) -> None:
-    call = _Arguments(*arguments)
+def _reference(call: Conv2dArguments) -> None:
     if call.upsample:
         for phase in call.phases():
-            _reference(*phase)
+            _reference(phase)
         return
     kernel, stride = call.kernel, call.stride
     a = _gemm.prologue(_gemm.joined(call.x, call.x2), call.affine, call.silu, call.scale)
@@ -231,11 +197,10 @@ def _reference(*arguments: Any) -> None:
     fill_statistics(call.out.flatten(1, 2), call.statistics, call.run)
 
 
-def _cpu(*arguments: Any) -> None:
-    call = _Arguments(*arguments)
+def _cpu(call: Conv2dArguments) -> None:
     if call.upsample:
         for phase in call.phases():
-            _cpu(*phase)
+            _cpu(phase)
         return
     if call.out.numel() == 0:
         return
@@ -261,15 +226,8 @@ def _cpu(*arguments: Any) -> None:
         call.out.copy_(target.view(call.out.shape))
 
 
-def _cpu_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
-    unknown = call.ranges, call.statistics
-    return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=unknown)
-
-
-def _triton(*arguments: Any, **product: Any) -> None:
+def _triton(call: Conv2dArguments, **product: Any) -> None:
     """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
-    call = _Arguments(*arguments)
     if call.out.numel() == 0:
         return
     from vpd_fast.kernels import conv2d as kernels
@@ -292,34 +250,25 @@ def _triton(*arguments: Any, **product: Any) -> None:
         call.out.copy_(target)
 
 
-def _triton_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
+def _triton_refuses(call: Conv2dArguments) -> str | None:
     return _gemm.triton_refuses(call, call.margins)
 
 
-def _cuda(*arguments: Any) -> None:
-    _triton(*arguments, multiply=_cuda_product.product)
+def _cuda(call: Conv2dArguments) -> None:
+    _triton(call, multiply=_cuda_product.product)
 
 
-def _cuda_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
+def _cuda_refuses(call: Conv2dArguments) -> str | None:
     return _cuda_product.refuses(call, (call.silu, call.affine, call.scale), call.margins)
 
 
-register(
+CONV2D = register(
     Op(
-        name="conv2d",
-        arguments=(
-            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, "
-            "SymInt[2] kernel, SymInt stride, SymInt[4] padding, bool upsample, Tensor? affine, bool silu, "
-            "Tensor? scale, str activation, Tensor? residual, Tensor(a!) out, Tensor? ranges, "
-            "Tensor(b!)? statistics, SymInt run"
-        ),
-        returns="()",
-        fake=lambda *_: None,
-        check=_check,
+        "conv2d",
+        Conv2dArguments,
+        public=conv2d,
         implementations=(
-            Implementation("cpu", _cpu, _cpu_refuses),
+            Implementation("cpu", _cpu, _gemm.cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
             Implementation("cuda", _cuda, _cuda_refuses),
             Implementation("reference", _reference),

@@ -153,10 +153,6 @@ def _cpu(call: LinearArguments) -> None:
         call.out.copy_(target)
 
 
-def _cpu_refuses(call: LinearArguments) -> str | None:
-    return _gemm.cpu_refuses(call.x, call.x2, call.data, call.residual, call.out, unknown=(call.statistics,))
-
-
 def _triton(call: LinearArguments, **product: Any) -> None:
     """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
     if call.out.numel() == 0:
@@ -175,10 +171,6 @@ def _triton(call: LinearArguments, **product: Any) -> None:
         call.out.copy_(target)
 
 
-def _triton_refuses(call: LinearArguments) -> str | None:
-    return _gemm.triton_refuses(call)
-
-
 def _cuda(call: LinearArguments) -> None:
     _triton(call, multiply=_cuda_product.product)
 
@@ -193,8 +185,8 @@ LINEAR = register(
         LinearArguments,
         public=linear,
         implementations=(
-            Implementation("cpu", _cpu, _cpu_refuses),
-            Implementation("triton", _triton, _triton_refuses),
+            Implementation("cpu", _cpu, _gemm.cpu_refuses),
+            Implementation("triton", _triton, _gemm.triton_refuses),
             Implementation("cuda", _cuda, _cuda_refuses),
             Implementation("reference", _reference),
         ),

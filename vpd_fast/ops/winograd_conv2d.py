@@ -16,6 +16,7 @@ by 5e-5 of its value. A tile whose input is not finite has results that are not;
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
-from vpd_fast.ops._checks import check, check_impl, check_tensor
+from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._packing import LARGEST, PackedWeight
@@ -119,39 +120,6 @@ def winograd_conv2d(
         >>> weight = PackedWeight.pack(winograd_weight(layer.weight, 16), torch.bfloat16)
         >>> winograd_conv2d(x, weight, layer.bias, affine=group_norm_affine(x, gamma, beta, 32, 1e-6), silu=True)
     """
-    arguments = _check(
-        x,
-        weight,
-        bias,
-        x2=x2,
-        affine=affine,
-        silu=silu,
-        scale=scale,
-        residual=residual,
-        activation=activation,
-        upsample=upsample,
-        out_dtype=out_dtype,
-        out=out,
-    )
-    torch.ops.vpd_fast.winograd_conv2d(*arguments, check_impl(impl))
-    return arguments[-1]
-
-
-def _check(
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None = None,
-    *,
-    x2: Tensor | None = None,
-    affine: Tensor | None = None,
-    silu: bool = False,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    upsample: bool = False,
-    out_dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> tuple:
     check_tensor("x", x, "B H W C1", DTYPES, may_be_empty="B")
     batch, height, width, channels = x.shape
     if x2 is not None:
@@ -169,10 +137,30 @@ def _check(
     out = _gemm.check_out(out, out_dtype, x, shape)
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
     _gemm.check_places("winograd_conv2d", x.device, tensors | {"residual": residual, "out": out})
-    return (
-        *(x, x2, weight.data, weight.scales, weight.sums, weight.n),
-        *(bias, affine, silu, scale, activation or "", residual, out),
+    arguments = WinogradArguments(
+        x=x,
+        x2=x2,
+        data=weight.data,
+        scales=weight.scales,
+        sums=weight.sums,
+        n=weight.n,
+        bias=bias,
+        affine=affine,
+        scale=scale,
+        activation=activation or "",
+        residual=residual,
+        out=out,
+        silu=silu,
     )
+    WINOGRAD_CONV2D(arguments, impl)
+    return out
+
+
+@dataclass(frozen=True)
+class WinogradArguments(_gemm.GemmArguments):
+    """Arguments of the operator; see the public function."""
+
+    silu: bool
 
 
 def _check_weight(weight: PackedWeight, channels: int, upsample: bool) -> None:
@@ -192,28 +180,13 @@ def _transform(table: str, taps: int, device: torch.device) -> Tensor:
     return torch.tensor({"input": _INPUT, "output": _OUTPUT}[table][taps], dtype=torch.float32, device=device)
 
 
-def _reference(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    affine: Tensor | None,
-    silu: bool,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    a = _gemm.prologue(_gemm.joined(x, x2), affine, silu, scale)
-    weight = PackedWeight(data, scales, sums, n, a.shape[3])
-    inward, outward = (_transform(table, weight.taps, x.device) for table in ("input", "output"))
-    products = _products(_tiles(a, weight.taps), inward, weight)
+def _reference(call: WinogradArguments) -> None:
+    a = _gemm.prologue(_gemm.joined(call.x, call.x2), call.affine, call.silu, call.scale)
+    inward, outward = (_transform(table, call.weight.taps, a.device) for table in ("input", "output"))
+    products = _products(_tiles(a, call.weight.taps), inward, call.weight)
     result = torch.einsum("yi,xj,ijbrcn->brycxn", outward, outward, products)
-    result = result.flatten(1, 2).flatten(2, 3)[:, : out.shape[1], : out.shape[2]]
-    _gemm.finish(result, bias, activation, residual, out)
+    result = result.flatten(1, 2).flatten(2, 3)[:, : call.out.shape[1], : call.out.shape[2]]
+    _gemm.finish(result, call.bias, call.activation, call.residual, call.out)
 
 
 def _tiles(a: Tensor, taps: int) -> Tensor:
@@ -237,55 +210,35 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
     return flat.unflatten(1, rows.shape[2:5]).unflatten(0, rows.shape[:2])
 
 
-def _cpu(
-    x: Tensor,
-    x2: Tensor | None,
-    data: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    affine: Tensor | None,
-    silu: bool,
-    scale: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    if out.numel() == 0:
+def _cpu(call: WinogradArguments) -> None:
+    if call.out.numel() == 0:
         return
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (x, x2, residual, out))
-    packed = PackedWeight(data, scales, sums, n, x.shape[3] + (0 if x2 is None else x2.shape[3]))
-    kept, packed_addresses, vectors = _gemm.vectors_and_weight(packed, bias, affine, scale)
+    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
+    kept, weight, vectors = _gemm.vectors_and_weight(call.weight, call.bias, call.affine, call.scale)
     _native.load("_C").winograd_conv2d(
         x=_gemm.strided(x),
         x2=_gemm.strided(x2),
         shape=tuple(x.shape[:3]),
-        taps=packed.taps,
-        weight=packed_addresses,
+        taps=call.weight.taps,
+        weight=weight,
         vectors=vectors,
-        silu=silu,
-        activation=activation,
+        silu=call.silu,
+        activation=call.activation,
         residual=_gemm.strided(residual),
         out=_gemm.strided(target),
         threads=torch.get_num_threads(),
         isa=_native.isa(),
     )
     del kept
-    if target is not out:
-        out.copy_(target)
+    if target is not call.out:
+        call.out.copy_(target)
 
 
-register(
+WINOGRAD_CONV2D = register(
     Op(
-        name="winograd_conv2d",
-        arguments=(
-            "Tensor x, Tensor? x2, Tensor data, Tensor? scales, Tensor? sums, SymInt n, Tensor? bias, Tensor? affine, "
-            "bool silu, Tensor? scale, str activation, Tensor? residual, Tensor(a!) out"
-        ),
-        returns="()",
-        fake=lambda *_: None,
-        check=_check,
+        "winograd_conv2d",
+        WinogradArguments,
+        public=winograd_conv2d,
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
             Implementation("reference", _reference),
