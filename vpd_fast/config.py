@@ -10,8 +10,11 @@ from typing import Any
 
 from vpd_fast.errors import InputError
 from vpd_fast.files import write_json
+from vpd_fast.tasks import TASKS
 
-TASKS = ("segmentation", "referring", "depth")
+# Names of precisions, as users write them, and their dtypes in PyTorch; the second are those with kernels for CPUs.
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
+CPU_PRECISIONS = ("fp32", "bf16", "int8")
 MAP_SOURCES = tuple(f"{place}_{kind}" for place in ("down", "mid", "up") for kind in ("cross", "self"))
 LATENT_STRIDE = 8  # the KL encoder halves the image three times
 SIZE_MULTIPLE = 64  # and the UNet the latents three times more
@@ -114,7 +117,7 @@ class VPDConfig:
         if isinstance(self.backbone, dict):
             object.__setattr__(self, "backbone", _from_dict(BackboneConfig, self.backbone))
         if self.use_attn is None:
-            object.__setattr__(self, "use_attn", self.task != "depth")
+            object.__setattr__(self, "use_attn", TASKS[self.task].maps)
         object.__setattr__(self, "class_names", tuple(self.class_names))
         for name in ("num_classes", "tokens", "num_scenes", "channels", "base_size"):
             value = getattr(self, name)
@@ -133,7 +136,7 @@ class VPDConfig:
             not unknown,
             f"VPDConfig.attn_selector: unknown {unknown}; expected names out of {', '.join(MAP_SOURCES)} joined by '+'",
         )
-        named = {"segmentation": self.num_classes, "depth": self.num_scenes}.get(self.task)
+        named = self.embedding_count
         _check(
             not self.class_names or named is None or len(self.class_names) == named,
             f"VPDConfig.class_names has {len(self.class_names)} names, the {self.task} model needs {named}",
@@ -143,6 +146,17 @@ class VPDConfig:
     def map_sources(self) -> tuple[str, ...]:
         """The names in `attn_selector`."""
         return tuple(self.attn_selector.split("+"))
+
+    @property
+    def key_prefix(self) -> str:
+        """The prefix of the backbone's names in the model's state dict."""
+        return TASKS[self.task].key_prefix
+
+    @property
+    def embedding_count(self) -> int | None:
+        """The number of class or scene embeddings; None for referring, whose text comes with each image."""
+        field = TASKS[self.task].count_field
+        return None if field is None else getattr(self, field)
 
     @property
     def context_tokens(self) -> int:

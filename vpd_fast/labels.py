@@ -9,6 +9,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from vpd_fast.errors import InputError
+from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     from vpd_fast.config import VPDConfig
@@ -70,14 +71,12 @@ def default_names(config: VPDConfig) -> tuple[str, ...]:
     The configuration's own names if it has any, else ADE20K's for 150 classes and NYUv2's for 27 or 28 scenes (the
     28th of the mmsegmentation port is the mean of the others), else "class 0", "class 1", ...
     """
-    if config.task == "referring" or config.class_names:
+    count, noun = config.embedding_count, TASKS[config.task].noun
+    if count is None or config.class_names:
         return config.class_names
-    if config.task == "segmentation":
-        count, kind, known = config.num_classes, "class", (ADE20K_CLASSES,)
-    else:
-        count, kind, known = config.num_scenes, "scene", (NYU_SCENES, (*NYU_SCENES, "mean"))
+    known = {"class": (ADE20K_CLASSES,), "scene": (NYU_SCENES, (*NYU_SCENES, "mean"))}[noun]
     matching = [names for names in known if len(names) == count]
-    return matching[0] if matching else tuple(f"{kind} {i}" for i in range(count))
+    return matching[0] if matching else tuple(f"{noun} {i}" for i in range(count))
 
 
 def find_name(name: str | int, names: tuple[str, ...], kind: str = "class") -> int:

@@ -35,7 +35,7 @@ def demo():
 
 
 def test_reports(demo) -> None:
-    assert tuple(report.task for report in demo.reports) == TASKS
+    assert tuple(report.task for report in demo.reports) == tuple(TASKS)
     for report in demo.reports:
         assert report.agreement > 0.9
         assert report.plain_ms > 0

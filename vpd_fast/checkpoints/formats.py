@@ -21,6 +21,7 @@ from vpd_fast.checkpoints.pickles import Placeholder
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
+from vpd_fast.tasks import TASKS
 
 
 def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
@@ -64,7 +65,7 @@ def vpd_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def ldm_to_vpd(tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
     """Inverse of `vpd_to_ldm`; other tensors keep their names."""
-    root = "encoder." if task == "depth" else ""
+    root = TASKS[task].key_prefix
     renamed = {}
     for key, tensor in tensors.items():
         for ours, theirs in ((UNET, LDM_UNET), (ENCODER, LDM_VAE)):
@@ -131,8 +132,9 @@ def _open_bundled(name: str) -> Checkpoint:
     try:
         config = VPDConfig.from_dict(json.loads(own.metadata[CONFIG_KEY]))
         record = dict(json.loads(own.metadata[bundled.RECORD]))
-        root = "encoder." if config.task == "depth" else ""
-        tensors = {f"{root}{ENCODER}{key}": tensor for key, tensor in bundled.unpack(shared.tensors).items()}
+        tensors = {
+            f"{config.key_prefix}{ENCODER}{key}": tensor for key, tensor in bundled.unpack(shared.tensors).items()
+        }
         tensors |= bundled.unpack(own.tensors)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(

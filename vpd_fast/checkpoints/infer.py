@@ -10,6 +10,7 @@ from typing import Any
 from vpd_fast.config import LATENT_STRIDE, MAP_SOURCES, VPDConfig
 from vpd_fast.config import BackboneConfig as Backbone
 from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.tasks import TASKS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,13 +23,7 @@ _BACKBONE_FIELDS = frozenset(Backbone.__dataclass_fields__)
 
 def infer_task(shapes: Shapes) -> str | None:
     """Task of a state dict with the released VPD names, or None."""
-    if "decode_head.conv_seg.weight" in shapes and f"{UNET}input_blocks.0.0.weight" in shapes:
-        return "segmentation"
-    if "classifier.conv1_4.weight" in shapes:
-        return "referring"
-    if "last_layer_depth.0.weight" in shapes and "encoder.out_layer.0.weight" in shapes:
-        return "depth"
-    return None
+    return next((name for name, task in TASKS.items() if all(key in shapes for key in task.signature)), None)
 
 
 def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **overrides: Any) -> VPDConfig:
@@ -45,7 +40,7 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **ov
     if task is None:
         raise CheckpointError(f"not a VPD model: no head of a known task among {_first_names(shapes)}")
     backbone_overrides = {name: overrides.pop(name) for name in list(overrides) if name in _BACKBONE_FIELDS}
-    root = "encoder." if task == "depth" else ""
+    root = TASKS[task].key_prefix
     try:
         backbone = overrides.pop("backbone", None) or backbone_of(shapes, **backbone_overrides)
         values = {"task": task, "backbone": backbone, **_sizes(shapes, task, root, backbone)}
@@ -53,7 +48,7 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **ov
             values["max_depth"] = float(metadata["max_depth"])
         values.update(overrides)
         names = metadata.get("class_names") or ()
-        if len(names) == {"segmentation": values.get("num_classes"), "depth": values.get("num_scenes")}.get(task):
+        if len(names) == values.get(TASKS[task].count_field):
             values.setdefault("class_names", tuple(names))
         return _with_maps(values, _map_channels(shapes, task, backbone), overrides)
     except (KeyError, IndexError) as error:
@@ -153,7 +148,7 @@ def _with_maps(values: dict[str, Any], channels: tuple[int, ...], overrides: Map
     for settings in _map_settings(overrides):
         candidate = {**values, **settings, "use_attn": True}
         side = [settings["base_size"] // LATENT_STRIDE // 2**level for level in range(4)]
-        if values["task"] != "referring":
+        if not TASKS[values["task"]].takes_text:
             options = [{}]
         else:  # the number of tokens is only known through the maps, which may also hold self-attention's
             found = {c - own for c, s in zip(channels, side, strict=False) for own in (0, s * s) if c - own > 0}

@@ -15,9 +15,10 @@ from vpd_fast.checkpoints.checkpoint import Checkpoint
 from vpd_fast.checkpoints.formats import is_backbone, ldm_to_vpd, open_checkpoint
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
 from vpd_fast.checkpoints.report import LoadReport, first_names
-from vpd_fast.config import TASKS, BackboneConfig, VPDConfig
+from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models.vpd import VPD
+from vpd_fast.tasks import TASKS
 
 
 def load_checkpoint(
@@ -96,13 +97,11 @@ def load_stable_diffusion(
     heads = {} if "num_heads" in checkpoint.metadata else {"num_heads": config.backbone.num_heads}
     _check_backbone(checkpoint.path, checkpoint.backbone(**heads), config.backbone)
     tensors = ldm_to_vpd(checkpoint.tensors, config.task)
-    root = "encoder." if config.task == "depth" else ""
     if class_embeddings is not None:
-        tensors[f"{root}class_embeddings"] = _read_embeddings(class_embeddings, config)
-    elif config.task != "referring" and not allow_missing:
-        count = config.num_classes if config.task == "segmentation" else config.num_scenes
+        tensors[f"{config.key_prefix}class_embeddings"] = _read_embeddings(class_embeddings, config)
+    elif config.embedding_count is not None and not allow_missing:
         raise CheckpointError(
-            f"missing class embeddings: a {config.task} model needs class_embeddings=, a ({count}, "
+            f"missing class embeddings: a {config.task} model needs class_embeddings=, a ({config.embedding_count}, "
             f"{config.backbone.context_dim}) tensor or a file with it (made from class names by vpd_fast.models.text), "
             "or allow_missing=True to fill them in later"
         )
@@ -235,7 +234,7 @@ def _check_backbone(path: Path, found: BackboneConfig, wanted: BackboneConfig) -
 
 def _read_embeddings(source: Tensor | str | Path, config: VPDConfig) -> Tensor:
     tensor = source if isinstance(source, Tensor) else reader.read_tensor(source)
-    count = {"segmentation": config.num_classes, "depth": config.num_scenes}.get(config.task)
+    count = config.embedding_count
     if count is None:
         raise InputError("class_embeddings: a referring model has none; its text comes with each call")
     expected = (count, config.backbone.context_dim)

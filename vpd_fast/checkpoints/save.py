@@ -52,7 +52,7 @@ def write_bundled(
     """Write a model's file and, from its encoder, the shared one. Raises CheckpointError if that would change."""
     from safetensors.torch import save_file
 
-    root = f"{'encoder.' if config.task == 'depth' else ''}{ENCODER}"
+    root = config.key_prefix + ENCODER
     shared = bundled.pack({key[len(root) :]: tensor for key, tensor in tensors.items() if key.startswith(root)})
     path = folder / f"{bundled.SHARED}.safetensors"
     if path.exists():

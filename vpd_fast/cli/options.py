@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vpd_fast.config import TASKS
+from vpd_fast.config import PRECISIONS, TASKS
 from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from vpd_fast.models import VPD
 
 ENGINE_FILE = "engine.json"  # what makes a folder one of a fast model, see vpd_fast.engine.storage
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # of vpd_fast.engine.policy, which would import PyTorch
 
 # Panels of --help.
 MODEL, SEGMENTATION, REFERRING, DEPTH, RUNNING = "Model", "Segmentation", "Referring", "Depth", "Running"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.bundled import NAMES
-from vpd_fast.config import TASKS
+from vpd_fast.config import CPU_PRECISIONS, TASKS
 from vpd_fast.data.shapes import SPLITS, ShapesDataset
 from vpd_fast.data.shapes.dataset import OBJECTS
 from vpd_fast.engine import optimize
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vpd_fast.data import Sample
 
 ROUNDS, BATCH = 5, 8
-PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def run_demo(
         )
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in CPU_PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(CPU_PRECISIONS)}, got {precision!r}")
     demo = Demo(precision, scenes, shown=[{} for _ in range(min(pictures, scenes))])
     with tempfile.TemporaryDirectory(prefix="vpd-fast-demo-") as folder:
         for task, name in zip(TASKS, NAMES, strict=True):

@@ -8,16 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vpd_fast.config import PRECISIONS as DTYPES
 from vpd_fast.errors import InputError
-from vpd_fast.ops._packing import FLOAT8
 
-PRECISIONS = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-    "fp8": FLOAT8,
-}
+PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 # What the layers of an engine of that precision hand to each other.
 ACTIVATIONS = PRECISIONS | {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in PRECISIONS.items()}

@@ -20,9 +20,10 @@ import numpy as np
 
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import InputError
+from vpd_fast.tasks import TASKS
 
 # What decides which of two models is the better one, and whether more or less of it is better.
-PRIMARY = {"segmentation": ("mIoU", "max"), "referring": ("oIoU", "max"), "depth": ("rmse", "min")}
+PRIMARY = {name: (task.metric, task.better) for name, task in TASKS.items()}
 
 IGNORED = 255
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -300,6 +301,9 @@ def _nanmean(values: np.ndarray) -> float:
 
 def make_metrics(config: VPDConfig, **depth_options: Any) -> SegmentationMetrics | ReferringMetrics | DepthMetrics:
     """Empty counts for the task of a model; depth_options: of DepthMetrics."""
-    if config.task == "segmentation":
-        return SegmentationMetrics(config.num_classes)
-    return ReferringMetrics() if config.task == "referring" else DepthMetrics(**depth_options)
+    makers = {
+        "segmentation": lambda: SegmentationMetrics(config.num_classes),
+        "referring": ReferringMetrics,
+        "depth": lambda: DepthMetrics(**depth_options),
+    }
+    return makers[config.task]()

@@ -12,6 +12,7 @@ from vpd_fast.errors import InputError
 from vpd_fast.evaluation.gallery import Case, page, sheet
 from vpd_fast.evaluation.metrics import PRIMARY
 from vpd_fast.files import json_text, write_files
+from vpd_fast.tasks import TASKS
 
 UNITS = {"rmse": " m", "sq_rel": " m", "abs_rel": "", "rmse_log": "", "log10": "", "silog": ""}
 
@@ -81,7 +82,7 @@ class Evaluation:
         return list(writers)
 
     def _title(self) -> str:
-        rows = "sentences" if self.task == "referring" else "images"
+        rows = TASKS[self.task].rows
         return f"The worst {len(self.worst)} of {len(self.per_image)} {rows}"
 
     def _subtitle(self) -> str:

@@ -11,10 +11,9 @@ import torch
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.errors import CheckpointError, DatasetError, InputError
 from vpd_fast.models import VPD
+from vpd_fast.tasks import TASKS
 from vpd_fast.training.config import TrainConfig
 from vpd_fast.training.tasks import Encode, Sentences
-
-UNNAMED_SCENE = "scene"  # what depth is conditioned on where the data set has no scenes
 
 
 def open_datasets(config: TrainConfig) -> tuple[Any, Any | None]:
@@ -86,7 +85,7 @@ def latent_encoder(config: TrainConfig, model: VPD) -> Encode:
     def encode(images: torch.Tensor) -> torch.Tensor:
         return encoder(images.to(device, non_blocking=True))
 
-    if config.encoder.cache is None or config.task != "referring":
+    if config.encoder.cache is None or TASKS[config.task].augmented:
         return encode
     from vpd_fast.training.cache import LatentCache
 
@@ -120,7 +119,7 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
         return model, notes
     embeddings: Any = init.class_embeddings
     notes = []
-    if embeddings is None and config.task != "referring":
+    if embeddings is None and not TASKS[config.task].takes_text:
         embeddings = encoder.embed_classes(_names(vpd_config))
         notes.append(f"class embeddings made by {encoder.name}")
     return VPD.from_stable_diffusion(init.stable_diffusion, vpd_config, class_embeddings=embeddings), notes
@@ -131,24 +130,24 @@ def _model_fields(config: TrainConfig, class_names: Sequence[str]) -> dict[str, 
     fields = dict(config.model)
     if config.init.text_encoder is not None:
         fields.setdefault("text_encoder", config.init.text_encoder)
-    count_name = {"segmentation": "num_classes", "depth": "num_scenes"}.get(config.task)
-    if count_name is None:
+    task = TASKS[config.task]
+    if task.count_field is None:
         return fields
-    count = len(class_names) or (1 if config.task == "depth" else 0)
-    wanted = fields.setdefault(count_name, count)
+    count = len(class_names) or (0 if task.unnamed is None else 1)
+    wanted = fields.setdefault(task.count_field, count)
     if not isinstance(wanted, int) or wanted < max(count, 1):
-        raise InputError(f"model.{count_name} must be at least {count}, what the data set has, got {wanted!r}")
+        raise InputError(f"model.{task.count_field} must be at least {count}, what the data set has, got {wanted!r}")
     if len(class_names) == wanted:
         fields.setdefault("class_names", tuple(class_names))
     return fields
 
 
 def _names(config: VPDConfig) -> list[str]:
-    count = config.num_classes if config.task == "segmentation" else config.num_scenes
+    count, unnamed = config.embedding_count, TASKS[config.task].unnamed
     if len(config.class_names) == count:
         return list(config.class_names)
-    if config.task == "depth" and count == 1:
-        return [UNNAMED_SCENE]
+    if unnamed is not None and count == 1:
+        return [unnamed]
     raise InputError(
         f"the {count} classes have no names to make text embeddings of; expected names in the data set, "
         "model.class_names or init.class_embeddings=FILE"

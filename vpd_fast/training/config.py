@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vpd_fast.config import TASKS, BackboneConfig, VPDConfig
+from vpd_fast.config import CPU_PRECISIONS, BackboneConfig, VPDConfig
 from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.tasks import TASKS
 
 PRESETS = Path(__file__).parent / "presets"
 PRESET_BASE = "base"  # the preset that the others build on; not a run of its own
-PRECISIONS = ("fp32", "bf16")
-ENCODER_PRECISIONS = ("plain", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("encoder.precision", self.encoder.precision, ENCODER_PRECISIONS)
+        _one_of("precision", self.precision, ("fp32", "bf16"))
+        _one_of("encoder.precision", self.encoder.precision, ("plain", *CPU_PRECISIONS))
         _one_of("data.on_error", self.data.on_error, ("skip", "raise"))
         _one_of("device", self.device, ("auto", "cpu"))
         _check_keys(self.model, _names(VPDConfig), "model")
@@ -204,8 +203,9 @@ class TrainConfig:
                 raise InputError(f"{name} must not be negative, got {_look_up(self, name)}")
         if self.data.size % 32:
             raise InputError(f"data.size must be a multiple of 32, got {self.data.size}")
-        if self.task != "depth" and self.data.size % 64:
-            raise InputError(f"data.size must be a multiple of 64 for {self.task}, got {self.data.size}")
+        multiple = TASKS[self.task].size_multiple
+        if self.data.size % multiple:
+            raise InputError(f"data.size must be a multiple of {multiple} for {self.task}, got {self.data.size}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, as written to config.yaml."""

@@ -7,8 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from vpd_fast.config import PRECISIONS
 from vpd_fast.engine import FastEncoder
-from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError
 from vpd_fast.models import VPD
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.models import VPD
+from vpd_fast.tasks import TASKS
 
 ENCODER_BYTES = {"plain": 0, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}  # of a weight in its packed copy
 
@@ -47,15 +48,15 @@ def activation_bytes(model: VPD, *, batch_size: int, size: int, precision: str =
     padded = -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
     side = padded // 8
     latents = torch.zeros(batch_size, config.backbone.in_channels, side, side, dtype=dtype, device=model.device)
-    if config.task == "referring":
-        given: tuple[Any, ...] = (latents.new_zeros(batch_size, config.tokens, config.backbone.context_dim),)
+    if TASKS[config.task].takes_text:
+        given: dict[str, Any] = {"tokens": latents.new_zeros(batch_size, config.tokens, config.backbone.context_dim)}
     else:
-        given = (batch_size,) if config.task == "segmentation" else (None, batch_size)
+        given = {"batch_size": batch_size}
     with (
         LiveMemory([latents, *model.parameters(), *model.buffers()]) as live,
         torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        result = model.decode(model.features(latents, model.context(*given)), (size, size))
+        result = model.decode(model.features(latents, model.context(**given)), (size, size))
         found = live.bytes()
     del result
     return found

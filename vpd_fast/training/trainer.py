@@ -16,6 +16,7 @@ from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
 from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, json_text
 from vpd_fast.models import VPD
+from vpd_fast.tasks import TASKS
 from vpd_fast.training import build, checkpoint, sharding
 from vpd_fast.training.config import TrainConfig
 from vpd_fast.training.logging import RunLog, Window, sample_pictures
@@ -134,14 +135,14 @@ class Trainer:
         return max(schedule.epochs * self.loader.epoch_length // self.config.accumulation, 1)
 
     def _build_sentences(self, given: Sentences | None) -> Sentences | None:
-        if self.config.task != "referring" or given is not None:
+        if given is not None or not TASKS[self.config.task].takes_text:
             return given
         return build.sentence_features(self.config, self.model)
 
     def _build_encoder(self) -> Encode:
         if self.model.config.train_encoder:
             return self.model.encode
-        if self.config.encoder.cache is not None and self.config.task != "referring":
+        if self.config.encoder.cache is not None and TASKS[self.config.task].augmented:
             self.notes.append("encoder.cache is not used: images are augmented at random, so none comes twice")
         return build.latent_encoder(self.config, self.model)
 
@@ -292,7 +293,7 @@ class Trainer:
         return False
 
     def _evaluate(self) -> None:
-        from vpd_fast.evaluation import PRIMARY, evaluate
+        from vpd_fast.evaluation import evaluate
 
         options = self.config.evaluation
         random = checkpoint.random_state()
@@ -317,9 +318,11 @@ class Trainer:
             self.signals.breakable = False
             self.model.train()
             checkpoint.set_random_state(random)
-        name, direction = PRIMARY[self.config.task]
-        value = result.metrics[name]
-        better = self.best is None or (value > self.best["value"] if direction == "max" else value < self.best["value"])
+        task = TASKS[self.config.task]
+        name, value = task.metric, result.metrics[task.metric]
+        better = self.best is None or (
+            value > self.best["value"] if task.better == "max" else value < self.best["value"]
+        )
         better = better and value == value
         if better:
             self.best = {"step": self.step, "metric": name, "value": value}
