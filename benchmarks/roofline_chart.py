@@ -11,7 +11,7 @@ from peaks import Device
 from PIL import Image, ImageDraw, ImageFont
 
 from vpd_fast.benchmark.chart import BAR, COLOURS, GAP
-from vpd_fast.inference.drawing import BACKGROUND, FAINT, FONT_SIZE, MARGIN, TEXT
+from vpd_fast.pictures.canvas import BACKGROUND, FAINT, FONT_SIZE, MARGIN, TEXT
 
 Box = tuple[float, float, float, float]
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vpd_fast import ops
+from vpd_fast import _deprecated, ops
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.models import VPD
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["VPD", "BackboneConfig", "VPDConfig", "__version__", "load_engine", "ops", "optimize"]
 
+_deprecated.install()
 
 _MODULES = ("checkpoints", "engine", "inference")
 

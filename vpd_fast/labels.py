@@ -12,6 +12,8 @@ from vpd_fast.errors import InputError
 from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vpd_fast.config import VPDConfig
 
 
@@ -96,6 +98,14 @@ def find_name(name: str | int, names: tuple[str, ...], kind: str = "class") -> i
     close = difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(names[plain.index(c)] for c in close)}?" if close else f"known: {', '.join(names)}"
     raise InputError(f"unknown {kind} {text!r}; {hint}")
+
+
+def scene_from_filename(filename: str, scenes: Sequence[str]) -> int | None:
+    """Index of the first of `scenes` that the file name contains, or None: the reference's rule for NYU images.
+
+    The order of the list decides, so "study_room_0004.jpg" gives "study" if that comes first.
+    """
+    return next((i for i, scene in enumerate(scenes) if scene in filename), None)
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,7 @@ from vpd_fast.demo import contact_sheet, run_demo, sheet
 from vpd_fast.demo.run import _agreement, _with_one_sentence
 from vpd_fast.errors import InputError
 from vpd_fast.evaluation import panels
-from vpd_fast.inference import drawing
+from vpd_fast.pictures import canvas
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def test_reports(demo) -> None:
 
 def test_sheet_shows_what_was_predicted(demo) -> None:
     pixels = np.asarray(contact_sheet(demo)).astype(int)
-    bar = drawing.FONT_SIZE + 14
+    bar = canvas.FONT_SIZE + 14
 
     def tile(row: int, column: int) -> np.ndarray:
         top = sheet.MARGIN + 40 + row * (sheet.TILE + bar + sheet.GAP) + bar

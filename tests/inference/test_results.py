@@ -18,7 +18,7 @@ from vpd_fast.inference import (
     heatmap_overlay,
     save_png,
 )
-from vpd_fast.inference.palette import palette
+from vpd_fast.pictures.palette import palette
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from vpd_fast.benchmark.variants import STAGES
-from vpd_fast.inference.drawing import BACKGROUND, FAINT, FONT_SIZE, MARGIN, TEXT
+from vpd_fast.pictures.canvas import BACKGROUND, FAINT, FONT_SIZE, MARGIN, TEXT
 
 COLOURS = {"encoder": (86, 142, 226), "unet": (240, 150, 70), "head": (120, 190, 110), "post": (200, 110, 190)}
 FAILED = (226, 88, 88)

@@ -15,9 +15,10 @@ from typing import Any
 import typer
 
 from vpd_fast.cli import running
-from vpd_fast.cli.files import IMAGE_SUFFIXES, prepare_output
+from vpd_fast.cli.files import prepare_output
 from vpd_fast.errors import InputError, VPDFastError
 from vpd_fast.inference.shards import Records, Shard, predict_shard, read_list, relative_name, walk_images
+from vpd_fast.pictures import IMAGE_SUFFIXES
 
 STDIN = "-"
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from vpd_fast.pictures import IMAGE_SUFFIXES
 
 
 def collect_images(sources: Sequence[str]) -> list[Path]:

@@ -24,9 +24,9 @@ from vpd_fast.data.sample import (
     require_folder,
 )
 from vpd_fast.errors import DatasetError, InputError
-from vpd_fast.inference.depth import scene_from_filename
+from vpd_fast.labels import scene_from_filename
+from vpd_fast.pictures import IMAGE_SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 TARGETS = {"segmentation": "masks", "referring": "masks", "depth": "depths"}
 
 
@@ -142,4 +142,4 @@ class Folder:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -18,8 +18,7 @@ from vpd_fast.data.sample import (
     require_folder,
 )
 from vpd_fast.errors import DatasetError, InputError
-from vpd_fast.inference.depth import scene_from_filename
-from vpd_fast.labels import NYU_SCENES
+from vpd_fast.labels import NYU_SCENES, scene_from_filename
 
 FOLDERS = {"train": "sync", "test": "official_splits/test"}
 SCENE_RULES = ("substring", "fixed")

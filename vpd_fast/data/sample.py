@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from vpd_fast.errors import DatasetError, ImageError
-from vpd_fast.inference.images import read_image, to_uint8
+from vpd_fast.pictures.reading import read_image, to_uint8
 
 IGNORED = 255  # of labels: pixels that no loss and no metric counts
 MILLIMETRES = 1000.0  # stored depths to metres

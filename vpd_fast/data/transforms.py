@@ -17,11 +17,10 @@ from vpd_fast.config import TASKS
 from vpd_fast.data.colors import jitter, photometric_distortion
 from vpd_fast.data.sample import IGNORED, MILLIMETRES, Sample
 from vpd_fast.errors import InputError
-from vpd_fast.inference.images import fit_size, resize_antialiased, resize_bilinear
+from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_antialiased, resize_bilinear
 
 Example = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator, int], Example]
-LONG_OVER_SHORT = 4  # images of segmentation are fitted into 2048 x 512
 CROPS = 10  # how often segmentation tries for a crop that one class does not fill
 CUT_EVERY = 4  # samples of depth
 CUT_SHARE = 0.75  # of what is to the right of a cut's left edge, at most

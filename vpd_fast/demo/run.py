@@ -21,8 +21,8 @@ from vpd_fast.engine import optimize
 from vpd_fast.errors import InputError
 from vpd_fast.evaluation.metrics import PRIMARY, make_metrics
 from vpd_fast.inference import Result, make_predictor
-from vpd_fast.inference.images import to_tensor
 from vpd_fast.models import VPD
+from vpd_fast.pictures.reading import to_tensor
 
 if TYPE_CHECKING:
     from vpd_fast.data import Sample

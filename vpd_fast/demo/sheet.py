@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vpd_fast.data.shapes import CLASSES
 from vpd_fast.evaluation import panels
-from vpd_fast.inference import drawing
+from vpd_fast.pictures import canvas
 
 if TYPE_CHECKING:
     from vpd_fast.data import Sample
@@ -25,26 +25,26 @@ def contact_sheet(demo: Demo) -> Image.Image:
     """RGB picture of the scenes in `demo.shown`."""
     rows = [_tiles(results) for results in demo.shown]
     columns = len(rows[0])
-    bar = drawing.FONT_SIZE + 14
+    bar = canvas.FONT_SIZE + 14
     width = 2 * MARGIN + columns * (TILE + GAP) - GAP
     height = 2 * MARGIN + 40 + len(rows) * (TILE + bar + GAP) - GAP
-    sheet = Image.new("RGB", (width, height), drawing.BACKGROUND)
+    sheet = Image.new("RGB", (width, height), canvas.BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     title = f"vpd_fast on drawn scenes, fast models in {demo.precision}"
-    draw.text((MARGIN, MARGIN + 10), title, drawing.TEXT, drawing._font(24), anchor="lm")
+    draw.text((MARGIN, MARGIN + 10), title, canvas.TEXT, canvas.load_font(24), anchor="lm")
     for i, row in enumerate(rows):
         for j, (name, tile) in enumerate(row):
             left, top = MARGIN + j * (TILE + GAP), MARGIN + 40 + i * (TILE + bar + GAP)
             font = _fitting_font(name, TILE)
-            draw.text((left, top + bar // 2), name, drawing.FAINT, font, anchor="lm")
+            draw.text((left, top + bar // 2), name, canvas.FAINT, font, anchor="lm")
             sheet.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top + bar))
     return sheet
 
 
-def _fitting_font(text: str, width: int) -> drawing.ImageFont.FreeTypeFont:
+def _fitting_font(text: str, width: int) -> ImageFont.FreeTypeFont:
     """As large as usual, or smaller where the text would not fit; never too small to read."""
-    sizes = (size for size in range(drawing.FONT_SIZE, 11, -1) if drawing._font(size).getlength(text) <= width)
-    return drawing._font(next(sizes, 11))
+    sizes = (size for size in range(canvas.FONT_SIZE, 11, -1) if canvas.load_font(size).getlength(text) <= width)
+    return canvas.load_font(next(sizes, 11))
 
 
 def _tiles(results: dict[str, tuple[Sample, Result]]) -> list[tuple[str, Image.Image]]:
@@ -59,11 +59,11 @@ def _tiles(results: dict[str, tuple[Sample, Result]]) -> list[tuple[str, Image.I
     referring = panels.referring(spoken.image, masked.mask, spoken.target.astype(bool), spoken.sentences[0]).panels
     chosen = [name for name in labelled.shares() if name not in _BACKGROUND_CLASSES][:MAPS]
     chosen += [name for name in _BACKGROUND_CLASSES if len(chosen) < MAPS][: MAPS - len(chosen)]
-    photo = drawing._display(image, longest=panels.LONGEST)
+    photo = canvas.display_photo(image, longest=panels.LONGEST)
     return [
         ("scene", segmentation[0][1]),
         ("labels", segmentation[1][1]),
         (f"depth, {metres[1][0].removeprefix('prediction, ')}", metres[1][1]),
         (f"\u201c{spoken.sentences[0]}\u201d", referring[1][1]),
-        *((f"attention to {name}", drawing._heatmap(photo, labelled.maps[name], None)) for name in chosen),
+        *((f"attention to {name}", canvas.heatmap(photo, labelled.maps[name])) for name in chosen),
     ]

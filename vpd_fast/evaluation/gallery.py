@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from vpd_fast.inference.drawing import BACKGROUND, FAINT, TEXT, _font
+from vpd_fast.pictures.canvas import BACKGROUND, FAINT, TEXT, load_font
 
 if TYPE_CHECKING:
     from vpd_fast.evaluation.panels import Drawing
@@ -72,8 +72,8 @@ def sheet(cases: Sequence[Case], title: str, subtitle: str) -> Image.Image:
     height = 2 * MARGIN + 64 + sum(row.height + MARGIN for row in rows)
     picture = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN + 12), title, TEXT, _font(26), anchor="lm")
-    draw.text((MARGIN, MARGIN + 44), subtitle, FAINT, _font(17), anchor="lm")
+    draw.text((MARGIN, MARGIN + 12), title, TEXT, load_font(26), anchor="lm")
+    draw.text((MARGIN, MARGIN + 44), subtitle, FAINT, load_font(17), anchor="lm")
     top = MARGIN + 64 + MARGIN // 2
     for row in rows:
         picture.paste(row, (MARGIN, top))
@@ -90,22 +90,22 @@ def _row(case: Case, rank: int) -> Image.Image:
     height = head + max(tile.height for _, tile in tiles) + 30 * len(legend) + 4
     row = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(row)
-    draw.text((0, 14), f"{rank}.  {case.score}", TEXT, _font(20), anchor="lm")
-    start = _font(20).getlength(f"{rank}.  {case.score}") + 16
-    draw.text((start, 14), _shortened(case.name, width - start, 17), FAINT, _font(17), anchor="lm")
+    draw.text((0, 14), f"{rank}.  {case.score}", TEXT, load_font(20), anchor="lm")
+    start = load_font(20).getlength(f"{rank}.  {case.score}") + 16
+    draw.text((start, 14), _shortened(case.name, width - start, 17), FAINT, load_font(17), anchor="lm")
     if case.caption:
-        draw.text((0, 44), _shortened(f"\u201c{case.caption}\u201d", width, 19), TEXT, _font(19), anchor="lm")
+        draw.text((0, 44), _shortened(f"\u201c{case.caption}\u201d", width, 19), TEXT, load_font(19), anchor="lm")
     left = 0
     for title, tile in tiles:
-        draw.text((left, head - 13), _shortened(title, tile.width, 15), FAINT, _font(15), anchor="lm")
+        draw.text((left, head - 13), _shortened(title, tile.width, 15), FAINT, load_font(15), anchor="lm")
         row.paste(tile, (left, head))
         left += tile.width + GAP
     for i, line in enumerate(legend):
         middle = height - 30 * (len(legend) - i) + 17
         for left, colour, name, value in line:
             draw.rounded_rectangle((left, middle - 7, left + 14, middle + 7), 3, fill=colour, outline=FAINT)
-            draw.text((left + 22, middle), name, TEXT, _font(15), anchor="lm")
-            draw.text((left + 30 + _font(15).getlength(name), middle), value, FAINT, _font(15), anchor="lm")
+            draw.text((left + 22, middle), name, TEXT, load_font(15), anchor="lm")
+            draw.text((left + 30 + load_font(15).getlength(name), middle), value, FAINT, load_font(15), anchor="lm")
     return row
 
 
@@ -114,7 +114,7 @@ def _legend_lines(case: Case, width: int) -> list[list[tuple[int, tuple[int, int
     lines: list[list[tuple[int, tuple[int, int, int], str, str]]] = []
     left = width
     for colour, name, value in case.legend:
-        needed = int(30 + _font(15).getlength(name) + _font(15).getlength(value) + 28)
+        needed = int(30 + load_font(15).getlength(name) + load_font(15).getlength(value) + 28)
         if left + needed > width:
             lines.append([])
             left = 0
@@ -124,7 +124,7 @@ def _legend_lines(case: Case, width: int) -> list[list[tuple[int, tuple[int, int
 
 
 def _shortened(text: str, width: float, size: int) -> str:
-    font = _font(size)
+    font = load_font(size)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "\u2026") > width:

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from vpd_fast.evaluation.metrics import IGNORED
-from vpd_fast.inference import drawing
-from vpd_fast.inference.palette import palette
+from vpd_fast.pictures import canvas
+from vpd_fast.pictures.palette import palette
 
 LONGEST = 480  # pixels of a panel's longer side, whatever the image has
 LEGEND_ROWS = 8
@@ -33,7 +33,7 @@ def segmentation(image: np.ndarray, labels: np.ndarray, target: np.ndarray, name
     """Labels (H,W) beside the true ones, wrong pixels in red; the legend has the largest classes with their IoU."""
     photo = _photo(image)
     size = photo.shape[:2]
-    found, wanted = drawing._nearest(labels, size), drawing._nearest(target, size)
+    found, wanted = canvas.sample_nearest(labels, size), canvas.sample_nearest(target, size)
     known = wanted != IGNORED
     wrong = labels != target
     share = wrong[target != IGNORED].mean()
@@ -53,7 +53,7 @@ def segmentation(image: np.ndarray, labels: np.ndarray, target: np.ndarray, name
 def referring(image: np.ndarray, mask: np.ndarray, target: np.ndarray, sentence: str) -> Drawing:
     """A mask beside the true one (bool, of any size), and where they differ."""
     photo = _photo(image)
-    found, wanted = (drawing._nearest(m.astype(bool), photo.shape[:2]) for m in (mask, target))
+    found, wanted = (canvas.sample_nearest(m.astype(bool), photo.shape[:2]) for m in (mask, target))
     errors = [(found & wanted, RIGHT), (found & ~wanted, WRONG), (~found & wanted, MISSED)]
     return Drawing(
         [
@@ -76,9 +76,9 @@ def depth(image: np.ndarray, predicted: np.ndarray, target: np.ndarray, valid: n
     photo = _photo(image)
     size = photo.shape[:2]
     near, far = float(target[valid].min()), float(target[valid].max())
-    found, wanted, measured = (drawing._nearest(values, size) for values in (predicted, target, valid))
+    found, wanted, measured = (canvas.sample_nearest(values, size) for values in (predicted, target, valid))
     error = np.abs(found - wanted) / np.maximum(wanted, 1e-6) / WORST_RELATIVE
-    errors = drawing._colour_map(np.where(measured, error, 0), cv2.COLORMAP_MAGMA)
+    errors = canvas.apply_colour_map(np.where(measured, error, 0), cv2.COLORMAP_MAGMA)
     errors[~measured] = UNKNOWN
     mean = float(np.mean(np.abs(predicted[valid] - target[valid]) / target[valid]))
     return Drawing(
@@ -104,17 +104,17 @@ def percent(share: float) -> str:
 
 
 def _photo(image: np.ndarray) -> np.ndarray:
-    return drawing._display(image, longest=LONGEST)
+    return canvas.display_photo(image, longest=LONGEST)
 
 
 def _labelled(photo: np.ndarray, labels: np.ndarray, known: np.ndarray, names: Sequence[str]) -> Image.Image:
     colours = palette(len(names))
     inside = np.where(known, labels, 0)
-    blended = drawing._tinted(photo, colours[inside], np.full((*labels.shape, 1), 0.65, np.float32))
-    blended[drawing._borders(labels)] = 255
+    blended = canvas.tint(photo, colours[inside], np.full((*labels.shape, 1), 0.65, np.float32))
+    blended[canvas.label_borders(labels)] = 255
     blended[~known] = UNKNOWN
     picture = Image.fromarray(blended)
-    drawing._name_regions(picture, np.where(known, labels, len(names)), (*names, ""))
+    canvas.name_regions(picture, np.where(known, labels, len(names)), (*names, ""))
     return picture
 
 
@@ -130,31 +130,27 @@ def _class_legend(
     return [(tuple(colours[i].tolist()), names[i], f"IoU {percent(counts[2][i] / union[i])}") for i in largest]
 
 
-def _grey(photo: np.ndarray) -> np.ndarray:
-    return np.repeat(photo.mean(2, keepdims=True) * 0.55, 3, axis=2)
-
-
 def _marked(photo: np.ndarray, regions: Sequence[tuple[np.ndarray, tuple[int, int, int]]]) -> np.ndarray:
     """The photo in dark grey, regions in their colours."""
-    picture = _grey(photo).astype(np.uint8)
+    picture = canvas.dark_grey(photo).astype(np.uint8)
     for mask, colour in regions:
         alpha = mask[..., None].astype(np.float32) * 0.75
-        picture = drawing._tinted(picture, np.broadcast_to(np.array(colour), picture.shape), alpha)
+        picture = canvas.tint(picture, np.array(colour), alpha)
     return picture
 
 
 def _masked(photo: np.ndarray, mask: np.ndarray) -> Image.Image:
     colour = palette(1)[0]
     picture = np.where(mask[..., None], photo, photo.mean(2, keepdims=True) * 0.4).astype(np.uint8)
-    picture = drawing._tinted(picture, np.broadcast_to(colour, photo.shape), mask[..., None].astype(np.float32) * 0.4)
+    picture = canvas.tint(picture, colour, mask[..., None].astype(np.float32) * 0.4)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, outlines, -1, (255, 255, 255), 2, cv2.LINE_AA)
     return Image.fromarray(picture)
 
 
 def _depth(metres: np.ndarray, known: np.ndarray, near: float, far: float) -> Image.Image:
-    closeness = 1 - (np.nan_to_num(metres) - near) / max(far - near, drawing.LEAST_SPREAD)
-    picture = drawing._colour_map(closeness, cv2.COLORMAP_INFERNO)
+    closeness = 1 - (np.nan_to_num(metres) - near) / max(far - near, canvas.LEAST_SPREAD)
+    picture = canvas.apply_colour_map(closeness, cv2.COLORMAP_INFERNO)
     picture[~known] = UNKNOWN
     return Image.fromarray(picture)
 
@@ -164,4 +160,4 @@ def _metres(values: np.ndarray) -> str:
 
 
 def _colour(colours: int, value: float) -> tuple[int, int, int]:
-    return tuple(drawing._colour_map(np.array([[value]], np.float32), colours)[0, 0].tolist())
+    return tuple(canvas.apply_colour_map(np.array([[value]], np.float32), colours)[0, 0].tolist())

@@ -13,9 +13,9 @@ from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.evaluation import panels
 from vpd_fast.evaluation.metrics import DepthMetrics, ReferringMetrics, SegmentationMetrics
 from vpd_fast.inference import DepthPredictor, ReferringPredictor, make_predictor
-from vpd_fast.inference.images import resize_antialiased
 from vpd_fast.inference.running import named_encoder
 from vpd_fast.labels import default_names
+from vpd_fast.pictures.resizing import resize_antialiased
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset, Sample

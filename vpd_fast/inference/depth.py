@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vpd_fast.inference.images import fit_size, resize_area, to_tensor
 from vpd_fast.inference.results import DepthResult
 from vpd_fast.inference.running import batch_size_for, evaluating
 from vpd_fast.inference.windows import WindowAxis, WindowField, WindowGrid, check_pair
 from vpd_fast.labels import default_names, find_name
+from vpd_fast.pictures.reading import to_tensor
+from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_area
 
 if TYPE_CHECKING:
     from vpd_fast.models.vpd import VPDDepth
 
 DEPTH_MULTIPLE = 32
 RELEASED_SIZE, RELEASED_BASE = 480, 512  # pixels a side in training, and the next size that has whole latents
-LONG_OVER_SHORT = 4  # longer images are made smaller, not cut into ever more windows
 MID_GREY = 0.5  # 0 in the encoder's [-1, 1], which the reference pads with
-
-
-def scene_from_filename(filename: str, scenes: Sequence[str]) -> int | None:
-    """Index of the first of `scenes` that the file name contains, or None: the reference's rule for NYU images.
-
-    The order of the list decides, so "study_room_0004.jpg" gives "study" if that comes first.
-    """
-    return next((i for i, scene in enumerate(scenes) if scene in filename), None)
 
 
 def shifted_axis(length: int, side: int) -> WindowAxis:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.inference.depth import DepthPredictor
-from vpd_fast.inference.images import read_image
 from vpd_fast.inference.referring import ReferringPredictor
 from vpd_fast.inference.segmentation import SegmentationPredictor
+from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
     from vpd_fast.inference.results import Result

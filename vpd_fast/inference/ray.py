@@ -77,7 +77,7 @@ class Predictor:
     def _one(self, value: Any) -> Result:
         import torch
 
-        from vpd_fast.inference.images import read_image
+        from vpd_fast.pictures.reading import read_image
 
         try:
             return self._predict(read_image(str(value) if isinstance(value, str | Path) else np.asarray(value)))

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from vpd_fast.errors import InputError
-from vpd_fast.inference.images import resize_antialiased, to_tensor
 from vpd_fast.inference.results import AttentionMaps, ReferringResult
 from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches
 from vpd_fast.inference.windows import WindowGrid
+from vpd_fast.pictures.reading import to_tensor
+from vpd_fast.pictures.resizing import resize_antialiased
 
 if TYPE_CHECKING:
     from torch import Tensor

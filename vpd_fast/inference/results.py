@@ -94,7 +94,7 @@ class SegmentationResult:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the labels as PNG: a colour palette with label = palette index up to 256 classes, else 16-bit grey."""
-        from vpd_fast.inference.drawing import palette
+        from vpd_fast.pictures.palette import palette
 
         count = len(self.class_names)
         if count > LARGEST_16_BIT + 1:
@@ -107,7 +107,7 @@ class SegmentationResult:
 
     def overlay(self) -> Image.Image:
         """The photo with the classes in colour and a legend."""
-        from vpd_fast.inference.drawing import segmentation_overlay
+        from vpd_fast.pictures.canvas import segmentation_overlay
 
         return segmentation_overlay(self.image, self.labels, self.class_names, self.shares())
 
@@ -137,7 +137,7 @@ class ReferringResult:
 
     def overlay(self) -> Image.Image:
         """The photo with each mask in colour and outlined, and the sentences."""
-        from vpd_fast.inference.drawing import referring_overlay
+        from vpd_fast.pictures.canvas import referring_overlay
 
         return referring_overlay(self.image, self.masks, self.sentences)
 
@@ -159,7 +159,7 @@ class DepthResult:
 
     def overlay(self) -> Image.Image:
         """The photo beside the depth in colour, with a scale in metres."""
-        from vpd_fast.inference.drawing import depth_overlay
+        from vpd_fast.pictures.canvas import depth_overlay
 
         return depth_overlay(self.image, self.depth)
 

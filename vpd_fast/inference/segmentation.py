@@ -12,18 +12,17 @@ import torch
 
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
-from vpd_fast.inference.images import fit_size, resize_bilinear, to_tensor
 from vpd_fast.inference.results import AttentionMaps, SegmentationResult
 from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches
 from vpd_fast.inference.windows import WindowField, WindowGrid, check_pair, strips
 from vpd_fast.labels import default_names
+from vpd_fast.pictures.reading import to_tensor
+from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_bilinear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vpd_fast.models.vpd import VPDSegmentation
-
-LONG_OVER_SHORT = 4  # the reference fits images into 2048 x 512
 
 
 def slide_inference(

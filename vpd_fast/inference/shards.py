@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from vpd_fast.errors import ImageError, InputError
-from vpd_fast.inference.images import read_image
+from vpd_fast.pictures.reading import read_image
 
 Record = dict[str, Any]
 WRITERS = 2  # threads that write pictures while the next image is predicted

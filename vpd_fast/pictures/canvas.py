@@ -1,4 +1,4 @@
-"""Pictures for people: predictions over the photo, with legends, scales and captions."""
+"""Pictures for people: predictions over the photo, with legends, scales and captions, and what they are drawn with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vpd_fast.inference.images import resize_area, to_uint8
-from vpd_fast.inference.palette import palette
+from vpd_fast.pictures.palette import palette
+from vpd_fast.pictures.reading import to_uint8
+from vpd_fast.pictures.resizing import resize_area
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-__all__ = ["depth_overlay", "heatmap_grid", "heatmap_overlay", "palette", "referring_overlay", "segmentation_overlay"]
 
 LONGEST, SHORTEST = 1280, 480  # the photo's longer side is brought into this range
 BACKGROUND, TEXT, FAINT = (24, 26, 31), (236, 238, 242), (150, 156, 168)
@@ -29,53 +28,53 @@ def segmentation_overlay(
     image: np.ndarray, labels: np.ndarray, names: Sequence[str], shares: Mapping[str, float]
 ) -> Image.Image:
     """The photo with classes in colour, their borders and names, and a legend of the largest ones."""
-    photo = _display(image)
-    small = _nearest(labels, photo.shape[:2])
+    photo = display_photo(image)
+    small = sample_nearest(labels, photo.shape[:2])
     colours = palette(len(names))
-    blended = _tinted(photo, colours[small], np.full((*small.shape, 1), 0.55, np.float32))
-    blended[_borders(small)] = 255
+    blended = tint(photo, colours[small], np.full((*small.shape, 1), 0.55, np.float32))
+    blended[label_borders(small)] = 255
     picture = Image.fromarray(blended)
-    _name_regions(picture, small, names)
+    name_regions(picture, small, names)
     by_name = {name: tuple(colours[i].tolist()) for i, name in reversed(list(enumerate(names)))}
     rows = [(by_name[name], name, _percent(share)) for name, share in list(shares.items())[:LEGEND_ROWS]]
     more = len(shares) - len(rows)
-    return _beside(picture, _legend(rows, f"and {more} more" if more > 0 else ""))
+    return beside(picture, _legend(rows, f"and {more} more" if more > 0 else ""))
 
 
 def referring_overlay(image: np.ndarray, masks: np.ndarray, sentences: Sequence[str]) -> Image.Image:
     """The photo darkened outside the masks, each mask tinted and outlined in its colour, the sentences below."""
-    photo = _display(image)
+    photo = display_photo(image)
     size = photo.shape[:2]
-    small = [_nearest(mask, size) for mask in masks]
+    small = [sample_nearest(mask, size) for mask in masks]
     outside = ~np.any(small, axis=0)
     picture = photo.copy()
     picture[outside] = (photo[outside].mean(1, keepdims=True) * 0.35 + photo[outside] * 0.15).astype(np.uint8)
     colours = palette(len(masks))
     for mask, colour in zip(small, colours, strict=True):
-        picture = _tinted(picture, np.broadcast_to(colour, picture.shape), mask[..., None].astype(np.float32) * 0.4)
+        picture = tint(picture, colour, mask[..., None].astype(np.float32) * 0.4)
     for mask, colour in zip(small, colours, strict=True):
         outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, outlines, -1, (255, 255, 255), 4, cv2.LINE_AA)
         cv2.drawContours(picture, outlines, -1, colour.tolist(), 2, cv2.LINE_AA)
     shares = [_percent(mask.mean()) for mask in masks]
-    return _above(
+    return above(
         Image.fromarray(picture), _captions(list(zip(colours.tolist(), sentences, shares, strict=True)), size[1])
     )
 
 
 def depth_overlay(image: np.ndarray, depth: np.ndarray) -> Image.Image:
     """The photo beside the depth (near is bright) and a scale in metres."""
-    photo = _display(image)
+    photo = display_photo(image)
     near, far = float(depth.min()), float(depth.max())
     small = resize_area(depth.astype(np.float32), photo.shape[:2])
     closeness = 1 - (small - near) / max(far - near, LEAST_SPREAD)
-    coloured = _colour_map(closeness, cv2.COLORMAP_INFERNO)
+    coloured = apply_colour_map(closeness, cv2.COLORMAP_INFERNO)
     height, width = photo.shape[:2]
     if width > 1.4 * height:
         pair = np.concatenate([photo, np.full((8, width, 3), BACKGROUND, np.uint8), coloured], 0)
     else:
         pair = np.concatenate([photo, np.full((height, 8, 3), BACKGROUND, np.uint8), coloured], 1)
-    return _beside(Image.fromarray(pair), _scale(near, far, max(pair.shape[0], 240)))
+    return beside(Image.fromarray(pair), _scale(near, far, max(pair.shape[0], 240)))
 
 
 def heatmap_overlay(image: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
@@ -83,15 +82,15 @@ def heatmap_overlay(image: np.ndarray, heat: np.ndarray, title: str | None = Non
 
     title: written above, with the lowest and the highest value.
     """
-    return _heatmap(_display(image), heat, title)
+    return heatmap(display_photo(image), heat, title)
 
 
 def heatmap_grid(image: np.ndarray, maps: Mapping[str | int, np.ndarray], keys: Sequence[str | int]) -> Image.Image:
     """The photo and `heatmap_overlay`s of the maps named by `keys`, in a nearly square grid."""
     columns = int(np.ceil(np.sqrt(len(keys) + 1)))
-    photo = _display(image, longest=max(LONGEST * 3 // 2 // columns, 160))
-    tiles = [_titled(Image.fromarray(photo), "photo", "")]
-    tiles += [_heatmap(photo, maps[key], str(key)) for key in keys]
+    photo = display_photo(image, longest=max(LONGEST * 3 // 2 // columns, 160))
+    tiles = [titled(Image.fromarray(photo), "photo", "")]
+    tiles += [heatmap(photo, maps[key], str(key)) for key in keys]
     width, height = tiles[0].size
     rows = -(-len(tiles) // columns)
     grid = Image.new("RGB", (columns * (width + 8) - 8, rows * (height + 8) - 8), BACKGROUND)
@@ -100,31 +99,34 @@ def heatmap_grid(image: np.ndarray, maps: Mapping[str | int, np.ndarray], keys: 
     return grid
 
 
-def _display(image: np.ndarray, longest: int = LONGEST) -> np.ndarray:
-    """The photo at a size to look at."""
+def display_photo(image: np.ndarray, longest: int = LONGEST) -> np.ndarray:
+    """The photo (H,W,3) as uint8, resized so that its longer side has SHORTEST to `longest` pixels."""
     height, width = image.shape[:2]
     side = max(height, width)
     scale = min(max(side, min(SHORTEST, longest)), longest) / side
     return to_uint8(np.clip(resize_area(image, (max(round(height * scale), 1), max(round(width * scale), 1))), 0, 255))
 
 
-def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def sample_nearest(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Values (H,W) at the centres of the pixels of a picture of `size` (height, width), without interpolation."""
     rows, columns = ((np.arange(n) + 0.5) * whole / n for n, whole in zip(size, values.shape, strict=True))
     return values[rows.astype(int)[:, None], columns.astype(int)]
 
 
-def _tinted(photo: np.ndarray, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def tint(photo: np.ndarray, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The photo (H,W,3) blended with colours of the same shape, or one colour (3,); alpha (H,W,1) is their share."""
     return np.rint(photo * (1 - alpha) + colours * alpha).astype(np.uint8)
 
 
-def _borders(labels: np.ndarray) -> np.ndarray:
+def label_borders(labels: np.ndarray) -> np.ndarray:
+    """Where labels (H,W) differ from the pixel to the left or above, (H,W) bool."""
     borders = np.zeros(labels.shape, bool)
     borders[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     borders[1:] |= labels[1:] != labels[:-1]
     return borders
 
 
-def _name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str]) -> None:
+def name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str]) -> None:
     """Write the class on the widest spot of its largest region, where it fits."""
     draw = ImageDraw.Draw(picture)
     for label in np.unique(labels):
@@ -133,28 +135,36 @@ def _name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
             continue
         distance = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
         y, x = np.unravel_index(distance.argmax(), distance.shape)
-        font = _font(FONT_SIZE)
+        font = load_font(FONT_SIZE)
         if distance[y, x] > 0.35 * draw.textlength(names[label], font):
             draw.text((int(x), int(y)), names[label], TEXT, font, anchor="mm", stroke_width=2, stroke_fill=(0, 0, 0))
 
 
-def _heatmap(photo: np.ndarray, heat: np.ndarray, title: str | None) -> Image.Image:
+def heatmap(photo: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
+    """`heatmap_overlay` on a photo that already has the size of the picture."""
     small = resize_area(heat.astype(np.float32), photo.shape[:2])
     low, high = float(heat.min()), float(heat.max())
     strength = np.clip((small - low) / max(high - low, 1e-12), 0, 1)
-    grey = np.repeat(photo.mean(2, keepdims=True) * 0.55, 3, axis=2)
-    picture = _tinted(grey, _colour_map(strength, cv2.COLORMAP_TURBO), 0.1 + 0.6 * strength[..., None] ** 0.7)
+    picture = tint(
+        dark_grey(photo), apply_colour_map(strength, cv2.COLORMAP_TURBO), 0.1 + 0.6 * strength[..., None] ** 0.7
+    )
     tile = Image.fromarray(picture)
-    return tile if title is None else _titled(tile, title, f"{low:.2g} to {high:.2g}")
+    return tile if title is None else titled(tile, title, f"{low:.2g} to {high:.2g}")
 
 
-def _colour_map(values: np.ndarray, colours: int) -> np.ndarray:
-    """Values in [0, 1] as RGB."""
+def dark_grey(photo: np.ndarray) -> np.ndarray:
+    """The photo (H,W,3) in grey at 55 % of its brightness, as floats, to lay colours over."""
+    return np.repeat(photo.mean(2, keepdims=True) * 0.55, 3, axis=2)
+
+
+def apply_colour_map(values: np.ndarray, colours: int) -> np.ndarray:
+    """Values (H,W) in [0, 1] as RGB (H,W,3) uint8 in one of OpenCV's colour maps (cv2.COLORMAP_*)."""
     indices = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
     return cv2.cvtColor(cv2.applyColorMap(indices, colours), cv2.COLOR_BGR2RGB)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -164,7 +174,7 @@ def _percent(share: float) -> str:
 
 def _legend(rows: Sequence[tuple[tuple[int, int, int], str, str]], footer: str) -> Image.Image:
     """Swatches with names and values."""
-    font = _font(FONT_SIZE)
+    font = load_font(FONT_SIZE)
     line = FONT_SIZE + 10
     names = max(font.getlength(name) for _, name, _ in rows)
     values = max(font.getlength(value) for _, _, value in rows)
@@ -183,7 +193,7 @@ def _legend(rows: Sequence[tuple[tuple[int, int, int], str, str]], footer: str) 
 
 def _captions(rows: Sequence[tuple[Sequence[int], str, str]], width: int) -> Image.Image:
     """Sentences with swatches, wrapped to `width`."""
-    font = _font(FONT_SIZE + 2)
+    font = load_font(FONT_SIZE + 2)
     width = max(width, 320)
     line = FONT_SIZE + 12
     wrapped = [(colour, _wrap(f"{text}  ({value})", font, width - 2 * MARGIN - 28)) for colour, text, value in rows]
@@ -211,10 +221,12 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def _scale(near: float, far: float, height: int) -> Image.Image:
     """A colour bar, near at the bottom, with about six round numbers of metres."""
-    font = _font(FONT_SIZE)
+    font = load_font(FONT_SIZE)
     panel = Image.new("RGB", (112, height), BACKGROUND)
     top, bottom = MARGIN + 32, height - MARGIN - 12
-    bar = _colour_map(np.linspace(0, 1, bottom - top, dtype=np.float32)[:, None].repeat(24, 1), cv2.COLORMAP_INFERNO)
+    bar = apply_colour_map(
+        np.linspace(0, 1, bottom - top, dtype=np.float32)[:, None].repeat(24, 1), cv2.COLORMAP_INFERNO
+    )
     panel.paste(Image.fromarray(bar), (MARGIN, top))
     draw = ImageDraw.Draw(panel)
     draw.text((MARGIN, MARGIN + 4), "metres", FAINT, font, anchor="lm")
@@ -234,24 +246,27 @@ def _round_step(least: float) -> float:
     return next(float(factor * power) for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-def _titled(tile: Image.Image, title: str, note: str) -> Image.Image:
+def titled(tile: Image.Image, title: str, note: str) -> Image.Image:
+    """The picture with a title above it, and a note at the right where there is room."""
     bar = Image.new("RGB", (tile.width, FONT_SIZE + 14), BACKGROUND)
     draw = ImageDraw.Draw(bar)
-    font = _font(FONT_SIZE)
+    font = load_font(FONT_SIZE)
     draw.text((8, bar.height // 2), title, TEXT, font, anchor="lm")
     if note and font.getlength(title) + font.getlength(note) + 32 < tile.width:
         draw.text((bar.width - 8, bar.height // 2), note, FAINT, font, anchor="rm")
-    return _above(bar, tile)
+    return above(bar, tile)
 
 
-def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures beside each other, aligned at the top."""
     both = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), BACKGROUND)
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))
     return both
 
 
-def _above(top: Image.Image, bottom: Image.Image) -> Image.Image:
+def above(top: Image.Image, bottom: Image.Image) -> Image.Image:
+    """Two pictures below each other, aligned at the left."""
     both = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), BACKGROUND)
     both.paste(top, (0, 0))
     both.paste(bottom, (0, top.height))

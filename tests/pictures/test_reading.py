@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
-from vpd_fast.inference import read_image
-from vpd_fast.inference.images import MAX_PIXELS, fit_size, resize_antialiased, resize_bilinear, to_tensor
+from vpd_fast.pictures.reading import MAX_PIXELS, read_image, to_tensor
+from vpd_fast.pictures.resizing import fit_size, resize_antialiased, resize_bilinear
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

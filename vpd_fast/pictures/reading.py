@@ -1,4 +1,4 @@
-"""Reading images of every kind a person may have, resizing them as the reference did, and turning them into tensors."""
+"""Reading images of every kind a person may have, as RGB arrays or tensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpd_fast.errors import ImageError, InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MAX_PIXELS = 2**28  # 16384 x 16384; Pillow's own limit would refuse at 179 and warn at 89 million pixels
 EXPECTED = (
@@ -56,41 +52,6 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         return image
     return np.rint(image * 255).astype(np.uint8)
-
-
-def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) scaled, ratio kept, as large as `short` allows for its short side and `long` for its long side.
-
-    Rounds as mmcv does (half up), but never to zero.
-    """
-    scale = min(long / max(height, width), short / min(height, width))
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def resize_bilinear(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Resize (H,W,C) to size (height, width), bilinear without antialiasing: what mmseg's test pipeline does."""
-    if tuple(image.shape[:2]) == tuple(size):
-        return image
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-
-
-def resize_area(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Resize (H,W,C) to size (height, width): averages areas where it shrinks, bilinear where it enlarges."""
-    if tuple(image.shape[:2]) == tuple(size):
-        return image
-    shrinks = size[0] < image.shape[0] or size[1] < image.shape[1]
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def resize_antialiased(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Resize (H,W,3) to size (height, width) with Pillow's bilinear filter: what torchvision does to PIL images."""
-    if tuple(image.shape[:2]) == tuple(size):
-        return image
-    shape = (size[1], size[0])
-    if image.dtype == np.uint8:
-        return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
-    channels = [Image.fromarray(image[..., i]).resize(shape, Image.Resampling.BILINEAR) for i in range(image.shape[2])]
-    return np.stack([np.asarray(channel) for channel in channels], axis=-1)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
