@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import timing
+from vpd_fast.bench import timing
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 _ROWS: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)

@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import telemetry
 import torch
-from engine_pass import MODELS
-from operations import ValuesAreFine
-from timing import device_name, measure, rows_of, table, write_rows
 from torch import Tensor
 
 import vpd_fast
 from vpd_fast import VPD
-from vpd_fast.benchmark.environment import peak_bytes, reset_peak
-from vpd_fast.benchmark.parity import GATES, Outputs, agreement, make_images, passes
-from vpd_fast.benchmark.variants import plain_labels
+from vpd_fast.bench import telemetry
+from vpd_fast.bench.engine_pass import MODELS
+from vpd_fast.bench.environment import peak_bytes, reset_peak
+from vpd_fast.bench.operations import ValuesAreFine
+from vpd_fast.bench.parity import GATES, Outputs, agreement, make_images, passes
+from vpd_fast.bench.timing import device_name, measure, rows_of, table, write_rows
+from vpd_fast.bench.variants import plain_labels
 from vpd_fast.engine import FastVPD
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError, MissingDependencyError

@@ -1,7 +1,7 @@
 """How fast a fast model could be at most: every operation of a pass, its products, its bytes, and its least time.
 
     python benchmarks/roofline.py --device h200 --precision bf16 int8 --png roofline.png
-    python benchmarks/roofline.py --device benchmarks/results/amd-epyc/layers.json
+    python benchmarks/roofline.py --device benchmarks/results/amd-epyc-avx512-bf16/layers.json
 
 An operation takes at least its products over the device's rate of products, its operands (each read or written once)
 over the bandwidth, and the exponentials of attention over their rate, whichever is longest ("floor"). The operations
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_pass import STAGES
-from operations import GLUE, Operation, empty_engine, trace
-from peaks import DEVICES, Device, find
-from timing import table
 
 from vpd_fast import VPDConfig
-from vpd_fast.benchmark.environment import environment
+from vpd_fast.bench import plots
+from vpd_fast.bench.engine_pass import STAGES
+from vpd_fast.bench.environment import environment
+from vpd_fast.bench.operations import GLUE, Operation, empty_engine, trace
+from vpd_fast.bench.peaks import DEVICES, Device, find
+from vpd_fast.bench.timing import table
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.files import write_files
@@ -189,10 +190,9 @@ def main(arguments: list[str] | None = None) -> None:
         facts = {"device": vars(device), "environment": environment("cpu"), "rows": rows, "results": results}
         writers[options.json] = lambda path: Path(path).write_text(json.dumps(facts, indent=1) + "\n")
     if options.png:
-        import roofline_chart
-
-        chart = roofline_chart.draw(results, device)
-        writers[options.png] = lambda path: chart.save(path, "PNG")
+        groups = [grouped(result["parts"], "stage", "kind", "side", "in") for result in results]
+        figure = plots.roofline(results, groups, device)
+        writers[options.png] = lambda path: plots.save(figure, path)
     if writers:
         write_files(writers)
         print("\nwritten to", ", ".join(map(str, writers)))

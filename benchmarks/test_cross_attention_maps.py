@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from timing import copy_gb_per_s, extra_memory, matmul_gflop_per_s, measure, percentile, rows_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import _native, ops
+from vpd_fast.bench.timing import copy_gb_per_s, extra_memory, matmul_gflop_per_s, measure, percentile, rows_of
 
 HEADS = 8
 # Image side -> (queries, head dimension, layers) of the UNet's 16 cross-attentions.

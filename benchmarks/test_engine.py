@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import on_devices
-from timing import measure, rows_of
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
-from vpd_fast.benchmark.parity import agreement, passes
-from vpd_fast.benchmark.variants import Case, ModelVariant, plain_labels
+from vpd_fast.bench.parity import agreement, passes
+from vpd_fast.bench.suites import on_devices
+from vpd_fast.bench.timing import measure, rows_of
+from vpd_fast.bench.variants import Case, ModelVariant, plain_labels
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize

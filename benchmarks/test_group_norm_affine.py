@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from implementations import on_devices, variants_of
-from timing import measure, rows_of
 from torch.nn.functional import group_norm, silu
 
 from vpd_fast import ops
+from vpd_fast.bench.suites import on_devices, variants_of
+from vpd_fast.bench.timing import measure, rows_of
 
 CASES = {  # height and width, channels of the sources; 32 groups as everywhere in Stable Diffusion 1.5
     "512x512x128": (512, (128,)),

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import gpu_libraries
-import onednn
 import pytest
 import torch
 import torch.nn.functional as F
-from implementations import library_variant, on_devices, variants_of
-from timing import measure, rows_of
 from torch import Tensor
 
 from vpd_fast import ops
+from vpd_fast.bench import gpu_libraries, onednn
+from vpd_fast.bench.suites import library_variant, on_devices, variants_of
+from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.ops._packing import PackedWeight
 
 CASES = {  # rows, widths of the sources, columns of the weight, what is fused

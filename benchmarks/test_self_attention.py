@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from implementations import on_devices, variants_of
-from timing import extra_memory, matmul_gflop_per_s, measure, rows_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import ops
+from vpd_fast.bench.suites import on_devices, variants_of
+from vpd_fast.bench.timing import extra_memory, matmul_gflop_per_s, measure, rows_of
 
 # Positions, heads, head dimension, layers of that kind in the segmentation model.
 SHAPES = {

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timing import measure, rows_of
 from torch.nn.functional import interpolate
 
 from vpd_fast import _native, ops
+from vpd_fast.bench.timing import measure, rows_of
 
 CASES = {  # batch, channels, (h, w), (H, W)
     "150x64x64 to 512x512": (1, 150, (64, 64), (512, 512)),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import onednn
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import measure, rows_of
 from torch import Tensor
 
 from vpd_fast import _native, ops
+from vpd_fast.bench import onednn
+from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.ops._packing import PackedWeight
 
 CASES = {  # side of the input, channels of its sources, of the result, whether it is enlarged

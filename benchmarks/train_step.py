@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_pass import MODELS
 from safetensors.torch import load_file, save_file
-from timing import device_name, table, write_rows
 from torch import Tensor, nn
 
 from vpd_fast import VPD
-from vpd_fast.benchmark.environment import peak_bytes, reset_peak
-from vpd_fast.benchmark.parity import GATES as LATENT_GATES
-from vpd_fast.benchmark.parity import cosine, make_images
+from vpd_fast.bench.engine_pass import MODELS
+from vpd_fast.bench.environment import peak_bytes, reset_peak
+from vpd_fast.bench.parity import GATES as LATENT_GATES
+from vpd_fast.bench.parity import cosine, make_images
+from vpd_fast.bench.timing import device_name, table, write_rows
 from vpd_fast.models.attention_backends import PLAIN
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer

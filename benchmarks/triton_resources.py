@@ -23,10 +23,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 
 import torch
 import triton
-from timing import table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vpd_fast.bench.timing import table
 from vpd_fast.kernels import (
     _product,
     _rows,

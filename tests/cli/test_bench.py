@@ -12,7 +12,7 @@ from PIL import Image
 
 import vpd_fast
 from vpd_fast import VPD, VPDConfig
-from vpd_fast.benchmark.worker import Worker
+from vpd_fast.bench.worker import Worker
 from vpd_fast.cli.main import run
 from vpd_fast.models.random_weights import randomize
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vpd_fast.benchmark.parity import cosine
+from vpd_fast.bench.parity import cosine
 
 
 def assert_agrees_with_the_original(

@@ -10,7 +10,7 @@ import torch
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
-from vpd_fast.benchmark.parity import cosine
+from vpd_fast.bench.parity import cosine
 from vpd_fast.engine import Policy
 from vpd_fast.models.random_weights import randomize
 

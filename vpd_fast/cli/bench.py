@@ -16,7 +16,7 @@ from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from vpd_fast.benchmark.runner import Bench
+    from vpd_fast.bench.runner import Bench
     from vpd_fast.config import VPDConfig
 
 MEASURING, OUTPUT = "Measuring", "Output"
@@ -69,8 +69,8 @@ def bench(
     ratios within a round. It is shown only if features and logits agree with the plain model's. Other libraries compute
     encoder and UNet only. An interruption keeps what is there.
     """
-    from vpd_fast.benchmark import catalog
-    from vpd_fast.benchmark.variants import Case
+    from vpd_fast.bench import catalog
+    from vpd_fast.bench.variants import Case
 
     random_weights = 0 if checkpoint is None and random_weights is None else random_weights
     model_options = options.ModelOptions(checkpoint, random_weights, task, config, "cpu", None)
@@ -119,8 +119,8 @@ def _prepare(
     """The run, with its weights in a file that all processes share."""
     import torch
 
-    from vpd_fast.benchmark.runner import Bench
-    from vpd_fast.benchmark.variants import Source
+    from vpd_fast.bench.runner import Bench
+    from vpd_fast.bench.variants import Source
 
     with running.error_console().status("preparing the weights"):
         model = model_options.load()
@@ -159,8 +159,8 @@ def _report(
     """Print the tables and write the files."""
     from rich.console import Console
 
-    from vpd_fast.benchmark import report
-    from vpd_fast.benchmark.environment import environment
+    from vpd_fast.bench import report
+    from vpd_fast.bench.environment import environment
 
     threads = run.source.threads
     rows = [report.row_of(m, run.config.task, threads) for m in run.ordered()]
@@ -187,11 +187,12 @@ def _report(
         }
         files.write_json(json, values)
     if chart is not None and rows:
-        from vpd_fast.benchmark.chart import draw
-        from vpd_fast.inference.results import save_png
+        from vpd_fast.bench import plots
+        from vpd_fast.files import write_files
 
         footer = f"{about['device']}, {threads} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
-        save_png(draw(rows, footer), chart)
+        figure = plots.stage_bars(rows, footer)
+        write_files({chart: lambda path: plots.save(figure, path)})
 
 
 def _names(text: str) -> list[str]:

@@ -43,7 +43,7 @@ def tune(
     import torch
 
     from vpd_fast import VPDConfig
-    from vpd_fast.benchmark.tuning import tune as run
+    from vpd_fast.bench.tuning import tune as run
 
     config = VPDConfig(task=task)
     path = out

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vpd_fast.benchmark.variants import Case, Source, Variant
+from vpd_fast.bench.variants import Case, Source, Variant
 
 PATIENCE = 2  # seconds for a process to end by itself
 _SPAWN = multiprocessing.get_context("spawn")  # a forked copy would share memory, threads and their locks
@@ -121,7 +121,7 @@ def _make(make: Callable[[Source], Variant], source: Source) -> Variant:
 
 
 def _memory() -> dict[str, int]:
-    from vpd_fast.benchmark.environment import peak_bytes, reset_peak, resident_bytes
+    from vpd_fast.bench.environment import peak_bytes, reset_peak, resident_bytes
 
     peak = peak_bytes()
     reset_peak()

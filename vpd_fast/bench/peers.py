@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpd_fast.benchmark.parity import Outputs, make_images
-from vpd_fast.benchmark.variants import Case, Source, Stopwatch, Variant, conditioning
+from vpd_fast.bench.parity import Outputs, make_images
+from vpd_fast.bench.variants import Case, Source, Stopwatch, Variant, conditioning
 from vpd_fast.models.attention import CrossAttention
 from vpd_fast.models.autoencoder import AttnBlock
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
-import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from PIL import Image
 from rich.console import Console
 
-from vpd_fast.benchmark.chart import COLOURS, FAILED, draw
-from vpd_fast.benchmark.report import remarks, row_of, table
-from vpd_fast.benchmark.runner import Measurement
-from vpd_fast.benchmark.variants import Case
+from vpd_fast.bench.plots import COLOURS, FAILED, save, stage_bars
+from vpd_fast.bench.report import remarks, row_of, table
+from vpd_fast.bench.runner import Measurement
+from vpd_fast.bench.variants import Case
+from vpd_fast.errors import MissingDependencyError
 
 PLAIN = {"encoder": 0.6, "unet": 0.3, "head": 0.06, "post": 0.04}
 FAST = {"encoder": 0.1, "unet": 0.1, "head": 0.03, "post": 0.02}
@@ -143,15 +146,35 @@ def test_remarks() -> None:
     ]
 
 
-def test_chart_has_a_bar_as_long_as_its_stage() -> None:
-    pixels = np.asarray(draw(rows(), "a processor"))
-    for stage in ("encoder", "unet", "head", "post"):
-        assert (pixels == COLOURS[stage]).all(-1).any(), stage
-    assert (pixels == FAILED).all(-1).any()
-    encoder = (pixels == COLOURS["encoder"]).all(-1).sum(1)
-    assert encoder.max() == pytest.approx(0.6 * 640, abs=3)  # the plain model's, of the longest bar
-    assert np.asarray(draw(rows() * 2, "x")).shape[0] > pixels.shape[0]
+def bars_of(figure) -> list[dict[str, float]]:
+    """For each plot of a figure, the length of the bars of a colour in its first row."""
+    found = []
+    for axis in figure.axes:
+        first = [bar for bar in axis.patches if bar.get_y() < 0]
+        found.append({to_hex(bar.get_facecolor()): bar.get_width() for bar in first})
+    return found
+
+
+def test_chart_has_a_bar_as_long_as_its_stage(tmp_path) -> None:
+    figure = stage_bars(rows(), "a processor")
+    (plain,) = bars_of(figure)
+    images = 1e3 / CASE.batch
+    assert plain == {COLOURS[stage]: pytest.approx(value * images) for stage, value in PLAIN.items()}
+    texts = {text.get_text(): to_hex(text.get_color()) for text in figure.axes[0].texts}
+    assert texts["FAILED"] == texts["125 FAILED"] == FAILED
+    assert texts["500  1.00x"] == "#000000"
+    save(figure, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", 950)
+    other = rows()[0] | {"case": "1x3x64x64"}
+    assert len(stage_bars([*rows(), other], "x").axes) == 2
 
 
 def test_chart_of_failures_only() -> None:
-    assert draw(rows()[-1:], "x").width > 640
+    assert bars_of(stage_bars(rows()[-1:], "x")) == [{}]
+
+
+def test_without_matplotlib(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
+    with pytest.raises(MissingDependencyError, match=r"pictures need matplotlib: pip install 'vpd_fast\[bench\]'"):
+        stage_bars(rows(), "x")

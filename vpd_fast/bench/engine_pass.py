@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import BackboneConfig, VPDConfig, ops
-from vpd_fast.benchmark.variants import conditioning
+from vpd_fast.bench.variants import conditioning
 from vpd_fast.engine.model import FastVPD
 
 _SMALL = BackboneConfig(model_channels=64, context_dim=64, num_heads=4, vae_ch=64)

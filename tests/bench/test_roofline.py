@@ -16,20 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vpd_fast
 from vpd_fast import VPD, VPDConfig
+from vpd_fast.bench import operations, peaks
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.models.random_weights import randomize
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MEASURED = BENCHMARKS / "results" / "amd-epyc" / "layers.json"
+MEASURED = BENCHMARKS / "results" / "amd-epyc-avx512-bf16" / "layers.json"
 IMAGES = torch.empty(1, 3, 512, 512, device="meta")
 
 
 @pytest.fixture
-def operations(script) -> Callable[..., list]:
-    module = script("operations")
-
+def traced() -> Callable[..., list]:
     def of(config: VPDConfig, precision: str, kind: str = "cuda", images: torch.Tensor = IMAGES, **options) -> list:
-        return module.trace(module.empty_engine(config, precision, kind), images, **options)
+        return operations.trace(operations.empty_engine(config, precision, kind), images, **options)
 
     return of
 
@@ -38,12 +37,12 @@ def gflop(found: list, of: Callable[..., bool] = lambda _: True) -> float:
     return sum(operation.made for operation in found if of(operation.label.name))
 
 
-def test_the_rewrites_explain_what_a_plain_model_computes_more(operations) -> None:
+def test_the_rewrites_explain_what_a_plain_model_computes_more(traced) -> None:
     """1943 GFLOP as PyTorch counts the plain model's, 1895.5 of the engine: each rewrite saves what its sizes say."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         VPD.empty(VPDConfig()).eval()(IMAGES)
     plain = counter.get_total_flops() / 1e9
-    found = operations(VPDConfig(), "bf16")
+    found = traced(VPDConfig(), "bf16")
     assert plain == pytest.approx(1943, abs=1.5)
     assert gflop(found) == pytest.approx(1895.5, abs=0.5)
 
@@ -61,13 +60,13 @@ def test_the_rewrites_explain_what_a_plain_model_computes_more(operations) -> No
         "time": 2 * (320 * embedding + embedding**2 + embedding * sum(blocks)),
     }
     assert plain - gflop(found) == pytest.approx(sum(saved.values()) / 1e9, rel=1e-3)
-    first = operations(VPDConfig(), "bf16", first=True)
+    first = traced(VPDConfig(), "bf16", first=True)
     assert gflop(first) - gflop(found) == pytest.approx(saved["keys and values of a known text"] / 1e9)
 
 
 @pytest.mark.parametrize(("precision", "bytes_each", "in_and_out"), [("fp32", 4, 4), ("bf16", 2, 2), ("int8", 1, 2)])
-def test_bytes_of_a_layer(operations, precision: str, bytes_each: int, in_and_out: int) -> None:
-    found = {o.label.name: o for o in operations(VPDConfig(), precision)}
+def test_bytes_of_a_layer(traced, precision: str, bytes_each: int, in_and_out: int) -> None:
+    found = {o.label.name: o for o in traced(VPDConfig(), precision)}
     qkv = found["unet.input_blocks.1.1.attn1.qkv"]  # 320 to 960 channels at 64x64; a bias, from the layer norm
     assert (qkv.label.kind, qkv.label.side, qkv.label.precision) == ("linear", 64, precision)
     assert qkv.made == qkv.gflop == pytest.approx(2 * 4096 * 320 * 960 / 1e9)
@@ -83,8 +82,8 @@ def test_bytes_of_a_layer(operations, precision: str, bytes_each: int, in_and_ou
     assert found["encoder self-attention at 64"].read == pytest.approx(2 * 4096 * 512 * in_and_out / 1e6)
 
 
-def test_batches_share_weights(operations) -> None:
-    one, eight = (operations(VPDConfig(), "bf16", images=IMAGES.expand(b, -1, -1, -1)) for b in (1, 8))
+def test_batches_share_weights(traced) -> None:
+    one, eight = (traced(VPDConfig(), "bf16", images=IMAGES.expand(b, -1, -1, -1)) for b in (1, 8))
     assert gflop(eight, lambda name: "unet" in name) == pytest.approx(8 * gflop(one, lambda name: "unet" in name))
     assert sum(o.weights for o in eight) == pytest.approx(sum(o.weights for o in one))
 
@@ -96,12 +95,12 @@ def test_tensors_with_and_without_memory_count_the_same(
 ) -> None:
     """The list of a model that is there is the list of the one without memory."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # PyTorch's reference is faster than interpreted kernels
-    module, policy = script("operations"), vpd_fast.engine.Policy(winograd=kind == "cpu")
+    policy = vpd_fast.engine.Policy(winograd=kind == "cpu")
     config = VPDConfig(task=task, base_size=64, channels=32, backbone=small_backbone)
     model = vpd_fast.optimize(randomize(VPD(config), seed=0).eval(), "int8", policy=policy)
-    model._workspaces = module.Workspaces(model.device, kind)
-    real = module.trace(model, torch.zeros(2, 3, 64, 64))
-    empty = module.trace(module.empty_engine(config, "int8", kind), torch.empty(2, 3, 64, 64, device="meta"))
+    model._workspaces = operations.Workspaces(model.device, kind)
+    real = operations.trace(model, torch.zeros(2, 3, 64, 64))
+    empty = operations.trace(operations.empty_engine(config, "int8", kind), torch.empty(2, 3, 64, 64, device="meta"))
     assert [o.label for o in real if o.label.kind != "glue"] == [o.label for o in empty if o.label.kind != "glue"]
     assert gflop(real) == pytest.approx(gflop(empty))
     for bytes_ in ("written", "read"):
@@ -109,19 +108,19 @@ def test_tensors_with_and_without_memory_count_the_same(
         assert own == pytest.approx(other, rel=1e-3)
 
 
-def test_winograd_makes_fewer_products(operations) -> None:
-    small = operations(VPDConfig(), "fp32", "cpu", torch.empty(1, 3, 256, 256, device="meta"))
+def test_winograd_makes_fewer_products(traced) -> None:
+    small = traced(VPDConfig(), "fp32", "cpu", torch.empty(1, 3, 256, 256, device="meta"))
     found = {o.label.name: o for o in small}
     assert found["encoder.down.0.0.conv1"].made == pytest.approx(found["encoder.down.0.0.conv1"].gflop / 4)
     for kind, share in (("cpu", 1 / 4), ("cuda", 4 / 9)):
-        enlarging = [o for o in operations(VPDConfig(), "bf16", kind) if "enlarging" in o.label.part]
+        enlarging = [o for o in traced(VPDConfig(), "bf16", kind) if "enlarging" in o.label.part]
         assert len(enlarging) == 3
         for operation in enlarging:
             assert operation.made == pytest.approx(operation.gflop * share)
 
 
 def test_floor(script) -> None:
-    device = script("peaks").Device("d", "cuda", "", {"bf16": 1000.0, "fp32": 10.0}, gb_per_s=100.0, gexp_per_s=5.0)
+    device = peaks.Device("d", "cuda", "", {"bf16": 1000.0, "fp32": 10.0}, gb_per_s=100.0, gexp_per_s=5.0)
     assert device.seconds("bf16", 2e12, 1e9) == (2.0, "products")
     assert device.seconds("fp32", 2e12, 1e9) == (200.0, "products")
     assert device.seconds("bf16", 1e9, 3e11) == (3.0, "bytes")
@@ -131,10 +130,10 @@ def test_floor(script) -> None:
         device.seconds("int8", 1.0, 1.0)
 
 
-def test_realistic_rates_give_realistic_floors(operations, script) -> None:
+def test_realistic_rates_give_realistic_floors(traced) -> None:
     """2.62 ms for a plain model's layers without norms, by hand; the engine makes 2.4 % fewer products."""
-    device = script("peaks").DEVICES["h200-sustained"]
-    found = [o for o in operations(VPDConfig(), "bf16") if o.label.kind not in ("group norm", "glue")]
+    device = peaks.DEVICES["h200-sustained"]
+    found = [o for o in traced(VPDConfig(), "bf16") if o.label.kind not in ("group norm", "glue")]
     for operation in found:
         operation.gexp = 0.0  # as counted by hand
     assert sum(o.floor(device)[0] for o in found) == pytest.approx(2.62 * 1895.5 / 1943, rel=0.02)
@@ -170,7 +169,7 @@ def test_measured_times_beside_the_floors(script, capsys) -> None:
     assert "measured" in capsys.readouterr().out
     roofline, content = script("roofline"), json.loads(MEASURED.read_text())
     case = roofline.Case("segmentation", "int8", 512, 1)
-    result = roofline.analyse(case, script("peaks").find(str(MEASURED)), content)
+    result = roofline.analyse(case, peaks.find(str(MEASURED)), content)
     stored = {(r["stage"], r["part"]): r for r in content["rows"] if r["precision"] == "int8" and r["size"] == 512}
     parts = {(r["stage"], r["part"]): r for r in result["parts"]}
     assert parts.keys() == stored.keys()
@@ -207,4 +206,4 @@ def test_bad_arguments(script, arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 def test_every_precision_has_a_rate_on_the_newest_devices(script, precision: str) -> None:
     for name in ("h200", "h100", "rtx4090", "h200-sustained"):
-        assert script("peaks").DEVICES[name].peak(precision) > 0
+        assert peaks.DEVICES[name].peak(precision) > 0

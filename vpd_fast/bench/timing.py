@@ -1,14 +1,12 @@
 """Measuring variants of one computation side by side in this process, and keeping the results.
 
-How times become numbers is in `vpd_fast.benchmark.statistics`.
+How times become numbers is in `vpd_fast.bench.statistics`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import Any
 
 import torch
 
-from vpd_fast.benchmark.environment import device_name, environment, peak_bytes, reset_peak, resident_bytes
-from vpd_fast.benchmark.statistics import percentile, rows_of
+from vpd_fast.bench.environment import device_name, environment, kind_of_machine, peak_bytes, reset_peak, resident_bytes
+from vpd_fast.bench.statistics import percentile, rows_of
+from vpd_fast.files import write_json
 
 __all__ = [
     "copy_gb_per_s",
@@ -31,7 +30,7 @@ __all__ = [
     "write_rows",
 ]
 
-RESULTS = Path(os.environ.get("VPD_FAST_RESULTS", Path(__file__).parent / "results"))
+RESULTS = Path(os.environ.get("VPD_FAST_RESULTS", Path(__file__).parents[2] / "benchmarks" / "results"))
 SAMPLE_SECONDS = 2e-3  # short computations are repeated until a sample takes this long
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 
@@ -161,19 +160,15 @@ def matmul_gflop_per_s(device: str, dtype: torch.dtype) -> float:
 
 
 def write_rows(suite: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
-    """Writes RESULTS/<device name>/<suite>.json: rows, the environment, and further facts."""
-    folder = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite}.json"
+    """Write RESULTS/<kind of machine>/<suite>.json: rows, the environment, and further facts; return its path."""
+    path = RESULTS / kind_of_machine(device) / f"{suite}.json"
     content = {
         "environment": environment(device),
         "copy_gb_per_s": round(copy_gb_per_s(device), 1),
         **facts,
         "rows": rows,
     }
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write_json(path, content)
     return path
 
 

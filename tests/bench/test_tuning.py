@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vpd_fast import VPDConfig, ops
-from vpd_fast.benchmark.tuning import Measurements, tune
+from vpd_fast.bench.tuning import Measurements, tune
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.ops._packing import PackedWeight

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from vpd_fast import VPD, VPDConfig
-from vpd_fast.benchmark import catalog, peers
-from vpd_fast.benchmark.parity import Outputs, agreement, passes
-from vpd_fast.benchmark.variants import Case, Source, Variant, make_fast, make_loaded, make_plain
-from vpd_fast.benchmark.worker import Worker, WorkerError
+from vpd_fast.bench import catalog, peers
+from vpd_fast.bench.parity import Outputs, agreement, passes
+from vpd_fast.bench.variants import Case, Source, Variant, make_fast, make_loaded, make_plain
+from vpd_fast.bench.worker import Worker, WorkerError
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-MEASURED = ROOT / "benchmarks" / "results" / "amd-epyc" / "layers.json"
+MEASURED = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-bf16" / "layers.json"
 # Stands for Python: says yes to every question, notes what it is to run, and fails for what is in $FAILING.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import onednn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vpd_fast.bench import onednn
 
 # Of our operators on a GPU.
 PRECISIONS = onednn.PRECISIONS | {"float16": torch.float16, "fp8": torch.float8_e4m3fn}

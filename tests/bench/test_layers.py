@@ -9,20 +9,21 @@ import torch
 
 import vpd_fast
 from vpd_fast import VPD
+from vpd_fast.bench import peaks, timing
 from vpd_fast.models.random_weights import randomize
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch, script):
-    monkeypatch.setattr(script("timing"), "RESULTS", tmp_path)
-    monkeypatch.setattr(script("timing"), "copy_gb_per_s", lambda _: 50.0)
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "copy_gb_per_s", lambda _: 50.0)
     return lambda suite: json.loads(next(tmp_path.rglob(f"{suite}.json")).read_text())
 
 
 @pytest.fixture
 def rates(monkeypatch, script) -> dict[str, float]:
     rates = {"fp32": 100.0, "bf16": 200.0, "int8": 400.0}
-    monkeypatch.setattr(script("peaks"), "measured", lambda device, precisions: rates)
+    monkeypatch.setattr(peaks, "measured", lambda device, precisions: rates)
     return rates
 
 
@@ -97,16 +98,16 @@ def test_without_a_gpu(script, monkeypatch) -> None:
 
 def test_measure_tells_whose_turn_it_was(script) -> None:
     turns = []
-    times = script("timing").measure({"a": lambda: None, "b": lambda: None}, rounds=3, after=turns.append)
+    times = timing.measure({"a": lambda: None, "b": lambda: None}, rounds=3, after=turns.append)
     assert turns == ["a", "b", "b", "a", "a", "b"]
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
 def test_rates_of_libraries(script, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(script("peaks").SIDE, "cpu", 64)
-    monkeypatch.setattr(script("peaks"), "matmul_gflop_per_s", lambda device, dtype: {torch.float32: 1.0}[dtype])
+    monkeypatch.setitem(peaks.SIDE, "cpu", 64)
+    monkeypatch.setattr(peaks, "matmul_gflop_per_s", lambda device, dtype: {torch.float32: 1.0}[dtype])
     assert script("layers").usable_precisions("cpu") == ["fp32", "bf16", "int8"]
-    found = script("peaks").measured("cpu", ["fp32", "int8", "fp8"])
+    found = peaks.measured("cpu", ["fp32", "int8", "fp8"])
     assert found.keys() == {"fp32", "int8"}
     assert found["int8"] > 0
     assert "no rate of fp8 products: KeyError" in capsys.readouterr().out

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vpd_fast.benchmark.catalog import BASELINES, ENTRIES
-from vpd_fast.benchmark.environment import total_memory
-from vpd_fast.benchmark.parity import Outputs, agreement
-from vpd_fast.benchmark.variants import Case, Source, make_loaded, plain_bytes
-from vpd_fast.benchmark.worker import Worker, WorkerError
+from vpd_fast.bench.catalog import BASELINES, ENTRIES
+from vpd_fast.bench.environment import total_memory
+from vpd_fast.bench.parity import Outputs, agreement
+from vpd_fast.bench.variants import Case, Source, make_loaded, plain_bytes
+from vpd_fast.bench.worker import Worker, WorkerError
 from vpd_fast.config import VPDConfig
 from vpd_fast.models import VPD
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from engine_pass import Label, labelled
-from peaks import Device
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vpd_fast import VPD, VPDConfig
+from vpd_fast.bench.engine_pass import Label, labelled
+from vpd_fast.bench.peaks import Device
 from vpd_fast.engine import Policy
 from vpd_fast.engine.build import build_layer
 from vpd_fast.engine.model import FastVPD

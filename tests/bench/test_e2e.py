@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vpd_fast import VPD
+from vpd_fast.bench import engine_pass, telemetry, timing
 from vpd_fast.models.random_weights import randomize
 
 SMI = """#!/bin/sh
@@ -22,8 +23,8 @@ exit {code}
 
 @pytest.fixture
 def results(tmp_path, monkeypatch, script):
-    monkeypatch.setattr(script("timing"), "RESULTS", tmp_path)
-    monkeypatch.setattr(script("timing"), "copy_gb_per_s", lambda _: 50.0)
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "copy_gb_per_s", lambda _: 50.0)
     return lambda: json.loads(next(tmp_path.rglob("e2e.json")).read_text())["rows"]
 
 
@@ -72,7 +73,7 @@ def test_what_runs_on_a_gpu(script, monkeypatch) -> None:
     """The list of variants there, made of a model on the CPU: nothing is run."""
     e2e, compiled = script("e2e"), []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
-    model = randomize(VPD.empty(script("engine_pass").MODELS["small"]), seed=0).eval()
+    model = randomize(VPD.empty(engine_pass.MODELS["small"]), seed=0).eval()
     found = [*e2e.plain_variants(model, "plain", "cuda"), *e2e.plain_variants(model, "sdpa", "cuda")]
     found += e2e.fast_variants(model, "bf16", "cuda")
     assert [(v.name, v.precision) for v in found] == [
@@ -101,7 +102,7 @@ def test_what_runs_on_a_gpu(script, monkeypatch) -> None:
 def test_precisions_that_cannot_be_had_are_named(script, monkeypatch, capsys) -> None:
     e2e = script("e2e")
     monkeypatch.setattr(e2e, "GATES", {"fp32": 1.0, "fp16": 1.0})
-    model = VPD.empty(script("engine_pass").MODELS["small"]).to_empty(device="cpu").eval()
+    model = VPD.empty(engine_pass.MODELS["small"]).to_empty(device="cpu").eval()
     names = [v.name for v in e2e.make_variants(model, [], ["fp16", "bf16"], False)]
     assert names == ["fp32 plain", "bf16 autocast plain"]
     printed = capsys.readouterr().out
@@ -130,19 +131,19 @@ def smi(tmp_path, monkeypatch):
 
 def test_telemetry(script, smi) -> None:
     smi("1980, 2619, 412.35, 61")
-    seen = script("telemetry").Telemetry("cuda")
+    seen = telemetry.Telemetry("cuda")
     seen("fast")
     smi("1755, 2619, 700.0, 63")
     seen("fast")
     seen("fast")
     assert seen.medians("fast") == {"sm_mhz": 1755, "memory_mhz": 2619, "watts": 700, "celsius": 63}
-    assert script("telemetry").facts()["driver"] == "580.65.06"
+    assert telemetry.facts()["driver"] == "580.65.06"
 
 
 @pytest.mark.parametrize("answer", ["1980, 2619, [N/A], 61", "1980, 2619, [Not Supported], 61"])
 def test_telemetry_of_what_a_gpu_does_not_tell(script, smi, answer: str) -> None:
     smi(answer)
-    seen = script("telemetry").Telemetry("cuda")
+    seen = telemetry.Telemetry("cuda")
     seen("fast")
     assert seen.medians("fast") == {"sm_mhz": 1980, "memory_mhz": 2619, "watts": None, "celsius": 61}
 
@@ -151,11 +152,11 @@ def test_no_telemetry(script, smi, monkeypatch) -> None:
     nothing = dict.fromkeys(("sm_mhz", "memory_mhz", "watts", "celsius"))
     smi("No devices were found", code=6)
     for device in ("cuda", "cpu"):
-        seen = script("telemetry").Telemetry(device)
+        seen = telemetry.Telemetry(device)
         seen("fast")
         assert seen.medians("fast") == nothing
     monkeypatch.setenv("PATH", "/nonexistent")
-    seen = script("telemetry").Telemetry("cuda")
+    seen = telemetry.Telemetry("cuda")
     seen("fast")
     assert seen.medians("fast") == nothing
-    assert script("telemetry").facts()["driver"] is None
+    assert telemetry.facts()["driver"] is None

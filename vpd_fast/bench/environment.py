@@ -24,6 +24,17 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else info.cpu_name()
 
 
+def kind_of_machine(device: str) -> str:
+    """What results are stored under: the device's name, and for a CPU the instruction set in use ("amd-epyc-avx2")."""
+    parts = [device_name(device), *([_isa() or "portable"] if device == "cpu" else [])]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def _isa() -> str | None:
+    found = info.collect()["cpu"]["isa"]
+    return found["chosen"] if found else None
+
+
 def environment(device: str) -> dict[str, Any]:
     """Device, threads, instruction set, versions, commit, time."""
     report = info.collect()
@@ -39,7 +50,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "isa": report["cpu"]["isa"]["chosen"] if report["cpu"]["isa"] else None,
+        "isa": _isa(),
         "vpd_fast": report["vpd_fast"],
         "commit": commit,
         "python": report["python"],

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast.bench import engine_pass, timing
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer, UNetBlock
 from vpd_fast.training.groups import parameter_groups
@@ -20,8 +21,8 @@ SMALL = ["--device", "cpu", "--model", "small", "--size", "128", "--steps", "1"]
 
 @pytest.fixture
 def results(tmp_path, monkeypatch, script):
-    monkeypatch.setattr(script("timing"), "RESULTS", tmp_path)
-    monkeypatch.setattr(script("timing"), "copy_gb_per_s", lambda _: 50.0)
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "copy_gb_per_s", lambda _: 50.0)
     return lambda: json.loads(next(tmp_path.rglob("train_step.json")).read_text())
 
 
@@ -89,7 +90,7 @@ def test_a_process_that_ends_is_a_row(script, results, monkeypatch) -> None:
 
 def test_sampled_gradients_stand_for_all_of_them(script) -> None:
     benchmark = script("train_step")
-    model = randomize(VPD.empty(script("engine_pass").MODELS["small"]), seed=0)
+    model = randomize(VPD.empty(engine_pass.MODELS["small"]), seed=0)
     generator = torch.Generator().manual_seed(1)
     groups = {g["name"]: g["params"] for g in parameter_groups(model, lr=1, weight_decay=1, preset="segmentation")}
     for parameter in model.parameters():
@@ -123,7 +124,7 @@ def test_gates(script) -> None:
 
 def test_what_is_recomputed(script) -> None:
     benchmark = script("train_step")
-    model = VPD.empty(script("engine_pass").MODELS["small"])
+    model = VPD.empty(engine_pass.MODELS["small"])
 
     def recomputed(kind: type) -> set[bool]:
         return {module.gradient_checkpointing for module in model.modules() if isinstance(module, kind)}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vpd_fast.benchmark.parity import GATES, Outputs, agreement, cosine, make_images, passes
+from vpd_fast.bench.parity import GATES, Outputs, agreement, cosine, make_images, passes
 
 
 def make_outputs(seed: int = 0, maps: int = 3) -> Outputs:

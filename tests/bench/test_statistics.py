@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpd_fast.benchmark.statistics import percentile, rows_of, speedup
+from vpd_fast.bench.statistics import percentile, rows_of, speedup
 
 
 def test_percentile() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vpd_fast.benchmark.catalog import ENTRIES
-from vpd_fast.benchmark.parity import GATES, passes
-from vpd_fast.benchmark.runner import Measurement, Seconds
-from vpd_fast.benchmark.statistics import milliseconds, percentile, speedup
-from vpd_fast.benchmark.variants import BACKBONE, STAGES
+from vpd_fast.bench.catalog import ENTRIES
+from vpd_fast.bench.parity import GATES, passes
+from vpd_fast.bench.runner import Measurement, Seconds
+from vpd_fast.bench.statistics import milliseconds, percentile, speedup
+from vpd_fast.bench.variants import BACKBONE, STAGES
 
 if TYPE_CHECKING:
     from rich.table import Table

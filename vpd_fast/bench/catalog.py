@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from vpd_fast.benchmark import peers
-from vpd_fast.benchmark.variants import Source, Variant, make_fast, make_plain
+from vpd_fast.bench import peers
+from vpd_fast.bench.variants import Source, Variant, make_fast, make_plain
 from vpd_fast.errors import InputError
 
 

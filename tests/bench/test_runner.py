@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vpd_fast import VPDConfig
-from vpd_fast.benchmark import runner
-from vpd_fast.benchmark.parity import Outputs
-from vpd_fast.benchmark.runner import Bench
-from vpd_fast.benchmark.variants import STAGES, Case, Source
-from vpd_fast.benchmark.worker import WorkerError
+from vpd_fast.bench import runner
+from vpd_fast.bench.parity import Outputs
+from vpd_fast.bench.runner import Bench
+from vpd_fast.bench.variants import STAGES, Case, Source
+from vpd_fast.bench.worker import WorkerError
 
 GIB = 1 << 30
 LARGE, SMALL = Case(128), Case(64)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.benchmark.parity import Outputs, make_images
+from vpd_fast.bench.parity import Outputs, make_images
 from vpd_fast.config import LATENT_STRIDE, VPDConfig
 from vpd_fast.models import VPD
 from vpd_fast.ops import upsample_argmax

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import vpd_fast
-from vpd_fast.benchmark.environment import environment
-from vpd_fast.benchmark.parity import make_images
-from vpd_fast.benchmark.variants import conditioning
+from vpd_fast.bench.environment import environment
+from vpd_fast.bench.parity import make_images
+from vpd_fast.bench.variants import conditioning
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import MissingDependencyError
 from vpd_fast.files import write_files
