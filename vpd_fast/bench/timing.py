@@ -16,7 +16,7 @@ import torch
 
 from vpd_fast.bench.environment import device_name, environment, kind_of_machine, peak_bytes, reset_peak, resident_bytes
 from vpd_fast.bench.statistics import percentile, rows_of
-from vpd_fast.files import write_json
+from vpd_fast.files import write_files, write_json
 
 __all__ = [
     "copy_gb_per_s",
@@ -168,7 +168,7 @@ def write_rows(suite: str, device: str, rows: list[dict[str, Any]], **facts: Any
         **facts,
         "rows": rows,
     }
-    write_json(path, content)
+    write_files({path: lambda temporary: write_json(temporary, content)})
     return path
 
 
