@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vpd_fast import __version__
+
 ROOT = Path(__file__).parents[2]
 BUILD_TOOLS = ("setuptools", "wheel", "pybind11", "cmake", "ninja")
 
@@ -40,10 +42,10 @@ def test_content_of_the_wheel(tmp_path: Path) -> None:
     done = build_wheel(tmp_path, VPD_FAST_CUDA="OFF")
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith("vpd_fast-0.1.0-cp")
+    assert wheel.name.startswith(f"vpd_fast-{__version__}-cp")
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.partition("/")[0] for name in names}
-    assert top == {"vpd_fast", "vpd_fast-0.1.0.dist-info"}
+    assert top == {"vpd_fast", f"vpd_fast-{__version__}.dist-info"}
     assert {f"vpd_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= set(names)
     assert "vpd_fast/py.typed" in names
     assert any(name.startswith("vpd_fast/_C.") and name.endswith(".so") for name in names)
