@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -110,7 +110,8 @@ def _load(stream: Any, persistent_load: Callable[[Any], Any]) -> Unpickled:
 
 def map_file(path: Path) -> torch.UntypedStorage:
     """The file's bytes as a private memory map: writing to tensors over it copies the page, the file stays as it is."""
-    return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    return cast("torch.UntypedStorage", storage)  # PyTorch declares any kind of storage
 
 
 def read_zip(path: Path) -> Unpickled:

@@ -48,7 +48,7 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **ov
             values["max_depth"] = float(metadata["max_depth"])
         values.update(overrides)
         names = metadata.get("class_names") or ()
-        if len(names) == values.get(TASKS[task].count_field):
+        if len(names) == values.get(TASKS[task].count_field or ""):
             values.setdefault("class_names", tuple(names))
         return _with_maps(values, _map_channels(shapes, task, backbone), overrides)
     except (KeyError, IndexError) as error:

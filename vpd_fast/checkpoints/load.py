@@ -56,7 +56,7 @@ def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[s
     """A note on the settings that a file without a configuration does not tell."""
     if checkpoint.config is not None:
         return []
-    values = {"num_heads": config.backbone.num_heads, "base_size": config.base_size}
+    values: dict[str, Any] = {"num_heads": config.backbone.num_heads, "base_size": config.base_size}
     if config.use_attn:
         values["attn_selector"] = config.attn_selector
     if config.task == "depth" and "max_depth" not in checkpoint.metadata:

@@ -141,12 +141,14 @@ class _Examples(torch.utils.data.Dataset):
 
 
 def _collate(examples: Sequence[Example | Exception]) -> Example | Exception:
+    good: list[Example] = []
     for example in examples:
         if isinstance(example, Exception):
             return example
+        good.append(example)
     batch: Example = {}
-    for key in examples[0]:
-        values = [example[key] for example in examples]
+    for key in good[0]:
+        values = [example[key] for example in good]
         if key == "skipped":
             batch[key] = [message for messages in values for message in messages]
         elif isinstance(values[0], np.ndarray):

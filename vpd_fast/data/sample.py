@@ -45,10 +45,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Name of a sample, without reading it."""
+        """Return the name of a sample, without reading it."""
+        ...
 
     def load(self, index: int) -> Sample:
         """Read a sample. Raises ImageError or DatasetError, naming the file."""
+        ...
 
 
 def read_rgb(path: Path) -> np.ndarray:

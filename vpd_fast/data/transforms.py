@@ -146,7 +146,8 @@ def signed(image: np.ndarray) -> np.ndarray:
 
 def scale(image: np.ndarray, target: np.ndarray, ratio: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resized, ratio of sides kept, to fit 4 * size by size pixels, both times `ratio`: mmsegmentation's Resize."""
-    shape = fit_size(*target.shape, int(size * ratio), int(LONG_OVER_SHORT * size * ratio))
+    height, width = target.shape
+    shape = fit_size(height, width, int(size * ratio), int(LONG_OVER_SHORT * size * ratio))
     return resize_bilinear(image, shape), resize_nearest(target, shape)
 
 

@@ -13,15 +13,15 @@ import torch
 from vpd_fast.errors import DatasetError, ImageError, InputError
 from vpd_fast.evaluation.distributed import check_group, gather
 from vpd_fast.evaluation.gallery import Case, Worst
-from vpd_fast.evaluation.metrics import PRIMARY, SegmentationMetrics
+from vpd_fast.evaluation.metrics import PRIMARY
 from vpd_fast.evaluation.progress import progress_bar
 from vpd_fast.evaluation.reading import read_ahead
 from vpd_fast.evaluation.results import Evaluation, show
-from vpd_fast.evaluation.tasks import check_sample, make_task
+from vpd_fast.evaluation.tasks import Segmentation, check_sample, make_task
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset, Sample
-    from vpd_fast.evaluation.tasks import Depth, Referring, Segmentation
+    from vpd_fast.evaluation.tasks import Depth, Referring
     from vpd_fast.models import VPD
 
 # (samples done, samples in all, metrics so far) of this process.
@@ -186,7 +186,7 @@ def _merged(
         notes.append(f"{len(failed)} of {total} samples failed and are missing in the metrics")
     if total < len(dataset):
         notes.append(f"only the first {total} of {len(dataset)} samples were measured")
-    per_class = metrics.per_class(task.names) if isinstance(metrics, SegmentationMetrics) else []
+    per_class = metrics.per_class(task.names) if isinstance(task, Segmentation) else []
     seconds = max(part.seconds for part in parts)
     return Evaluation(
         model.config.task, metrics.compute(), per_class, rows, count, failed, left_out, task.settings, notes, seconds,

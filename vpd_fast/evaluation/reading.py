@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 READING_ERRORS = (ImageError, DatasetError, OSError, MemoryError)
 
 
-def read_ahead(dataset: Dataset, indices: Sequence[int], workers: int) -> Iterator[tuple[int, Sample | Exception]]:
+def read_ahead(
+    dataset: Dataset, indices: Sequence[int], workers: int
+) -> Generator[tuple[int, Sample | Exception], None, None]:
     """(index, sample) in order, or (index, error) where reading failed.
 
     workers: threads that read, at most `workers + 1` samples ahead; several of them call `dataset.load` at once. 0:

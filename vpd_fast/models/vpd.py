@@ -29,6 +29,7 @@ from vpd_fast.models.text_adapter import TextAdapter
 from vpd_fast.models.unet import UNetWrapper
 
 if TYPE_CHECKING:
+    from vpd_fast.checkpoints import LoadReport
     from vpd_fast.inference import Result
 
 UNUSED_KEYS = ("sd_model.", "unet.unet.diffusion_model.out.", "encoder.unet.unet.diffusion_model.out.")
@@ -48,6 +49,7 @@ class VPD(nn.Module):
     """`VPD(config)` makes the model of `config.task`: a VPDSegmentation, VPDReferring or VPDDepth."""
 
     task: ClassVar[str]
+    load_report: LoadReport  # only of a model that was loaded from a checkpoint
     _attention_backend = PLAIN
 
     def __new__(cls, config: VPDConfig | None = None) -> VPD:

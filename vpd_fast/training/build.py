@@ -117,6 +117,7 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
         if init.class_embeddings is not None:
             _set_embeddings(model, init.class_embeddings)
         return model, notes
+    assert init.stable_diffusion is not None  # see TrainConfig.check_complete
     embeddings: Any = init.class_embeddings
     notes = []
     if embeddings is None and not TASKS[config.task].takes_text:

@@ -23,10 +23,11 @@ class TensorCache:
     Several processes may use a folder. A file that cannot be read counts as missing. When the disk is full the cache
     stops writing, with one warning.
     max_bytes: of all files together; exceeded by what other processes write between two looks at the folder.
+    identity: of the network that makes the tensors, see `FrozenEncoder.identity`.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder: str | Path, max_bytes: int, identity: str = "") -> None:
+        self.folder, self.max_bytes, self.identity = Path(folder), max_bytes, identity
         self.hits = self.misses = 0
         self.writable = True
         self._bytes = sum(size for _, size, _ in self._files())
@@ -54,11 +55,21 @@ class TensorCache:
             write_files({path: lambda temporary: _save(temporary, array)})
         except OSError as error:
             self.writable = False
-            warnings.warn(f"{self.folder}: the cache stops growing ({error.strerror or error})", stacklevel=3)
+            warnings.warn(f"{self.folder}: the cache stops growing ({error.strerror or error})", stacklevel=4)
             return
         self._bytes += path.stat().st_size
         if self._bytes > self.max_bytes:
             self._shrink()
+
+    def _complete(self, contents: Sequence[bytes | np.ndarray], make: Callable[[list[int]], Tensor]) -> Tensor:
+        """Return the tensors of `contents`, stacked, on the CPU; `make` computes those at the positions it is given."""
+        keys = [_key(self.identity, content) for content in contents]
+        tensors = {key: self.get(key) for key in dict.fromkeys(keys)}
+        missing = [keys.index(key) for key, tensor in tensors.items() if tensor is None]
+        for i, tensor in zip(missing, make(missing) if missing else (), strict=True):
+            tensors[keys[i]] = tensor.cpu()
+            self.put(keys[i], tensor)
+        return torch.stack([tensor for key in keys if (tensor := tensors[key]) is not None])
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.npy"
@@ -85,57 +96,28 @@ class TensorCache:
 
 
 class LatentCache(TensorCache):
-    """Latents by the pixels they were made from. Useful only where images are not augmented at random.
-
-    identity: of the encoder, see `FrozenEncoder.identity`.
-    """
-
-    def __init__(self, folder: str | Path, max_bytes: int, identity: str) -> None:
-        super().__init__(folder, max_bytes)
-        self.identity = identity
+    """Latents by the pixels they were made from. Useful only where images are not augmented at random."""
 
     def encode(self, images: Tensor, encoder: Callable[[Tensor], Tensor]) -> Tensor:
-        """encoder(images), of which only those not in the cache are computed; the others are bitwise what they were."""
-        keys = [_key(self.identity, image.detach().cpu().contiguous().numpy()) for image in images]
-        latents = [self.get(key) for key in keys]
-        missing = [i for i, found in enumerate(latents) if found is None]
-        if missing:
-            for i, made in zip(missing, encoder(images[missing]), strict=True):
-                latents[i] = made.cpu()
-                self.put(keys[i], made)
-        return torch.stack(latents).to(images.device)
+        """Return encoder(images), computing only those not in the cache; the others are bitwise what they were."""
+        pixels = [image.detach().cpu().contiguous().numpy() for image in images]
+        return self._complete(pixels, lambda missing: encoder(images[missing])).to(images.device)
 
 
 class TextCache(TensorCache):
-    """Token features (tokens, context_dim) by sentence.
-
-    identity: of the text encoder and of the number of tokens.
-    """
-
-    def __init__(self, folder: str | Path, max_bytes: int, identity: str) -> None:
-        super().__init__(folder, max_bytes)
-        self.identity = identity
+    """Token features (tokens, context_dim) by sentence; the identity is that of the encoder and the token count."""
 
     def embed(self, sentences: Sequence[str], encoder: Callable[[Sequence[str]], Tensor]) -> Tensor:
-        """encoder(sentences), (S, tokens, context_dim), of which only new sentences are computed."""
-        keys = [_key(self.identity, sentence.encode()) for sentence in sentences]
-        features = {key: self.get(key) for key in dict.fromkeys(keys)}
-        missing = {key: text for key, text in zip(keys, sentences, strict=True) if features[key] is None}
-        device = torch.device("cpu")
-        if missing:
-            made = encoder(list(missing.values()))
-            device = made.device
-            for key, row in zip(missing, made, strict=True):
-                features[key] = row.cpu()
-                self.put(key, row)
-        return torch.stack([features[key] for key in keys]).to(device)
+        """Return encoder(sentences), (S, tokens, context_dim), computing only new sentences; on the CPU."""
+        texts = [sentence.encode() for sentence in sentences]
+        return self._complete(texts, lambda missing: encoder([sentences[i] for i in missing]))
 
 
 def _key(identity: str, content: bytes | np.ndarray) -> str:
     digest = hashlib.blake2b(identity.encode(), digest_size=24)
     if isinstance(content, np.ndarray):
         digest.update(f"{content.dtype} {content.shape}".encode())
-    digest.update(content)
+    digest.update(content.data if isinstance(content, np.ndarray) else content)
     return digest.hexdigest()
 
 

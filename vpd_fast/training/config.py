@@ -7,7 +7,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -364,7 +364,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as `hint`, or InputError. YAML 1.1 reads 8e-5 as a string, so numbers may be written as strings."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if isinstance(hint, types.UnionType):
         options = typing.get_args(hint)
@@ -430,6 +430,6 @@ def _look_up(config: TrainConfig, name: str) -> Any:
     return value
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+def _one_of(name: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -213,6 +213,7 @@ def _picture(model: VPD, sample: Any, sentences: Callable | None) -> np.ndarray:
         truth = DepthResult(image, np.where(target > 0, target, far), model.config.max_depth)
         options = {"scene": sample.scene} if sample.scene is not None else {}
     prediction = model.predict(image, **options)
+    assert not isinstance(prediction, list)
     return _side_by_side([Image.fromarray(image), truth.overlay(), prediction.overlay()])
 
 

@@ -24,9 +24,12 @@ class Processes:
         except ImportError as error:
             raise MissingDependencyError('training needs accelerate: pip install "vpd_fast[train]"') from error
         # Autocast is the step's own affair: accelerate keeps one precision for the life of the process.
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused, gradient_as_bucket_view=True)]
         self._accelerator = Accelerator(
-            cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
+            cpu=cpu or not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=find_unused, gradient_as_bucket_view=True)
+            ],
         )
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index

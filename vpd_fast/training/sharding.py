@@ -31,7 +31,10 @@ def shard(module: nn.Module, processes: int) -> None:
 
 @contextlib.contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """Gradients stay in each process while this is entered."""
+    """Keep gradients in each process while this is entered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(module, FSDPModule)
     module.set_requires_gradient_sync(False)
     try:
         yield

@@ -61,14 +61,12 @@ class Trainer:
     ) -> None:
         config.check_complete()
         self.config = config
-        self.folder = None if folder is None else Path(folder)
-        self.store = (
-            None if folder is None else checkpoint.CheckpointStore(self.folder / CHECKPOINTS, config.checkpoints.keep)
-        )
+        self._folder = None if folder is None else Path(folder)
         self.processes = Processes(config.device == "cpu", find_unused=bool(config.model.get("train_encoder")))
-        self.resumed_from = resume_from(self.folder, self.store, resume)
-        state = None if self.resumed_from is None else checkpoint.read_state(self.resumed_from)
-        if state is not None:
+        self.resumed_from = resume_from(self._folder, self._folder and self.store, resume)
+        state = None
+        if self.resumed_from is not None:
+            state = checkpoint.read_state(self.resumed_from)
             check_same(TrainConfig.from_dict(state["config"]), config, self.resumed_from)
 
         self.train_data, self.val_data = build.open_datasets(config)
@@ -94,6 +92,17 @@ class Trainer:
         if state is not None:
             self._load(state)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run. A dry run has none, and reaches nothing that writes."""
+        assert self._folder is not None
+        return self._folder
+
+    @property
+    def store(self) -> checkpoint.CheckpointStore:
+        """The checkpoints of the run."""
+        return checkpoint.CheckpointStore(self.folder / CHECKPOINTS, self.config.checkpoints.keep)
+
     # Building
 
     def _build_model(self) -> VPD:
@@ -107,7 +116,7 @@ class Trainer:
             model.gradient_checkpointing_enable(config.checkpointing)
         if self.processes.count > 1 and config.distributed.sync_bn:
             if self.processes.device.type == "cuda":
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, as the model itself is no batch norm
             else:
                 self.notes.append("PyTorch has no SyncBatchNorm on CPUs: each process normalises by its own images")
         return build.own_memory(model.to(self.processes.device)).train()
@@ -154,7 +163,6 @@ class Trainer:
         Raises TrainingError when steps are not finite again and again, CheckpointError when a checkpoint cannot be
         written, DatasetError when too many samples cannot be read (the steps until then are saved).
         """
-        assert self.folder is not None
         self._open_folder()
         with self.signals, contextlib.closing(self._open_log()) as self.log:
             for note in self.notes:
@@ -236,7 +244,7 @@ class Trainer:
             self._set_rates()
             self.optimizer.step()
         else:  # the statistics of batch norm have seen the bad numbers, too
-            torch._foreach_copy_(batch_norm_buffers(self.model), before) if before else None
+            torch._foreach_copy_(batch_norm_buffers(self.model), before) if before else None  # pyright: ignore[reportPrivateImportUsage]
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return numbers[0] / self.processes.count, all_finite, numbers[2] > 0, numbers[3] > 0, ahead
@@ -247,7 +255,7 @@ class Trainer:
         clip = self.config.optimizer.clip
         if clip is not None:
             factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor.item() if self.processes.sharded else factor)
+            torch._foreach_mul_(gradients, factor.item() if self.processes.sharded else factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def _set_rates(self) -> None:
@@ -295,6 +303,7 @@ class Trainer:
     def _evaluate(self) -> None:
         from vpd_fast.evaluation import evaluate
 
+        assert self.val_data is not None
         options = self.config.evaluation
         random = checkpoint.random_state()
         self.processes.share_buffers(self.model)
@@ -320,10 +329,7 @@ class Trainer:
             checkpoint.set_random_state(random)
         task = TASKS[self.config.task]
         name, value = task.metric, result.metrics[task.metric]
-        better = self.best is None or (
-            value > self.best["value"] if task.better == "max" else value < self.best["value"]
-        )
-        better = better and value == value
+        better = value == value and (self.best is None or task.is_better(value, self.best["value"]))
         if better:
             self.best = {"step": self.step, "metric": name, "value": value}
         self.evaluated = self.step
@@ -395,7 +401,8 @@ class Trainer:
         self.step = state["step"]
         self.nan_in_row, self.skipped_steps = state["nan_in_row"], state["skipped_steps"]
         self.best, self.evaluated = state["best"], state["evaluated"]
-        if self.store is not None and self.resumed_from.parent.resolve() == self.store.folder.resolve():
+        here = self._folder is not None and self.store.folder.resolve()
+        if self.resumed_from is not None and self.resumed_from.parent.resolve() == here:
             # An evaluation after the checkpoint: its result is worth as much as before.
             index = self.store.read_index()
             self.best = index.get("best") or self.best

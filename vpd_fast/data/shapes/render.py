@@ -229,7 +229,7 @@ def trace(room: Room, solids: list[Solid], origin: np.ndarray, directions: np.nd
         wall = np.where(directions[:, 2] > 0, (room.wall - origin[2]) / directions[:, 2], FAR)
     depth = np.minimum(floor, wall)
     seen = np.where(floor <= wall, -1, -2)
-    normals = np.where((seen == -1)[:, None], np.float32([0, 1, 0]), np.float32([0, 0, -1]))
+    normals = np.where((seen == -1)[:, None], _vector(0, 1, 0), _vector(0, 0, -1))
     points = origin + depth[:, None] * directions
     each = np.zeros((len(solids), len(directions)), bool)
     for i, solid in enumerate(solids):
@@ -241,21 +241,25 @@ def trace(room: Room, solids: list[Solid], origin: np.ndarray, directions: np.nd
     return {"depth": depth, "seen": seen, "normals": normals, "points": points, "each": each}
 
 
+def _vector(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 def shade(room: Room, solids: list[Solid], origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Colours (N,3) in [0,1] along camera rays: Lambert's law, one light far away, hard shadows."""
     hits = trace(room, solids, origin, directions)
     seen, normals, local = hits["seen"], hits["normals"], hits["points"]
-    light = np.float32(room.light)
+    light = _vector(*room.light)
     albedo = np.empty((len(directions), 3), np.float32)
     for number, color, texture in (
         (-1, room.floor_albedo, room.floor_texture),
         (-2, room.wall_albedo, room.wall_texture),
     ):
         mask = seen == number
-        albedo[mask] = np.float32(color) * pattern(texture, local[mask])[:, None]
+        albedo[mask] = _vector(*color) * pattern(texture, local[mask])[:, None]
     for i, solid in enumerate(solids):
         mask = seen == i
-        albedo[mask] = np.float32(solid.albedo) * pattern(solid.texture, local[mask])[:, None]
+        albedo[mask] = _vector(*solid.albedo) * pattern(solid.texture, local[mask])[:, None]
     bright = np.maximum(normals @ light, 0)
     lit = np.nonzero(bright > 0)[0]
     starts = (origin + hits["depth"][lit, None] * directions[lit] + normals[lit] * _SMALL * 10).astype(np.float32)
