@@ -7,16 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpd_fast.data.sample import (
-    IGNORED,
-    Sample,
-    check_class_count,
-    check_labels,
-    check_same_size,
-    read_integers,
-    read_rgb,
-    require_folder,
-)
+from vpd_fast.data.sample import IGNORED, Sample, check_class_count, check_labels, read_pair, require_folder
 from vpd_fast.errors import DatasetError
 from vpd_fast.labels import ADE20K_CLASSES
 
@@ -60,8 +51,7 @@ class ADE20K:
     def load(self, index: int) -> Sample:
         """Read image and mask. Raises ImageError, DatasetError."""
         path = self.masks / f"{self.images[index].stem}.png"
-        image, labels = read_rgb(self.images[index]), read_integers(path)
-        check_same_size(image, labels, str(self.images[index]))
+        image, labels = read_pair(self.images[index], path)
         labels = zero_to_ignored(labels) if self.reduce_zero_label else labels
         check_labels(labels, len(self.class_names), path)
         return Sample(image, labels.astype(np.uint8), self.name(index))

@@ -12,22 +12,21 @@ import numpy as np
 from vpd_fast.config import TASKS
 from vpd_fast.data.ade20k import zero_to_ignored
 from vpd_fast.data.sample import (
-    MILLIMETRES,
     Sample,
     check_class_count,
     check_labels,
-    check_same_size,
-    read_integers,
     read_lines,
-    read_rgb,
+    read_pair,
     require_file,
     require_folder,
-)
+    to_metres,
+)  # fmt: skip
 from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.labels import scene_from_filename
 from vpd_fast.pictures import IMAGE_SUFFIXES
 
 TARGETS = {"segmentation": "masks", "referring": "masks", "depth": "depths"}
+NAME_LISTS = {"segmentation": "classes.txt", "depth": "scenes.txt"}
 
 
 class Folder:
@@ -63,7 +62,7 @@ class Folder:
         self.class_names = self._names(classes)
         if task == "segmentation":
             check_class_count(self.class_names, self.root)
-        self.entries = self._listed() if task == "referring" else self._found()
+        self.entries = self._listed() if TASKS[task].takes_text else self._found()
         if not self.entries:
             raise DatasetError(f"{root}: no images in the split {split}")
 
@@ -71,30 +70,27 @@ class Folder:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """The image's name without extension; of referring the mask's."""
-        entry = self.entries[index]
-        path = entry["target"] if self.task == "referring" else entry["image"]
-        return f"{self.split}/{path.stem}"
+        """Return SPLIT/NAME, the target's name without extension, which but for referring is the image's too."""
+        return f"{self.split}/{self.entries[index]['target'].stem}"
 
     def load(self, index: int) -> Sample:
         """Read image and target. Raises ImageError, DatasetError."""
         entry = self.entries[index]
-        image, target = read_rgb(entry["image"]), read_integers(entry["target"])
-        check_same_size(image, target, str(entry["image"]))
+        image, target = read_pair(entry["image"], entry["target"])
         if self.task == "segmentation":
             target = zero_to_ignored(target) if self.reduce_zero_label else target
             check_labels(target, len(self.class_names), entry["target"])
             return Sample(image, target.astype(np.uint8), self.name(index))
         if self.task == "depth":
             scene = scene_from_filename(entry["image"].name, self.class_names)
-            return Sample(image, target.astype(np.float32) / np.float32(MILLIMETRES), self.name(index), (), scene)
+            return Sample(image, to_metres(target), self.name(index), (), scene)
         return Sample(image, (target > 0).astype(np.uint8), self.name(index), entry["sentences"])
 
     def _names(self, classes: Sequence[str] | None) -> tuple[str, ...]:
-        if classes is not None or self.task == "referring":
+        if classes is not None or self.task not in NAME_LISTS:
             return tuple(classes or ())
-        path = self.root / ("classes.txt" if self.task == "segmentation" else "scenes.txt")
-        if self.task == "depth" and not path.is_file():
+        path = self.root / NAME_LISTS[self.task]
+        if TASKS[self.task].unnamed is not None and not path.is_file():
             return ()
         names = tuple(read_lines(require_file(path, "folder data set")))
         if not names or len(set(names)) < len(names):

@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from vpd_fast.data.sample import (
-    MILLIMETRES,
-    Sample,
-    check_same_size,
-    read_integers,
-    read_lines,
-    read_rgb,
-    require_file,
-    require_folder,
-)
+from vpd_fast.data.sample import Sample, read_lines, read_pair, require_file, require_folder, to_metres
 from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.labels import NYU_SCENES, scene_from_filename
 
@@ -72,11 +61,8 @@ class NYU:
     def load(self, index: int) -> Sample:
         """Read image and depth. Raises ImageError, DatasetError."""
         rgb, depth = self.pairs[index]
-        image, millimetres = read_rgb(rgb), read_integers(depth)
-        check_same_size(image, millimetres, str(rgb))
-        return Sample(
-            image, millimetres.astype(np.float32) / np.float32(MILLIMETRES), self.name(index), (), self._scene(rgb)
-        )
+        image, millimetres = read_pair(rgb, depth)
+        return Sample(image, to_metres(millimetres), self.name(index), (), self._scene(rgb))
 
     def _scene(self, path: Path) -> int | None:
         if self.scene_rule == "substring":

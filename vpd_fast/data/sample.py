@@ -90,6 +90,18 @@ def check_same_size(image: np.ndarray, target: np.ndarray, name: str) -> None:
         raise DatasetError(f"{name}: image and target must have the same size, got {sizes} pixels (height x width)")
 
 
+def read_pair(image: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image (H,W,3) uint8 and its labels or millimetres (H,W). Raises ImageError, DatasetError."""
+    pixels, integers = read_rgb(image), read_integers(target)
+    check_same_size(pixels, integers, str(image))
+    return pixels, integers
+
+
+def to_metres(millimetres: np.ndarray) -> np.ndarray:
+    """Convert stored depths to float32 metres."""
+    return millimetres.astype(np.float32) / np.float32(MILLIMETRES)
+
+
 def check_labels(labels: np.ndarray, count: int, path: Path) -> None:
     """Raises DatasetError if a label is neither a class nor ignored."""
     valid = labels[labels != IGNORED]

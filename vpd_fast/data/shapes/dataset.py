@@ -67,12 +67,14 @@ class ShapesDataset:
         """Render or read a sample. Raises DatasetError."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        scene = self.scene(index // OBJECTS if self.task == "referring" else index)
-        if self.task == "segmentation":
-            return Sample(scene.image, scene.labels, self.name(index))
-        if self.task == "depth":
-            return Sample(scene.image, scene.depth, self.name(index), scene=0)
+        if not TASKS[self.task].takes_text:
+            scene = self.scene(index)
+            depth = self.task == "depth"
+            return Sample(
+                scene.image, scene.depth if depth else scene.labels, self.name(index), (), 0 if depth else None
+            )
         again = index // OBJECTS
+        scene = self.scene(again)
         while not scene.sentences:
             again += 10**6
             scene = self.scene(again)
