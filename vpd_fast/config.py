@@ -164,7 +164,7 @@ class VPDConfig:
         return {"segmentation": self.num_classes, "referring": self.tokens, "depth": 1}[self.task]
 
     def map_channels(self, level: int) -> int:
-        """Map channels appended to the feature of `level` (0: latent resolution, 3: an eighth of it), at base_size."""
+        """Return the map channels of the feature of `level` (0: latent resolution, 3: an eighth) at base_size."""
         side = self.base_size // LATENT_STRIDE // 2**level
         limit = self.base_size // 16 if self.max_attn_size is None else self.max_attn_size
         if not self.use_attn or side > limit:
@@ -186,12 +186,12 @@ class VPDConfig:
         return tuple(backbone.model_channels * m + self.map_channels(i) for i, m in enumerate(backbone.channel_mult))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers only, as written to config.json."""
+        """Return plain containers only, as written to config.json."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VPDConfig:
-        """Inverse of `to_dict`. Raises InputError on unknown fields."""
+        """Invert `to_dict`. Raises InputError on unknown fields."""
         return _from_dict(cls, values)
 
     def save(self, path: str | Path) -> None:
@@ -204,7 +204,7 @@ class VPDConfig:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def replace(self, **changes: Any) -> VPDConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 

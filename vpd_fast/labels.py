@@ -46,7 +46,7 @@ NYU_SCENES: tuple[str, ...] = _split("""
 
 
 def _imagenet_templates() -> tuple[str, ...]:
-    """The 80 prompts of CLIP's zero-shot ImageNet notebook, "{}" standing for the class."""
+    """Return the 80 prompts of CLIP's zero-shot ImageNet notebook, "{}" standing for the class."""
     photos = ("bad", "bright", "dark", "good", "blurry", "cropped", "pixelated", "low resolution", "jpeg corrupted")
     photos += ("close-up", "black and white")
     subjects = ("hard to see", "clean", "dirty", "cool", "nice", "weird", "small", "large")
@@ -68,7 +68,7 @@ IMAGENET_TEMPLATES: tuple[str, ...] = _imagenet_templates()
 
 
 def default_names(config: VPDConfig) -> tuple[str, ...]:
-    """Names of a model's classes (segmentation) or scenes (depth), one per class embedding; () for referring.
+    """Return the names of a model's classes or scenes, one per class embedding; () for referring.
 
     The configuration's own names if it has any, else ADE20K's for 150 classes and NYUv2's for 27 or 28 scenes (the
     28th of the mmsegmentation port is the mean of the others), else "class 0", "class 1", ...
@@ -82,7 +82,7 @@ def default_names(config: VPDConfig) -> tuple[str, ...]:
 
 
 def find_name(name: str | int, names: tuple[str, ...], kind: str = "class") -> int:
-    """Index of a class or scene given by name (case, spaces and underscores do not matter) or by number.
+    """Return the index of a class or scene given by name (case, spaces and underscores do not matter) or by number.
 
     Raises InputError naming the closest known names.
     """

@@ -39,7 +39,7 @@ class Task:
         return self.count_field is None
 
     def is_better(self, value: float, other: float) -> bool:
-        """Whether `value` of the metric is the better one of two; NaN never is."""
+        """Return whether `value` of the metric is the better one of two; NaN never is."""
         return value > other if self.better == "max" else value < other
 
 

@@ -69,7 +69,7 @@ def _storage_from_id(pid: Any) -> tuple[str, _Storage]:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
-    """A tensor over `storage`, after checking that it stays inside and does not repeat elements."""
+    """Return a tensor over `storage`, after checking that it stays inside and does not repeat elements."""
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise PickleError("malformed tensor")
     dtype = storage.dtype
@@ -109,13 +109,13 @@ def _load(stream: Any, persistent_load: Callable[[Any], Any]) -> Unpickled:
 
 
 def map_file(path: Path) -> torch.UntypedStorage:
-    """The file's bytes as a private memory map: writing to tensors over it copies the page, the file stays as it is."""
+    """Map the file into private memory: writing to tensors over it copies the page, the file stays as it is."""
     storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     return cast("torch.UntypedStorage", storage)  # PyTorch declares any kind of storage
 
 
 def read_zip(path: Path) -> Unpickled:
-    """A file of torch.save (1.6 or later); its tensors are views of a private memory map of the file."""
+    """Read a file of torch.save (1.6 or later); its tensors are views of a private memory map of the file."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entries = {entry.filename: entry for entry in archive.infolist()}
         roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
@@ -145,7 +145,7 @@ def read_zip(path: Path) -> Unpickled:
 
 
 def _same_dtype(known: _Storage, asked: _Storage) -> _Storage:
-    """Files may refer to one storage by several element types; every use is checked against the bytes that exist."""
+    """Return the storage as the element type asked for, checked against the bytes that exist."""
     if known.dtype == asked.dtype:
         return known
     if asked.nbytes > known.nbytes:
@@ -171,12 +171,12 @@ def _entry_bytes(file: Any, entry: zipfile.ZipInfo, mapped: torch.UntypedStorage
 
 
 def is_legacy(head: bytes) -> bool:
-    """Whether `head` begins a stream of torch.save before 1.6: a pickled magic number."""
+    """Return whether `head` begins a stream of torch.save before 1.6: a pickled magic number."""
     return LEGACY_MAGIC.to_bytes(10, "little") in head[:32]
 
 
 def read_legacy(path: Path) -> Unpickled:
-    """A file of torch.save before 1.6 (or `_use_new_zipfile_serialization=False`); copied, as it aligns nothing."""
+    """Read a file of torch.save < 1.6 or with `_use_new_zipfile_serialization=False`; copies, as nothing is aligned."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         magic, protocol, system = (_load(stream, _no_storages).value for _ in range(3))
         if magic != LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:

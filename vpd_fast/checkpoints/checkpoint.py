@@ -47,7 +47,7 @@ class Checkpoint:
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
 
     def backbone(self, **overrides: Any) -> BackboneConfig:
-        """Sizes of a Stable Diffusion checkpoint's networks. Raises CheckpointError when they are not SD 1.x's."""
+        """Infer the sizes of Stable Diffusion's networks. Raises CheckpointError when they are not SD 1.x's."""
         shapes = self.shapes
         unet, vae = (
             {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}

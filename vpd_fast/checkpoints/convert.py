@@ -78,7 +78,7 @@ def _file_writer(
 
 
 def _released(tensors: dict[str, Tensor], config: VPDConfig) -> dict[str, Any]:
-    """The containers of the released files; our configuration rides along where their loaders do not look."""
+    """Wrap tensors as in the released files; our configuration rides along where their loaders do not look."""
     stored = config.to_dict()
     if config.task == "segmentation":
         return {"meta": {"CLASSES": tuple(config.class_names), CONFIG_KEY: stored}, "state_dict": tensors}
@@ -147,7 +147,7 @@ def _note_lacking(tensors: Mapping[str, Tensor], report: ConvertReport) -> None:
 
 
 def unet_config(backbone: BackboneConfig) -> dict[str, Any]:
-    """diffusers' UNet2DConditionModel configuration of a backbone."""
+    """Return diffusers' UNet2DConditionModel configuration of a backbone."""
     widths = [backbone.model_channels * m for m in backbone.channel_mult]
     attention = [2**level in backbone.attention_resolutions for level in range(len(widths))]
     return {
@@ -173,7 +173,7 @@ def unet_config(backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def vae_config(backbone: BackboneConfig) -> dict[str, Any]:
-    """diffusers' AutoencoderKL configuration of a backbone."""
+    """Return diffusers' AutoencoderKL configuration of a backbone."""
     widths = [backbone.vae_ch * m for m in backbone.vae_ch_mult]
     return {
         "_class_name": "AutoencoderKL",
@@ -192,7 +192,7 @@ def vae_config(backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def _text_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """transformers' CLIPTextModel configuration; heads are 64 wide in every CLIP text encoder."""
+    """Return transformers' CLIPTextModel configuration; heads are 64 wide in every CLIP text encoder."""
     try:
         vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
         hidden = tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0]

@@ -48,12 +48,12 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
 
 
 def is_backbone(key: str) -> bool:
-    """Whether a VPD name belongs to the UNet or the autoencoder."""
+    """Return whether a VPD name belongs to the UNet or the autoencoder."""
     return key.removeprefix("encoder.").startswith((UNET, ENCODER))
 
 
 def vpd_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet and autoencoder of a VPD model under ldm's names."""
+    """Rename the UNet and autoencoder of a VPD model to ldm's names."""
     renamed = {}
     for key, tensor in tensors.items():
         inner = key.removeprefix("encoder.")
@@ -64,7 +64,7 @@ def vpd_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ldm_to_vpd(tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
-    """Inverse of `vpd_to_ldm`; other tensors keep their names."""
+    """Invert `vpd_to_ldm`; other tensors keep their names."""
     root = TASKS[task].key_prefix
     renamed = {}
     for key, tensor in tensors.items():
@@ -96,7 +96,7 @@ def _format_of(raw: reader.RawFile) -> str:
 
 
 def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Class names of mmcv and mmengine files, the maximum depth of depth files' arguments."""
+    """Return the class names of mmcv and mmengine files and the maximum depth of depth files' arguments."""
     known: dict[str, Any] = {}
     meta = metadata.get("meta")
     if isinstance(meta, dict):
@@ -185,7 +185,7 @@ def _open_diffusers(folder: Path, mmap: bool) -> Checkpoint:
 
 
 def _diffusers_tensors(folder: Path, stem: str, mmap: bool) -> dict[str, Tensor]:
-    """Tensors of one sub-folder: full precision first, safetensors first, whole or in shards."""
+    """Read the tensors of one sub-folder: full precision first, safetensors first, whole or in shards."""
     for variant, suffix in itertools.product(("", "fp16."), ("safetensors", "bin")):
         for name in (stem, f"pytorch_{stem}"):  # the second is what transformers calls its .bin files
             file, index = folder / f"{name}.{variant}{suffix}", folder / f"{name}.{suffix}.index.{variant}json"

@@ -22,12 +22,12 @@ _BACKBONE_FIELDS = frozenset(Backbone.__dataclass_fields__)
 
 
 def infer_task(shapes: Shapes) -> str | None:
-    """Task of a state dict with the released VPD names, or None."""
+    """Return the task of a state dict with the released VPD names, or None."""
     return next((name for name, task in TASKS.items() if all(key in shapes for key in task.signature)), None)
 
 
 def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **overrides: Any) -> VPDConfig:
-    """Configuration of a VPD state dict.
+    """Infer the configuration of a VPD state dict.
 
     shapes: {name: shape} with the names of the released checkpoints, wrapper prefixes removed. metadata: `class_names`
     and `max_depth` are used. overrides: VPDConfig and BackboneConfig fields that win over what is inferred; num_heads
@@ -58,13 +58,13 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **ov
 
 
 def backbone_of(shapes: Shapes, **overrides: Any) -> Backbone:
-    """Sizes of the networks in a VPD state dict. Raises CheckpointError when there are none or not SD 1.x's."""
+    """Infer the sizes of the networks in a VPD state dict. Raises CheckpointError unless they are SD 1.x's."""
     root = "encoder." if f"encoder.{UNET}input_blocks.0.0.weight" in shapes else ""
     return infer_backbone(_below(shapes, root + UNET), _below(shapes, root + ENCODER), **overrides)
 
 
 def infer_backbone(unet: Shapes, vae: Shapes, **overrides: Any) -> Backbone:
-    """Sizes of Stable Diffusion's networks from ldm names without prefix. Without autoencoder its defaults are assumed.
+    """Infer the sizes of Stable Diffusion's networks from ldm names without prefix; the autoencoder may be missing.
 
     Raises CheckpointError when they are not SD 1.x's.
     """
@@ -127,7 +127,7 @@ def _sizes(shapes: Shapes, task: str, root: str, backbone: Backbone) -> dict[str
 
 
 def _map_channels(shapes: Shapes, task: str, backbone: Backbone) -> tuple[int, ...]:
-    """Channels that maps add to the head's inputs, per level; the last two levels summed up if not segmentation."""
+    """Return the map channels of the head's inputs per level; but for segmentation the last two are summed."""
     widths = [backbone.model_channels * m for m in backbone.channel_mult]
     if task == "segmentation":
         return tuple(shapes[f"neck.lateral_convs.{i}.conv.weight"][1] - width for i, width in enumerate(widths))
@@ -165,7 +165,7 @@ def _with_maps(values: dict[str, Any], channels: tuple[int, ...], overrides: Map
 
 
 def _map_settings(overrides: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Settings to try, the most usual first; overridden ones are fixed."""
+    """Yield map settings to try, the most usual first; overridden ones are fixed."""
     extras = [(), ("mid_cross",), ("up_self", "down_self"), ("mid_cross", "mid_self", "up_self", "down_self")]
     selectors = ["+".join(_CROSS + extra) for extra in extras]
     selectors += ["up_self+down_self", "+".join(name for name in MAP_SOURCES if name.endswith("self"))]

@@ -43,7 +43,7 @@ class Layout:
 
     @classmethod
     def of_config(cls, backbone: BackboneConfig) -> Layout:
-        """The layout of a configured backbone."""
+        """Return the layout of a configured backbone."""
         levels = len(backbone.channel_mult)
         attention = frozenset(i for i in range(levels) if 2**i in backbone.attention_resolutions)
         blocks, vae_blocks = backbone.num_res_blocks, backbone.vae_num_res_blocks
@@ -51,7 +51,7 @@ class Layout:
 
     @classmethod
     def of_diffusers(cls, unet: Iterable[str], vae: Iterable[str]) -> Layout:
-        """The layout that diffusers' UNet and autoencoder names belong to (either may be empty)."""
+        """Return the layout that diffusers' UNet and autoencoder names belong to (either may be empty)."""
         unet, vae = list(unet), list(vae)
         levels = _count(unet, r"down_blocks\.(\d+)\.")
         attention = {int(m[1]) for key in unet if (m := re.match(r"down_blocks\.(\d+)\.attentions\.", key))}
@@ -69,7 +69,7 @@ def _count(keys: Iterable[str], pattern: str) -> int:
 
 
 def unet_modules(layout: Layout) -> dict[str, str]:
-    """{ldm module: diffusers module} of the UNet."""
+    """Return {ldm module: diffusers module} of the UNet."""
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -105,7 +105,7 @@ def unet_modules(layout: Layout) -> dict[str, str]:
 
 
 def vae_modules(layout: Layout) -> dict[str, str]:
-    """{ldm module: diffusers module} of the KL autoencoder, decoder included."""
+    """Return {ldm module: diffusers module} of the KL autoencoder, decoder included."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
 
     def resnet(ldm: str, diffusers: str) -> None:
@@ -133,12 +133,12 @@ def vae_modules(layout: Layout) -> dict[str, str]:
 
 
 def unet_to_diffusers(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """ldm's UNet tensors under diffusers' names. Raises CheckpointError on names that are not of this layout."""
+    """Rename ldm's UNet tensors to diffusers' names. Raises CheckpointError on names that are not of this layout."""
     return _rename(tensors, unet_modules(layout), "UNet")
 
 
 def unet_from_diffusers(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Inverse of `unet_to_diffusers`; projections stored as matrices become the 1x1 convolutions of SD 1.x."""
+    """Invert `unet_to_diffusers`; projections stored as matrices become the 1x1 convolutions of SD 1.x."""
     renamed = _rename(tensors, _inverse(unet_modules(layout)), "UNet")
     return {
         key: value[..., None, None] if _PROJECTION.search(key) and value.dim() == 2 else value
@@ -147,13 +147,13 @@ def unet_from_diffusers(tensors: Mapping[str, Tensor], layout: Layout) -> dict[s
 
 
 def vae_to_diffusers(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """ldm's autoencoder tensors under diffusers' names; the attention's 1x1 convolutions become matrices."""
+    """Rename ldm's autoencoder tensors to diffusers' names; the attention's 1x1 convolutions become matrices."""
     flat = {k: v.flatten(1) if _VAE_MATRIX.search(k) and v.dim() == 4 else v for k, v in tensors.items()}
     return _rename(flat, vae_modules(layout), "autoencoder")
 
 
 def vae_from_diffusers(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Inverse of `vae_to_diffusers`; reads the attention names of diffusers before 0.17 too."""
+    """Invert `vae_to_diffusers`; reads the attention names of diffusers before 0.17 too."""
     current = {_modern_vae_name(key): value for key, value in tensors.items()}
     renamed = _rename(current, _inverse(vae_modules(layout)), "autoencoder")
     return {k: v[..., None, None] if _VAE_MATRIX.search(k) and v.dim() == 2 else v for k, v in renamed.items()}

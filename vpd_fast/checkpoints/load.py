@@ -31,8 +31,8 @@ def load_checkpoint(
     mmap: bool = True,
     **config_overrides: Any,
 ) -> VPD:
-    """A VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, or one of
-    the miniatures that come with it ("shapes-segmentation", "shapes-referring", "shapes-depth").
+    """Load a VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, or
+    one of the miniatures that come with it ("shapes-segmentation", "shapes-referring", "shapes-depth").
 
     task: what the checkpoint must hold; None: whatever it holds. allow_missing: weights the file lacks keep their fresh
     initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: on the CPU,
@@ -53,7 +53,7 @@ def load_checkpoint(
 
 
 def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[str, Any]) -> list[str]:
-    """A note on the settings that a file without a configuration does not tell."""
+    """Return a note on the settings that a file without a configuration does not tell."""
     if checkpoint.config is not None:
         return []
     values: dict[str, Any] = {"num_heads": config.backbone.num_heads, "base_size": config.base_size}
@@ -66,7 +66,7 @@ def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[s
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> VPD:
-    """A model from a folder written by `save_pretrained`, or bundled weights; options as in `load_checkpoint`."""
+    """Load a model from a folder written by `save_pretrained`, or bundled weights; options as in `load_checkpoint`."""
     if not is_bundled(folder) and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: expected a folder written by save_pretrained, or one of {', '.join(NAMES)}")
     return load_checkpoint(folder, **options)
@@ -82,7 +82,7 @@ def load_stable_diffusion(
     dtype: torch.dtype | None = None,
     mmap: bool = True,
 ) -> VPD:
-    """A model for fine-tuning: encoder and UNet of Stable Diffusion 1.x, everything else freshly initialised.
+    """Make a model for fine-tuning: encoder and UNet of Stable Diffusion 1.x, everything else freshly initialised.
 
     path: ldm .ckpt or .safetensors, or a diffusers folder. config: task and sizes; its backbone must be the file's.
     class_embeddings: (num_classes or num_scenes, context_dim), or a file with that one tensor; needed for segmentation
@@ -109,7 +109,7 @@ def load_stable_diffusion(
 
 
 def vpd_config(checkpoint: Checkpoint, overrides: Mapping[str, Any], task: str | None = None) -> VPDConfig:
-    """Configuration of an opened VPD checkpoint, stored or inferred, with `overrides`.
+    """Return the configuration of an opened VPD checkpoint, stored or inferred, with `overrides`.
 
     Raises CheckpointError (also when it is not of `task`) and InputError.
     """
@@ -140,7 +140,7 @@ def vpd_config(checkpoint: Checkpoint, overrides: Mapping[str, Any], task: str |
 
 
 def empty_model(config: VPDConfig, path: Path) -> VPD:
-    """`VPD.empty(config)`; sizes from a file that cannot be built raise CheckpointError."""
+    """Return `VPD.empty(config)`. Raises CheckpointError for sizes from a file that cannot be built."""
     try:
         return VPD.empty(config)
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
@@ -150,7 +150,7 @@ def empty_model(config: VPDConfig, path: Path) -> VPD:
 def match_weights(
     checkpoint: Checkpoint, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], task: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors that a model with state dict `expected` takes, in its order, and the report on all others.
+    """Return the tensors that a model with state dict `expected` takes, in its order, and the report on all others.
 
     Raises CheckpointError when a shape does not fit.
     """

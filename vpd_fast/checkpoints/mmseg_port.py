@@ -18,12 +18,12 @@ _PREFIXES = {
 
 
 def is_mmseg_depth(keys: Mapping[str, object]) -> bool:
-    """Whether these are the port's names."""
+    """Return whether these are names of the mmsegmentation port."""
     return "decode_head.depth_pred_layer.0.weight" in keys
 
 
 def from_mmseg(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The port's tensors under the released names. Its 28th embedding, the mean of the 27 scenes, stays a scene."""
+    """Rename the port's tensors to the released names. Its 28th embedding, the mean of the 27 scenes, stays a scene."""
     renamed = {}
     for key, tensor in tensors.items():
         prefix = next((p for p in _PREFIXES if key.startswith(p)), "")

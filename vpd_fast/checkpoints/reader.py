@@ -60,7 +60,7 @@ def read_file(path: str | Path, *, mmap: bool = True) -> RawFile:
 
 
 def read_tensor(path: str | Path) -> Tensor:
-    """The only tensor of a file, such as VPD's class_embeddings.pth. Raises CheckpointError when there are others."""
+    """Read the only tensor of a file, such as VPD's class_embeddings.pth. Raises CheckpointError if there are more."""
     raw = read_file(path)
     if len(raw.tensors) != 1:
         raise CheckpointError(f"{path}: expected one tensor, the file holds {len(raw.tensors)}")
@@ -68,7 +68,7 @@ def read_tensor(path: str | Path) -> Tensor:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+    """Read a JSON object. Raises CheckpointError."""
     path = Path(path)
     with _explained(path):
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 
 
 def _guess(head: bytes) -> str:
-    """What an unknown file probably is, for the error message."""
+    """Return what an unknown file probably is, for the error message."""
     if head.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the checkpoint itself (run `git lfs pull`)"
     if head.lstrip()[:1] == b"<":
@@ -170,7 +170,7 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """How many tensors there are of each floating dtype, {"float16": 12}."""
+    """Count the tensors of each floating dtype: {"float16": 12}."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():
@@ -180,5 +180,5 @@ def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Tensor:
-    """Floating tensors to `dtype` (None: as they are), all to `device`; no copy where nothing changes."""
+    """Convert a floating tensor to `dtype` (None: as it is), any to `device`; no copy where nothing changes."""
     return tensor.to(device=device, dtype=dtype if dtype is not None and tensor.is_floating_point() else None)

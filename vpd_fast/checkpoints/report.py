@@ -29,7 +29,7 @@ _UNUSED = tuple(
 
 
 def unused_reason(key: str) -> str | None:
-    """Why a VPD model has no place for the tensor `key`, if that is expected."""
+    """Return why a VPD model has no place for the tensor `key`, if that is expected."""
     return next((reason for pattern, reason in _UNUSED if pattern.match(key)), None)
 
 
@@ -82,7 +82,7 @@ class LoadReport:
 
 
 def first_names(names: Iterable[str]) -> str:
-    """'3: a, b, c', shortened after the first few."""
+    """Return '3: a, b, c', shortened after the first few."""
     names = list(names)
     more = f", ... and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{len(names)}: {', '.join(names[:_SHOWN])}{more}"

@@ -73,7 +73,7 @@ def write_bundled(
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detached, contiguous tensors, no two of which share memory, which safetensors refuses to write."""
+    """Return detached, contiguous tensors; no two share memory, which safetensors refuses to write."""
     result: dict[str, Tensor] = {}
     addresses: set[int] = set()
     for key, tensor in tensors.items():

@@ -26,7 +26,7 @@ KINDS = ("ade20k", *REFER_KINDS, "nyu", *ANY_TASK)
 
 
 def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dataset:
-    """The data set of a kind (see above) in a folder; options are those of its class.
+    """Return the data set of a kind (see above) in a folder; options are those of its class.
 
     Raises DatasetError if files are missing or broken, InputError for unknown kinds, splits and options.
     """

@@ -45,7 +45,7 @@ class ADE20K:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """SPLIT/NAME."""
+        """Return SPLIT/NAME."""
         return f"{self.split}/{self.images[index].stem}"
 
     def load(self, index: int) -> Sample:
@@ -58,5 +58,5 @@ class ADE20K:
 
 
 def zero_to_ignored(labels: np.ndarray) -> np.ndarray:
-    """Labels whose 0 means ignored -> class ids: 0 and 255 become 255, n becomes n - 1."""
+    """Convert labels whose 0 means ignored to class ids: 0 and 255 become 255, n becomes n - 1."""
     return np.where((labels == 0) | (labels == IGNORED), IGNORED, labels.astype(np.int32) - 1)

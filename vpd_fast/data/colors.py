@@ -10,31 +10,31 @@ HUES = 180  # OpenCV's hues of 8-bit images
 
 
 def linear(image: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
-    """Levels times factor plus offset, clipped and cut off to integers: brightness and contrast in mmsegmentation."""
+    """Scale and shift the levels, clipped and cut off to integers: brightness and contrast in mmsegmentation."""
     return cv2.LUT(image, np.clip(LEVELS.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8))
 
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """HSV's S times factor."""
+    """Multiply HSV's S by a factor."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     hsv[..., 1] = linear(hsv[..., 1], factor)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def hue(image: np.ndarray, shift: int) -> np.ndarray:
-    """HSV's H, of 180, plus shift."""
+    """Shift HSV's H, modulo 180."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0].astype(int) + shift) % HUES
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def gamma(image: np.ndarray, exponent: float) -> np.ndarray:
-    """Levels, as fractions of 255, to a power: albumentations' RandomGamma."""
+    """Raise the levels, as fractions of 255, to a power: albumentations' RandomGamma."""
     return cv2.LUT(image, ((LEVELS / 255) ** exponent * 255).astype(np.uint8))
 
 
 def shift_hsv(image: np.ndarray, hue_shift: float, saturation_shift: float, value_shift: float) -> np.ndarray:
-    """Added to H (modulo 180), S and V (clipped): albumentations' HueSaturationValue."""
+    """Add to H (modulo 180), S and V (clipped): albumentations' HueSaturationValue."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     tables = [
         ((LEVELS + hue_shift) % HUES).astype(np.uint8),
@@ -45,7 +45,7 @@ def shift_hsv(image: np.ndarray, hue_shift: float, saturation_shift: float, valu
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """mmsegmentation's: brightness +-32, contrast, saturation x 0.5 to 1.5, hue +-18, each with probability 1/2.
+    """Distort as mmsegmentation does: brightness +-32, contrast, saturation x 0.5 to 1.5, hue +-18, each half the time.
 
     Contrast comes second or last, by a coin.
     """

@@ -65,7 +65,7 @@ class TrainLoader:
         self._length = len(dataset)
 
     def batches(self, start: int = 0) -> Iterator[Example]:
-        """Batches number start, start + 1, ... without end: exactly those that an unbroken run would have there.
+        """Yield batches number start, start + 1, ... without end: exactly those that an unbroken run would have there.
 
         Tensors and numbers are stacked; text becomes lists. Raises ImageError, DatasetError.
         """
@@ -89,7 +89,7 @@ class TrainLoader:
             yield batch
 
     def positions(self, number: int) -> list[tuple[int, int, int]]:
-        """(epoch, position in the epoch, index) of the samples of batch `number` on this rank."""
+        """Return (epoch, position in the epoch, index) of the samples of batch `number` on this rank."""
         epoch, batch = divmod(number, self.epoch_length)
         order = np.random.default_rng((self.seed, epoch)).permutation(self._length)
         first = batch * self.batch_size
@@ -117,7 +117,7 @@ class _Examples(torch.utils.data.Dataset):
         self.dataset, self.transform, self.seed, self.skip = dataset, transform, seed, skip
 
     def __getitem__(self, key: tuple[int, int, int]) -> Example | Exception:
-        """The example, or the error: workers that raise it would put their stack into its message."""
+        """Return the example, or the error, as workers that raise it would put their stack into its message."""
         epoch, position, index = key
         messages: list[str] = []
         while True:

@@ -54,7 +54,7 @@ class NYU:
         return len(self.pairs)
 
     def name(self, index: int) -> str:
-        """SCENE_rgb_N, which the original looks for scenes in."""
+        """Return SCENE_rgb_N, which the original looks for scenes in."""
         path = self.pairs[index][0]
         return f"{path.parent.name}_{path.stem}"
 

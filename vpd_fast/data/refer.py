@@ -64,7 +64,7 @@ class Refer:
         return len(self.refs)
 
     def name(self, index: int) -> str:
-        """SPLIT/REF_ID."""
+        """Return SPLIT/REF_ID."""
         return f"{self.split}/{self.refs[index]['ref_id']}"
 
     def load(self, index: int) -> Sample:
@@ -91,7 +91,7 @@ class Refer:
 
 
 def _is_in(of_ref: str, split: str) -> bool:
-    """REFER's rule: letters of test splits may be joined ("testAB" is in testA and testB)."""
+    """Apply REFER's rule: letters of test splits may be joined ("testAB" is in testA and testB)."""
     if split in ("testA", "testB", "testC"):
         return split[-1] in of_ref
     return split in of_ref if split == "test" else of_ref == split
@@ -108,7 +108,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def _read_refs(path: Path) -> list[dict[str, Any]]:
-    """What is needed of each ref: ref_id, ann_id, image_id, split, sentences. Raises DatasetError."""
+    """Read what is needed of each ref: ref_id, ann_id, image_id, split, sentences. Raises DatasetError."""
     try:
         with path.open("rb") as file:
             refs = PlainUnpickler(file, encoding="latin-1").load()  # written by Python 2
@@ -127,7 +127,7 @@ def _read_refs(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_instances(path: Path, refs: list[dict[str, Any]]) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
-    """Segmentations by annotation, images by number, of the refs. Raises DatasetError."""
+    """Read the refs' segmentations by annotation and images by number. Raises DatasetError."""
     try:
         with path.open(encoding="utf-8") as file:
             values = json.load(file)

@@ -54,12 +54,12 @@ class Dataset(Protocol):
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """An image file as (H,W,3) uint8 RGB. Raises ImageError."""
+    """Read an image file as (H,W,3) uint8 RGB. Raises ImageError."""
     return to_uint8(read_image(path))
 
 
 def read_integers(path: Path) -> np.ndarray:
-    """A PNG of labels or millimetres as (H,W) integers: palette indices, 8 or 16 bits. Raises ImageError."""
+    """Read a PNG of labels or millimetres as (H,W) integers: palette indices, 8 or 16 bits. Raises ImageError."""
     if not path.is_file():
         raise ImageError(f"{path}: cannot read the mask, the file does not exist")
     # Pillow keeps palette indices, which OpenCV would turn into colours; OpenCV reads 16 bits much faster.
@@ -78,13 +78,13 @@ def read_integers(path: Path) -> np.ndarray:
 
 
 def _has_palette(path: Path) -> bool:
-    """Byte 25 of a PNG is its colour type; 3 is a palette."""
+    """Return whether byte 25, the colour type of a PNG, is 3."""
     with path.open("rb") as file:
         return file.read(26)[25:26] == b"\x03"
 
 
 def check_same_size(image: np.ndarray, target: np.ndarray, name: str) -> None:
-    """Raises DatasetError unless both have the same height and width."""
+    """Raise DatasetError unless both have the same height and width."""
     if image.shape[:2] != target.shape[:2]:
         sizes = " and ".join(f"{a.shape[0]}x{a.shape[1]}" for a in (image, target))
         raise DatasetError(f"{name}: image and target must have the same size, got {sizes} pixels (height x width)")
@@ -103,20 +103,20 @@ def to_metres(millimetres: np.ndarray) -> np.ndarray:
 
 
 def check_labels(labels: np.ndarray, count: int, path: Path) -> None:
-    """Raises DatasetError if a label is neither a class nor ignored."""
+    """Raise DatasetError if a label is neither a class nor ignored."""
     valid = labels[labels != IGNORED]
     if valid.size and int(valid.max()) >= count:
         raise DatasetError(f"{path}: the mask has class {int(valid.max())}, but there are only {count} classes")
 
 
 def check_class_count(names: Sequence[str], where: Path) -> None:
-    """Raises DatasetError if there are so many classes that one would have the number of ignored pixels."""
+    """Raise DatasetError if there are so many classes that one would have the number of ignored pixels."""
     if len(names) > IGNORED:
         raise DatasetError(f"{where}: {len(names)} classes; expected at most {IGNORED}, since {IGNORED} is ignored")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, stripped. Raises DatasetError."""
+    """Read the lines of a text file that are not blank, stripped. Raises DatasetError."""
     try:
         return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +124,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def require_folder(path: Path, what: str) -> Path:
-    """The folder, if it is there. Raises DatasetError that says what was looked for and what is there instead."""
+    """Return the folder if it exists. Raises DatasetError that says what was looked for and what is there instead."""
     if path.is_dir():
         return path
     nearest = path
@@ -138,7 +138,7 @@ def require_folder(path: Path, what: str) -> Path:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """The file, if it is there. Raises DatasetError that says what was looked for and what is there instead."""
+    """Return the file if it exists. Raises DatasetError that says what was looked for and what is there instead."""
     if path.is_file():
         return path
     require_folder(path.parent, what)

@@ -28,7 +28,7 @@ CUTS = ("reference", "scaled", "none")
 
 
 def make_transform(task: str, *, train: bool = True, size: int, **settings: Any) -> Transform:
-    """The transform (sample, generator, position in the epoch) -> dict of arrays and values.
+    """Return a function from (sample, generator, position in the epoch) to a dict of arrays and values.
 
     segmentation: image float32 (3,size,size) in [-1,1], target int64 (size,size), 255 ignored.
         settings: ratio_range=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True.
@@ -139,25 +139,25 @@ def _depth(
 
 
 def signed(image: np.ndarray) -> np.ndarray:
-    """(H,W,3) uint8 -> (3,H,W) float32 in [-1,1]."""
+    """Convert (H,W,3) uint8 to (3,H,W) float32 in [-1,1]."""
     pixels = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
     return (pixels - np.float32(127.5)) * np.float32(1 / 127.5)
 
 
 def scale(image: np.ndarray, target: np.ndarray, ratio: float, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resized, ratio of sides kept, to fit 4 * size by size pixels, both times `ratio`: mmsegmentation's Resize."""
+    """Resize, keeping the ratio of sides, to fit 4 * size by size pixels times `ratio`: mmsegmentation's Resize."""
     height, width = target.shape
     shape = fit_size(height, width, int(size * ratio), int(LONG_OVER_SHORT * size * ratio))
     return resize_bilinear(image, shape), resize_nearest(target, shape)
 
 
 def resize_nearest(target: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H,W) -> shape (height, width), nearest as OpenCV does it."""
+    """Resize (H,W) to shape (height, width), nearest as OpenCV does it."""
     return cv2.resize(target, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
 
 
 def crop_corner(target: np.ndarray, size: int, cat_max_ratio: float, rng: np.random.Generator) -> tuple[int, int]:
-    """(top, left) of a crop of at most size x size: the first of ten in which two classes are and none has
+    """Return (top, left) of a crop of at most size x size: of ten, the first with two classes of which none has
     cat_max_ratio of the labelled pixels, else the eleventh. mmsegmentation's RandomCrop.
     """
 
@@ -176,7 +176,7 @@ def crop_corner(target: np.ndarray, size: int, cat_max_ratio: float, rng: np.ran
 
 
 def cut(image: np.ndarray, depth: np.ndarray, start: float, share: float, *, scaled: bool = False) -> np.ndarray:
-    """CutDepth (Ishii and Yamashita, 2021), in columns: depth in place of colour.
+    """Put depth in place of colour in some columns: CutDepth (Ishii and Yamashita, 2021).
 
     image (H,W,3) uint8, depth (H,W) metres; start, share in [0,1): where the columns begin, and how far they go.
     The original writes millimetres into bytes, where they wrap around; scaled: 255 is 10 metres.

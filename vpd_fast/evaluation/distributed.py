@@ -23,7 +23,7 @@ def check_group(rank: int, world_size: int) -> None:
 
 
 def gather(value: Any, world_size: int) -> list[Any]:
-    """`value` of every process, by rank. Every process must call it."""
+    """Return `value` of every process, by rank. Every process must call it."""
     if world_size == 1:
         return [value]
     from torch import distributed

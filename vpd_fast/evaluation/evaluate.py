@@ -152,7 +152,7 @@ def _message(error: Exception) -> str:
 
 
 def _worst_of_all(cases: Worst, world_size: int) -> list[Case]:
-    """The worst cases of all processes; only the pictures of those travel."""
+    """Return the worst cases of all processes; only the pictures of those travel."""
     keys = sorted(key for keys in gather([case.key for case in cases.cases], world_size) for key in keys)
     chosen = set(keys[: cases.count])
     mine = [case for case in cases.cases if case.key in chosen]

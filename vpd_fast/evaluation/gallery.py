@@ -66,7 +66,7 @@ def _jpeg(picture: Image.Image) -> bytes:
 
 
 def sheet(cases: Sequence[Case], title: str, subtitle: str) -> Image.Image:
-    """One picture with a row per case, the first SHEET_ROWS of them."""
+    """Draw one picture with a row per case, the first SHEET_ROWS of them."""
     rows = [_row(case, rank) for rank, case in enumerate(cases[:SHEET_ROWS], 1)]
     width = max([row.width for row in rows], default=640) + 2 * MARGIN
     height = 2 * MARGIN + 64 + sum(row.height + MARGIN for row in rows)
@@ -110,7 +110,7 @@ def _row(case: Case, rank: int) -> Image.Image:
 
 
 def _legend_lines(case: Case, width: int) -> list[list[tuple[int, tuple[int, int, int], str, str]]]:
-    """(left, colour, name, value) of the legend, wrapped to `width`."""
+    """Return (left, colour, name, value) of the legend, wrapped to `width`."""
     lines: list[list[tuple[int, tuple[int, int, int], str, str]]] = []
     left = width
     for colour, name, value in case.legend:
@@ -155,7 +155,7 @@ img { width: 100%; display: block; border-radius: 6px; }
 
 
 def page(cases: Sequence[Case], title: str, subtitle: str) -> str:
-    """The cases as HTML that needs no other file and runs no script."""
+    """Write the cases as HTML that needs no other file and runs no script."""
     items = "\n".join(_item(case, rank) for rank, case in enumerate(cases, 1))
     name = html.escape(title)
     return (

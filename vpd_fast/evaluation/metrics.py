@@ -62,7 +62,7 @@ class ExactSum:
             self.add(part)
 
     def total(self) -> float:
-        """The sum, correctly rounded."""
+        """Return the sum, correctly rounded."""
         return math.fsum(self._parts)
 
 
@@ -121,7 +121,7 @@ class SegmentationMetrics:
         self.labelled += other.labelled
 
     def compute(self) -> dict[str, float]:
-        """mIoU over classes that occur in labels or predictions, aAcc over pixels, mAcc over classes with labels.
+        """Return mIoU over classes in labels or predictions, aAcc over pixels, mAcc over classes with labels.
 
         NaN before the first image.
         """
@@ -134,7 +134,7 @@ class SegmentationMetrics:
         }
 
     def per_class(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """A row per class: its IoU and accuracy (None where they are undefined) and its labelled pixels."""
+        """Return a row per class: its IoU and accuracy (None where they are undefined) and its labelled pixels."""
         iou, accuracy = self._ratios()
         return [
             {
@@ -188,7 +188,7 @@ class ReferringMetrics:
         self._iou.merge(other._iou)
 
     def compute(self) -> dict[str, float]:
-        """oIoU: all intersections over all unions. mIoU: mean over sentences. P@X: share of IoUs of at least X.
+        """Return oIoU (all intersections over all unions), mIoU (mean over sentences), P@X (share of IoUs from X on).
 
         NaN before the first sentence.
         """
@@ -217,7 +217,7 @@ class DepthMetrics:
         self._sums = {name: ExactSum() for name in DEPTH_METRICS}
 
     def valid(self, target: np.ndarray) -> np.ndarray:
-        """(H,W) bool: the pixels that are measured."""
+        """Return (H,W) bool, the pixels that are measured."""
         inside = np.zeros(target.shape, bool)
         rows, columns = self._window(target.shape)
         inside[rows, columns] = True
@@ -254,7 +254,7 @@ class DepthMetrics:
             terms.merge(other._sums[name])
 
     def compute(self) -> dict[str, float]:
-        """The nine metrics; NaN before the first image."""
+        """Return the nine metrics; NaN before the first image."""
         if not self.images:
             return dict.fromkeys(DEPTH_METRICS, math.nan)
         return {name: terms.total() / self.images for name, terms in self._sums.items()}
@@ -273,7 +273,7 @@ class DepthMetrics:
 
 
 def _depth_errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-    """The metrics of one image from its valid pixels, in the order of DEPTH_METRICS."""
+    """Return the metrics of one image from its valid pixels, in the order of DEPTH_METRICS."""
     ratio = np.maximum(wanted / found, found / wanted)
     difference, logs = found - wanted, np.log(found) - np.log(wanted)
     squares, mean_log = np.mean(logs**2), np.mean(logs)
@@ -300,7 +300,7 @@ def _nanmean(values: np.ndarray) -> float:
 
 
 def make_metrics(config: VPDConfig, **depth_options: Any) -> SegmentationMetrics | ReferringMetrics | DepthMetrics:
-    """Empty counts for the task of a model; depth_options: of DepthMetrics."""
+    """Make empty metrics for the task of a model; depth_options are those of DepthMetrics."""
     makers = {
         "segmentation": lambda: SegmentationMetrics(config.num_classes),
         "referring": ReferringMetrics,

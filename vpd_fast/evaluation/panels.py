@@ -30,7 +30,7 @@ class Drawing:
 
 
 def segmentation(image: np.ndarray, labels: np.ndarray, target: np.ndarray, names: Sequence[str]) -> Drawing:
-    """Labels (H,W) beside the true ones, wrong pixels in red; the legend has the largest classes with their IoU."""
+    """Draw labels (H,W) beside the true ones, wrong pixels in red; the legend has the largest classes and their IoU."""
     photo = _photo(image)
     size = photo.shape[:2]
     found, wanted = canvas.sample_nearest(labels, size), canvas.sample_nearest(target, size)
@@ -51,7 +51,7 @@ def segmentation(image: np.ndarray, labels: np.ndarray, target: np.ndarray, name
 
 
 def referring(image: np.ndarray, mask: np.ndarray, target: np.ndarray, sentence: str) -> Drawing:
-    """A mask beside the true one (bool, of any size), and where they differ."""
+    """Draw a mask beside the true one (bool, of any size), and where they differ."""
     photo = _photo(image)
     found, wanted = (canvas.sample_nearest(m.astype(bool), photo.shape[:2]) for m in (mask, target))
     errors = [(found & wanted, RIGHT), (found & ~wanted, WRONG), (~found & wanted, MISSED)]
@@ -72,7 +72,7 @@ def referring(image: np.ndarray, mask: np.ndarray, target: np.ndarray, sentence:
 
 
 def depth(image: np.ndarray, predicted: np.ndarray, target: np.ndarray, valid: np.ndarray) -> Drawing:
-    """Depth (H,W) beside the true one in the same colours, and the relative error where it was measured (valid)."""
+    """Draw depth (H,W) beside the true one in the same colours, and the relative error where measured (valid)."""
     photo = _photo(image)
     size = photo.shape[:2]
     near, far = float(target[valid].min()), float(target[valid].max())
@@ -99,7 +99,7 @@ def depth(image: np.ndarray, predicted: np.ndarray, target: np.ndarray, valid: n
 
 
 def percent(share: float) -> str:
-    """A fraction as people read it."""
+    """Format a fraction as people read it."""
     return f"{100 * share:.1f} %"
 
 
@@ -131,7 +131,7 @@ def _class_legend(
 
 
 def _marked(photo: np.ndarray, regions: Sequence[tuple[np.ndarray, tuple[int, int, int]]]) -> np.ndarray:
-    """The photo in dark grey, regions in their colours."""
+    """Draw the photo in dark grey, regions in their colours."""
     picture = canvas.dark_grey(photo).astype(np.uint8)
     for mask, colour in regions:
         alpha = mask[..., None].astype(np.float32) * 0.75

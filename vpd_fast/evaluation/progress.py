@@ -13,7 +13,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 @contextmanager
 def progress_bar(total: int, metric: str, progress: bool | Report) -> Iterator[Report]:
-    """The function to call after each sample: (done, in all, metrics so far).
+    """Yield the function to call after each sample: (done, in all, metrics so far).
 
     progress: False: nothing happens; True: a bar on stderr, if that is a terminal; a function: it is called.
     """

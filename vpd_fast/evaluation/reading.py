@@ -18,7 +18,7 @@ READING_ERRORS = (ImageError, DatasetError, OSError, MemoryError)
 def read_ahead(
     dataset: Dataset, indices: Sequence[int], workers: int
 ) -> Generator[tuple[int, Sample | Exception], None, None]:
-    """(index, sample) in order, or (index, error) where reading failed.
+    """Yield (index, sample) in order, or (index, error) where reading failed.
 
     workers: threads that read, at most `workers + 1` samples ahead; several of them call `dataset.load` at once. 0:
     read when asked.

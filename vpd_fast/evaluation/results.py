@@ -50,7 +50,7 @@ class Evaluation:
         return name, self.metrics[name]
 
     def summary(self) -> dict[str, Any]:
-        """What metrics.json holds, plain containers only."""
+        """Return what metrics.json holds, plain containers only."""
         return {
             "task": self.task, "metrics": self.metrics, "count": self.count, "rows": len(self.per_image),
             "seconds": round(self.seconds, 3), "settings": self.settings, "notes": self.notes, "failed": self.failed,
@@ -91,7 +91,7 @@ class Evaluation:
 
 
 def show(name: str, value: float | None) -> str:
-    """A metric as people read it: shares in percent, errors with their unit."""
+    """Format a metric as people read it: shares in percent, errors with their unit."""
     if value is None:
         return ""
     return f"{value:.4f}{UNITS[name]}" if name in UNITS else f"{100 * value:.2f} %"

@@ -48,7 +48,7 @@ class Segmentation:
         self.settings = _settings(self._predictor, "mode", "resize_to", "scales", "flip", "batch_size")
 
     def measure(self, sample: Sample) -> list[Finding]:
-        """One finding; none if no pixel has a label."""
+        """Return one finding, or none if no pixel has a label."""
         labels = self._predictor(sample.image).labels
         try:
             row = self.metrics.update(labels, sample.target)
@@ -60,7 +60,7 @@ class Segmentation:
         return [Finding(row, 1 - row["mIoU"], draw)]
 
     def notes(self) -> list[str]:
-        """What whoever reads the numbers must know."""
+        """Return what whoever reads the numbers must know."""
         return []
 
 
@@ -91,7 +91,7 @@ class Referring:
         self.settings = {"resolution": resolution, "base_size": model.config.base_size, **options}
 
     def measure(self, sample: Sample) -> list[Finding]:
-        """A finding per sentence."""
+        """Return a finding per sentence."""
         sentences = list(sample.sentences)
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
             raise DatasetError(
@@ -121,7 +121,7 @@ class Referring:
         return lambda: panels.referring(sample.image, mask, target, sentence)
 
     def notes(self) -> list[str]:
-        """What whoever reads the numbers must know."""
+        """Return what whoever reads the numbers must know."""
         return []
 
 
@@ -160,7 +160,7 @@ class Depth:
         }  # fmt: skip
 
     def measure(self, sample: Sample) -> list[Finding]:
-        """One finding; none if no pixel is valid."""
+        """Return one finding, or none if no pixel is valid."""
         if not self.metrics.valid(sample.target).any():
             return []
         depth = self._predictor(sample)(sample.image).depth
@@ -180,7 +180,7 @@ class Depth:
         return self._predictors[scene]
 
     def notes(self) -> list[str]:
-        """What whoever reads the numbers must know."""
+        """Return what whoever reads the numbers must know."""
         whole = self.metrics.uncropped
         if not whole:
             return []
@@ -193,7 +193,7 @@ _TASKS = {"segmentation": Segmentation, "referring": Referring, "depth": Depth}
 def make_task(
     model: VPD, dataset: Dataset, *, text_encoder: Any = None, batch_size: int | None = None, **options: Any
 ) -> Segmentation | Referring | Depth:
-    """The task of `model`, its options checked. Raises InputError if the data set is of another task."""
+    """Make the task of `model`, its options checked. Raises InputError if the data set is of another task."""
     task = model.config.task
     if dataset.task != task:
         raise InputError(f"the data set is for {dataset.task}, the model for {task}; expected the same task")
@@ -217,6 +217,6 @@ def _settings(predictor: Any, *names: str) -> dict[str, Any]:
 
 
 def _resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask resized as Pillow does it without interpolation, which is what torchvision does to palette images."""
+    """Resize a mask as Pillow does without interpolation, which is what torchvision does to palette images."""
     picture = Image.fromarray(mask.astype(np.uint8))
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.NEAREST)).astype(bool)

@@ -17,7 +17,7 @@ from vpd_fast.training.tasks import Encode, Sentences
 
 
 def open_datasets(config: TrainConfig) -> tuple[Any, Any | None]:
-    """Training and validation data; None for the latter where the configuration has none. Raises DatasetError."""
+    """Open training and validation data; None for the latter where the configuration has none. Raises DatasetError."""
     from vpd_fast.data import open_dataset
 
     data = config.data
@@ -50,15 +50,15 @@ def _with_task(config: TrainConfig, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_encoder(config: TrainConfig, model: VPD | None = None, **options: Any) -> Any:
-    """The CLIP text encoder, loaded when it is first used: the configuration's, else the one that the model was trained
-    with, else the default. options: of TextEncoder."""
+    """Make the CLIP text encoder, loaded when first used: the configuration's, else the one that the model was trained
+    with, else the default. options are those of TextEncoder."""
     from vpd_fast.models.text import TextEncoder, encoder_name
 
     return TextEncoder(encoder_name(config.init.text_encoder, model and model.config), **options)
 
 
 def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
-    """Sentences -> token features on the model's device, kept in the configuration's cache if it has one."""
+    """Return a function from sentences to token features, kept in the configuration's cache if it has one."""
     tokens = model.config.tokens
     # Its own cache has no bound, and a data set has a hundred thousand sentences.
     encoder = text_encoder(config, model, device=model.device, remember=False)
@@ -76,7 +76,7 @@ def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
 
 
 def latent_encoder(config: TrainConfig, model: VPD) -> Encode:
-    """Images on any device -> latents on the model's; kept on disk where nothing is augmented at random."""
+    """Return a function from images to latents on the model's device, kept on disk unless augmented at random."""
     from vpd_fast.training.frozen import FrozenEncoder
 
     device = model.device
@@ -95,7 +95,7 @@ def latent_encoder(config: TrainConfig, model: VPD) -> Encode:
 
 
 def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = None) -> tuple[VPD, list[str]]:
-    """The model to begin with, on the CPU, and notes for people on what is not from the weights' file.
+    """Make the model to begin with, on the CPU, and notes for people on what is not from the weights' file.
 
     class_names: of the data set; () where it names none. encoder: a TextEncoder for class names; None: that of the
     configuration. What has no weights yet is initialised from `config.seed`.
@@ -127,7 +127,7 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
 
 
 def _model_fields(config: TrainConfig, class_names: Sequence[str]) -> dict[str, Any]:
-    """Fields of VPDConfig: the configuration's, and number and names of the data set's classes."""
+    """Return fields of VPDConfig: the configuration's, and number and names of the data set's classes."""
     fields = dict(config.model)
     if config.init.text_encoder is not None:
         fields.setdefault("text_encoder", config.init.text_encoder)
@@ -156,7 +156,7 @@ def _names(config: VPDConfig) -> list[str]:
 
 
 def _from_checkpoint(config: TrainConfig, path: str, fields: dict[str, Any], encoder: Any) -> tuple[VPD, list[str]]:
-    """The checkpoint's model; with other classes than the data set's, its weights where the shapes agree."""
+    """Load the checkpoint's model; with other classes than the data set's, its weights where the shapes agree."""
     backbone = dict(fields.pop("backbone", {}))
     names = tuple(fields.pop("class_names", ()))
     sizes = {name: fields.pop(name) for name in ("num_classes", "num_scenes") if name in fields}
@@ -216,7 +216,7 @@ def _set_embeddings(model: VPD, path: str) -> None:
 def build_optimizer(
     config: TrainConfig, model: VPD, steps: int
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
-    """AdamW over the task's groups, which keep their rate as "initial_lr", and the schedule's factor by step."""
+    """Make AdamW over the task's groups, which keep their rate as "initial_lr", and the schedule's factor by step."""
     from vpd_fast.training.groups import parameter_groups
     from vpd_fast.training.schedules import make_schedule
 

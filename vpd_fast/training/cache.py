@@ -33,7 +33,7 @@ class TensorCache:
         self._bytes = sum(size for _, size, _ in self._files())
 
     def get(self, key: str) -> Tensor | None:
-        """The tensor of a key, None if there is none."""
+        """Return the tensor of a key, None if there is none."""
         path = self._path(key)
         try:
             found = torch.from_numpy(np.load(path, allow_pickle=False))
@@ -75,7 +75,7 @@ class TensorCache:
         return self.folder / key[:2] / f"{key[2:]}.npy"
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every file."""
+        """Return (last use, bytes, path) of every file."""
         files = []
         for path in self.folder.glob("??/*.npy"):
             try:

@@ -42,16 +42,16 @@ class CheckpointStore:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending."""
+        """Return the steps that have a checkpoint, ascending."""
         names = [path.name for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
         return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` is, or would be."""
+        """Return where the checkpoint of `step` is, or would be."""
         return self.folder / f"step_{step:06d}"
 
     def last(self) -> Path | None:
-        """The newest checkpoint."""
+        """Return the newest checkpoint."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
@@ -104,7 +104,7 @@ class CheckpointStore:
             remove(hidden)
 
     def read_index(self) -> dict[str, Any]:
-        """What `write_index` wrote, {} if nothing yet. Raises CheckpointError for a damaged file."""
+        """Read what `write_index` wrote, {} if nothing yet. Raises CheckpointError for a damaged file."""
         path = self.folder / INDEX
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
-    """The training state in a checkpoint folder; it runs no code. Raises CheckpointError."""
+    """Read the training state in a checkpoint folder; it runs no code. Raises CheckpointError."""
     path = Path(folder) / STATE
     if not path.is_file():
         raise CheckpointError(
@@ -164,7 +164,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of the generators of Python, numpy, torch and the GPU in use, as plain containers and tensors."""
+    """Return the state of the generators of Python, numpy, torch and the GPU, as plain containers and tensors."""
     import random
 
     import numpy as np
@@ -183,7 +183,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Inverse of `random_state`; a GPU's state is left out where there is none."""
+    """Restore what `random_state` returned; a GPU's state is left out where there is none."""
     import random
 
     import numpy as np

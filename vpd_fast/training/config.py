@@ -208,20 +208,20 @@ class TrainConfig:
             raise InputError(f"data.size must be a multiple of {multiple} for {self.task}, got {self.data.size}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers only, as written to config.yaml."""
+        """Return plain containers only, as written to config.yaml."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`; what is left out has its default. Raises InputError on unknown keys and wrong types."""
+        """Invert `to_dict`; what is left out has its default. Raises InputError on unknown keys and wrong types."""
         return _build(cls, values, "")
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some fields changed; a section may be given as a dict of the fields to change."""
+        """Return a copy with some fields changed; a section may be given as a dict of the fields to change."""
         return TrainConfig.from_dict(merge(self.to_dict(), changes))
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every setting of it."""
+        """Return the configuration as YAML, every setting of it."""
         return _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
@@ -254,7 +254,7 @@ _POSITIVE = (
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A preset by name or a YAML or JSON file, with overrides `section.key=value` whose values are parsed as YAML.
+    """Read a preset or a YAML or JSON file, with overrides `section.key=value` whose values are parsed as YAML.
 
     A file may build on a preset or another file: `base: ade20k`. Raises InputError.
     """
@@ -265,12 +265,12 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def preset_names() -> list[str]:
-    """Names that `load_config` knows."""
+    """Return the names that `load_config` knows."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != PRESET_BASE)
 
 
 def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, dicts inside dicts likewise."""
+    """Return `values` with `changes`, dicts inside dicts likewise."""
     result = dict(values)
     for key, change in changes.items():
         both = isinstance(change, Mapping) and isinstance(result.get(key), Mapping)
@@ -279,7 +279,7 @@ def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def differences(old: TrainConfig, new: TrainConfig, ignore: Iterable[str] = ()) -> list[str]:
-    """What differs, as "optimizer.lr: 0.1 was 0.2", but for the keys (or sections) in `ignore`."""
+    """List what differs, as "optimizer.lr: 0.1 was 0.2", but for the keys (or sections) in `ignore`."""
     before, after = (_flat(config.to_dict()) for config in (old, new))
     ignored = tuple(ignore)
     found = []
@@ -363,7 +363,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint`, or InputError. YAML 1.1 reads 8e-5 as a string, so numbers may be written as strings."""
+    """Convert `value` to `hint`, or raise InputError. YAML 1.1 reads 8e-5 as a string, so numbers may be strings."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if isinstance(hint, types.UnionType):

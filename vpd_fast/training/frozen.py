@@ -37,12 +37,12 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """The mean of the latents' distribution, as the original takes it. Raises InputError."""
+        """Return the mean of the latents' distribution, as the original takes it. Raises InputError."""
         return self._encode(images).contiguous()
 
     @property
     def identity(self) -> str:
-        """Changes whenever other latents would come out: of the weights, the precision, the scale."""
+        """Hash of the weights, the precision and the scale, which changes whenever other latents would come out."""
         digest = hashlib.blake2b(
             f"{self.precision} {self._model.config.latent_scale} {self._model.device.type}".encode()
         )

@@ -20,7 +20,7 @@ class Rule(NamedTuple):
 
 
 def _segmentation(name: str, parameter: Tensor, quirks: bool) -> Rule:
-    """mmcv's custom keys: the longest key that is in the name decides alone, and among equally long ones the first.
+    """Apply mmcv's custom keys: the longest key in the name decides alone, among equally long ones the first.
 
     "norm" is as long as "unet" and comes first, so normalisations of the UNet's transformers train at the full rate.
     Other normalisations have no "norm" in their names, and decay.
@@ -61,7 +61,7 @@ def parameter_groups(
     quirks: bool = True,
     unet_lr_scale: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: name, params, lr, weight_decay, lr_scale. Frozen parameters are in none.
+    """Sort parameters into groups for an optimiser: name, params, lr, weight_decay, lr_scale. Frozen ones are in none.
 
     lr: of what trains at the full rate. preset: "segmentation", "referring" or "depth", whose rules to follow.
     quirks: do what the original's code does; False: what it evidently means, see the rules. Depth has none.

@@ -54,7 +54,7 @@ class RunLog:
             self._progress = _progress_bar(start, steps)
 
     def message(self, text: str) -> None:
-        """A line for people, on stderr."""
+        """Print a line for people, on stderr."""
         if self.folder is None:
             return
         if self._progress is not None:
@@ -69,7 +69,7 @@ class RunLog:
             progress.update(bar, completed=step, description=f"loss {loss:.4g}  lr {rate:.2e}")
 
     def scalars(self, step: int, **values: float) -> None:
-        """Losses and the like at `step`; on no terminal a plain line as well."""
+        """Log losses and the like at `step`; on no terminal a plain line as well."""
         if self.folder is None:
             return
         self._append({"step": step, **values})
@@ -84,7 +84,7 @@ class RunLog:
             progress.update(bar, speed=f"{values.get('images_per_second', 0):.3g} images/s")
 
     def evaluation(self, step: int, metrics: dict[str, float], best: bool) -> None:
-        """Metrics of the validation data after `step` steps."""
+        """Log metrics of the validation data after `step` steps."""
         if self.folder is None:
             return
         self._append({"step": step, "evaluation": metrics, "best": best})
@@ -95,7 +95,7 @@ class RunLog:
         self.message(f"step {step}: {shown}{'  (best so far)' if best else ''}")
 
     def pictures(self, step: int, pictures: Iterable[np.ndarray]) -> None:
-        """Pictures (H,W,3) uint8."""
+        """Log pictures (H,W,3) uint8."""
         if self._writer is not None:
             for i, picture in enumerate(pictures):
                 self._writer.add_image(f"samples/{i}", picture, step, dataformats="HWC")
@@ -138,7 +138,7 @@ class Window:
             self.losses.append(loss)
 
     def values(self) -> dict[str, float]:
-        """Mean loss of the finite steps (none: left out) and images per second."""
+        """Return the mean loss of the finite steps (none: left out) and images per second."""
         speed = {"images_per_second": self.images / max(time.monotonic() - self.start, 1e-9)}
         return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
 
@@ -164,7 +164,7 @@ def _progress_bar(start: int, steps: int) -> tuple[Any, Any]:
 
 
 def _drop_later(path: Path, step: int) -> None:
-    """Entries up to `step` stay; a line that a kill cut off is dropped too."""
+    """Drop entries after `step`, and a line that a kill cut off."""
     if not path.is_file():
         return
     kept = []
@@ -179,7 +179,7 @@ def _drop_later(path: Path, step: int) -> None:
 
 
 def sample_pictures(model: VPD, dataset: Any, count: int, sentences: Callable | None) -> list[np.ndarray]:
-    """Photo, target and prediction side by side for the first `count` samples that can be read, (H,W,3) uint8."""
+    """Draw photo, target and prediction side by side for the first `count` samples that can be read, (H,W,3) uint8."""
     pictures = []
     for index in range(min(count, len(dataset))):
         try:

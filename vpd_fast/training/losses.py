@@ -17,7 +17,7 @@ REFERRING_WEIGHTS = (0.9, 1.1)  # of the background and the object
 def segmentation_loss(
     logits: Tensor, target: Tensor, *, ignore_index: int = IGNORED, ignored_in_mean: bool = True
 ) -> Tensor:
-    """Cross entropy per pixel, a scalar.
+    """Return the cross entropy per pixel, a scalar.
 
     logits (B,C,h,w), resized bilinearly to the target's size if theirs is another; target (B,H,W) int64.
     ignored_in_mean: divide by the number of all pixels, ignored ones included, which is what mmsegmentation 0.x does;
@@ -34,7 +34,7 @@ def segmentation_loss(
 
 
 def referring_loss(logits: Tensor, target: Tensor, *, weights: Sequence[float] = REFERRING_WEIGHTS) -> Tensor:
-    """Cross entropy of object and background, weighted, divided by the sum of the weights: a scalar.
+    """Return the weighted cross entropy of object and background, divided by the sum of the weights: a scalar.
 
     logits (B,2,H,W), target (B,H,W) int64, 1 on the object. Raises InputError.
     """
@@ -46,7 +46,7 @@ def referring_loss(logits: Tensor, target: Tensor, *, weights: Sequence[float] =
 
 
 def silog_loss(pred: Tensor, target: Tensor, *, lambda_: float = 0.5) -> Tensor:
-    """Scale-invariant logarithmic loss (Eigen et al., NeurIPS 2014), its root as in BTS and the original: a scalar.
+    """Return the scale-invariant log loss (Eigen et al., NeurIPS 2014), its root as in BTS and the original: a scalar.
 
     pred (B,1,H,W) or (B,H,W) and target (B,H,W), in metres; pixels with target 0 are unknown and left out. A batch
     without any other gives 0. Raises InputError.
@@ -70,7 +70,7 @@ def _check(logits: Tensor, target: Tensor, dtype: torch.dtype, dims: int) -> Non
 
 
 def _check_classes(target: Tensor, count: int, ignored: int | None) -> None:
-    """On a GPU, where looking would wait for it, cross entropy itself stops at such a label."""
+    """Raise for labels beyond the classes; on a GPU, where looking would wait for it, cross entropy itself does."""
     if target.device.type != "cpu" or not target.numel():
         return
     valid = target if ignored is None else target[target != ignored]

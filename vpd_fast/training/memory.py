@@ -19,7 +19,7 @@ ENCODER_BYTES = {"plain": 0, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors that were made while it was on and are still needed by something, `bytes()`."""
+    """Counts the bytes of tensors that were made while it was on and are still needed by something."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def bytes(self) -> int:
-        """Of every storage once, however many tensors look at it."""
+        """Return the bytes in use, of every storage once, however many tensors look at it."""
         return sum(size for reference, size in self._made.values() if not reference.expired())
 
 
 def activation_bytes(model: VPD, *, batch_size: int, size: int, precision: str = "fp32") -> int:
-    """What forward keeps for backward, without weights: of latents to the head's output at the image's size.
+    """Return the bytes that forward keeps for backward, from latents to the head's output at the image's size.
 
     model: on any device, also one of FakeTensors. size: of square images. precision: "fp32", or "bf16" for autocast.
     """
@@ -74,7 +74,7 @@ def estimate_memory(
     encoder: str = "fp32",
     amsgrad: bool = False,
 ) -> dict[str, int]:
-    """Bytes of a training step: weights, gradients, optimizer, activations, encoder and their total.
+    """Estimate the bytes of a training step: weights, gradients, optimizer, activations, encoder and their total.
 
     encoder: the frozen encoder's precision; its packed weights and three of its largest activations count. Not counted:
     what a backward pass needs for a moment, the caching of allocators, the program itself.

@@ -42,7 +42,7 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, module: nn.Module, sharded: bool = False) -> nn.Module:
-        """The module on the device, in DistributedDataParallel where there are several processes.
+        """Return the module on the device, in DistributedDataParallel where there are several processes.
 
         sharded: spread over the processes instead, in place; an optimizer is to be made of its parameters afterwards.
         """
@@ -55,7 +55,7 @@ class Processes:
         return self._accelerator.prepare_model(module)
 
     def no_sync(self, module: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
-        """While `skip`, backward leaves gradients as each process has them."""
+        """Return a context in which, if `skip`, backward leaves gradients as each process has them."""
         if not skip:
             return contextlib.nullcontext()
         if self.sharded:
@@ -65,14 +65,14 @@ class Processes:
         return self._accelerator.no_sync(module)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         if self.count == 1:
             return values
         torch.distributed.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -81,7 +81,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first_only(self) -> Iterator[None]:
-        """Around what only the first process does: its error ends all processes, instead of leaving them waiting."""
+        """Surround what only the first process does: its error ends all processes, instead of leaving them waiting."""
         error: Exception | None = None
         try:
             yield
@@ -96,7 +96,7 @@ class Processes:
             raise error
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self._accelerator.wait_for_everyone()
 
     def share_buffers(self, module: nn.Module) -> None:
@@ -107,6 +107,6 @@ class Processes:
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
-    """Running means and variances, and how many batches they have seen."""
+    """Return the running means and variances, and how many batches they have seen."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]

@@ -20,7 +20,7 @@ FREE = (
 
 
 def resume_from(folder: Path | None, store: CheckpointStore | None, resume: str | Path) -> Path | None:
-    """The checkpoint to go on from, or None to begin. Raises InputError where the folder does not allow it."""
+    """Return the checkpoint to go on from, or None to begin. Raises InputError where the folder does not allow it."""
     if folder is None or store is None:
         return None
     if folder.exists() and not folder.is_dir():

@@ -10,17 +10,17 @@ Schedule = Callable[[int], float]
 
 
 def constant(steps: int) -> Schedule:
-    """1 at every step."""
+    """Return 1 at every step."""
     return lambda step: 1.0
 
 
 def poly(steps: int, *, power: float = 0.9) -> Schedule:
-    """(1 - step / steps) ** power, every step: referring segmentation's."""
+    """Return (1 - step / steps) ** power: referring segmentation's schedule."""
     return lambda step: (1 - min(step, steps) / steps) ** power
 
 
 def poly_warmup(steps: int, *, power: float = 1.0, warmup_steps: int = 1500, warmup_ratio: float = 1e-6) -> Schedule:
-    """`poly`, during the first warmup_steps times a line from warmup_ratio to 1: segmentation's (mmcv 1.x)."""
+    """Return `poly`, during the first warmup_steps times a line from warmup_ratio to 1: segmentation's (mmcv 1.x)."""
     regular = poly(steps, power=power)
 
     def factor(step: int) -> float:
@@ -34,7 +34,7 @@ def poly_warmup(steps: int, *, power: float = 1.0, warmup_steps: int = 1500, war
 def up_down(
     steps: int, *, min_lr: float = 3e-5, max_lr: float = 5e-4, power: float = 0.9, rise: float = 12 / 25
 ) -> Schedule:
-    """From min_lr up to max_lr and down again, relative to max_lr: depth's.
+    """Go from min_lr up to max_lr and down again, relative to max_lr: depth's schedule.
 
     rise: the share of the steps that go up; the original's 25 epochs have 12 of them, half rounded down. Its steps
     count from 1, so the first is above min_lr already.
@@ -54,7 +54,7 @@ SCHEDULES = {"constant": constant, "poly": poly, "poly_warmup": poly_warmup, "up
 
 
 def make_schedule(name: str, *, steps: int, **options: float) -> Schedule:
-    """Factor on every group's learning rate for the step that follows `step` finished ones, 0 <= step < steps.
+    """Make the factor on every group's learning rate for the step that follows `step` finished ones, 0 <= step < steps.
 
     Raises InputError for an unknown name, TypeError for options that the schedule does not have.
     """

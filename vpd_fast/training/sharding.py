@@ -43,7 +43,7 @@ def no_sync(module: nn.Module) -> Iterator[None]:
 
 
 def whole(value: Any) -> Any:
-    """`value` with all of each tensor that is spread, also inside containers. All processes must call it."""
+    """Return `value` with all of each tensor that is spread, also inside containers. All processes must call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, Mapping):
@@ -52,7 +52,7 @@ def whole(value: Any) -> Any:
 
 
 def whole_model(model: VPD) -> VPD:
-    """A copy of `model` with all weights in this process, in eval mode; the model itself if nothing is spread.
+    """Return a copy of `model` with all weights in this process, in eval mode; the model itself if nothing is spread.
 
     All processes must call it.
     """
@@ -65,13 +65,13 @@ def whole_model(model: VPD) -> VPD:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors. All processes must call it."""
+    """Return `optimizer.state_dict()` with whole tensors. All processes must call it."""
     state = optimizer.state_dict()
     return {**state, "state": whole(state["state"])}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Inverse of `optimizer_state`."""
+    """Load what `optimizer_state` returned."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {i: _like(parameters[i], values) for i, values in state["state"].items() if i < len(parameters)}
     optimizer.load_state_dict({**state, "state": {**state["state"], **spread}})

@@ -30,7 +30,7 @@ class Task:
         self.train_encoder = model.config.train_encoder
 
     def prepare(self, batch: dict[str, Any], encode: Encode, device: torch.device) -> dict[str, Tensor]:
-        """A batch of a TrainLoader -> what `loss` takes, on `device`: "latents" and "target", and the text's part.
+        """Convert a batch of a TrainLoader to what `loss` takes, on `device`: "latents", "target", and the text's part.
 
         Where the encoder is trained, "latents" are the images in its place.
         """
@@ -50,7 +50,7 @@ class Task:
             return {**inputs, "latents": encode(images)}
 
     def loss(self, model: VPD, inputs: dict[str, Tensor]) -> Tensor:
-        """The loss, a float32 scalar with a graph."""
+        """Return the loss, a float32 scalar with a graph."""
         latents, target = inputs["latents"], inputs["target"]
         if self.train_encoder:
             latents = model.encode(latents)
@@ -65,7 +65,7 @@ class Task:
 
 
 def _scene_context(model: VPD, ids: Tensor) -> Tensor:
-    """Adapted embeddings (B,1,context_dim) of the scenes, the mean of all where an id is negative (unknown)."""
+    """Return the adapted embeddings (B,1,context_dim) of the scenes, their mean where an id is negative (unknown)."""
     known = model.class_embeddings[ids.clamp(min=0)]
     embeddings = torch.where((ids < 0)[:, None], model.class_embeddings.mean(0, keepdim=True), known)
     return model.backbone.text_adapter(embeddings, model.backbone.gamma)[:, None]
@@ -84,6 +84,6 @@ class TrainStep(nn.Module):
         self.dtype = dtype
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch, a scalar."""
+        """Return the loss of a batch, a scalar."""
         with torch.autocast(inputs["latents"].device.type, self.dtype, enabled=self.dtype is not None):
             return self.task.loss(self.model, inputs)

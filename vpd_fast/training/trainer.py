@@ -209,7 +209,7 @@ class Trainer:
                 self._evaluate()
 
     def _fetch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor] | VPDFastError:
-        """The inputs of the next pass, or the error that came instead: it is raised once the current step is whole."""
+        """Return the inputs of the next pass, or the error that came instead, to be raised once this step is whole."""
         try:
             batch = next(batches)
         except VPDFastError as error:
@@ -221,7 +221,7 @@ class Trainer:
     def _one_step(
         self, inputs: dict[str, Tensor], batches: Iterator[dict[str, Any]], due: bool
     ) -> tuple[float, bool, bool, bool, dict[str, Tensor] | VPDFastError]:
-        """Loss of all processes, whether all were finite, whether to stop, whether to save; and the next inputs."""
+        """Return the loss, whether all were finite, whether to stop, whether to save, and the next inputs."""
         count = self.config.accumulation
         before = [buffer.clone() for buffer in batch_norm_buffers(self.model)]
         total = torch.zeros((), device=self.processes.device)
@@ -264,7 +264,7 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
 
     def rate(self) -> float:
-        """The largest learning rate of the groups, as last set."""
+        """Return the largest learning rate of the groups, as last set."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _count_nan(self, loss: float) -> None:
@@ -279,7 +279,7 @@ class Trainer:
             )
 
     def try_batch(self) -> float:
-        """One batch forward and backward; the loss. Weights stay as they are."""
+        """Return the loss of one batch, after forward and backward. Weights stay as they are."""
         inputs = self.task.prepare(next(self.loader.batches(0)), self.encode, self.processes.device)
         loss = self.train_step(inputs)
         loss.backward()
@@ -382,7 +382,7 @@ class Trainer:
         }
 
     def _facts(self) -> dict[str, int]:
-        """What decides which samples a step gets, besides the configuration."""
+        """Return what decides which samples a step gets, besides the configuration."""
         return {"processes": self.processes.count, "samples": len(self.train_data), "steps": self.steps}
 
     def _load(self, state: dict[str, Any]) -> None:

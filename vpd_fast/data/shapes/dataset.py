@@ -46,11 +46,11 @@ class ShapesDataset:
         return self._length
 
     def name(self, index: int) -> str:
-        """For example "train/0000012"."""
+        """Return SPLIT/INDEX, for example "train/0000012"."""
         return f"{self.split}/{index:07d}"
 
     def scene(self, index: int) -> Scene:
-        """Scene `index`, from the folder if it is there. Raises DatasetError."""
+        """Return scene `index`, from the folder if it is there. Raises DatasetError."""
         if self._folder is None:
             return make_scene(index, self.split, size=self.size)
         path = self._folder / f"{index:07d}.npz"
@@ -69,10 +69,9 @@ class ShapesDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         if not TASKS[self.task].takes_text:
             scene = self.scene(index)
-            depth = self.task == "depth"
-            return Sample(
-                scene.image, scene.depth if depth else scene.labels, self.name(index), (), 0 if depth else None
-            )
+            if self.task == "depth":
+                return Sample(scene.image, scene.depth, self.name(index), scene=0)
+            return Sample(scene.image, scene.labels, self.name(index))
         again = index // OBJECTS
         scene = self.scene(again)
         while not scene.sentences:
@@ -99,7 +98,7 @@ def _write(path: Path, scene: Scene) -> None:
 
 
 def _read(path: Path) -> Scene | None:
-    """None where it is not there, or broken."""
+    """Read a stored scene; None where it is missing or broken."""
     try:
         with np.load(path) as arrays:
             text = json.loads(str(arrays["text"]))

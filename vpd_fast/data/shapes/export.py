@@ -116,7 +116,7 @@ def _refcoco(root: Path, split: str, scenes: Numbered) -> None:
 
 
 def _exported_before(refs_path: Path, instances_path: Path, place: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What an earlier export of other splits left. Raises DatasetError for files that are of another origin."""
+    """Return what an earlier export of other splits left. Raises DatasetError for files that are of another origin."""
     empty = {
         "info": {"description": _ORIGIN}, "images": [], "annotations": [],
         "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(CLASSES)],
@@ -139,7 +139,7 @@ def _exported_before(refs_path: Path, instances_path: Path, place: str) -> tuple
 
 
 def _annotation(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's fields of one object; bbox is x, y, width, height in pixels."""
+    """Return COCO's fields of one object; bbox is x, y, width, height in pixels."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
     segmentation = {"size": list(mask.shape), "counts": _run_lengths(mask)}
@@ -147,7 +147,7 @@ def _annotation(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: lengths of runs column by column, the first of zeros."""
+    """Encode as COCO's uncompressed RLE: lengths of runs column by column, the first of zeros."""
     flat = mask.ravel(order="F")
     ends = np.flatnonzero(np.diff(flat)) + 1
     lengths = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()

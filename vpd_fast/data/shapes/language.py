@@ -28,7 +28,7 @@ VOCABULARY = tuple(_WORDS.split())
 
 
 def caption_of(things: Sequence[SceneObject], random: np.random.Generator) -> str:
-    """What stands in the scene from left to right, "a large red sphere and a striped cube", at most CAPTION_WORDS."""
+    """Describe the scene from left to right, "a large red sphere and a striped cube", in at most CAPTION_WORDS."""
     phrases: list[str] = []
     words = 0
     for thing in sorted(things, key=lambda thing: thing.column):
@@ -45,7 +45,7 @@ def caption_of(things: Sequence[SceneObject], random: np.random.Generator) -> st
 def sentences_of(
     named: Sequence[tuple[int, SceneObject]], random: np.random.Generator, size: int
 ) -> Iterator[Sentence]:
-    """Sentences that fit one of these objects and no other, at most PER_OBJECT for each.
+    """Return sentences that fit one of these objects and no other, at most PER_OBJECT for each.
 
     Kinds take turns (attributes, extremes, relations), or the last, of which there are most, would be nearly all.
     """
@@ -60,14 +60,14 @@ def sentences_of(
 
 
 def kind_of(sentence: str) -> str:
-    """Which of KINDS a sentence of the world is."""
+    """Return which of KINDS a sentence of the world is."""
     if not EXTREMES.keys().isdisjoint(sentence.split()):
         return "extremes"
     return "relations" if any(f" {name} " in sentence for name in RELATIONS) else "attributes"
 
 
 def relation_holds(name: str, a: SceneObject, b: SceneObject, size: int) -> bool | None:
-    """Whether `a` is left of `b` (right of, ...); None where one could argue."""
+    """Return whether `a` is left of `b` (right of, ...); None where one could argue."""
     beside = name in ("left of", "right of")
     lead = (b.column - a.column) / size / CLEAR if beside else (b.z - a.z) / CLEAR_METRES
     if name in ("right of", "behind"):
@@ -76,7 +76,7 @@ def relation_holds(name: str, a: SceneObject, b: SceneObject, size: int) -> bool
 
 
 def _phrases(thing: SceneObject) -> Iterator[tuple[str, dict[str, str]]]:
-    """Noun phrases that fit, with what they say."""
+    """Return noun phrases that fit, with what they say."""
     for chosen in product((False, True), repeat=len(ATTRIBUTES)):
         said = {name: getattr(thing, name) for name, wanted in zip(ATTRIBUTES, chosen, strict=True) if wanted}
         for noun in (thing.shape, "thing"):
@@ -93,7 +93,7 @@ def _fits(thing: SceneObject, says: dict[str, str]) -> bool:
 def _fitting(
     i: int, thing: SceneObject, named: Sequence[tuple[int, SceneObject]], size: int
 ) -> Iterator[tuple[str, str]]:
-    """(kind, sentence) of all that single out `thing`."""
+    """Return (kind, sentence) of all sentences that single out `thing`."""
     others = [(k, other) for k, other in named if k != i]
     for phrase, says in _phrases(thing):
         alike = [other for _, other in others if _fits(other, says)]

@@ -28,7 +28,7 @@ class Camera:
     view: float = 52.0
 
     def rays(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Origin (3,) and directions (size*size,3) through the pixels' centres, row by row."""
+        """Return the origin (3,) and directions (size*size,3) through the pixels' centres, row by row."""
         steps = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1) * math.tan(math.radians(self.view / 2))
         right, down = np.meshgrid(steps, steps)
         cos, sin = math.cos(math.radians(self.pitch)), math.sin(math.radians(self.pitch))
@@ -54,7 +54,7 @@ class Solid:
         return np.array([self.x, self.radius, self.z], np.float32)
 
     def hit(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where rays (N,3) meet it first: t (N,), FAR where not at all; normals and local points (N,3) of radius 1."""
+        """Intersect with rays (N,3): t (N,) of first hits, FAR without; normals and local points (N,3) of radius 1."""
         count = len(directions)
         t, normals, points = (
             np.full(count, FAR, np.float32),
@@ -76,7 +76,7 @@ class Solid:
 
 
 def _near_sphere(offset: np.ndarray, directions: np.ndarray, radius: float) -> np.ndarray:
-    """Indices of rays that come near the origin in front of them."""
+    """Return the indices of rays that come near the origin in front of them."""
     along = (offset * directions).sum(-1)
     square = (directions * directions).sum(-1)
     distance = (offset * offset).sum(-1) - along * along / square
@@ -84,7 +84,7 @@ def _near_sphere(offset: np.ndarray, directions: np.ndarray, radius: float) -> n
 
 
 def _first_root(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both solutions of a t^2 + 2 b t + c = 0, the smaller first, FAR where there is none."""
+    """Return both solutions of a t^2 + 2 b t + c = 0, the smaller first, FAR where there is none."""
     root = b * b - a * c
     with np.errstate(divide="ignore", invalid="ignore"):
         s = np.sqrt(np.where(root > 0, root, np.nan))
@@ -104,7 +104,7 @@ def _at(o: np.ndarray, d: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _half_spaces(normals: np.ndarray, limits: np.ndarray) -> object:
-    """A convex solid {p: normals @ p <= limits}."""
+    """Intersect rays with a convex solid {p: normals @ p <= limits}."""
 
     def hit(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         speed, room = d @ normals.T, limits - o @ normals.T
@@ -151,7 +151,7 @@ def _cone(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ring(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An upright torus by sphere tracing (Hart 1996)."""
+    """Intersect rays with an upright torus by sphere tracing (Hart 1996)."""
     wide, thick = 0.67, 0.33
 
     def distance(p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -200,7 +200,7 @@ class Room:
 
 
 def pattern(texture: str, points: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Brightness (N,) of a solid texture at points (N,3)."""
+    """Return the brightness (N,) of a solid texture at points (N,3)."""
     p = points * scale
     if texture == "striped":
         dark = np.floor(p[:, 1] * 3.5) % 2 == 1
@@ -222,8 +222,8 @@ def pattern(texture: str, points: np.ndarray, scale: float = 1.0) -> np.ndarray:
 
 
 def trace(room: Room, solids: list[Solid], origin: np.ndarray, directions: np.ndarray) -> dict[str, np.ndarray]:
-    """First hits: "depth" (N,) in metres, "seen" (N,): -2 wall, -1 floor, else the solid, "normals", "points", "each"
-    (solids,N): whether the ray would meet this solid if it were alone."""
+    """Find first hits: "depth" (N,) in metres, "seen" (N,): -2 wall, -1 floor, else the solid, "normals", "points",
+    "each" (solids,N): whether the ray would meet this solid if it were alone."""
     with np.errstate(divide="ignore", invalid="ignore"):
         floor = np.where(directions[:, 1] < 0, -origin[1] / directions[:, 1], FAR)
         wall = np.where(directions[:, 2] > 0, (room.wall - origin[2]) / directions[:, 2], FAR)
@@ -246,7 +246,7 @@ def _vector(*values: float) -> np.ndarray:
 
 
 def shade(room: Room, solids: list[Solid], origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Colours (N,3) in [0,1] along camera rays: Lambert's law, one light far away, hard shadows."""
+    """Return colours (N,3) in [0,1] along camera rays: Lambert's law, one light far away, hard shadows."""
     hits = trace(room, solids, origin, directions)
     seen, normals, local = hits["seen"], hits["normals"], hits["points"]
     light = _vector(*room.light)

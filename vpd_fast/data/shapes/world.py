@@ -61,12 +61,12 @@ class Scene:
 
 
 def held_out(shape: str, color: str) -> bool:
-    """Whether this pair is only in the split "unseen": one colour of every shape, each of another."""
+    """Return whether this pair is only in the split "unseen": one colour of every shape, each of another."""
     return list(COLORS).index(color) == SHAPES.index(shape)
 
 
 def make_scene(index: int, split: str = "train", *, size: int = 128) -> Scene:
-    """Scene `index` of a split, the same on every machine up to rounding; `size` pixels a side, any multiple of 2.
+    """Make scene `index` of a split, the same on every machine up to rounding; `size` pixels a side, any multiple of 2.
 
     Scenes of "unseen" have at least one colour-shape pair that the other splits never show. Raises InputError.
     """
@@ -102,7 +102,7 @@ def make_scene(index: int, split: str = "train", *, size: int = 128) -> Scene:
 
 
 def stream(split: str = "train", *, first: int = 0, size: int = 128) -> Iterator[Scene]:
-    """Scenes of a split from number `first` on, without end. Raises InputError as `make_scene` does."""
+    """Yield scenes of a split from number `first` on, without end. Raises InputError as `make_scene` does."""
     for index in itertools.count(first):
         yield make_scene(index, split, size=size)
 
