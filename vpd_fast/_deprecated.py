@@ -15,6 +15,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "vpd_fast.inference.images": ("vpd_fast.pictures.resizing", "vpd_fast.pictures.reading"),
     "vpd_fast.inference.drawing": ("vpd_fast.pictures.canvas",),
     "vpd_fast.inference.palette": ("vpd_fast.pictures.palette",),
+    "vpd_fast.checkpoints.bundled": ("vpd_fast.bundled", "vpd_fast.checkpoints.save", "vpd_fast.checkpoints.formats"),
 }
 
 

@@ -31,7 +31,7 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
     """
     path = Path(path)
     if bundled.is_bundled(path):
-        return _open_bundled(str(path))
+        return open_bundled(str(path))
     if path.is_dir():
         return _open_folder(path, mmap)
     raw = reader.read_file(path, mmap=mmap)
@@ -124,7 +124,7 @@ def _parse_config(values: Any, path: Path) -> VPDConfig:
         raise CheckpointError(f"{path}: its stored configuration is not valid: {error}") from error
 
 
-def _open_bundled(name: str) -> Checkpoint:
+def open_bundled(name: str) -> Checkpoint:
     """Open bundled weights, unpacked to float32; `metadata` has their record. Raises CheckpointError."""
     if name == bundled.TEXT_ENCODER:
         raise CheckpointError(f"{name} is a text encoder; expected one of {', '.join(bundled.NAMES)}")
