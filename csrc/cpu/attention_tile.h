@@ -1,8 +1,8 @@
-// What the attention kernels share: how the elements of their matrices look, how they are loaded and stored, and the
-// softmax of a tile of queries.
+// Shared by the attention kernels: the elements of their matrices, loads and stores of these, and the softmax of a tile of
+// queries.
 //
 // The lanes of a vector are queries. So the numbers of a softmax lie in different vectors (nothing is reduced across
-// lanes), and keys and head dimensions need no padding for it: K and V are factors that are broadcast.
+// lanes), and keys and head dimensions need no padding for it: elements of K and V are broadcast.
 #pragma once
 
 #include "cpu/elementwise.h"
@@ -12,17 +12,17 @@ namespace vpd::VPD_ISA {
 namespace {
 
 #if defined(__AVX512BF16__)
-using Bf16 = Pair;
+using Bf16Element = Bf16x2;
 
 // The upper halves of two vectors as pairs.
-VPD_INLINE F16 join_upper_halves(F16 low, F16 high) {
+VPD_INLINE f32x16 join_upper_halves(f32x16 low, f32x16 high) {
     const __m512i odd =
         _mm512_set_epi32(0x3f001f, 0x3d001d, 0x3b001b, 0x390019, 0x370017, 0x350015, 0x330013, 0x310011, 0x2f000f,
                          0x2d000d, 0x2b000b, 0x290009, 0x270007, 0x250005, 0x230003, 0x210001);
     return _mm512_castsi512_ps(_mm512_permutex2var_epi16(_mm512_castps_si512(low), odd, _mm512_castps_si512(high)));
 }
 #else
-using Bf16 = Single;  // widened while it is packed
+using Bf16Element = F32;  // widened while it is packed
 #endif
 
 // to[column][row] = from[row][column]
@@ -70,7 +70,7 @@ VPD_INLINE void load_columns(const T* from, int64_t from_stride, int64_t rows, i
     }
 }
 
-// Elements along the rows: of a row of V, or the pairs of it and the next row, which is null after the last. to[size].
+// Loads elements along the rows: of a row of V, or pairs of it and the next row, which is null after the last. to[size].
 template <typename E, typename T>
 VPD_INLINE void load_row(const T* from, const T* next, int64_t size, float* to) {
     int64_t d = 0;
@@ -93,6 +93,17 @@ VPD_INLINE void flip_signs(float* numbers, int64_t count) {
     }
 }
 
+// to[element][query] for a tile of queries, zero beyond the first `count`. A negative scale becomes a sign of q, so that the
+// largest score stays the largest.
+template <typename E, typename T>
+VPD_INLINE void load_queries(const T* queries, int64_t stride, int64_t count, int64_t dim, float scale, float* to,
+                             int64_t tile) {
+    load_columns<E>(queries, stride, count, dim, to, tile);
+    for (int64_t i = 0; i < elements<E>(dim) && count < tile; ++i)
+        for (int64_t r = count; r < tile; ++r) to[i * tile + r] = 0.0f;
+    if (scale < 0) flip_signs<E>(to, elements<E>(dim) * tile);
+}
+
 // columns[d][row] -> to[row][d]; scratch: rows * size floats.
 template <typename T>
 VPD_INLINE void store_columns(const float* columns, int64_t stride, int64_t rows, int64_t size, float* scratch, T* to,
@@ -109,19 +120,19 @@ VPD_INLINE void store_columns(const float* columns, int64_t stride, int64_t rows
     }
 }
 
-// Scores [token][query] -> exp2(factor * (score - largest of the query)), for 16 queries. Returns one over their sums.
-VPD_INLINE F16 exponentiate(float* scores, int64_t tile, int64_t tokens, F16 factor) {
-    F16 most = load(scores), other = most;  // two, because one would wait for itself
+// Scores [token][query] -> exp2(factor * (score - maximum of the query)), for 16 queries. Returns one over their sums.
+VPD_INLINE f32x16 exponentiate(float* scores, int64_t tile, int64_t tokens, f32x16 factor) {
+    f32x16 maximum = load(scores), other = maximum;  // two, because one would wait for itself
     for (int64_t l = 0; l + 1 < tokens; l += 2) {
-        most = max(load(scores + l * tile), most);
+        maximum = max(load(scores + l * tile), maximum);
         other = max(load(scores + (l + 1) * tile), other);
     }
-    most = max(max(load(scores + (tokens - 1) * tile), most), other);
-    F16 sum = broadcast(0.0f);
+    maximum = max(max(load(scores + (tokens - 1) * tile), maximum), other);
+    f32x16 sum = broadcast(0.0f);
     for (int64_t l = 0; l < tokens;) {
-        F16 part = broadcast(0.0f);  // sums of sums: the rounding of thousands of terms would add up
+        f32x16 part = broadcast(0.0f);  // sums of sums: the rounding of thousands of terms would add up
         for (const int64_t end = l + 64 < tokens ? l + 64 : tokens; l < end; ++l) {
-            const F16 p = exp2_of_nonpositive(multiply(factor, subtract(load(scores + l * tile), most)));
+            const f32x16 p = exp2_of_nonpositive(multiply(factor, subtract(load(scores + l * tile), maximum)));
             store(scores + l * tile, p);
             part = add(part, p);
         }

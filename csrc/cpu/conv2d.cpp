@@ -1,4 +1,4 @@
-// The rows of A for `conv2d`: the inputs that an output position reads, transformed and rounded.
+// The rows of A of `conv2d` (im2col): the inputs that an output position reads, transformed and rounded.
 #include "cpu/conv2d.h"
 
 #include "cpu/row_prologue.h"
@@ -10,7 +10,7 @@ namespace {
 template <typename To>
 VPD_INLINE void make_row(const Conv2dPlan& plan, int64_t image, int64_t y, int64_t x, To* to, Range* range) {
     const int64_t channels = plan.x[0].channels + plan.x[1].channels;
-    Transform t{nullptr, nullptr, plan.silu, plan.factor};
+    Transform t{nullptr, nullptr, plan.silu, plan.smoothing};
     if (plan.affine) t.scale = plan.affine + image * 2 * channels, t.shift = t.scale + channels;
     // Inputs of one kernel row are neighbours in memory.
     const bool dense = t.nothing() && !plan.x[1].data && plan.x[0].column == channels;

@@ -1,4 +1,4 @@
-// Direct convolution of NHWC images as a matrix product whose left factor exists only in the cache: see
+// Convolution of NHWC images as a GEMM whose left operand (im2col) exists only in the cache: see
 // vpd_fast/ops/conv2d.py
 #pragma once
 
@@ -13,7 +13,7 @@ struct Conv2dPlan {
     int64_t kernel_h, kernel_w, stride, top, left;  // zeros above and beside the image, after the transform
     const float* affine;  // (images, 2, channels): x * affine[0] + affine[1], or null
     bool silu;            // then silu(x)
-    const float* factor;  // (channels): then x * factor, or null
+    const float* smoothing;  // (channels): then x * smoothing, or null
 };
 
 }  // namespace vpd

@@ -13,11 +13,11 @@ namespace vpd::VPD_ISA {
 namespace {
 
 // Rounds probabilities [token][query] to elements [pair of tokens][query], in place.
-VPD_INLINE void make_elements(Bf16, float* p, int64_t tile, int64_t tokens) {
+VPD_INLINE void make_elements(Bf16Element, float* p, int64_t tile, int64_t tokens) {
 #if defined(__AVX512BF16__)
     for (int64_t l = 0; l < tokens; l += 2)
         for (int64_t i = 0; i < tile; i += LANES) {
-            const F16 next = l + 1 < tokens ? load(p + (l + 1) * tile + i) : broadcast(0.0f);
+            const f32x16 next = l + 1 < tokens ? load(p + (l + 1) * tile + i) : broadcast(0.0f);
             const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(load(p + l * tile + i)));
             const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(next));
             store(p + l / 2 * tile + i, _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16))));
@@ -27,10 +27,10 @@ VPD_INLINE void make_elements(Bf16, float* p, int64_t tile, int64_t tokens) {
 #endif
 }
 #if defined(__AVX512BF16__)
-VPD_INLINE void make_elements(Single, float*, int64_t, int64_t) {}
+VPD_INLINE void make_elements(F32, float*, int64_t, int64_t) {}
 #endif
 
-// One tile of queries of one image after the other.
+// Computes one tile of queries of one image after the other.
 template <typename E, typename T>
 class TileWorker {
 public:
@@ -48,7 +48,7 @@ public:
         image_ = image, first_ = first_query;
         count_ = plan_.queries - first_query < tile_ ? plan_.queries - first_query : tile_;
         for (int64_t head = 0; head < plan_.heads; ++head) {
-            load_queries(head);
+            load_queries<E>(queries(head), plan_.q_stride[1], count_, plan_.dim, plan_.scale, q_, tile_);
             prefetch_memory(head);
             multiply<E>(plan_.tokens, k_of(head), q_, q_elements_, scores_, tile_);
             softmax(head == 0 || !plan_.average_heads);
@@ -66,14 +66,14 @@ private:
     }
 
     // Rows are tokens, steps along the head's dimension.
-    Factors k_of(int64_t head) const {
+    LeftOperand k_of(int64_t head) const {
         if (plan_.packed_size) return {packed(head), q_elements_, 1};
         const float* k = static_cast<const float*>(plan_.k);
         return {k + context() * plan_.k_stride[0] + head * plan_.dim, plan_.k_stride[1], 1};
     }
 
     // Rows are the head's dimension, steps along the tokens.
-    Factors v_of(int64_t head) const {
+    LeftOperand v_of(int64_t head) const {
         if (plan_.packed_size) return {packed(head) + plan_.tokens * q_elements_, 1, plan_.dim};
         const float* v = static_cast<const float*>(plan_.v);
         return {v + context() * plan_.v_stride[0] + head * plan_.dim, 1, plan_.v_stride[1]};
@@ -88,8 +88,8 @@ private:
         return static_cast<T*>(plan_.out) + ((image_ * plan_.queries + first_) * plan_.heads + head) * plan_.dim;
     }
 
-    // Where the head's results will go, and the queries that the next tile will start with: a head reads and writes short
-    // pieces that are far apart, which the hardware does not foresee.
+    // Prefetches the memory of the head's results and of the next tile's queries: a head reads and writes short pieces that
+    // are far apart, which the hardware does not foresee.
     void prefetch_memory(int64_t head) const {
         const int64_t stride = plan_.heads * plan_.dim, next = count_ * plan_.q_stride[1];
         const bool more = first_ + 2 * count_ <= plan_.queries;
@@ -100,26 +100,17 @@ private:
             }
     }
 
-    // q_[element][query]; queries beyond the last are zero.
-    void load_queries(int64_t head) {
-        load_columns<E>(queries(head), plan_.q_stride[1], count_, plan_.dim, q_, tile_);
-        for (int64_t i = 0; i < q_elements_ && count_ < tile_; ++i)
-            for (int64_t r = count_; r < tile_; ++r) q_[i * tile_ + r] = 0.0f;
-        // A negative scale becomes a sign of q, so that the largest score stays the largest.
-        if (plan_.scale < 0) flip_signs<E>(q_, q_elements_ * tile_);
-    }
-
     // Leaves the probabilities, not yet divided by their sums, in scores_, and adds their maps to sums_.
     void softmax(bool first_head) {
-        const F16 factor = broadcast(std::fabs(plan_.scale) * 1.44269504088896341f);  // log2(e)
-        const F16 share = broadcast(plan_.average_heads ? plan_.weight / static_cast<float>(plan_.heads) : plan_.weight);
+        const f32x16 factor = broadcast(std::fabs(plan_.scale) * 1.44269504088896341f);  // log2(e)
+        const f32x16 share = broadcast(plan_.average_heads ? plan_.weight / static_cast<float>(plan_.heads) : plan_.weight);
         for (int64_t column = 0; column < tile_; column += LANES) {
-            const F16 inverse = exponentiate(scores_ + column, tile_, plan_.tokens, factor);
+            const f32x16 inverse = exponentiate(scores_ + column, tile_, plan_.tokens, factor);
             store(inverse_ + column, inverse);
             if (!plan_.maps) continue;
-            const F16 each = VPD_ISA::multiply(inverse, share);
+            const f32x16 each = VPD_ISA::multiply(inverse, share);
             for (int64_t i = column; i < plan_.tokens * tile_; i += tile_) {
-                const F16 p = load(scores_ + i);
+                const f32x16 p = load(scores_ + i);
                 store(sums_ + i, first_head ? VPD_ISA::multiply(each, p) : multiply_add(each, p, load(sums_ + i)));
             }
         }
@@ -128,7 +119,7 @@ private:
 
     void store_out(int64_t head) {
         for (int64_t column = 0; column < tile_; column += LANES) {
-            const F16 inverse = load(inverse_ + column);
+            const f32x16 inverse = load(inverse_ + column);
             for (int64_t i = column; i < plan_.dim * tile_; i += tile_)
                 store(out_ + i, VPD_ISA::multiply(load(out_ + i), inverse));
         }
@@ -182,7 +173,7 @@ private:
     const int64_t tile_, q_elements_;  // queries of a tile, elements of a query
     // [element][query], [token][query] twice, [dim][query], [map][query], and rows of queries to be stored.
     float *q_, *scores_, *sums_, *out_, *by_category_, *rows_;
-    float inverse_[MOST_QUERIES_OF_TILE];  // one over the sum of each query
+    float inverse_[MAX_TILE_QUERIES];  // one over the sum of each query
     int64_t image_ = 0, first_ = 0, count_ = 0;
 };
 
@@ -222,13 +213,13 @@ void work(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first
 }  // namespace
 
 void cross_attention_maps_pack(const CrossAttentionMapsPlan& plan, float* packed, int64_t first, int64_t last) {
-    pack<Bf16>(plan, packed, first, last);
+    pack<Bf16Element>(plan, packed, first, last);
 }
 
 void cross_attention_maps_tiles(const CrossAttentionMapsPlan& plan, const float* packed, int64_t first, int64_t last,
                                 float* scratch) {
-    plan.bf16 ? work<Bf16, uint16_t>(plan, packed, first, last, scratch)
-              : work<Single, float>(plan, packed, first, last, scratch);
+    plan.bf16 ? work<Bf16Element, uint16_t>(plan, packed, first, last, scratch)
+              : work<F32, float>(plan, packed, first, last, scratch);
 }
 
 }  // namespace vpd::VPD_ISA

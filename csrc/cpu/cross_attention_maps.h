@@ -9,7 +9,7 @@
 
 namespace vpd {
 
-constexpr int64_t MOST_QUERIES_OF_TILE = 64;
+constexpr int64_t MAX_TILE_QUERIES = 64;
 
 struct CrossAttentionMapsPlan {
     const void *q, *k, *v;  // (batch, queries, heads * dim), (batch or 1, tokens, heads * dim); the last stride is 1

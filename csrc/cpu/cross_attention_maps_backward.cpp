@@ -9,7 +9,7 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-constexpr int64_t TILE = QUERIES_OF_BACKWARD_TILE;
+constexpr int64_t TILE = BACKWARD_TILE_QUERIES;
 
 class ChunkWorker {
 public:
@@ -45,10 +45,10 @@ private:
         count_ = plan_.queries - first_query_ < TILE ? plan_.queries - first_query_ : TILE;
         find_probabilities();
         find_grad_scores(add);
-        const Factors scores{grad_scores_, TILE, 1};
-        multiply<Single>(plan_.tokens, scores, q_rows_, TILE, grad_k_, plan_.padded_dim, add);
-        const Factors k_columns{k(), 1, plan_.k_stride[1]};
-        multiply<Single>(plan_.dim, k_columns, grad_scores_, plan_.tokens, columns_, TILE);
+        const LeftOperand scores{grad_scores_, TILE, 1};
+        multiply<F32>(plan_.tokens, scores, q_rows_, TILE, grad_k_, plan_.padded_dim, add);
+        const LeftOperand k_columns{k(), 1, plan_.k_stride[1]};
+        multiply<F32>(plan_.dim, k_columns, grad_scores_, plan_.tokens, columns_, TILE);
         const int64_t stride = plan_.heads * plan_.dim;
         transpose(columns_, TILE, plan_.dim, count_,
                   plan_.dq + (image_ * plan_.queries + first_query_) * stride + head_ * plan_.dim, stride);
@@ -73,12 +73,12 @@ private:
         if (plan_.scale < 0)  // so that the largest score stays the largest
             for (int64_t i = 0; i < plan_.dim * TILE; i += LANES)
                 store(columns_ + i, subtract(broadcast(0.0f), load(columns_ + i)));
-        const Factors k_rows{k(), plan_.k_stride[1], 1};
-        multiply<Single>(plan_.tokens, k_rows, columns_, plan_.dim, probabilities_, TILE);
-        const F16 factor = broadcast(std::fabs(plan_.scale) * 1.44269504088896341f);  // log2(e)
+        const LeftOperand k_rows{k(), plan_.k_stride[1], 1};
+        multiply<F32>(plan_.tokens, k_rows, columns_, plan_.dim, probabilities_, TILE);
+        const f32x16 factor = broadcast(std::fabs(plan_.scale) * 1.44269504088896341f);  // log2(e)
         for (int64_t column = 0; column < TILE; column += LANES) {
             float* p = probabilities_ + column;
-            const F16 inverse = exponentiate(p, TILE, plan_.tokens, factor);
+            const f32x16 inverse = exponentiate(p, TILE, plan_.tokens, factor);
             for (int64_t l = 0; l < plan_.tokens; ++l) store(p + l * TILE, VPD_ISA::multiply(load(p + l * TILE), inverse));
         }
     }
@@ -87,19 +87,19 @@ private:
     void find_grad_scores(bool add) {
         if (plan_.grad_out) {
             load_rows(plan_.grad_out, plan_.out_stride, grad_rows_);
-            const Factors p{probabilities_, TILE, 1}, v_rows{v(), plan_.v_stride[1], 1};
-            multiply<Single>(plan_.tokens, p, grad_rows_, TILE, grad_v_, plan_.padded_dim, add);
-            multiply<Single>(plan_.tokens, v_rows, columns_, plan_.dim, grad_scores_, TILE);
+            const LeftOperand p{probabilities_, TILE, 1}, v_rows{v(), plan_.v_stride[1], 1};
+            multiply<F32>(plan_.tokens, p, grad_rows_, TILE, grad_v_, plan_.padded_dim, add);
+            multiply<F32>(plan_.tokens, v_rows, columns_, plan_.dim, grad_scores_, TILE);
         } else {
             clear(grad_scores_, plan_.tokens * TILE);
         }
         if (plan_.grad_maps) add_grad_maps();
         for (int64_t column = 0; column < TILE; column += LANES) {
-            F16 delta = broadcast(0.0f);
+            f32x16 delta = broadcast(0.0f);
             for (int64_t i = column; i < plan_.tokens * TILE; i += TILE)
                 delta = multiply_add(load(probabilities_ + i), load(grad_scores_ + i), delta);
             for (int64_t i = column; i < plan_.tokens * TILE; i += TILE) {
-                const F16 p = VPD_ISA::multiply(broadcast(plan_.scale), load(probabilities_ + i));
+                const f32x16 p = VPD_ISA::multiply(broadcast(plan_.scale), load(probabilities_ + i));
                 store(grad_scores_ + i, VPD_ISA::multiply(p, subtract(load(grad_scores_ + i), delta)));
             }
         }
@@ -117,7 +117,7 @@ private:
         for (int64_t l = 0; l < plan_.tokens; ++l) {
             const int64_t m = plan_.category_ids ? plan_.category_ids[l] : l;
             if (m < 0) continue;
-            const F16 factor = broadcast(plan_.category_ids ? plan_.weight * plan_.category_weights[m] : plan_.weight);
+            const f32x16 factor = broadcast(plan_.category_ids ? plan_.weight * plan_.category_weights[m] : plan_.weight);
             for (int64_t i = 0; i < TILE; i += LANES) {
                 float* to = grad_scores_ + l * TILE + i;
                 store(to, multiply_add(factor, load(grad_maps_ + m * TILE + i), load(to)));

@@ -16,7 +16,8 @@ struct CrossAttentionMapsBackwardPlan {
     const float* grad_maps;   // (batch, heads or 1, queries, n_maps) of any strides; null: zero
     float *dq, *dk, *dv;      // contiguous; dk and dv have the batch of k and v
     int64_t batch, queries, tokens, heads, dim, n_maps;
-    int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2];  // image, row; in elements; an image stride of 0: shared
+    // Strides of images and rows in elements; an image stride of 0: shared.
+    int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2];
     int64_t maps_stride[4];
     const int32_t* category_ids;    // (tokens), -1: none; null: one map for each token
     const float* category_weights;  // (n_maps)
@@ -27,7 +28,7 @@ struct CrossAttentionMapsBackwardPlan {
     int64_t padded_dim;     // up to a multiple of 16
 };
 
-constexpr int64_t QUERIES_OF_BACKWARD_TILE = 32;
+constexpr int64_t BACKWARD_TILE_QUERIES = 32;
 
 // Floats of scratch memory that one thread needs.
 int64_t cross_attention_maps_backward_scratch(const CrossAttentionMapsBackwardPlan& plan);

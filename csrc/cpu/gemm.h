@@ -1,4 +1,4 @@
-// out = epilogue(A B^T): what `linear` and `conv2d` have in common once the rows of A lie in the cache.
+// out = epilogue(A B^T), the GEMM of `linear` and `conv2d`, once the rows of A lie in the cache.
 //
 // B is a packed weight: panels of 32 columns, [panel][element][column], an element being 1 float32, 2 bfloat16 or 4
 // 8-bit integers of the summed dimension. A row of A holds the same elements, and for 8 bits its scale and zero behind
@@ -12,7 +12,7 @@
 namespace vpd {
 
 constexpr int64_t PANEL = 32;              // columns of a packed weight that are neighbours in memory
-constexpr int64_t MOST_ROWS_OF_BLOCK = 96;  // that are multiplied with a panel before their results are stored
+constexpr int64_t MAX_BLOCK_ROWS = 96;     // rows that are multiplied with a panel before results are stored
 
 enum class Precision { float32, bfloat16, int8 };  // of a weight, and of A while it is multiplied
 enum class Activation { none, relu, silu, geglu };
@@ -28,7 +28,7 @@ struct Source {
 struct GemmPlan {
     Precision precision;
     const float* weight;         // (panels, elements, PANEL), 32 bits each
-    const float *scales, *sums;  // (n), of 8 bits: weight = data * scale, sum of data over k; otherwise null
+    const float *scales, *weight_sums;  // (n), for 8 bits: weight = data * scale, sums of data over k; otherwise null
     const float* bias;           // (n), or null
     int64_t n, k;
     int64_t images, rows;        // rows of A of one image
@@ -39,7 +39,7 @@ struct GemmPlan {
     int64_t out_image, out_row;  // strides in elements
 
     int64_t elements, panels;    // of a row of A, of the weight
-    int64_t row_floats;          // from one row of A to the next
+    int64_t row_floats;          // stride of the rows of A
 };
 
 }  // namespace vpd

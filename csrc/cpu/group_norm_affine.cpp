@@ -5,12 +5,13 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 64;  // rows summed in float32 before double precision takes over
-constexpr int64_t ROWS = 8;    // of these, worked on together
-constexpr int64_t AHEAD = 32;  // rows between those worked on and those fetched
-constexpr int64_t LINE = 64;   // bytes of a cache line
+constexpr int64_t BLOCK = 64;          // rows that are summed in float32 before double precision takes over
+constexpr int64_t ROWS = 8;            // rows that are summed together
+constexpr int64_t PREFETCH_ROWS = 32;  // distance of prefetched rows from those that are summed
+constexpr int64_t LINE = 64;           // bytes of a cache line
 
-// Per channel of a block, as float32: a nearby value, and the sums of the deviations from it and of their squares.
+// Running sums per channel of a block, in float32: an origin near the mean, and the sums of the deviations from it and of
+// their squares.
 struct Sums {
     float *origin, *deviations, *squares;
 };
@@ -24,38 +25,38 @@ VPD_INLINE void for_each_vector(int64_t channels, Function function) {
 }
 
 template <typename T>
-VPD_INLINE F16 load_vector(const T* p, int64_t n) {
+VPD_INLINE f32x16 load_vector(const T* p, int64_t n) {
     return n == LANES ? load(p) : load_part(p, n);
 }
 
-// The mean of a few rows. It is near enough to the block's mean: with k of the n rows of the block,
+// Sets the origin to the mean of a few rows. It is near enough to the block's mean: with k of the n rows of the block,
 // n * (origin - mean)^2 <= n / k * (sum of squared deviations), so the squares are at most 1 + n / k times as large as
 // they need to be, whatever the values are.
 template <typename T>
-void start(const T* x, int64_t row, int64_t rows, int64_t channels, Sums sums) {
-    const F16 weight = broadcast(1.0f / static_cast<float>(rows)), zero = broadcast(0.0f);
+void set_origin(const T* x, int64_t row, int64_t rows, int64_t channels, Sums sums) {
+    const f32x16 weight = broadcast(1.0f / static_cast<float>(rows)), zero = broadcast(0.0f);
     for_each_vector(channels, [&](int64_t c, int64_t n) {
-        F16 sum = zero;
+        f32x16 sum = zero;
         for (int64_t r = 0; r < rows; ++r) sum = multiply_add(load_vector(x + r * row + c, n), weight, sum);
         store(sums.origin + c, sum), store(sums.deviations + c, zero), store(sums.squares + c, zero);
     });
 }
 
-template <int ROWS_, typename T>
+template <int BLOCK_ROWS, typename T>
 void add_rows(const T* x, int64_t row, int64_t channels, Sums sums) {
     for_each_vector(channels, [&](int64_t c, int64_t n) {
-        const F16 origin = load(sums.origin + c);
-        F16 deviations = load(sums.deviations + c), squares = load(sums.squares + c);
+        const f32x16 origin = load(sums.origin + c);
+        f32x16 deviations = load(sums.deviations + c), squares = load(sums.squares + c);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS_; ++r) {
-            const F16 d = subtract(load_vector(x + r * row + c, n), origin);
+        for (int r = 0; r < BLOCK_ROWS; ++r) {
+            const f32x16 d = subtract(load_vector(x + r * row + c, n), origin);
             deviations = add(deviations, d), squares = multiply_add(d, d, squares);
         }
         store(sums.deviations + c, deviations), store(sums.squares + c, squares);
     });
 }
 
-// Columns of ROWS rows are not the order in which the hardware expects memory to be read: without this, half the speed.
+// Columns of ROWS rows are not the order in which the hardware expects memory to be read. Prefetching doubles the speed.
 template <typename T>
 VPD_INLINE void fetch_rows(const T* x, int64_t row, int64_t channels) {
     for (int64_t r = 0; r < ROWS; ++r)
@@ -71,22 +72,22 @@ VPD_INLINE void merge(double& mean, double& m2, double before, double other_mean
 }
 
 template <typename T>
-void gather(const GroupNormAffinePlan::Source& source, int64_t image, int64_t first, int64_t last, Sums sums,
+void add_statistics(const GroupNormAffinePlan::Source& source, int64_t image, int64_t first, int64_t last, Sums sums,
             double* __restrict mean, double* __restrict m2) {
-    const int64_t padded = (source.channels + LANES - 1) / LANES * LANES;
-    for (int64_t c = 0; c < padded; ++c) mean[c] = m2[c] = 0;
+    const int64_t width = padded(source.channels);
+    for (int64_t c = 0; c < width; ++c) mean[c] = m2[c] = 0;
     for (int64_t block = first; block < last; block += BLOCK) {
         const int64_t rows = last - block < BLOCK ? last - block : BLOCK;
         const T* x = static_cast<const T*>(source.data) + image * source.image + block * source.row;
-        start(x, source.row, rows < ROWS ? rows : ROWS, source.channels, sums);
+        set_origin(x, source.row, rows < ROWS ? rows : ROWS, source.channels, sums);
         int64_t r = 0;
         for (; r + ROWS <= rows; r += ROWS) {
-            fetch_rows(x + (r + AHEAD) * source.row, source.row, source.channels);
+            fetch_rows(x + (r + PREFETCH_ROWS) * source.row, source.row, source.channels);
             add_rows<ROWS>(x + r * source.row, source.row, source.channels, sums);
         }
         for (; r < rows; ++r) add_rows<1>(x + r * source.row, source.row, source.channels, sums);
         const double before = static_cast<double>(block - first), count = static_cast<double>(rows);
-        for (int64_t c = 0; c < padded; ++c) {
+        for (int64_t c = 0; c < width; ++c) {
             const double deviation = sums.deviations[c] / count;  // of the block's mean from the origin
             const double block_m2 = sums.squares[c] - count * deviation * deviation;
             merge(mean[c], m2[c], before, sums.origin[c] + deviation, block_m2, count);
@@ -94,15 +95,15 @@ void gather(const GroupNormAffinePlan::Source& source, int64_t image, int64_t fi
     }
 }
 
-// Channels are numbered through both sources; their statistics have gaps between these.
-VPD_INLINE int64_t place(const GroupNormAffinePlan& plan, int64_t channel) {
+// Index of a channel, numbered through both sources, among the statistics, which are padded between the sources.
+VPD_INLINE int64_t statistics_index(const GroupNormAffinePlan& plan, int64_t channel) {
     const int64_t beyond = channel - plan.sources[0].channels;
     return beyond < 0 ? channel : plan.sources[1].first + beyond;
 }
 
 }  // namespace
 
-void group_norm_affine_gather(const GroupNormAffinePlan& plan, double* statistics, int64_t first, int64_t last,
+void group_norm_affine_statistics(const GroupNormAffinePlan& plan, double* statistics, int64_t first, int64_t last,
                               float* scratch) {
     const Sums sums{scratch, scratch + plan.width, scratch + 2 * plan.width};
     for (int64_t item = first; item < last; ++item) {
@@ -112,14 +113,14 @@ void group_norm_affine_gather(const GroupNormAffinePlan& plan, double* statistic
         for (int64_t s = 0; s < plan.n_sources; ++s) {
             const GroupNormAffinePlan::Source& source = plan.sources[s];
             if (source.bf16)
-                gather<uint16_t>(source, image, begin, end, sums, mean + source.first, m2 + source.first);
+                add_statistics<uint16_t>(source, image, begin, end, sums, mean + source.first, m2 + source.first);
             else
-                gather<float>(source, image, begin, end, sums, mean + source.first, m2 + source.first);
+                add_statistics<float>(source, image, begin, end, sums, mean + source.first, m2 + source.first);
         }
     }
 }
 
-void group_norm_affine_finish(const GroupNormAffinePlan& plan, double* statistics, int64_t first, int64_t last) {
+void group_norm_affine_scale_shift(const GroupNormAffinePlan& plan, double* statistics, int64_t first, int64_t last) {
     const int64_t channels = plan.sources[0].channels + plan.sources[1].channels, size = channels / plan.groups;
     for (int64_t image = first; image < last; ++image) {
         double* __restrict mean = statistics + 2 * image * plan.chunks * plan.width;
@@ -134,11 +135,11 @@ void group_norm_affine_finish(const GroupNormAffinePlan& plan, double* statistic
         float *scale = plan.out + 2 * image * channels, *shift = scale + channels;
         for (int64_t begin = 0; begin < channels; begin += size) {
             double group_mean = 0, group_m2 = 0;
-            for (int64_t c = begin; c < begin + size; ++c) group_mean += mean[place(plan, c)];
+            for (int64_t c = begin; c < begin + size; ++c) group_mean += mean[statistics_index(plan, c)];
             group_mean /= static_cast<double>(size);
             for (int64_t c = begin; c < begin + size; ++c) {
-                const double delta = mean[place(plan, c)] - group_mean;
-                group_m2 += m2[place(plan, c)] + static_cast<double>(plan.rows) * delta * delta;
+                const double delta = mean[statistics_index(plan, c)] - group_mean;
+                group_m2 += m2[statistics_index(plan, c)] + static_cast<double>(plan.rows) * delta * delta;
             }
             const double variance = group_m2 / static_cast<double>(plan.rows * size);
             const double reciprocal = 1 / __builtin_sqrt(variance + plan.eps);

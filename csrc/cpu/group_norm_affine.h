@@ -36,7 +36,7 @@ int64_t group_norm_affine_scratch(const GroupNormAffinePlan& plan);
 // Work items of the first are (image, chunk), numbered image * chunks + chunk: it writes mean and sum of squared
 // deviations, statistics[item][2][width]. Those of the second are images: it merges their chunks in place and writes
 // out. Both do [first, last). scratch is aligned to 64 bytes and belongs to one thread.
-VPD_DECLARE_PER_ISA(void group_norm_affine_gather(const ::vpd::GroupNormAffinePlan& plan, double* statistics,
+VPD_DECLARE_PER_ISA(void group_norm_affine_statistics(const ::vpd::GroupNormAffinePlan& plan, double* statistics,
                                                   int64_t first, int64_t last, float* scratch);
-                    void group_norm_affine_finish(const ::vpd::GroupNormAffinePlan& plan, double* statistics,
+                    void group_norm_affine_scale_shift(const ::vpd::GroupNormAffinePlan& plan, double* statistics,
                                                   int64_t first, int64_t last))

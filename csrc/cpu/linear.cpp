@@ -1,4 +1,4 @@
-// The rows of A for `linear`: two sources side by side, LayerNorm, an affine map, smoothing, rounding.
+// The rows of A of `linear`: two sources side by side, LayerNorm, scale and shift, smoothing, rounding.
 #include "cpu/linear.h"
 
 #include <cmath>
@@ -9,26 +9,26 @@ namespace vpd::VPD_ISA {
 namespace {
 
 // Numbers are summed in several vectors, so that no addition waits for the one before.
-VPD_INLINE float sum_of(F16 (&sums)[4]) { return reduce_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))); }
+VPD_INLINE float sum_of(f32x16 (&sums)[4]) { return reduce_sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))); }
 
 // Mean and inverse deviation of numbers behind which there are zeros.
 VPD_INLINE void set_norm(const float* numbers, int64_t size, float eps, Transform* t) {
     constexpr int64_t STEP = 4 * LANES;
-    F16 sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)}, squares[4];
+    f32x16 sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)}, squares[4];
     int64_t i = 0;
     for (; i + STEP <= size; i += STEP)
         for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], load(numbers + i + j * LANES));
     for (; i < size; i += LANES) sums[0] = add(sums[0], load(numbers + i));
     t->mean = sum_of(sums) / static_cast<float>(size);
-    const F16 mean = broadcast(t->mean);
-    for (F16& square : squares) square = broadcast(0.0f);
+    const f32x16 mean = broadcast(t->mean);
+    for (f32x16& square : squares) square = broadcast(0.0f);
     for (i = 0; i + STEP <= size; i += STEP)
         for (int j = 0; j < 4; ++j) {
-            const F16 difference = subtract(load(numbers + i + j * LANES), mean);
+            const f32x16 difference = subtract(load(numbers + i + j * LANES), mean);
             squares[j] = multiply_add(difference, difference, squares[j]);
         }
     for (; i + LANES <= size; i += LANES) {
-        const F16 difference = subtract(load(numbers + i), mean);
+        const f32x16 difference = subtract(load(numbers + i), mean);
         squares[0] = multiply_add(difference, difference, squares[0]);
     }
     float total = sum_of(squares);
@@ -39,7 +39,7 @@ VPD_INLINE void set_norm(const float* numbers, int64_t size, float eps, Transfor
 // To: what the elements of A hold; 8 bits are made of float32.
 template <typename To>
 VPD_INLINE void make_row(const LinearPlan& plan, int64_t image, int64_t row, To* to, float* scratch, Range* range) {
-    Transform t{nullptr, nullptr, false, plan.factor};
+    Transform t{nullptr, nullptr, false, plan.smoothing};
     if (plan.affine) t.scale = plan.affine + image * 2 * plan.gemm.k, t.shift = t.scale + plan.gemm.k;
     int64_t channel = 0;
     for (const Source& x : plan.x) {

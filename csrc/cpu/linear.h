@@ -11,7 +11,7 @@ struct LinearPlan {
     bool norm;            // (a - mean) * rsqrt(variance + eps) over the row
     float eps;
     const float* affine;  // (images, 2, k): a * affine[0] + affine[1], or null
-    const float* factor;  // (k): a * factor, or null
+    const float* smoothing;  // (k): a * smoothing, or null
 };
 
 }  // namespace vpd

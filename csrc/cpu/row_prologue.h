@@ -1,4 +1,4 @@
-// One row of A on its way from memory to the elements that are multiplied: transformed in float32, then rounded.
+// Prologue of one row of A: its numbers are transformed in float32, then rounded to the elements that are multiplied.
 //
 // Whole vectors are stored, also where less is left: what follows in the row is written later, and behind the last
 // number there is room for 16 more, which become zero.
@@ -13,63 +13,63 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-// a -> silu((a - mean) * inverse_deviation * scale + shift) * factor, channel by channel; null or false: without.
+// a -> silu((a - mean) * inverse_deviation * scale + shift) * smoothing, channel by channel; null or false: without.
 struct Transform {
     const float *scale, *shift;
     bool silu;
-    const float* factor;
+    const float* smoothing;
     bool norm = false;
     float mean = 0.0f, inverse_deviation = 1.0f;
 
-    bool nothing() const { return !scale && !silu && !factor && !norm; }
+    bool nothing() const { return !scale && !silu && !smoothing && !norm; }
     Transform from(int64_t channel) const {
         Transform t = *this;
         if (scale) t.scale += channel, t.shift += channel;
-        if (factor) t.factor += channel;
+        if (smoothing) t.smoothing += channel;
         return t;
     }
 };
 
-// Of the numbers of a row. It includes 0. `unusual` becomes NaN if one of them is infinite or NaN.
+// Range of the numbers of a row and of 0. `unusual` becomes NaN if one of them is infinite or NaN.
 struct Range {
-    F16 low = broadcast(0.0f), high = broadcast(0.0f), unusual = broadcast(0.0f);
+    f32x16 low = broadcast(0.0f), high = broadcast(0.0f), unusual = broadcast(0.0f);
 };
 
 template <typename T>
-VPD_INLINE F16 load_some(const T* p, int64_t count) {
+VPD_INLINE f32x16 load_some(const T* p, int64_t count) {
     return count < LANES ? load_part(p, count) : load(p);
 }
 
-// The first `count` of the 16 channels from `channel` on; of 0 without norm and parameters it is 0.
+// Transforms the first `count` of the 16 channels from `channel` on. 0 stays 0 without norm and parameters.
 template <bool SILU>
-VPD_INLINE F16 transformed(F16 x, const Transform& t, int64_t channel, int64_t count) {
+VPD_INLINE f32x16 transformed(f32x16 x, const Transform& t, int64_t channel, int64_t count) {
     if (t.norm) x = VPD_ISA::multiply(subtract(x, broadcast(t.mean)), broadcast(t.inverse_deviation));
     if (t.scale) x = multiply_add(x, load_some(t.scale + channel, count), load_some(t.shift + channel, count));
     if (SILU) x = silu(x);
-    if (t.factor) x = VPD_ISA::multiply(x, load_some(t.factor + channel, count));
+    if (t.smoothing) x = VPD_ISA::multiply(x, load_some(t.smoothing + channel, count));
     return x;
 }
 
-constexpr int64_t BYTES_AHEAD = 2048;  // to be fetched: what the processor foresees ends with a page of 4096 bytes
+constexpr int64_t PREFETCH_BYTES = 2048;  // distance; the hardware's prefetcher stops at a page of 4096 bytes
 
 template <bool SILU, typename From, typename To>
 VPD_INLINE void transform_numbers(const From* from, int64_t count, const Transform t, To* to, Range* range) {
     constexpr int64_t STEP = 2 * LANES;
-    F16 low = broadcast(0.0f), high = low, unusual[2] = {low, low};  // two: each addition waits for the one before
+    f32x16 low = broadcast(0.0f), high = low, unusual[2] = {low, low};  // two: each addition waits for the one before
     int64_t i = 0;
     for (; i + STEP <= count; i += STEP) {
-        __builtin_prefetch(reinterpret_cast<const char*>(from + i) + BYTES_AHEAD);
+        __builtin_prefetch(reinterpret_cast<const char*>(from + i) + PREFETCH_BYTES);
 #pragma GCC unroll 2
         for (int64_t j = 0; j < 2; ++j) {
             const int64_t at = i + j * LANES;
-            const F16 x = transformed<SILU>(load(from + at), t, at, LANES);
+            const f32x16 x = transformed<SILU>(load(from + at), t, at, LANES);
             if (range) low = min(x, low), high = max(x, high), unusual[j] = multiply_add(x, broadcast(0.0f), unusual[j]);
             store(to + at, x);
         }
     }
     for (; i < count; i += LANES) {
         const int64_t left = count - i;
-        F16 x = transformed<SILU>(load_some(from + i, left), t, i, left);
+        f32x16 x = transformed<SILU>(load_some(from + i, left), t, i, left);
         if (t.norm && left < LANES) {  // the other lanes are not 0
             float lanes[LANES];
             store(lanes, x);
@@ -83,7 +83,7 @@ VPD_INLINE void transform_numbers(const From* from, int64_t count, const Transfo
     range->unusual = add(add(unusual[0], unusual[1]), range->unusual);
 }
 
-// to[i] = transform(from[i]); adds to the range of what it stored if it is wanted.
+// to[i] = transform(from[i]); extends the range, unless it is null, by the stored numbers.
 template <typename From, typename To>
 VPD_INLINE void transform_piece(const From* from, int64_t count, const Transform& t, To* to, Range* range) {
     t.silu ? transform_numbers<true>(from, count, t, to, range) : transform_numbers<false>(from, count, t, to, range);
@@ -101,7 +101,7 @@ VPD_INLINE void clear_piece(To* to, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) store(to + i, broadcast(0.0f));
 }
 
-VPD_INLINE float reduce_sum(F16 a) {
+VPD_INLINE float reduce_sum(f32x16 a) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps(a);
 #else
@@ -113,7 +113,7 @@ VPD_INLINE float reduce_sum(F16 a) {
 #endif
 }
 
-VPD_INLINE float largest_of(F16 a) {  // no lane is NaN
+VPD_INLINE float reduce_max_finite(f32x16 a) {  // no lane is NaN
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(a);
 #else
@@ -124,18 +124,18 @@ VPD_INLINE float largest_of(F16 a) {  // no lane is NaN
 // Rounds `size` numbers to bytes, and writes scale and zero behind their elements. A row that is not finite gets a scale
 // that is not, which makes its results NaN; one whose scale would be denormal is zero.
 VPD_INLINE void quantize_row(const float* numbers, int64_t size, const Range& range, float* to) {
-    const float low = -largest_of(subtract(broadcast(0.0f), range.low)), high = largest_of(range.high);
+    const float low = -reduce_max_finite(subtract(broadcast(0.0f), range.low)), high = reduce_max_finite(range.high);
     float scale = (high - low) / 255.0f + reduce_sum(range.unusual);
     if (scale < FLT_MIN) scale = 0.0f;
     const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     const int32_t zero = inverse > 0.0f ? static_cast<int32_t>(-low * inverse + 0.5f) : 0;
-    const F16 factor = broadcast(inverse), shift = broadcast(static_cast<float>(zero));
+    const f32x16 factor = broadcast(inverse), shift = broadcast(static_cast<float>(zero));
     auto* bytes = reinterpret_cast<uint8_t*>(to);
     for (int64_t i = 0; i < size; i += LANES)
         store_u8(bytes + i, add(VPD_ISA::multiply(load(numbers + i), factor), shift));
-    float* end = to + elements<Quad>(size);
-    end[0] = scale;
-    __builtin_memcpy(end + 1, &zero, sizeof zero);
+    float* scale_and_zero = to + elements<Int8x4>(size);
+    scale_and_zero[0] = scale;
+    __builtin_memcpy(scale_and_zero + 1, &zero, sizeof zero);
 }
 
 }  // namespace

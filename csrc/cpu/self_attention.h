@@ -35,5 +35,5 @@ struct SelfAttentionSizes {
 VPD_DECLARE_PER_ISA(::vpd::SelfAttentionSizes self_attention_sizes(const ::vpd::SelfAttentionPlan& plan);
                     void self_attention_pack(const ::vpd::SelfAttentionPlan& plan, float* packed, int64_t first,
                                              int64_t last);
-                    void self_attention_run(const ::vpd::SelfAttentionPlan& plan, const float* packed, int64_t first,
+                    void self_attention_parts(const ::vpd::SelfAttentionPlan& plan, const float* packed, int64_t first,
                                             int64_t last, float* scratch))

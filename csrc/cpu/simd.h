@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "sizes.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -16,50 +18,48 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-constexpr int LANES = 16;
-
 #if defined(__AVX512F__)
 
-using F16 = __m512;
-using I16 = __m512i;
+using f32x16 = __m512;
+using i32x16 = __m512i;
 using Mask = __mmask16;
 
-VPD_INLINE F16 load(const float* p) { return _mm512_loadu_ps(p); }
-VPD_INLINE F16 broadcast(float x) { return _mm512_set1_ps(x); }
-VPD_INLINE I16 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
-VPD_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
-VPD_INLINE F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
-VPD_INLINE F16 subtract(F16 a, F16 b) { return _mm512_sub_ps(a, b); }
-VPD_INLINE F16 multiply(F16 a, F16 b) { return _mm512_mul_ps(a, b); }
-VPD_INLINE F16 divide(F16 a, F16 b) { return _mm512_div_ps(a, b); }
-VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
+VPD_INLINE f32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+VPD_INLINE f32x16 broadcast(float x) { return _mm512_set1_ps(x); }
+VPD_INLINE i32x16 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+VPD_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a); }
+VPD_INLINE f32x16 add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
+VPD_INLINE f32x16 subtract(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
+VPD_INLINE f32x16 multiply(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
+VPD_INLINE f32x16 divide(f32x16 a, f32x16 b) { return _mm512_div_ps(a, b); }
+VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
 // min and max return the second operand when one of the two is NaN.
-VPD_INLINE F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
-VPD_INLINE F16 max(F16 a, F16 b) { return _mm512_max_ps(a, b); }
-VPD_INLINE F16 absolute(F16 a) { return _mm512_abs_ps(a); }
-VPD_INLINE Mask greater(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-VPD_INLINE Mask not_less(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
-VPD_INLINE Mask is_nan(F16 a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
-VPD_INLINE Mask nonzero(F16 a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+VPD_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+VPD_INLINE f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+VPD_INLINE f32x16 absolute(f32x16 a) { return _mm512_abs_ps(a); }
+VPD_INLINE Mask greater(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+VPD_INLINE Mask not_less(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+VPD_INLINE Mask is_nan(f32x16 a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+VPD_INLINE Mask nonzero(f32x16 a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 VPD_INLINE Mask either(Mask a, Mask b) { return a | b; }
 VPD_INLINE Mask and_not(Mask a, Mask b) { return a & ~b; }
 VPD_INLINE uint32_t bits(Mask m) { return m; }
-VPD_INLINE F16 select(Mask m, F16 yes, F16 no) { return _mm512_mask_blend_ps(m, no, yes); }
-VPD_INLINE I16 select(Mask m, I16 yes, I16 no) { return _mm512_mask_blend_epi32(m, no, yes); }
-VPD_INLINE F16 round(F16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VPD_INLINE f32x16 select(Mask m, f32x16 yes, f32x16 no) { return _mm512_mask_blend_ps(m, no, yes); }
+VPD_INLINE i32x16 select(Mask m, i32x16 yes, i32x16 no) { return _mm512_mask_blend_epi32(m, no, yes); }
+VPD_INLINE f32x16 round(f32x16 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // p * 2^n for p in [0.7, 1.5] and whole n in [-160, 0], or NaN.
-VPD_INLINE F16 scale_by_power(F16 p, F16 n) { return _mm512_scalef_ps(p, n); }
-VPD_INLINE void store_widened(int64_t* p, I16 a) {
+VPD_INLINE f32x16 scale_by_power(f32x16 p, f32x16 n) { return _mm512_scalef_ps(p, n); }
+VPD_INLINE void store_widened(int64_t* p, i32x16 a) {
     _mm512_storeu_si512(p, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)));
     _mm512_storeu_si512(p + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1)));
 }
 
-VPD_INLINE F16 low_bf16(F16 a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
-VPD_INLINE F16 high_bf16(F16 a) {
+VPD_INLINE f32x16 low_bf16(f32x16 a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
+VPD_INLINE f32x16 high_bf16(f32x16 a) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(-65536)));
 }
 // Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
-VPD_INLINE F16 dot_4x8(F16 a_, F16 b_, F16 sum_) {
+VPD_INLINE f32x16 dot_4x8(f32x16 a_, f32x16 b_, f32x16 sum_) {
     const __m512i a = _mm512_castps_si512(a_), b = _mm512_castps_si512(b_), sum = _mm512_castps_si512(sum_);
 #if defined(__AVX512VNNI__)
     return _mm512_castsi512_ps(_mm512_dpbusd_epi32(sum, a, b));
@@ -73,37 +73,41 @@ VPD_INLINE F16 dot_4x8(F16 a_, F16 b_, F16 sum_) {
 
 #elif defined(__AVX2__)
 
-struct F16 { __m256 lo, hi; };
-struct I16 { __m256i lo, hi; };
-using Mask = F16;  // all ones or all zeros per lane
+struct f32x16 {
+    __m256 lo, hi;
+};
+struct i32x16 {
+    __m256i lo, hi;
+};
+using Mask = f32x16;  // all ones or all zeros per lane
 
-VPD_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-VPD_INLINE F16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-VPD_INLINE I16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-VPD_INLINE void store(float* p, F16 a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
-VPD_INLINE F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-VPD_INLINE F16 subtract(F16 a, F16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-VPD_INLINE F16 multiply(F16 a, F16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-VPD_INLINE F16 divide(F16 a, F16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
-VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) {
+VPD_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+VPD_INLINE f32x16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+VPD_INLINE i32x16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+VPD_INLINE void store(float* p, f32x16 a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
+VPD_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+VPD_INLINE f32x16 subtract(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+VPD_INLINE f32x16 multiply(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+VPD_INLINE f32x16 divide(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
-VPD_INLINE F16 min(F16 a, F16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
-VPD_INLINE F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-VPD_INLINE F16 absolute(F16 a) {
+VPD_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+VPD_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+VPD_INLINE f32x16 absolute(f32x16 a) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
-VPD_INLINE Mask greater(F16 a, F16 b) {
+VPD_INLINE Mask greater(f32x16 a, f32x16 b) {
     return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
 }
-VPD_INLINE Mask not_less(F16 a, F16 b) {
+VPD_INLINE Mask not_less(f32x16 a, f32x16 b) {
     return {_mm256_cmp_ps(a.lo, b.lo, _CMP_NLT_UQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_NLT_UQ)};
 }
-VPD_INLINE Mask is_nan(F16 a) {
+VPD_INLINE Mask is_nan(f32x16 a) {
     return {_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q)};
 }
-VPD_INLINE Mask nonzero(F16 a) {
+VPD_INLINE Mask nonzero(f32x16 a) {
     const __m256 zero = _mm256_setzero_ps();
     return {_mm256_cmp_ps(a.lo, zero, _CMP_NEQ_UQ), _mm256_cmp_ps(a.hi, zero, _CMP_NEQ_UQ)};
 }
@@ -114,14 +118,14 @@ VPD_INLINE Mask and_not(Mask a, Mask b) {
 VPD_INLINE uint32_t bits(Mask m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
 }
-VPD_INLINE F16 select(Mask m, F16 yes, F16 no) {
+VPD_INLINE f32x16 select(Mask m, f32x16 yes, f32x16 no) {
     return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
 }
-VPD_INLINE I16 select(Mask m, I16 yes, I16 no) {
+VPD_INLINE i32x16 select(Mask m, i32x16 yes, i32x16 no) {
     return {_mm256_blendv_epi8(no.lo, yes.lo, _mm256_castps_si256(m.lo)),
             _mm256_blendv_epi8(no.hi, yes.hi, _mm256_castps_si256(m.hi))};
 }
-VPD_INLINE F16 round(F16 x) {
+VPD_INLINE f32x16 round(f32x16 x) {
     return {_mm256_round_ps(x.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
             _mm256_round_ps(x.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -132,8 +136,8 @@ VPD_INLINE __m256 scale_by_power(__m256 p, __m256 n) {
     const __m256 kept = _mm256_and_ps(scaled, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GT_OQ));
     return _mm256_blendv_ps(kept, p, _mm256_cmp_ps(p, p, _CMP_UNORD_Q));
 }
-VPD_INLINE F16 scale_by_power(F16 p, F16 n) { return {scale_by_power(p.lo, n.lo), scale_by_power(p.hi, n.hi)}; }
-VPD_INLINE void store_widened(int64_t* p, I16 a) {
+VPD_INLINE f32x16 scale_by_power(f32x16 p, f32x16 n) { return {scale_by_power(p.lo, n.lo), scale_by_power(p.hi, n.hi)}; }
+VPD_INLINE void store_widened(int64_t* p, i32x16 a) {
     const __m256i halves[2] = {a.lo, a.hi};
     for (int i = 0; i < 2; ++i, p += 8) {
         auto* out = reinterpret_cast<__m256i*>(p);
@@ -146,8 +150,8 @@ VPD_INLINE __m256 low_bf16(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_ep
 VPD_INLINE __m256 high_bf16(__m256 a) {
     return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
 }
-VPD_INLINE F16 low_bf16(F16 a) { return {low_bf16(a.lo), low_bf16(a.hi)}; }
-VPD_INLINE F16 high_bf16(F16 a) { return {high_bf16(a.lo), high_bf16(a.hi)}; }
+VPD_INLINE f32x16 low_bf16(f32x16 a) { return {low_bf16(a.lo), low_bf16(a.hi)}; }
+VPD_INLINE f32x16 high_bf16(f32x16 a) { return {high_bf16(a.lo), high_bf16(a.hi)}; }
 VPD_INLINE __m256 dot_4x8(__m256 a_, __m256 b_, __m256 sum) {
     const __m256i a = _mm256_castps_si256(a_), b = _mm256_castps_si256(b_);
     const __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(0xff)), a_odd = _mm256_srli_epi16(a, 8);
@@ -156,15 +160,15 @@ VPD_INLINE __m256 dot_4x8(__m256 a_, __m256 b_, __m256 sum) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum), both));
 }
 // Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
-VPD_INLINE F16 dot_4x8(F16 a, F16 b, F16 sum) { return {dot_4x8(a.lo, b.lo, sum.lo), dot_4x8(a.hi, b.hi, sum.hi)}; }
+VPD_INLINE f32x16 dot_4x8(f32x16 a, f32x16 b, f32x16 sum) { return {dot_4x8(a.lo, b.lo, sum.lo), dot_4x8(a.hi, b.hi, sum.hi)}; }
 
 #else  // portable: four vectors of four lanes, which GCC and Clang turn into SSE2, NEON or whatever the target has
 
-typedef float F4 __attribute__((vector_size(16)));
-typedef int32_t I4 __attribute__((vector_size(16)));
-struct F16 { F4 v[4]; };
-struct I16 { I4 v[4]; };
-using Mask = I16;  // -1 or 0 per lane
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+struct f32x16 { f32x4 v[4]; };
+struct i32x16 { i32x4 v[4]; };
+using Mask = i32x16;  // -1 or 0 per lane
 
 #define VPD_EACH(RESULT, EXPRESSION)                     \
     {                                                    \
@@ -173,67 +177,67 @@ using Mask = I16;  // -1 or 0 per lane
         return r;                                        \
     }
 
-VPD_INLINE F4 select4(I4 m, F4 yes, F4 no) { return (F4)(((I4)yes & m) | ((I4)no & ~m)); }
+VPD_INLINE f32x4 select4(i32x4 m, f32x4 yes, f32x4 no) { return (f32x4)(((i32x4)yes & m) | ((i32x4)no & ~m)); }
 
-VPD_INLINE F16 load(const float* p) {
-    F16 a;
+VPD_INLINE f32x16 load(const float* p) {
+    f32x16 a;
     __builtin_memcpy(&a, p, sizeof a);
     return a;
 }
-VPD_INLINE F16 broadcast(float x) VPD_EACH(F16, (F4{x, x, x, x}))
-VPD_INLINE I16 broadcast(int32_t x) VPD_EACH(I16, (I4{x, x, x, x}))
-VPD_INLINE void store(float* p, F16 a) { __builtin_memcpy(p, &a, sizeof a); }
-VPD_INLINE F16 add(F16 a, F16 b) VPD_EACH(F16, a.v[i] + b.v[i])
-VPD_INLINE F16 subtract(F16 a, F16 b) VPD_EACH(F16, a.v[i] - b.v[i])
-VPD_INLINE F16 multiply(F16 a, F16 b) VPD_EACH(F16, a.v[i] * b.v[i])
-VPD_INLINE F16 divide(F16 a, F16 b) VPD_EACH(F16, a.v[i] / b.v[i])
-VPD_INLINE F16 multiply_add(F16 a, F16 b, F16 c) VPD_EACH(F16, a.v[i] * b.v[i] + c.v[i])
-VPD_INLINE F16 select(Mask m, F16 yes, F16 no) VPD_EACH(F16, select4(m.v[i], yes.v[i], no.v[i]))
-VPD_INLINE I16 select(Mask m, I16 yes, I16 no) VPD_EACH(I16, (yes.v[i] & m.v[i]) | (no.v[i] & ~m.v[i]))
-VPD_INLINE F16 min(F16 a, F16 b) VPD_EACH(F16, select4(a.v[i] < b.v[i], a.v[i], b.v[i]))
-VPD_INLINE F16 max(F16 a, F16 b) VPD_EACH(F16, select4(a.v[i] > b.v[i], a.v[i], b.v[i]))
-VPD_INLINE F16 absolute(F16 a) VPD_EACH(F16, (F4)((I4)a.v[i] & 0x7fffffff))
-VPD_INLINE Mask greater(F16 a, F16 b) VPD_EACH(Mask, a.v[i] > b.v[i])
-VPD_INLINE Mask not_less(F16 a, F16 b) VPD_EACH(Mask, ~(a.v[i] < b.v[i]))
-VPD_INLINE Mask is_nan(F16 a) VPD_EACH(Mask, a.v[i] != a.v[i])
-VPD_INLINE Mask nonzero(F16 a) VPD_EACH(Mask, a.v[i] != F4{})
+VPD_INLINE f32x16 broadcast(float x) VPD_EACH(f32x16, (f32x4{x, x, x, x}))
+VPD_INLINE i32x16 broadcast(int32_t x) VPD_EACH(i32x16, (i32x4{x, x, x, x}))
+VPD_INLINE void store(float* p, f32x16 a) { __builtin_memcpy(p, &a, sizeof a); }
+VPD_INLINE f32x16 add(f32x16 a, f32x16 b) VPD_EACH(f32x16, a.v[i] + b.v[i])
+VPD_INLINE f32x16 subtract(f32x16 a, f32x16 b) VPD_EACH(f32x16, a.v[i] - b.v[i])
+VPD_INLINE f32x16 multiply(f32x16 a, f32x16 b) VPD_EACH(f32x16, a.v[i] * b.v[i])
+VPD_INLINE f32x16 divide(f32x16 a, f32x16 b) VPD_EACH(f32x16, a.v[i] / b.v[i])
+VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) VPD_EACH(f32x16, a.v[i] * b.v[i] + c.v[i])
+VPD_INLINE f32x16 select(Mask m, f32x16 yes, f32x16 no) VPD_EACH(f32x16, select4(m.v[i], yes.v[i], no.v[i]))
+VPD_INLINE i32x16 select(Mask m, i32x16 yes, i32x16 no) VPD_EACH(i32x16, (yes.v[i] & m.v[i]) | (no.v[i] & ~m.v[i]))
+VPD_INLINE f32x16 min(f32x16 a, f32x16 b) VPD_EACH(f32x16, select4(a.v[i] < b.v[i], a.v[i], b.v[i]))
+VPD_INLINE f32x16 max(f32x16 a, f32x16 b) VPD_EACH(f32x16, select4(a.v[i] > b.v[i], a.v[i], b.v[i]))
+VPD_INLINE f32x16 absolute(f32x16 a) VPD_EACH(f32x16, (f32x4)((i32x4)a.v[i] & 0x7fffffff))
+VPD_INLINE Mask greater(f32x16 a, f32x16 b) VPD_EACH(Mask, a.v[i] > b.v[i])
+VPD_INLINE Mask not_less(f32x16 a, f32x16 b) VPD_EACH(Mask, ~(a.v[i] < b.v[i]))
+VPD_INLINE Mask is_nan(f32x16 a) VPD_EACH(Mask, a.v[i] != a.v[i])
+VPD_INLINE Mask nonzero(f32x16 a) VPD_EACH(Mask, a.v[i] != f32x4{})
 VPD_INLINE Mask either(Mask a, Mask b) VPD_EACH(Mask, a.v[i] | b.v[i])
 VPD_INLINE Mask and_not(Mask a, Mask b) VPD_EACH(Mask, a.v[i] & ~b.v[i])
 // Adding 1.5 * 2^23 leaves no bits for a fraction.
-VPD_INLINE F16 round(F16 x) VPD_EACH(F16, (x.v[i] + 12582912.0f) - 12582912.0f)
-VPD_INLINE F4 scale_by_power(F4 p, F4 n) {
-    const I4 exponent = (I4)(n + 12582912.0f) << 23;
-    const F4 scaled = (F4)((I4)p + exponent);
-    return select4(p != p, p, (F4)((I4)scaled & (n > -126.0f)));
+VPD_INLINE f32x16 round(f32x16 x) VPD_EACH(f32x16, (x.v[i] + 12582912.0f) - 12582912.0f)
+VPD_INLINE f32x4 scale_by_power(f32x4 p, f32x4 n) {
+    const i32x4 exponent = (i32x4)(n + 12582912.0f) << 23;
+    const f32x4 scaled = (f32x4)((i32x4)p + exponent);
+    return select4(p != p, p, (f32x4)((i32x4)scaled & (n > -126.0f)));
 }
-VPD_INLINE F16 scale_by_power(F16 p, F16 n) VPD_EACH(F16, scale_by_power(p.v[i], n.v[i]))
+VPD_INLINE f32x16 scale_by_power(f32x16 p, f32x16 n) VPD_EACH(f32x16, scale_by_power(p.v[i], n.v[i]))
 VPD_INLINE uint32_t bits(Mask m) {
     uint32_t result = 0;
     for (int i = 0; i < LANES; ++i) result |= (static_cast<uint32_t>(m.v[i / 4][i % 4]) & 1u) << i;
     return result;
 }
-VPD_INLINE void store_widened(int64_t* p, I16 a) {
+VPD_INLINE void store_widened(int64_t* p, i32x16 a) {
     for (int i = 0; i < LANES; ++i) p[i] = a.v[i / 4][i % 4];
 }
 
-VPD_INLINE F16 low_bf16(F16 a) VPD_EACH(F16, (F4)((I4)a.v[i] << 16))
-VPD_INLINE F16 high_bf16(F16 a) VPD_EACH(F16, (F4)((I4)a.v[i] & ~0xffff))
-VPD_INLINE I4 product_of_bytes(I4 a, I4 b, int byte) {
+VPD_INLINE f32x16 low_bf16(f32x16 a) VPD_EACH(f32x16, (f32x4)((i32x4)a.v[i] << 16))
+VPD_INLINE f32x16 high_bf16(f32x16 a) VPD_EACH(f32x16, (f32x4)((i32x4)a.v[i] & ~0xffff))
+VPD_INLINE i32x4 multiply_bytes(i32x4 a, i32x4 b, int byte) {
     return (a >> 8 * byte & 0xff) * (b << (24 - 8 * byte) >> 24);
 }
-VPD_INLINE F4 dot_4x8(F4 a, F4 b, F4 sum) {
-    I4 result = (I4)sum;
-    for (int byte = 0; byte < 4; ++byte) result += product_of_bytes((I4)a, (I4)b, byte);
-    return (F4)result;
+VPD_INLINE f32x4 dot_4x8(f32x4 a, f32x4 b, f32x4 sum) {
+    i32x4 result = (i32x4)sum;
+    for (int byte = 0; byte < 4; ++byte) result += multiply_bytes((i32x4)a, (i32x4)b, byte);
+    return (f32x4)result;
 }
 // Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
-VPD_INLINE F16 dot_4x8(F16 a, F16 b, F16 sum) VPD_EACH(F16, dot_4x8(a.v[i], b.v[i], sum.v[i]))
+VPD_INLINE f32x16 dot_4x8(f32x16 a, f32x16 b, f32x16 sum) VPD_EACH(f32x16, dot_4x8(a.v[i], b.v[i], sum.v[i]))
 
 #undef VPD_EACH
 
 #endif
 
-VPD_INLINE float reduce_max(F16 a) {
+VPD_INLINE float reduce_max(f32x16 a) {
     float lanes[LANES];
     store(lanes, a);
     float result = lanes[0];
@@ -243,10 +247,10 @@ VPD_INLINE float reduce_max(F16 a) {
 
 // 2^x for x <= 0, to 0.7 units in the last place (0 below -126 or -149, by level); NaN for NaN. 2^x = 2^n * 2^f with
 // n = round(x), and 2^f a polynomial of degree 6 on [-1/2, 1/2] (minimax in the relative error, constant term 1).
-VPD_INLINE F16 exp2_of_nonpositive(F16 x) {
+VPD_INLINE f32x16 exp2_of_nonpositive(f32x16 x) {
     x = max(broadcast(-160.0f), x);
-    const F16 n = round(x), f = subtract(x, n);
-    F16 p = broadcast(0.00015353359f);
+    const f32x16 n = round(x), f = subtract(x, n);
+    f32x16 p = broadcast(0.00015353359f);
     p = multiply_add(p, f, broadcast(0.0013398874f));
     p = multiply_add(p, f, broadcast(0.009618437f));
     p = multiply_add(p, f, broadcast(0.055503324f));

@@ -15,8 +15,6 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-VPD_INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 // Scratch memory of one thread, see upsample_argmax_scratch.
 struct Scratch {
     float* rows;     // [max_taps][columns][channels]  packed rows of the logits, channels innermost
@@ -97,18 +95,18 @@ int64_t keep_possible_winners(const RowGroup& group, const Tile& tile, const flo
                               const Scratch& scratch, bool* special) {
     // |computed - exact| <= (taps + points + 1) rounding errors, relative to the channel's largest magnitude; twice that
     // for weights that add up to 1 only after rounding, and as much again to be generous. 1e-30 covers underflow.
-    const F16 slack = broadcast(4.0f * static_cast<float>(group.taps + tile.points + 1) * (FLT_EPSILON / 2));
-    const F16 largest = broadcast(FLT_MAX), tiny = broadcast(1e-30f);
-    F16 bound = broadcast(-INFINITY);
+    const f32x16 slack = broadcast(4.0f * static_cast<float>(group.taps + tile.points + 1) * (FLT_EPSILON / 2));
+    const f32x16 largest = broadcast(FLT_MAX), tiny = broadcast(1e-30f);
+    f32x16 bound = broadcast(-INFINITY);
     for (int64_t c = 0; c < channels; c += LANES) {
-        F16 low = broadcast(INFINITY), high = broadcast(-INFINITY), sum = broadcast(0.0f);
+        f32x16 low = broadcast(INFINITY), high = broadcast(-INFINITY), sum = broadcast(0.0f);
         for (int64_t tap = 0; tap < group.taps; ++tap)
             for (int64_t point = 0; point < tile.points; ++point) {
-                const F16 x = load(rows[tap] + tile.sources[point] * channels + c);
+                const f32x16 x = load(rows[tap] + tile.sources[point] * channels + c);
                 low = min(x, low), high = max(x, high), sum = add(sum, x);
             }
-        const F16 magnitude = min(max(absolute(low), absolute(high)), largest);
-        const F16 error = multiply(slack, add(magnitude, tiny));
+        const f32x16 magnitude = min(max(absolute(low), absolute(high)), largest);
+        const f32x16 error = multiply(slack, add(magnitude, tiny));
         // A NaN among the points always stays: `not_less` below is true for NaN.
         store(scratch.upper + c, select(is_nan(sum), sum, add(high, error)));
         store(scratch.lowest + c, select(is_nan(sum), sum, low));
@@ -118,10 +116,10 @@ int64_t keep_possible_winners(const RowGroup& group, const Tile& tile, const flo
     int64_t kept = 0;
     uint32_t any_special = 0;
     for (int64_t c = 0; c < channels; c += LANES) {
-        const F16 upper = load(scratch.upper + c);
+        const f32x16 upper = load(scratch.upper + c);
         uint32_t possible = bits(not_less(upper, bound));
         if (!possible) continue;
-        const F16 infinity = broadcast(INFINITY);
+        const f32x16 infinity = broadcast(INFINITY);
         any_special |= possible & ~(bits(greater(infinity, upper)) & bits(greater(load(scratch.lowest + c), broadcast(-INFINITY))));
         for (; possible; possible &= possible - 1) scratch.kept[kept++] = static_cast<int32_t>(c) + __builtin_ctz(possible);
     }
@@ -143,7 +141,7 @@ void gather_points(const RowGroup& group, const Tile& tile, const float* const* 
 // Vertical interpolation: to[point][channel] = sum over taps of weight * from[tap][point][channel].
 void blend_rows(const float* from, const float* weights, int64_t taps, int64_t size, float* to) {
     for (int64_t i = 0; i < size; i += LANES) {
-        F16 sum = multiply(broadcast(weights[0]), load(from + i));
+        f32x16 sum = multiply(broadcast(weights[0]), load(from + i));
         for (int64_t tap = 1; tap < taps; ++tap)
             sum = multiply_add(broadcast(weights[tap]), load(from + tap * size + i), sum);
         store(to + i, sum);
@@ -153,14 +151,14 @@ void blend_rows(const float* from, const float* weights, int64_t taps, int64_t s
 // Horizontal interpolation and argmax of one output row of the tile. POINTS is tile.points, or 0 for any number.
 // SPECIAL: there may be infinities and NaN. Then a weight of zero must not turn an infinity into a NaN, and NaN wins.
 template <int POINTS, bool SPECIAL>
-I16 argmax_of_row(const Tile& tile, const float* blended, const int32_t* kept_channels, int64_t kept) {
+i32x16 argmax_of_row(const Tile& tile, const float* blended, const int32_t* kept_channels, int64_t kept) {
     const int64_t points = POINTS ? POINTS : tile.points, channels = padded(kept);
-    F16 best = broadcast(-INFINITY);
-    I16 label = broadcast(kept_channels[0]);
+    f32x16 best = broadcast(-INFINITY);
+    i32x16 label = broadcast(kept_channels[0]);
     for (int64_t j = 0; j < kept; ++j) {
-        F16 value = broadcast(0.0f);
+        f32x16 value = broadcast(0.0f);
         for (int64_t point = 0; point < points; ++point) {
-            const F16 weight = load(tile.weights + point * LANES), x = broadcast(blended[point * channels + j]);
+            const f32x16 weight = load(tile.weights + point * LANES), x = broadcast(blended[point * channels + j]);
             if (SPECIAL)
                 value = select(nonzero(weight), multiply_add(weight, x, value), value);
             else
@@ -174,14 +172,14 @@ I16 argmax_of_row(const Tile& tile, const float* blended, const int32_t* kept_ch
     return label;
 }
 
-VPD_INLINE void store_labels(int64_t* to, I16 labels, int64_t count) {
+VPD_INLINE void store_labels(int64_t* to, i32x16 labels, int64_t count) {
     if (count == LANES) return store_widened(to, labels);
     int64_t all[LANES];
     store_widened(all, labels);
     for (int64_t i = 0; i < count; ++i) to[i] = all[i];
 }
 
-using RowFunction = I16 (*)(const Tile&, const float*, const int32_t*, int64_t);
+using RowFunction = i32x16 (*)(const Tile&, const float*, const int32_t*, int64_t);
 
 RowFunction row_function(int64_t points, bool special) {
     if (special) return argmax_of_row<0, true>;
@@ -202,7 +200,7 @@ void label_tile(const UpsampleArgmaxPlan& plan, const RowGroup& group, const Til
     const int64_t kept = keep_possible_winners(group, tile, rows, channels, scratch, &special);
     labels += tile.first;
     if (kept == 1) {
-        const I16 label = broadcast(scratch.kept[0]);
+        const i32x16 label = broadcast(scratch.kept[0]);
         for (int64_t y = 0; y < group.count; ++y) store_labels(labels + y * plan.out_w, label, tile.count);
         return;
     }

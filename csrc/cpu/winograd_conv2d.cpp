@@ -8,18 +8,16 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-// Sums of 8-bit products of a tap as the float32 numbers that they stand for.
+// Epilogue of 8-bit products of one matrix: converts their int32 sums to float32.
 struct Dequantize {
-    const float *zeros, *scales;  // of the columns: the sum that stands for zero, the weight's scale
+    const float *zeros, *scales;  // per column: the zero point's part of the sum, the weight's scale
     const float* row_scales;
 
-    __attribute__((always_inline)) F16 finish(F16 sum, int64_t row, int64_t column) const {
-        const F16 whole = subtract(from_int32(sum), load(zeros + column));
+    __attribute__((always_inline)) f32x16 apply(f32x16 sum, int64_t row, int64_t column) const {
+        const f32x16 whole = subtract(from_int32(sum), load(zeros + column));
         return VPD_ISA::multiply(VPD_ISA::multiply(whole, load(scales + column)), broadcast(row_scales[row]));
     }
 };
-
-VPD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename W, typename E>
 class Multiplier {
@@ -30,20 +28,20 @@ public:
         for (int64_t row = b.first_row; row < b.last_row; ++row)
             for (int64_t column = b.first_column; column < b.last_column; ++column)
                 tiles_[count_++] = place_of(row, column);
-        parts_ = (count_ + MOST_ROWS - 1) / MOST_ROWS;
+        parts_ = ceil_divide(count_, MAX_ROWS);
         for (int64_t part = 0; part <= parts_; ++part) starts_[part] = count_ * part / parts_;
     }
 
     void run(int64_t panel) {
         first_ = panel * PANEL;
         load_bias();
-        const int64_t steps = plan_.taps * parts_;
+        const int64_t steps = plan_.matrices * parts_;
         int64_t step = 0, foreseen = 0;
-        for (int64_t tap = 0; tap < plan_.taps; ++tap) {
-            if (E::WIDTH == 4) load_scales(tap);
+        for (int64_t matrix = 0; matrix < plan_.matrices; ++matrix) {
+            if (E::WIDTH == 4) load_scales(matrix);
             for (int64_t part = 0; part < parts_; ++part) {
                 for (++step; foreseen * steps < step * count_ * W::OUT; ++foreseen) prefetch_pixels(foreseen);
-                multiply_tiles(panel, tap, starts_[part], starts_[part + 1]);
+                multiply_tiles(panel, matrix, starts_[part], starts_[part + 1]);
             }
         }
         for (int64_t tile = 0; tile < count_; ++tile)
@@ -72,23 +70,23 @@ private:
         for (int64_t i = 0; i < PANEL; ++i) bias_[i] = bias && i < columns_of_panel() ? bias[first_ + i] : 0.0f;
     }
 
-    void load_scales(int64_t tap) {
-        const int64_t at = tap * plan_.gemm.n + first_;
+    void load_scales(int64_t matrix) {
+        const int64_t at = matrix * plan_.gemm.n + first_;
         for (int64_t i = 0; i < columns_of_panel(); ++i) {
             scales_[i] = plan_.gemm.scales[at + i];
-            zeros_[i] = 128.0f * plan_.gemm.sums[at + i];
+            zeros_[i] = 128.0f * plan_.gemm.weight_sums[at + i];
         }
     }
 
-    void multiply_tiles(int64_t panel, int64_t tap, int64_t first, int64_t last) {
+    void multiply_tiles(int64_t panel, int64_t matrix, int64_t first, int64_t last) {
         const int64_t size = plan_.gemm.elements;
-        const float* weight = plan_.gemm.weight + (tap * plan_.gemm.panels + panel) * size * PANEL;
-        const Factors rows{rows_ + tap * plan_.tap + first * plan_.row, plan_.row, 1};
-        float* products = products_ + tap * plan_.product_tap + first * PANEL;
+        const float* weight = plan_.gemm.weight + (matrix * plan_.gemm.panels + panel) * size * PANEL;
+        const LeftOperand rows{rows_ + matrix * plan_.matrix_stride + first * plan_.row, plan_.row, 1};
+        float* products = products_ + matrix * plan_.product_stride + first * PANEL;
         if constexpr (E::WIDTH == 4) {
-            const float* row_scales = rows_ + plan_.scales_offset + tap * MOST_TILES + first;
-            const Dequantize finish{zeros_, scales_, row_scales};
-            multiply<E>(last - first, rows, weight, size, products, PANEL, false, finish);
+            const float* row_scales = rows_ + plan_.scales_offset + matrix * MAX_TILES + first;
+            const Dequantize epilogue{zeros_, scales_, row_scales};
+            multiply<E>(last - first, rows, weight, size, products, PANEL, false, epilogue);
         } else {
             multiply<E>(last - first, rows, weight, size, products, PANEL);
         }
@@ -116,13 +114,13 @@ private:
 
     void store_tile(int64_t number, int64_t column) const {
         const float* from = products_ + number * PANEL + column;
-        const int64_t stride = plan_.product_tap;
-        F16 half[W::OUT][W::TAPS], y[W::OUT][W::OUT];
+        const int64_t stride = plan_.product_stride;
+        f32x16 half[W::OUT][W::POINTS], y[W::OUT][W::OUT];
 #pragma GCC unroll 6
-        for (int j = 0; j < W::TAPS; ++j) {
-            F16 m[W::TAPS], column_of[W::OUT];
+        for (int j = 0; j < W::POINTS; ++j) {
+            f32x16 m[W::POINTS], column_of[W::OUT];
 #pragma GCC unroll 6
-            for (int i = 0; i < W::TAPS; ++i) m[i] = load(from + (i * W::TAPS + j) * stride);
+            for (int i = 0; i < W::POINTS; ++i) m[i] = load(from + (i * W::POINTS + j) * stride);
             if (j == 1) m[1] = add(m[1], load(bias_ + column));  // this one is in every pixel, with factor 1
             W::output(m, column_of);
 #pragma GCC unroll 4
@@ -131,16 +129,16 @@ private:
 #pragma GCC unroll 4
         for (int i = 0; i < W::OUT; ++i) W::output(half[i], y[i]);
         if (plan_.gemm.activation == Activation::relu)
-            each_pixel(y, [](F16 a) { return max(broadcast(0.0f), a); });  // NaN stays
+            each_pixel(y, [](f32x16 a) { return max(broadcast(0.0f), a); });  // NaN stays
         else if (plan_.gemm.activation == Activation::silu)
-            each_pixel(y, [](F16 a) { return silu(a); });
+            each_pixel(y, [](f32x16 a) { return silu(a); });
         const Tile& tile = tiles_[number];
         const int64_t channel = first_ + column, count = plan_.gemm.n - channel;
         const bool whole = tile.rows == W::OUT && tile.columns == W::OUT && count >= LANES;
         whole ? store_pixels<true>(tile, channel, count, y) : store_pixels<false>(tile, channel, count, y);
     }
 
-    using Pixels = F16[W::OUT][W::OUT];
+    using Pixels = f32x16[W::OUT][W::OUT];
 
     template <typename Function>
     static __attribute__((always_inline)) void each_pixel(Pixels& y, Function function) {
@@ -197,9 +195,9 @@ private:
     const float* const rows_;
     float* const products_;
     int64_t count_ = 0, first_ = 0;  // tiles; the panel's first column
-    int64_t parts_, starts_[MOST_TILES / MOST_ROWS + 2];  // of tiles that the micro-kernel takes at once
-    Tile tiles_[MOST_TILES];
-    float bias_[PANEL], scales_[PANEL] = {}, zeros_[PANEL] = {};  // of the panel's columns; the latter of one tap
+    int64_t parts_, starts_[MAX_TILES / MAX_ROWS + 2];  // of tiles that the micro-kernel takes at once
+    Tile tiles_[MAX_TILES];
+    float bias_[PANEL], scales_[PANEL] = {}, zeros_[PANEL] = {};  // of the panel's columns; the latter of one matrix
 };
 
 }  // namespace

@@ -1,9 +1,9 @@
 // 3x3 convolution, stride 1, zero padding 1, by Winograd's minimal filtering: products of transformed tiles of the
-// input with transformed weights, one matrix product for each tap of the transform.
+// input with transformed weights, one GEMM for each matrix of the transformed weight.
 //
 // A block of tiles goes through three steps while it stays in the cache: its input is activated and transformed into
-// rows of elements, one for each tap and tile; these rows are multiplied with a panel of the weight, tap by tap; and
-// the products of a tile become its pixels.
+// rows of elements, one for each matrix and tile; these rows are multiplied with a panel of the weight, matrix by
+// matrix; and the products of a tile become its pixels.
 #pragma once
 
 #include <cstdint>
@@ -13,29 +13,29 @@
 
 namespace vpd {
 
-constexpr int64_t MOST_TAPS = 36;
-constexpr int64_t MOST_TILES = 96;  // of a block; a multiple of the rows of the micro-kernel
+constexpr int64_t MAX_MATRICES = 36;
+constexpr int64_t MAX_TILES = 96;  // of a block; a multiple of the rows of the micro-kernel
 
 struct WinogradConv2dPlan {
-    // Of one tap: n, k and so on. Its weight, scales and sums are of the first tap and those of the others follow; its
-    // residual and out are (batch, out_height, out_width, n).
+    // The GEMM of one matrix. weight, scales and weight_sums are those of the first matrix, and those of the others
+    // follow; residual and out are (batch, out_height, out_width, n).
     GemmPlan gemm;
-    int taps;      // 16: 2x2 pixels from 4x4; 36: 4x4 pixels from 6x6; 9: 2x2 pixels from 3x3 that are upsampled
+    int matrices;      // 16: 2x2 pixels from 4x4; 36: 4x4 pixels from 6x6; 9: 2x2 pixels from 3x3 that are upsampled
     Source x[2];   // (batch, height, width, channels); the second adds channels, or its data are null
     int64_t height, width;
-    const float *affine, *factor;  // (batch, 2, channels) scale and shift, (channels); or null
-    bool silu;                     // the input is silu(x * scale + shift) * factor
+    const float *affine, *smoothing;  // (batch, 2, channels) scale and shift, (channels); or null
+    bool silu;                     // the input is silu(x * scale + shift) * smoothing
     int64_t out_height, out_width, out_column;  // out_column: stride
 
     int64_t tile_rows, tile_columns;  // tiles of an image
     int64_t row_blocks, strips;       // of equal size as far as possible: row blocks of all images' tile rows, and
                                       // strips of the tile columns. A block is where they meet.
 
-    // In floats: the pixel of an activated row, with channels padded to whole vectors and one vector more; a row of
-    // elements, which lie [tap][tile][element]; and a tap's rows. Behind all rows are the 8-bit scales,
-    // [tap][MOST_TILES]. Products lie [tap][tile][column], in a thread's scratch behind activated pixels. Strides are
+    // Strides and offsets in floats. `pixel` is the stride of the pixels of an activated row, with channels padded to
+    // whole vectors and one vector more; elements lie [matrix][tile][element]. Behind all rows are the 8-bit scales,
+    // [matrix][MAX_TILES]. Products lie [matrix][tile][column], in a thread's scratch behind activated pixels. Strides are
     // odd numbers of cache lines: what is read together must not fall into the same sets of the cache.
-    int64_t padded_channels, pixel, row, tap, scales_offset, products_offset, product_tap;
+    int64_t padded_channels, pixel, row, matrix_stride, scales_offset, products_offset, product_stride;
 };
 
 // A block's tile rows, of all images; and its tile columns.

@@ -9,7 +9,7 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-constexpr float LEAST_MAGNITUDE = 1e-30f;  // of a row of 8 bits: smaller numbers become zero
+constexpr float MIN_MAGNITUDE = 1e-30f;  // of a row of 8 bits: smaller numbers become zero
 
 template <typename W, typename E>
 class Transformer {
@@ -26,11 +26,11 @@ public:
           vertical_(scratch + W::IN * line_),
           continued_(continued) {}
 
-    // A tile row of the block.
+    // Transforms a tile row of the block.
     void run(int64_t row) {
         const int64_t number = block_.first_row + row, image = number / plan_.tile_rows;
         const int64_t tile_row = number % plan_.tile_rows, y = tile_row * W::STEP - 1;
-        const int64_t first = continued_ && tile_row > 0 ? W::IN - W::STEP : 0;  // others are there already
+        const int64_t first = continued_ && tile_row > 0 ? W::IN - W::STEP : 0;  // the others are activated already
         for (int64_t i = first; i < W::IN; ++i) activate(image, y + i);
         for (int64_t column = 0; column < columns_; ++column) {
             for (int64_t x = column ? W::IN - W::STEP : 0; x < W::IN; ++x) transform_column(y, column * W::STEP + x);
@@ -43,7 +43,7 @@ public:
 private:
     float* activated(int64_t y) const { return activated_ + (y + W::IN) % W::IN * line_; }
 
-    // The pixels of an image row that the block needs, as they enter the convolution; zero outside of the image.
+    // Activates the pixels of an image row that the block needs; zero outside of the image.
     void activate(int64_t image, int64_t y) {
         float* to = activated(y);
         const int64_t first = block_.first_column * W::STEP - 1;
@@ -62,29 +62,29 @@ private:
     void activate_source(const Source& source, int64_t image, int64_t y, int64_t x, int64_t channel, float* to) const {
         const int64_t offset = image * source.image + y * source.row + x * source.column;
         const float* affine = plan_.affine ? plan_.affine + image * 2 * plan_.gemm.k + channel : nullptr;
-        const float* factor = plan_.factor ? plan_.factor + channel : nullptr;
+        const float* smoothing = plan_.smoothing ? plan_.smoothing + channel : nullptr;
         to += channel;
         source.bf16 ? activate_channels(static_cast<const uint16_t*>(source.data) + offset, source.channels, affine,
-                                        factor, to)
+                                        smoothing, to)
                     : activate_channels(static_cast<const float*>(source.data) + offset, source.channels, affine,
-                                        factor, to);
+                                        smoothing, to);
     }
 
     // Whole vectors are stored, also where fewer channels are left: there is room, and what follows is stored later.
     template <typename T>
-    void activate_channels(const T* from, int64_t channels, const float* affine, const float* factor, float* to) const {
+    void activate_channels(const T* from, int64_t channels, const float* affine, const float* smoothing, float* to) const {
         const bool smooth = plan_.silu;
         for (int64_t c = 0; c < channels; c += LANES) {
             const int64_t left = channels - c;
-            F16 a = load_some(from + c, left);
+            f32x16 a = load_some(from + c, left);
             if (affine) a = multiply_add(a, load_some(affine + c, left), load_some(affine + plan_.gemm.k + c, left));
             if (smooth) a = E::WIDTH == 1 ? silu(a) : rough_silu(a);
-            if (factor) a = VPD_ISA::multiply(a, load_some(factor + c, left));
+            if (smoothing) a = VPD_ISA::multiply(a, load_some(smoothing + c, left));
             store(to + c, a);
         }
     }
 
-    // The pixels that the tile below this one adds. Inline, because GCC drops calls of functions that do nothing else.
+    // Prefetches the pixels that the tile below this one adds. Inline, because GCC drops calls of functions that do nothing else.
     __attribute__((always_inline)) void prefetch_below(int64_t image, int64_t y, int64_t column) const {
         const int64_t first = (block_.first_column + column) * W::STEP;
         for (const Source& source : plan_.x)
@@ -97,93 +97,93 @@ private:
                 }
     }
 
-    // The vertical factors of a column of pixels. As many columns as a tile has are kept.
-    float* vertical(int64_t x) const { return vertical_ + x % W::IN * W::TAPS * plan_.pixel; }
+    // A column of pixels after the vertical transform. As many columns as a tile has are kept.
+    float* vertical(int64_t x) const { return vertical_ + x % W::IN * W::POINTS * plan_.pixel; }
 
     void transform_column(int64_t y, int64_t x) const {
         const float* from[W::IN];
         for (int i = 0; i < W::IN; ++i) from[i] = activated(y + i) + x * plan_.pixel;
         float* to = vertical(x);
         for (int64_t c = 0; c < plan_.padded_channels; c += LANES) {
-            F16 d[W::IN], t[W::TAPS];
+            f32x16 d[W::IN], t[W::POINTS];
 #pragma GCC unroll 6
             for (int i = 0; i < W::IN; ++i) d[i] = load_once(from[i] + c);
             W::input(d, t);
 #pragma GCC unroll 6
-            for (int i = 0; i < W::TAPS; ++i) store(to + i * plan_.pixel + c, t[i]);
+            for (int i = 0; i < W::POINTS; ++i) store(to + i * plan_.pixel + c, t[i]);
         }
     }
 
-    // Vertical factors of a tile's columns.
+    // A tile's columns after the vertical transform.
     struct Columns {
         const float* of[W::IN];
     };
 
-    // Calls use(tap, factors of 16 channels) for all taps of a tile.
+    // Calls use(matrix, transformed inputs of 16 channels) for all matrices of a tile.
     template <typename Use>
-    static __attribute__((always_inline)) void each_tap(const Columns& from, int64_t c, int64_t line, Use use) {
+    static __attribute__((always_inline)) void each_matrix(const Columns& from, int64_t c, int64_t line, Use use) {
 #pragma GCC unroll 6
-        for (int i = 0; i < W::TAPS; ++i) {
-            F16 d[W::IN], t[W::TAPS];
+        for (int i = 0; i < W::POINTS; ++i) {
+            f32x16 d[W::IN], t[W::POINTS];
 #pragma GCC unroll 6
             for (int j = 0; j < W::IN; ++j) d[j] = load_once(from.of[j] + i * line + c);
             W::input(d, t);
 #pragma GCC unroll 6
-            for (int j = 0; j < W::TAPS; ++j) use(i * W::TAPS + j, t[j]);
+            for (int j = 0; j < W::POINTS; ++j) use(i * W::POINTS + j, t[j]);
         }
     }
 
     void transform_tile(int64_t tile, int64_t column) const {
-        const int64_t pixel = plan_.pixel, channels = plan_.padded_channels, tap = plan_.tap;
+        const int64_t pixel = plan_.pixel, channels = plan_.padded_channels, stride = plan_.matrix_stride;
         Columns from;
         for (int j = 0; j < W::IN; ++j) from.of[j] = vertical(column * W::STEP + j);
         float* to = rows_ + tile * plan_.row;
         if constexpr (E::WIDTH == 4) {
-            float inverses[ALL_SCALES];
+            float inverses[PADDED_SCALES];
             find_scales(tile, from, inverses);
             auto* bytes = reinterpret_cast<uint8_t*>(to);
             for (int64_t c = 0; c < channels; c += LANES)
-                each_tap(from, c, pixel, [&](int i, F16 t) __attribute__((always_inline)) {
-                    store_signed_as_u8(bytes + i * 4 * tap + c, t, broadcast(inverses[i]));
+                each_matrix(from, c, pixel, [&](int i, f32x16 t) __attribute__((always_inline)) {
+                    store_signed_as_u8(bytes + i * 4 * stride + c, t, broadcast(inverses[i]));
                 });
         } else {
             using T = std::conditional_t<E::WIDTH == 1, float, uint16_t>;
             auto* numbers = reinterpret_cast<T*>(to);
             for (int64_t c = 0; c < channels; c += LANES)
-                each_tap(from, c, pixel, [&](int i, F16 t) __attribute__((always_inline)) {
-                    store(numbers + i * E::WIDTH * tap + c, t);
+                each_matrix(from, c, pixel, [&](int i, f32x16 t) __attribute__((always_inline)) {
+                    store(numbers + i * E::WIDTH * stride + c, t);
                 });
         }
     }
 
-    // Of each tap the scale, largest magnitude / 127, which is kept, and one over it.
+    // Stores the scale of each matrix, largest magnitude / 127, and finds its inverse.
     void find_scales(int64_t tile, const Columns& from, float* inverses) const {
         const int64_t pixel = plan_.pixel, channels = plan_.padded_channels;
-        F16 most[ALL_SCALES];
+        f32x16 maxima[PADDED_SCALES];
 #pragma GCC unroll 48
-        for (int i = 0; i < ALL_SCALES; ++i) most[i] = broadcast(0.0f);
+        for (int i = 0; i < PADDED_SCALES; ++i) maxima[i] = broadcast(0.0f);
         for (int64_t c = 0; c < channels; c += LANES)
-            each_tap(from, c, pixel,
-                     [&](int i, F16 t) __attribute__((always_inline)) { most[i] = larger_magnitude(t, most[i]); });
-        float scales[ALL_SCALES];
-        for (int i = 0; i < ALL_SCALES; i += LANES) {
+            each_matrix(from, c, pixel,
+                     [&](int i, f32x16 t) __attribute__((always_inline)) { maxima[i] = larger_magnitude(t, maxima[i]); });
+        float scales[PADDED_SCALES];
+        for (int i = 0; i < PADDED_SCALES; i += LANES) {
             // Not zero, and NaN if it is not finite: then so are the results.
-            F16 largest = max(broadcast(LEAST_MAGNITUDE), largest_of_each(most + i));
+            f32x16 largest = max(broadcast(MIN_MAGNITUDE), largest_of_each(maxima + i));
             largest = add(largest, subtract(largest, largest));
             store(scales + i, VPD_ISA::multiply(largest, broadcast(1.0f / 127.0f)));
             store(inverses + i, divide(broadcast(127.0f), largest));
         }
-        float* kept = rows_ + plan_.scales_offset + tile;
-        for (int i = 0; i < W::TAPS * W::TAPS; ++i) kept[i * MOST_TILES] = scales[i];
+        float* row_scales = rows_ + plan_.scales_offset + tile;
+        for (int i = 0; i < W::POINTS * W::POINTS; ++i) row_scales[i * MAX_TILES] = scales[i];
     }
 
-    static constexpr int ALL_SCALES = (W::TAPS * W::TAPS + LANES - 1) / LANES * LANES;
+    static constexpr int PADDED_SCALES = padded(W::POINTS * W::POINTS);
 
     const WinogradConv2dPlan& plan_;
     const WinogradBlock block_;
     const int64_t columns_, pixels_, line_;  // tiles and pixels of a row; floats of an activated row
     float* const rows_;
-    float *const activated_, *const vertical_;  // [row][pixel][channel], [column][tap][channel]
+    float *const activated_, *const vertical_;  // [row][pixel][channel], [column][point][channel]
     bool continued_;
 };
 

@@ -49,7 +49,7 @@ int groups_to_fill(int64_t tiles, int64_t heads) {
     return groups;
 }
 
-// Sets groups and finish for maps that are means over several heads.
+// Sets groups and head_sum for maps that are means over several heads.
 void choose_schedule(const CudaCrossAttentionMaps& p, CudaSchedule schedule, Plan& plan) {
     plan.groups = groups_to_fill(tiles_of(p, plan), p.heads);
     if (schedule == CudaSchedule::automatic) {
@@ -63,9 +63,9 @@ void choose_schedule(const CudaCrossAttentionMaps& p, CudaSchedule schedule, Pla
         plan.groups = 1;
     else if (plan.groups == 1)
         plan.groups = 2;
-    plan.finish = schedule == CudaSchedule::heads_loop ? Finish::write
-                  : schedule == CudaSchedule::cluster  ? Finish::cluster
-                                                       : Finish::partial;
+    plan.head_sum = schedule == CudaSchedule::heads_loop ? HeadSum::write
+                  : schedule == CudaSchedule::cluster  ? HeadSum::cluster
+                                                       : HeadSum::partial;
 }
 
 // False if the device has too little shared memory for the smallest tile.
@@ -101,9 +101,9 @@ const char* make_plan(const CudaCrossAttentionMaps& p, CudaFloat dtype, CudaSche
     plan.scale_log2 = float(p.scale * LOG2_E);
     plan.factor = p.average_heads ? p.weight / float(p.heads) : p.weight;
     if (!p.maps) {
-        plan.groups = groups_to_fill(tiles_of(p, plan), p.heads), plan.finish = Finish::nothing;
+        plan.groups = groups_to_fill(tiles_of(p, plan), p.heads), plan.head_sum = HeadSum::nothing;
     } else if (!average) {
-        plan.groups = int(p.heads), plan.finish = Finish::write;
+        plan.groups = int(p.heads), plan.head_sum = HeadSum::write;
     } else {
         choose_schedule(p, schedule, plan);
     }
@@ -113,21 +113,6 @@ const char* make_plan(const CudaCrossAttentionMaps& p, CudaFloat dtype, CudaSche
 }
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-
-template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, const Plan& plan, int shared_bytes, int cluster,
-                   cudaStream_t stream, const CudaCrossAttentionMaps& p) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(plan.warps * WARP);
-    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = cluster > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, p, plan);
-}
 
 }  // namespace
 
@@ -147,7 +132,7 @@ const char* cross_attention_maps_cuda_refuses(const CudaCrossAttentionMaps& p, C
 int64_t cross_attention_maps_cuda_scratch(const CudaCrossAttentionMaps& p, CudaFloat dtype, CudaSchedule schedule) {
     Kernel kernel{};
     Plan plan{};
-    if (make_plan(p, dtype, schedule, kernel, plan) || plan.finish != Finish::partial) return 0;
+    if (make_plan(p, dtype, schedule, kernel, plan) || plan.head_sum != HeadSum::partial) return 0;
     return tiles_of(p, plan) * plan.groups * plan.warps * ROWS_PER_WARP * p.tokens * int64_t(sizeof(float));
 }
 
@@ -158,14 +143,15 @@ cudaError_t cross_attention_maps_cuda(const CudaCrossAttentionMaps& p, CudaFloat
     Plan plan{};
     make_plan(p, dtype, schedule, kernel, plan);
     if (p.batch == 0 || p.queries == 0) return cudaSuccess;
-    if (plan.finish == Finish::partial && !p.scratch) return cudaErrorInvalidValue;
+    if (plan.head_sum == HeadSum::partial && !p.scratch) return cudaErrorInvalidValue;
     const int shared_bytes = SharedLayout(kernel.tokens, kernel.dim, plan.warps, plan.one_buffer).total;
-    const cudaError_t status = launch(kernel.run, tiles_of(p, plan) * plan.groups, plan, shared_bytes,
-                                      plan.finish == Finish::cluster ? plan.groups : 1, stream, p);
-    if (status != cudaSuccess || plan.finish != Finish::partial) return status;
+    const int cluster = plan.head_sum == HeadSum::cluster ? plan.groups : 1;
+    const cudaError_t status = launch_kernel(kernel.run, tiles_of(p, plan) * plan.groups, plan.warps * WARP,
+                                             shared_bytes, cluster, stream, p, plan);
+    if (status != cudaSuccess || plan.head_sum != HeadSum::partial) return status;
     const int64_t parts = plan.warps * ROWS_PER_WARP / ROWS_PER_ADD;
-    return launch(add_partial_kernel, tiles_of(p, plan) * parts, plan, int(ROWS_PER_ADD * p.tokens * sizeof(float)), 1,
-                  stream, p);
+    return launch_kernel(add_partial_kernel, tiles_of(p, plan) * parts, plan.warps * WARP,
+                         int(ROWS_PER_ADD * p.tokens * sizeof(float)), 1, stream, p, plan);
 }
 
 }  // namespace vpd

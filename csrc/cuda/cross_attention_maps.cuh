@@ -12,20 +12,20 @@ namespace vpd::attention_maps {
 
 using namespace device;
 
-constexpr int WARP = 32, MAX_WARPS = 4, ROWS_PER_WARP = 16;
+constexpr int WARP = 32, MAX_WARPS = 4, MAX_THREADS = MAX_WARPS * WARP, ROWS_PER_WARP = 16;
 
 // Sizes that kernels are compiled for; a problem runs in the smallest that holds it.
 constexpr int TOKEN_SIZES[] = {48, 80, 160, 256};
 constexpr int DIM_SIZES[] = {48, 64, 80, 128, 160};
 
-// What a block does with the sum over its heads.
-enum class Finish { nothing, write, cluster, partial };
+// How a block stores the sum over its heads.
+enum class HeadSum { nothing, write, cluster, partial };
 
 struct Plan {
     int groups;  // blocks that share the heads of a tile
     int warps;
     bool one_buffer;  // v replaces k in shared memory, where there is no room for both
-    Finish finish;
+    HeadSum head_sum;
     int64_t tiles_per_image;
     int columns;       // of the maps
     float scale_log2;  // scale * log2(e)
@@ -142,7 +142,7 @@ __device__ inline void probabilities_times_values(const uint32_t (&p)[TOKENS / 1
                                                   const float (&inverse)[2], uint16_t* out, int lane) {
     constexpr int PITCH = pitch_of(DIM);
     // Columns are computed in passes over the tokens, of as many pairs of 8 columns as registers allow.
-    constexpr int ALL = DIM / 16, MOST = TOKENS <= 160 ? 5 : 4, PASSES = (ALL + MOST - 1) / MOST;
+    constexpr int ALL = DIM / 16, MAX_PAIRS = TOKENS <= 160 ? 5 : 4, PASSES = (ALL + MAX_PAIRS - 1) / MAX_PAIRS;
     constexpr int PAIRS = (ALL + PASSES - 1) / PASSES;
     v += lane % 16 * PITCH + lane / 16 * 8;
     out += lane / 4 * PITCH + lane % 4 * 2;
@@ -191,7 +191,8 @@ __device__ inline float column_sum(const CudaCrossAttentionMaps& p, const float*
 // The block writes the maps of queries row0 .. row0 + rows; sums: sums over heads of these rows, in shared memory.
 __device__ inline void write_maps(const CudaCrossAttentionMaps& p, const Plan& plan, const float* sums, int pitch,
                                   int64_t image, int64_t head, int64_t row0, int rows) {
-    constexpr int BATCH = 8;  // loads in flight; the compiler cannot move them before stores that may be to the same place
+    // Loads in flight; the compiler cannot move them before stores that may be to the same place.
+    constexpr int BATCH = 8;
     const int count = rows * plan.columns, threads = blockDim.x;
     if (count <= 0) return;
     // Neighbouring threads take neighbours in memory: columns, or rows where the maps are channels of an NCHW tensor.
@@ -223,7 +224,7 @@ __device__ inline void write_maps(const CudaCrossAttentionMaps& p, const Plan& p
 constexpr int resident_blocks(int tokens) { return tokens <= 80 ? 3 : 2; }
 
 template <typename T, int TOKENS, int DIM>
-__global__ void __launch_bounds__(MAX_WARPS * WARP, resident_blocks(TOKENS))
+__global__ void __launch_bounds__(MAX_THREADS, resident_blocks(TOKENS))
     forward_kernel(const CudaCrossAttentionMaps p, const Plan plan) {
     constexpr int TILES = TOKENS / 8, PITCH = pitch_of(DIM);
     constexpr bool IN_REGISTERS = sums_in_registers(TOKENS);
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(MAX_WARPS * WARP, resident_blocks(TOKENS))
         else
             copy_q_and_k(head + 1);
         exponentials<TOKENS>(s, plan.scale_log2, tokens, lane, inverse);
-        if (plan.finish != Finish::nothing) {
+        if (plan.head_sum != HeadSum::nothing) {
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 if constexpr (IN_REGISTERS) {
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(MAX_WARPS * WARP, resident_blocks(TOKENS))
                              *reinterpret_cast<const uint4*>(out_rows + row * PITCH + column));
         }
     }
-    if (plan.finish == Finish::nothing) return;
+    if (plan.head_sum == HeadSum::nothing) return;
 
     float* const staged = reinterpret_cast<float*>(shared);
     constexpr int STAGED_PITCH = sums_pitch(TOKENS);
@@ -342,7 +343,7 @@ __global__ void __launch_bounds__(MAX_WARPS * WARP, resident_blocks(TOKENS))
             staged[(warp * ROWS_PER_WARP + lane / 4 + i / 2 * 8) * STAGED_PITCH + t * 8 + lane % 4 * 2 + i % 2] =
                 sums[IN_REGISTERS ? t : 0][i];
     }
-    if (plan.finish == Finish::cluster) {
+    if (plan.head_sum == HeadSum::cluster) {
         cluster_arrive();
         cluster_wait();
         // Each block adds up and writes a part of the rows; nobody else reads these of its own.
@@ -362,7 +363,7 @@ __global__ void __launch_bounds__(MAX_WARPS * WARP, resident_blocks(TOKENS))
         return;
     }
     __syncthreads();
-    if (plan.finish == Finish::write) {
+    if (plan.head_sum == HeadSum::write) {
         write_maps(p, plan, staged, STAGED_PITCH, image, group, row0, valid_rows);
         return;
     }
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(MAX_WARPS * WARP, resident_blocks(TOKENS))
 constexpr int ROWS_PER_ADD = 8;
 
 // Adds up the partial sums that the groups of a tile wrote, and writes the maps of ROWS_PER_ADD of its rows.
-__global__ void __launch_bounds__(MAX_WARPS * WARP) add_partial_kernel(const CudaCrossAttentionMaps p, const Plan plan) {
+__global__ void __launch_bounds__(MAX_THREADS) add_partial_kernel(const CudaCrossAttentionMaps p, const Plan plan) {
     const int rows = plan.warps * ROWS_PER_WARP, parts = rows / ROWS_PER_ADD, tokens = int(p.tokens);
     const int64_t tile = blockIdx.x / parts, image = tile / plan.tiles_per_image;
     const int first = blockIdx.x % parts * ROWS_PER_ADD;

@@ -85,15 +85,15 @@ __device__ inline void load_box(void* shared, const TensorMap& map, uint64_t* ba
 }
 
 // --- matrix instructions of a warpgroup ------------------------------------------------------------------------------
-// They run asynchronously: begin, some multiply_add_wide, commit ends a group; products_wait until at most PENDING groups
-// are left, with which the sums and the factors in shared memory may be touched again.
+// They run asynchronously: begin, some multiply_add_wide, commit ends a group; wgmma_wait until at most PENDING groups
+// are left, with which the sums and the operands in shared memory may be touched again.
 
-__device__ inline void products_begin() {
+__device__ inline void wgmma_begin() {
 #if VPD_HOPPER
     asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 #endif
 }
-__device__ inline void products_commit() {
+__device__ inline void wgmma_commit() {
 #if VPD_HOPPER
     asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 #endif
@@ -110,13 +110,14 @@ __device__ inline void hold(int32_t (&sums)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
 template <int PENDING, typename Sum, int COUNT>
-__device__ inline void products_wait(Sum (&sums)[COUNT]) {
+__device__ inline void wgmma_wait(Sum (&sums)[COUNT]) {
 #if VPD_HOPPER
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
     hold(sums);
 #endif
 }
 
+// clang-format off
 #define VPD_SUMS_8(c, d, i) \
     c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define VPD_SUMS_32(c, d, i) \
@@ -128,15 +129,16 @@ __device__ inline void products_wait(Sum (&sums)[COUNT]) {
     VPD_NAMES_32                                                                                                    \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// `end`: what follows the predicate that says whether the sums so far count.
-#define VPD_WGMMA(shape, types, names, left, right, accumulate, end, ...)                                  \
+// `suffix`: what follows the predicate that says whether the sums so far count.
+#define VPD_WGMMA(shape, types, names, left, right, accumulate, suffix, ...)                               \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulate ", 0;\n"                                  \
-                 "wgmma.mma_async.sync.aligned." shape types " {" names "}, %" left ", %" right ", p" end  \
+                 "wgmma.mma_async.sync.aligned." shape types " {" names "}, %" left ", %" right ", p" suffix \
                  ";\n}\n"                                                                                  \
                  : __VA_ARGS__                                                                             \
                  : "l"(a), "l"(b), "r"(int(before)))
 #define VPD_FLOAT(x) "+f"(x)
 #define VPD_INTEGER(x) "+r"(x)
+// clang-format on
 
 // sums (64 x 2 COUNT) += left (64 x 32 bytes) right^T (2 COUNT x 32 bytes), both in shared memory as the descriptors a
 // and b say; thread `lane` of warp w has rows 16 w + lane / 4 and 8 more, in the layout of mma.sync's fragments side by

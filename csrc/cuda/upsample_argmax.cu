@@ -11,14 +11,14 @@
 namespace vpd {
 namespace {
 
-constexpr int BLOCK_X = 32, BLOCK_Y = 8;
+constexpr int BLOCK_X = 32, BLOCK_Y = 8, THREADS = BLOCK_X * BLOCK_Y;
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float to_float(__half x) { return __half2float(x); }
 
 template <typename T, int TAPS>
-__global__ void __launch_bounds__(BLOCK_X * BLOCK_Y) upsample_argmax_kernel(const CudaUpsampleArgmax p) {
+__global__ void __launch_bounds__(THREADS) upsample_argmax_kernel(const CudaUpsampleArgmax p) {
     // Columns' taps are shared by the block; in registers, together with the rows', eight of them would spill.
     __shared__ int64_t column_offset[TAPS][BLOCK_X];
     __shared__ float column_weight[TAPS][BLOCK_X];

@@ -10,7 +10,7 @@
 namespace vpd {
 
 // Sparse rows of equal length: output i reads sources[i * taps + t] with weights[i * taps + t], none of them zero.
-struct CudaTaps {
+struct CudaResamplingWeights {
     const int32_t* sources;
     const float* weights;
 };
@@ -21,7 +21,7 @@ struct CudaUpsampleArgmax {
     int64_t stride_batch, stride_grid_y, stride_grid_x, stride_channel, stride_row, stride_column;  // in elements
     int64_t* labels;  // (batch, out_h, out_w), contiguous
     int64_t out_h, out_w;
-    CudaTaps rows, columns;
+    CudaResamplingWeights rows, columns;
     int taps;  // 2, 4 or 8, for rows and columns
 };
 

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_emulation"
-OPERATORS = ("cross_attention_maps", "product", "product_mma", "product_wgmma")
+OPERATORS = ("cross_attention_maps", "gemm", "gemm_mma", "gemm_wgmma")
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("cuda_emulation")
     python = [f"-I{sysconfig.get_path('include')}", f"-I{Path(torch.__file__).parent / 'include'}"]
     sources = {ROOT / f"csrc/cuda/{name}.cu": ["-O2", "-x", "c++"] for name in OPERATORS}
-    bindings = (ROOT / f"csrc/cuda/{name}.cpp" for name in OPERATORS)
+    bindings = (ROOT / f"csrc/bindings/cuda/{name}.cpp" for name in OPERATORS)
     sources |= {path: ["-O0", *python] for path in bindings if path.exists()}
     sources |= {path: ["-O2", *python] for path in EMULATION.glob("*.cpp")}
     common = ["g++", "-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]

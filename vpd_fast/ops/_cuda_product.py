@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FACTORS = (torch.int8, FLOAT8, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, of channels, addresses and strides of what kernels copy
-INSTRUCTIONS = "auto"  # or "mma", "wgmma", see csrc/cuda/product.h
+INSTRUCTIONS = "auto"  # or "mma", "wgmma", see csrc/cuda/gemm.h
 
 
 def refuses(call: Any, prologue: tuple[Any, ...], padding: Sequence[int] = (0, 0, 0, 0)) -> str | None:
@@ -82,7 +82,7 @@ def product(
     sources, weight = [aligned(t) for t in (a, a2) if t is not None], aligned(weight[None, None])[0, 0]
     rows = a.shape[0] * geometry.out_height * geometry.out_width
     vectors = row_scales, row_zeros, column_scales, sums
-    call = _native.load("_C_cuda").Product(
+    call = _native.load("_C_cuda").Gemm(
         sources=[(x.data_ptr(), _strides(x), x.shape[3]) for x in sources],
         dtype=_name(weight.dtype),
         shape=(*a.shape[:3], geometry.out_height, geometry.out_width),

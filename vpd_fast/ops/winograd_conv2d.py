@@ -219,7 +219,7 @@ def _cpu(call: WinogradArguments) -> None:
         x=_gemm.strided(x),
         x2=_gemm.strided(x2),
         shape=tuple(x.shape[:3]),
-        taps=call.weight.taps,
+        matrices=call.weight.taps,
         weight=weight,
         vectors=vectors,
         silu=call.silu,

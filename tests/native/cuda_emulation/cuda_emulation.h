@@ -148,10 +148,10 @@ inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int 
 inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1, int x2, int x3) {
     cuda_emulation::load_box(shared, map, barrier, {x0, x1, x2, x3, 0});
 }
-void products_begin();
-void products_commit();
+void wgmma_begin();
+void wgmma_commit();
 template <int PENDING, typename Sum, int COUNT>
-void products_wait(Sum (&)[COUNT]) {
+void wgmma_wait(Sum (&)[COUNT]) {
     cuda_emulation::wait_for_products(PENDING);
 }
 template <typename T>

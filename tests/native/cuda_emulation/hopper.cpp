@@ -253,8 +253,8 @@ void sync_threads(int barrier, int threads) {
     if (arrive(b, unsigned(threads))) release(b);
 }
 
-void products_begin() { current->fenced = true; }
-void products_commit() { ++current->group; }
+void wgmma_begin() { current->fenced = true; }
+void wgmma_commit() { ++current->group; }
 
 }  // namespace vpd::device
 

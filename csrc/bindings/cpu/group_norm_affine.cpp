@@ -8,18 +8,19 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
-#include "support.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
 
 namespace py = pybind11;
 
-using Source = std::tuple<uintptr_t, std::string, int64_t, std::array<int64_t, 2>>;  // address, dtype, channels, strides
+// Address, dtype, channels, strides.
+using Source = std::tuple<uintptr_t, std::string, int64_t, std::array<int64_t, 2>>;
 
-constexpr int64_t LEAST_ROWS = 128;  // of a chunk: few enough statistics compared to what they summarise
-constexpr int64_t MOST_CHUNKS = 64;  // of an image: enough for as many threads
+constexpr int64_t MIN_CHUNK_ROWS = 128;  // keeps the statistics small beside the rows that they summarise
+constexpr int64_t MAX_CHUNKS = 64;       // per image: enough for as many threads
 
 void group_norm_affine(const std::vector<Source>& sources, const std::array<int64_t, 2>& shape, int64_t groups,
                        double eps, const std::array<uintptr_t, 3>& addresses, int threads,
@@ -33,9 +34,8 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
     int64_t channels = 0;
     for (int64_t s = 0; s < plan.n_sources; ++s) {
         const auto& [address, dtype, count, strides] = sources[s];
-        require(dtype == "float32" || dtype == "bfloat16", "dtype must be float32 or bfloat16");
         require(count > 0, "every source must have channels");
-        plan.sources[s] = {reinterpret_cast<const void*>(address), dtype == "bfloat16", count, strides[0], strides[1],
+        plan.sources[s] = {reinterpret_cast<const void*>(address), is_bf16(dtype), count, strides[0], strides[1],
                            plan.width};
         plan.width += padded(count), channels += count;
     }
@@ -43,8 +43,8 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
     plan.groups = groups, plan.eps = eps;
     plan.weight = reinterpret_cast<const float*>(addresses[0]), plan.bias = reinterpret_cast<const float*>(addresses[1]);
     plan.out = reinterpret_cast<float*>(addresses[2]);
-    plan.chunk = std::max(LEAST_ROWS, (plan.rows + MOST_CHUNKS - 1) / MOST_CHUNKS);
-    plan.chunks = (plan.rows + plan.chunk - 1) / plan.chunk;
+    plan.chunk = std::max(MIN_CHUNK_ROWS, ceil_divide(plan.rows, MAX_CHUNKS));
+    plan.chunks = ceil_divide(plan.rows, plan.chunk);
 
     const int64_t items = plan.batch * plan.chunks, per_thread = padded(group_norm_affine_scratch(plan));
     const auto statistics = allocate(2 * items * 2 * plan.width);  // doubles
@@ -53,10 +53,10 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
 
     py::gil_scoped_release unlocked;
     in_parts(items, threads, [&](int64_t first, int64_t last, int64_t part) {
-        VPD_DISPATCH(isa, group_norm_affine_gather, plan, doubles, first, last, scratch.get() + part * per_thread);
+        VPD_DISPATCH(isa, group_norm_affine_statistics, plan, doubles, first, last, scratch.get() + part * per_thread);
     });
     in_parts(plan.batch, threads, [&](int64_t first, int64_t last, int64_t) {
-        VPD_DISPATCH(isa, group_norm_affine_finish, plan, doubles, first, last);
+        VPD_DISPATCH(isa, group_norm_affine_scale_shift, plan, doubles, first, last);
     });
 }
 

@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
-#include "support.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
@@ -21,13 +21,13 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
 // One sparse matrix in compressed rows: row i has columns[offsets[i] .. offsets[i + 1]), ascending, with their weights.
-struct Taps {
+struct ResamplingWeights {
     int64_t rows;
     const int64_t* offsets;
     const int32_t* columns;
     const float* weights;
 
-    Taps(const Array<int64_t>& offsets_, const Array<int32_t>& columns_, const Array<float>& weights_, int64_t sources)
+    ResamplingWeights(const Array<int64_t>& offsets_, const Array<int32_t>& columns_, const Array<float>& weights_, int64_t sources)
         : rows(offsets_.size() - 1), offsets(offsets_.data()), columns(columns_.data()), weights(weights_.data()) {
         require(rows >= 0 && columns_.size() == weights_.size(), "taps: arrays do not fit together");
         require(offsets[0] == 0 && offsets[rows] == columns_.size(), "taps: offsets do not cover the taps");
@@ -53,7 +53,7 @@ struct Taps {
     }
 };
 
-std::vector<RowGroup> make_groups(const Taps& taps) {
+std::vector<RowGroup> make_groups(const ResamplingWeights& taps) {
     std::vector<RowGroup> groups;
     for (int64_t y = 0; y < taps.rows; ++y) {
         if (!groups.empty() && taps.same_columns(groups.back().first, y))
@@ -70,7 +70,7 @@ struct Tiles {
     std::vector<std::vector<float>> weights;
 };
 
-Tiles make_tiles(const Taps& taps) {
+Tiles make_tiles(const ResamplingWeights& taps) {
     Tiles result;
     for (int64_t first = 0, end; first < taps.rows; first = end) {
         std::vector<int32_t> sources(taps.columns + taps.offsets[first], taps.columns + taps.offsets[first + 1]);
@@ -109,8 +109,8 @@ void upsample_argmax(uintptr_t logits, const std::array<int64_t, 6>& shape, cons
     require(plan.batch >= 0 && std::all_of(shape.begin() + 1, shape.end(), [](int64_t size) { return size > 0; }),
             "all sizes but the batch must be positive");
     require(plan.channels < INT32_MAX - LANES, "too many channels");
-    const Taps rows(row_offsets, row_sources, row_weights, plan.grid_y * plan.h);
-    const Taps columns(column_offsets, column_sources, column_weights, plan.grid_x * plan.w);
+    const ResamplingWeights rows(row_offsets, row_sources, row_weights, plan.grid_y * plan.h);
+    const ResamplingWeights columns(column_offsets, column_sources, column_weights, plan.grid_x * plan.w);
     plan.out_h = rows.rows, plan.out_w = columns.rows;
 
     const std::vector<RowGroup> groups = make_groups(rows);

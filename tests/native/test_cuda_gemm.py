@@ -13,7 +13,7 @@ import torch
 
 from vpd_fast import _native
 
-from .product_cases import A100, FLOAT8, H200, L40, Case, Device, before_activation, check, make, name_of, run
+from .cuda_gemm_cases import A100, FLOAT8, H200, L40, Case, Device, before_activation, check, make, name_of, run
 
 MMA = [("mma", A100)]
 WGMMA = [("wgmma", H200)]
@@ -232,7 +232,7 @@ def test_sizes_whose_offsets_would_overflow(cuda: ModuleType, sizes: dict) -> No
     image = (0, "bfloat16", (16, 16, 16))
     sources, addresses = [(0, (16, 16, 16), 16)], (0, 0, 0, 0)
     arguments = "bfloat16", shape, (1, 1, 1, 0, 0), 0, case["n"], addresses, False, 0, "", None, image, "auto"
-    product = cuda.Product(sources, *arguments)
+    product = cuda.Gemm(sources, *arguments)
     with pytest.raises(ValueError, match=r"too large|too many"):
         product.scratch(0)
 

@@ -1,5 +1,5 @@
-// Binding of product.
-#include "cuda/product.h"
+// Binding of the GEMM.
+#include "cuda/gemm.h"
 
 #include <pybind11/stl.h>
 
@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/bindings.h"
+#include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
 namespace {
@@ -19,11 +19,11 @@ using Strides = std::array<int64_t, 3>;
 using Source = std::tuple<uintptr_t, Strides, int64_t>;
 using Image = std::tuple<uintptr_t, std::string, Strides>;
 
-CudaFactor parse_factor(const std::string& name) {
-    if (name == "int8") return CudaFactor::int8;
-    if (name == "float8_e4m3fn") return CudaFactor::float8_e4m3fn;
-    if (name == "bfloat16") return CudaFactor::bfloat16;
-    if (name == "float16") return CudaFactor::float16;
+CudaOperand parse_operand(const std::string& name) {
+    if (name == "int8") return CudaOperand::int8;
+    if (name == "float8_e4m3fn") return CudaOperand::float8_e4m3fn;
+    if (name == "bfloat16") return CudaOperand::bfloat16;
+    if (name == "float16") return CudaOperand::float16;
     throw std::invalid_argument("dtype '" + name + "' is not int8, float8_e4m3fn, bfloat16 or float16");
 }
 
@@ -49,16 +49,16 @@ CudaPositions positions(uintptr_t address, const Strides& s) {
 const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
 struct Call {
-    CudaProduct problem{};
-    CudaFactor factor;
+    CudaGemm problem{};
+    CudaOperand operand;
     CudaInstructions instructions;
 
     Call(const std::vector<Source>& sources, const std::string& dtype, const std::array<int64_t, 5>& shape,
          const std::array<int64_t, 5>& geometry, uintptr_t weight, int64_t n, const std::array<uintptr_t, 4>& scales,
          bool scale_per_image, uintptr_t bias, const std::string& activation, const std::optional<Image>& residual,
          const Image& out, const std::string& instructions_)
-        : factor(parse_factor(dtype)), instructions(parse_instructions(instructions_)) {
-        CudaProduct& p = problem;
+        : operand(parse_operand(dtype)), instructions(parse_instructions(instructions_)) {
+        CudaGemm& p = problem;
         if (sources.empty() || sources.size() > 2) throw std::invalid_argument("there must be one or two sources");
         for (size_t i = 0; i < sources.size(); ++i) {
             p.source[i] = positions(std::get<0>(sources[i]), std::get<1>(sources[i]));
@@ -68,7 +68,7 @@ struct Call {
         std::tie(p.kernel_height, p.kernel_width, p.stride, p.top, p.left) = std::tuple_cat(geometry);
         p.weight = reinterpret_cast<const void*>(weight), p.n = n;
         p.row_scales = floats(scales[0]), p.row_zeros = floats(scales[1]);
-        p.column_scales = floats(scales[2]), p.sums = floats(scales[3]);
+        p.column_scales = floats(scales[2]), p.weight_sums = floats(scales[3]);
         p.scale_per_image = scale_per_image, p.bias = floats(bias), p.activation = parse_activation(activation);
         p.out = positions(std::get<0>(out), std::get<2>(out)), p.out_dtype = parse_dtype(std::get<1>(out));
         if (residual) {
@@ -78,18 +78,18 @@ struct Call {
     }
 
     void require_possible() const {
-        if (const char* reason = product_cuda_refuses(problem, factor, instructions)) throw std::invalid_argument(reason);
+        if (const char* reason = gemm_cuda_refuses(problem, operand, instructions)) throw std::invalid_argument(reason);
     }
 };
 
 }  // namespace
 
-void bind_product(py::module_& m) {
-    py::class_<Call>(m, "Product",
-                     "A product; product.h says what it computes. sources: one or two of (address, strides, channels), strides\n"
+void bind_gemm(py::module_& m) {
+    py::class_<Call>(m, "Gemm",
+                     "A GEMM; csrc/cuda/gemm.h says what it computes. sources: one or two of (address, strides, channels), strides\n"
                      "being those of (image, row, column) in elements. dtype: int8, float8_e4m3fn, bfloat16 or float16, of\n"
                      "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
-                     "address. scales: addresses of row scales, row zeros, column scales and sums, or 0. bias: address or 0.\n"
+                     "address. scales: addresses of row scales, row zeros, column scales and weight sums, or 0. bias: address or 0.\n"
                      "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma or wgmma. All\n"
                      "memory must live until a run has ended.")
         .def(py::init<const std::vector<Source>&, const std::string&, const std::array<int64_t, 5>&,
@@ -103,7 +103,7 @@ void bind_product(py::module_& m) {
             [](const Call& call, int device) {
                 const DeviceGuard guard(device);
                 call.require_possible();
-                return product_cuda_scratch(call.problem, call.factor, call.instructions);
+                return gemm_cuda_scratch(call.problem, call.operand, call.instructions);
             },
             py::arg("device"), "Bytes of scratch memory that it needs there. Raises ValueError if it cannot run there.")
         .def(
@@ -111,11 +111,11 @@ void bind_product(py::module_& m) {
             [](const Call& call, uintptr_t scratch, int device, uintptr_t stream) {
                 const DeviceGuard guard(device);
                 call.require_possible();
-                CudaProduct p = call.problem;
+                CudaGemm p = call.problem;
                 p.scratch = reinterpret_cast<void*>(scratch);
-                if (!scratch && product_cuda_scratch(p, call.factor, call.instructions))
+                if (!scratch && gemm_cuda_scratch(p, call.operand, call.instructions))
                     throw std::invalid_argument("scratch is missing");
-                require_success(product_cuda(p, call.factor, call.instructions, reinterpret_cast<cudaStream_t>(stream)),
+                require_success(gemm_cuda(p, call.operand, call.instructions, reinterpret_cast<cudaStream_t>(stream)),
                                 "product");
             },
             py::arg("scratch"), py::arg("device"), py::arg("stream"), "Enqueues it.");

@@ -1,4 +1,4 @@
-// The product with wgmma on sm_90a. One warp starts copies by TMA, two warpgroups multiply 64 rows each.
+// GEMM with wgmma on sm_90a. One warp starts copies by TMA, two warpgroups multiply 64 rows each.
 //
 // A step of a tile's rows is one box of the image, at the tap's offset: TMA walks (channel, column, row, image) with the
 // stride of the convolution, and fills with zeros what lies beyond the image or its channels. So neither patches nor
@@ -11,9 +11,9 @@
 #pragma once
 
 #include "cuda/hopper.cuh"
-#include "cuda/product_epilogue.cuh"
+#include "cuda/gemm_epilogue.cuh"
 
-namespace vpd::product {
+namespace vpd::gemm {
 
 struct TensorMaps {
     TensorMap source[2], weight;
@@ -38,10 +38,10 @@ __device__ inline uint64_t descriptor(const void* shared) {
 }
 
 template <typename T, int COLUMNS>
-__device__ inline void copy_steps(const TensorMaps& maps, const CudaProduct& p, const Plan& plan, const Tile& tile,
+__device__ inline void copy_steps(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, const Tile& tile,
                                   unsigned char* stages, uint64_t* filled, uint64_t* emptied) {
     using Size = WgmmaTile<T, COLUMNS>;
-    Step<Factor<T>::BYTES> step(p, plan, tile.begin);
+    Step<Operand<T>::BYTES> step(p, plan, tile.begin);
     const int y = tile.y * int(p.stride) - int(p.top), x = tile.x * int(p.stride) - int(p.left);
     int stage = 0, round = 0;
     for (int i = tile.begin; i < tile.end; ++i) {
@@ -57,15 +57,15 @@ __device__ inline void copy_steps(const TensorMaps& maps, const CudaProduct& p, 
 
 // Sums of 64 rows by the warpgroup `group`.
 template <typename T, int COLUMNS>
-__device__ inline void multiply_steps(typename Factor<T>::Sum (&sums)[COLUMNS / 2], const CudaProduct& p, const Plan& plan,
+__device__ inline void multiply_steps(typename Operand<T>::Sum (&sums)[COLUMNS / 2], const CudaGemm& p, const Plan& plan,
                                       const Tile& tile, const unsigned char* stages, uint64_t* filled, uint64_t* emptied,
                                       int group, int lane) {
     using Size = WgmmaTile<T, COLUMNS>;
-    using Sum = typename Factor<T>::Sum;
+    using Sum = typename Operand<T>::Sum;
     // Tensor cores add up products of float8 with about 14 bits, so their sums of 128 columns move to float32.
     constexpr bool TWICE = std::is_same_v<T, Float8>;
     Sum few[TWICE ? COLUMNS / 2 : 1];
-    Step<Factor<T>::BYTES> step(p, plan, tile.begin);
+    Step<Operand<T>::BYTES> step(p, plan, tile.begin);
     int stage = 0, round = 0;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 2; ++j) sums[j] = 0;
@@ -75,7 +75,7 @@ __device__ inline void multiply_steps(typename Factor<T>::Sum (&sums)[COLUMNS / 
         const int parts = step.parts(p);
         step.advance(p, plan);
         barrier_wait(filled + stage, round & 1);
-        products_begin();
+        wgmma_begin();
         const auto multiply = [&](int part) {
             const int further = part * (PART_BYTES >> 4);
             if constexpr (TWICE)
@@ -86,34 +86,34 @@ __device__ inline void multiply_steps(typename Factor<T>::Sum (&sums)[COLUMNS / 
         if (parts == STEP_BYTES / PART_BYTES) {
 #pragma unroll
             for (int part = 0; part < STEP_BYTES / PART_BYTES; ++part) multiply(part);
-            products_commit();  // in each branch, else the compiler makes it an instruction of its own
+            wgmma_commit();  // in each branch, else the compiler makes it an instruction of its own
         } else {  // beyond the channels there are zeros, of which whole parts are left out
 #pragma unroll 1
             for (int part = 0; part < parts; ++part) multiply(part);
-            products_commit();
+            wgmma_commit();
         }
         int done = stage;
         if constexpr (TWICE) {
-            products_wait<0>(few);
+            wgmma_wait<0>(few);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 2; ++j) sums[j] += few[j];
         } else {
-            products_wait<1>(sums);
+            wgmma_wait<1>(sums);
             done = i == tile.begin ? -1 : (stage ? stage : Size::STAGES) - 1;
         }
         if (lane == 0 && done >= 0) barrier_arrive(emptied + done);
         if (++stage == Size::STAGES) stage = 0, ++round;
     }
-    if constexpr (!TWICE) products_wait<0>(sums);
+    if constexpr (!TWICE) wgmma_wait<0>(sums);
 }
 
 template <typename T, int COLUMNS>
 __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, COLUMNS>::BLOCKS)
-    wgmma_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ CudaProduct p,
+    wgmma_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ CudaGemm p,
                  const __grid_constant__ Plan plan) {
 #if VPD_HOPPER
     using Size = WgmmaTile<T, COLUMNS>;
-    using Sum = typename Factor<T>::Sum;
+    using Sum = typename Operand<T>::Sum;
     const int group = threadIdx.x / 128, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     unsigned char* const memory = dynamic_shared();
     unsigned char* const stages = memory + (-shared_address(memory) & (Size::ALIGNMENT - 1));
@@ -134,16 +134,16 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
     }
     Sum sums[COLUMNS / 2];
     multiply_steps<T, COLUMNS>(sums, p, plan, tile, stages, filled, emptied, group, lane);
-    // Both warpgroups are done with the factors, whose place the sums take. The copies have all come.
+    // Both warpgroups are done with the operands, whose place the sums take. The copies have all come.
     sync_threads(1, Size::MULTIPLYING);
     Sum* const staged = reinterpret_cast<Sum*>(stages);
-    Sum* const own = staged + (warp * ROWS_PER_WARP + lane / 4) * pitch_of(COLUMNS) + lane % 4 * 2;
+    Sum* const fragment = staged + (warp * ROWS_PER_WARP + lane / 4) * pitch_of(COLUMNS) + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) own[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
+    for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
     sync_warp();
-    finish_tile<T, COLUMNS>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS)),
+    tile_epilogue<T, COLUMNS>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS)),
                             warp, lane);
 #endif
 }
 
-}  // namespace vpd::product
+}  // namespace vpd::gemm

@@ -1,9 +1,9 @@
 // Module vpd_fast._C_cuda: CUDA operators over raw pointers and a stream. Bindings of an operator are in
-// csrc/cuda/<operator>.cpp. The CUDA runtime is linked statically, so the module can be imported where there is no GPU and
+// csrc/bindings/cuda/<operator>.cpp. The CUDA runtime is linked statically, so the module can be imported where there is no GPU and
 // no driver; calls then fail with the runtime's message.
 #include <pybind11/pybind11.h>
 
-#include "cuda/bindings.h"
+#include "bindings/cuda/cuda_support.h"
 
 namespace py = pybind11;
 
@@ -12,6 +12,6 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.attr("build_info") = py::dict(py::arg("version") = VPD_FAST_VERSION, py::arg("compiler") = VPD_COMPILER,
                                     py::arg("archs") = VPD_CUDA_ARCHS);
     vpd::bind_cross_attention_maps(m);
-    vpd::bind_product(m);
+    vpd::bind_gemm(m);
     vpd::bind_upsample_argmax(m);
 }

@@ -1,17 +1,18 @@
-// Kernels of products with wgmma, and the tensor maps that they read through.
-#include "cuda/product_wgmma.cuh"
+// Launches the GEMM kernels with wgmma, and encodes the tensor maps that they read through.
+#include "cuda/gemm_wgmma.cuh"
 
 #include <cuda.h>
 
 #include <algorithm>
 
-#include "cuda/product_kernels.h"
+#include "cuda/device.h"
+#include "cuda/gemm_kernels.h"
 
-namespace vpd::product {
+namespace vpd::gemm {
 namespace {
 
-constexpr int64_t MOST_STRIDE_BYTES = int64_t(1) << 40;
-constexpr int MOST_IN_BOX = 256, MOST_STEP = 8;
+constexpr int64_t MAX_STRIDE_BYTES = int64_t(1) << 40;
+constexpr int MAX_BOX = 256, MAX_TRAVERSAL_STRIDE = 8;
 
 using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                         const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -26,8 +27,6 @@ Encode* find_encode() {
     return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode*>(function) : nullptr;
 }
 
-int bytes_of(CudaFactor factor) { return factor == CudaFactor::int8 || factor == CudaFactor::float8_e4m3fn ? 1 : 2; }
-
 // Boxes of 128 bytes along the first dimension, swizzled. strides: in bytes, of all dimensions but the first.
 bool encode(TensorMap& map, int bytes, int rank, const void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
             const cuuint32_t* box, const cuuint32_t* steps) {
@@ -40,7 +39,7 @@ bool encode(TensorMap& map, int bytes, int rank, const void* address, const cuui
 
 int images_of_box(const Plan& plan) { return plan.rows_of_tile >> (plan.log_x + plan.log_y); }
 
-bool encode_source(TensorMap& map, const CudaProduct& p, const Plan& plan, int bytes, int i) {
+bool encode_source(TensorMap& map, const CudaGemm& p, const Plan& plan, int bytes, int i) {
     const CudaPositions& x = p.source[i];
     const cuuint64_t sizes[] = {cuuint64_t(p.channels[i]), cuuint64_t(p.width), cuuint64_t(p.height), cuuint64_t(p.batch)};
     cuuint64_t strides[] = {cuuint64_t(x.column) * bytes, cuuint64_t(x.row) * bytes, cuuint64_t(x.image) * bytes};
@@ -53,7 +52,7 @@ bool encode_source(TensorMap& map, const CudaProduct& p, const Plan& plan, int b
     return encode(map, bytes, 4, x.data, sizes, strides, box, steps);
 }
 
-bool encode_weight(TensorMap& map, const CudaProduct& p, const Plan& plan, int bytes) {
+bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int bytes) {
     const cuuint64_t sizes[] = {cuuint64_t(plan.weight_columns), cuuint64_t(p.n)};
     const cuuint64_t strides[] = {cuuint64_t(plan.weight_columns) * bytes};
     const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), cuuint32_t(plan.columns_of_tile)}, steps[] = {1, 1};
@@ -61,53 +60,47 @@ bool encode_weight(TensorMap& map, const CudaProduct& p, const Plan& plan, int b
 }
 
 template <typename T, int COLUMNS>
-cudaError_t launch(const TensorMaps& maps, const CudaProduct& p, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
     using Size = WgmmaTile<T, COLUMNS>;
-    const auto kernel = wgmma_kernel<T, COLUMNS>;
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::SHARED_BYTES);
-    if (status != cudaSuccess) return status;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(plan.row_tiles * plan.column_tiles * plan.splits)), config.blockDim = dim3(Size::THREADS);
-    config.dynamicSmemBytes = Size::SHARED_BYTES, config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, maps, p, plan);
+    return launch_kernel(wgmma_kernel<T, COLUMNS>, plan.row_tiles * plan.column_tiles * plan.splits, Size::THREADS,
+                         Size::SHARED_BYTES, 1, stream, maps, p, plan);
 }
 
 template <typename T>
-cudaError_t launch_of(const TensorMaps& maps, const CudaProduct& p, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_of(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
     return plan.columns_of_tile == 128 ? launch<T, 128>(maps, p, plan, stream) : launch<T, 64>(maps, p, plan, stream);
 }
 
 }  // namespace
 
-const char* wgmma_refuses(const CudaProduct& p, const Plan& plan, CudaFactor factor) {
-    const int bytes = bytes_of(factor);
-    if (p.stride > MOST_STEP || p.stride << std::max(plan.log_x, plan.log_y) > MOST_IN_BOX)
+const char* wgmma_refuses(const CudaGemm& p, const Plan& plan, CudaOperand operand) {
+    const int bytes = bytes_of(operand);
+    if (p.stride > MAX_TRAVERSAL_STRIDE || p.stride << std::max(plan.log_x, plan.log_y) > MAX_BOX)
         return "the stride of the convolution is too large for TMA";
     const int64_t sizes[] = {p.batch, p.height, p.width};
     for (int i = 0; i < 2; ++i) {
         const int64_t strides[] = {p.source[i].image, p.source[i].row, p.source[i].column};
         for (int axis = 0; p.channels[i] && axis < 3; ++axis)
-            if (sizes[axis] > 1 && (strides[axis] < 1 || strides[axis] * bytes >= MOST_STRIDE_BYTES))
+            if (sizes[axis] > 1 && (strides[axis] < 1 || strides[axis] * bytes >= MAX_STRIDE_BYTES))
                 return "positions of a source that share memory, or lie too far apart, cannot be read by TMA";
     }
     return nullptr;
 }
 
-cudaError_t launch_wgmma(const CudaProduct& p, const Plan& plan, CudaFactor factor, cudaStream_t stream) {
+cudaError_t launch_wgmma(const CudaGemm& p, const Plan& plan, CudaOperand operand, cudaStream_t stream) {
     TensorMaps maps{};
-    const int bytes = bytes_of(factor);
+    const int bytes = bytes_of(operand);
     const bool two = p.channels[1] > 0;
     if (!encode_source(maps.source[0], p, plan, bytes, 0) || (two && !encode_source(maps.source[1], p, plan, bytes, 1)) ||
         !encode_weight(maps.weight, p, plan, bytes))
         return cudaErrorInvalidValue;
-    switch (factor) {
-        case CudaFactor::int8: return launch_of<int8_t>(maps, p, plan, stream);
-        case CudaFactor::float8_e4m3fn: return launch_of<Float8>(maps, p, plan, stream);
-        case CudaFactor::bfloat16: return launch_of<Bfloat16>(maps, p, plan, stream);
-        case CudaFactor::float16: return launch_of<Float16>(maps, p, plan, stream);
+    switch (operand) {
+        case CudaOperand::int8: return launch_of<int8_t>(maps, p, plan, stream);
+        case CudaOperand::float8_e4m3fn: return launch_of<Float8>(maps, p, plan, stream);
+        case CudaOperand::bfloat16: return launch_of<Bfloat16>(maps, p, plan, stream);
+        case CudaOperand::float16: return launch_of<Float16>(maps, p, plan, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-}  // namespace vpd::product
+}  // namespace vpd::gemm

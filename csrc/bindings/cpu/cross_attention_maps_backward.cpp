@@ -8,15 +8,16 @@
 #include <optional>
 #include <tuple>
 
-#include "bindings.h"
-#include "support.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t LEAST_ITEMS = 32;  // chunks of all heads, for many threads; a constant, so that sums do not depend on them
+// Chunks of all heads: work for many threads. A constant, so that results do not depend on the number of threads.
+constexpr int64_t MIN_ITEMS = 32;
 
 void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const std::array<int64_t, 6>& shape,
                                    const std::array<std::array<int64_t, 2>, 3>& strides,
@@ -50,10 +51,10 @@ void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const
         plan.category_weights = address(std::get<1>(*categories));
     }
     plan.scale = scale, plan.weight = weight;
-    plan.tiles = (plan.queries + QUERIES_OF_BACKWARD_TILE - 1) / QUERIES_OF_BACKWARD_TILE;
+    plan.tiles = ceil_divide(plan.queries, BACKWARD_TILE_QUERIES);
     plan.padded_dim = padded(plan.dim);
     const int64_t contexts = plan.contexts * plan.heads, tiles = plan.batch / plan.contexts * plan.tiles;
-    plan.chunks = std::min(tiles, (LEAST_ITEMS + contexts - 1) / contexts);
+    plan.chunks = std::min(tiles, ceil_divide(MIN_ITEMS, contexts));
 
     const int64_t items = contexts * plan.chunks, per_thread = padded(cross_attention_maps_backward_scratch(plan));
     const auto partial = allocate(items * 2 * plan.tokens * plan.padded_dim);
@@ -72,7 +73,7 @@ void cross_attention_maps_backward(const std::array<uintptr_t, 3>& inputs, const
 }  // namespace
 
 int64_t cross_attention_maps_backward_scratch(const CrossAttentionMapsBackwardPlan& plan) {
-    return QUERIES_OF_BACKWARD_TILE * (2 * plan.tokens + plan.dim + 2 * plan.padded_dim + plan.n_maps);
+    return BACKWARD_TILE_QUERIES * (2 * plan.tokens + plan.dim + 2 * plan.padded_dim + plan.n_maps);
 }
 
 void bind_cross_attention_maps_backward(py::module_& m) {

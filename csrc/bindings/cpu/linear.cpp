@@ -1,8 +1,8 @@
 // Binding of linear.
 #include "cpu/linear.h"
 
-#include "bindings.h"
-#include "gemm.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/gemm_arguments.h"
 
 namespace vpd {
 namespace {
@@ -18,7 +18,7 @@ void linear(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array
     plan.gemm = make_gemm(weight, vectors[0], shape[0], shape[1], activation, residual, out);
     plan.x[0] = make_source(x), plan.x[1] = make_source(x2);
     require(plan.x[0].channels + plan.x[1].channels == plan.gemm.k, "channels do not fit the weight");
-    plan.affine = floats_at(vectors[1]), plan.factor = floats_at(vectors[2]);
+    plan.affine = floats_at(vectors[1]), plan.smoothing = floats_at(vectors[2]);
     plan.norm = norm, plan.eps = eps;
     run_gemm(plan.gemm, isa, threads, [&](int64_t first, int64_t count, float* a, float* scratch) {
         VPD_DISPATCH(isa, linear_rows, plan, first, count, a, scratch);
@@ -33,7 +33,7 @@ void bind_linear(py::module_& m) {
           py::arg("threads"), py::arg("isa") = "",
           "x, x2, residual, out: (address, dtype, channels, strides (image, row, unused)) in elements, x2 and residual may\n"
           "be None; shape: (images, rows); weight: ((data, scales, sums), dtype, n, k) as packed; vectors: addresses of\n"
-          "float32 bias (n), affine (images, 2, k) and factor (k), 0 for none.");
+          "float32 bias (n), affine (images, 2, k) and smoothing (k), 0 for none.");
 }
 
 }  // namespace vpd

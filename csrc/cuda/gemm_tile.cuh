@@ -1,4 +1,4 @@
-// How a product is cut into tiles and steps: what its kernels, its epilogue and its host code agree on.
+// Tiles and steps of the GEMM, on which its kernels, its epilogue and its host code agree.
 //
 // The rows of a tile are a box of output positions, a power of two along columns, rows and images, in this order. One box
 // of the image is then what each tap reads of it, which is how TMA fetches tiles, and a row's position costs two shifts.
@@ -6,29 +6,30 @@
 #pragma once
 
 #include "cuda/primitives.cuh"
-#include "cuda/product.h"
+#include "cuda/gemm.h"
 
-namespace vpd::product {
+namespace vpd::gemm {
 
 using namespace device;
 
 constexpr int WARP = 32, STEP_BYTES = 128, PART_BYTES = 32;  // a part of a step is what one matrix instruction takes
 constexpr int ROWS_PER_WARP = 16;                            // that a warp finishes
-constexpr int GROUP = 8;  // tiles of rows that take turns, so that a part of the weight is used again while it is cached
+// Tiles of rows that take turns, so that a part of the weight is used again while it is cached.
+constexpr int GROUP = 8;
 
-// The factors' number format, the type of their sums, and the bytes of a number.
+// The type of the sums and the bytes of a number, for operands of type T.
 template <typename T>
-struct Factor {
+struct Operand {
     using Sum = float;
     static constexpr int BYTES = 2;
 };
 template <>
-struct Factor<int8_t> {
+struct Operand<int8_t> {
     using Sum = int32_t;
     static constexpr int BYTES = 1;
 };
 template <>
-struct Factor<Float8> {
+struct Operand<Float8> {
     using Sum = float;
     static constexpr int BYTES = 1;
 };
@@ -37,7 +38,7 @@ struct Plan {
     int rows_of_tile, columns_of_tile;
     int log_x, log_y;                   // of the box; what is left are images
     int tiles_x, tiles_y, row_tiles, column_tiles;
-    int blocks[2], steps;               // of channels per tap and source; of the whole sum
+    int blocks[2], steps;               // blocks of channels per tap and source; steps of the whole sum
     int splits, share;                  // blocks of threads that share a sum, and their steps
     int64_t rows, weight_columns;       // output positions; K
     int64_t out_columns;
@@ -76,7 +77,7 @@ __device__ inline Position position_of(const Plan& plan, const Tile& tile, int r
             tile.x + (row & ((1 << plan.log_x) - 1))};
 }
 
-__device__ inline bool inside(const CudaProduct& p, const Position& at) {
+__device__ inline bool inside(const CudaGemm& p, const Position& at) {
     return at.image < p.batch && at.y < p.out_height && at.x < p.out_width;
 }
 
@@ -85,7 +86,7 @@ template <int BYTES>
 struct Step {
     int source, dy, dx, block;
 
-    __device__ Step(const CudaProduct& p, const Plan& plan, int index) {
+    __device__ Step(const CudaGemm& p, const Plan& plan, int index) {
         const int taps = int(p.kernel_height * p.kernel_width), first = taps * plan.blocks[0];
         source = index >= first;
         index -= source * first;
@@ -95,7 +96,7 @@ struct Step {
     }
 
     // The next step; returns whether the source or the tap is another.
-    __device__ bool advance(const CudaProduct& p, const Plan& plan) {
+    __device__ bool advance(const CudaGemm& p, const Plan& plan) {
         if (++block < plan.blocks[source]) return false;
         block = 0;
         if (++dx < p.kernel_width) return true;
@@ -107,16 +108,16 @@ struct Step {
 
     // In elements: the first channel, the column of the weight that belongs to it, and the channels from there on.
     __device__ int channel() const { return block * (STEP_BYTES / BYTES); }
-    __device__ int weight_column(const CudaProduct& p) const {
+    __device__ int weight_column(const CudaGemm& p) const {
         const int tap = dy * int(p.kernel_width) + dx;
         return tap * int(p.channels[0] + p.channels[1]) + source * int(p.channels[0]) + channel();
     }
-    __device__ int channels_left(const CudaProduct& p) const { return int(p.channels[source]) - channel(); }
+    __device__ int channels_left(const CudaGemm& p) const { return int(p.channels[source]) - channel(); }
     // Parts of the block that have channels.
-    __device__ int parts(const CudaProduct& p) const {
+    __device__ int parts(const CudaGemm& p) const {
         const int left = (channels_left(p) * BYTES + PART_BYTES - 1) / PART_BYTES;
         return left < STEP_BYTES / PART_BYTES ? left : STEP_BYTES / PART_BYTES;
     }
 };
 
-}  // namespace vpd::product
+}  // namespace vpd::gemm

@@ -8,8 +8,8 @@
 #include <string>
 #include <tuple>
 
-#include "bindings.h"
-#include "support.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
@@ -20,12 +20,11 @@ void self_attention(const std::array<uintptr_t, 4>& addresses, const std::string
                     const std::array<int64_t, 6>& shape, const std::array<std::array<int64_t, 2>, 4>& strides,
                     float scale, int threads, const std::string& isa_name) {
     const Isa isa = resolve_isa(isa_name);
-    require(dtype == "float32" || dtype == "bfloat16", "dtype must be float32 or bfloat16");
     require(std::all_of(shape.begin(), shape.end(), [](int64_t size) { return size > 0; }), "sizes must be positive");
     SelfAttentionPlan plan{};
     plan.q = reinterpret_cast<const void*>(addresses[0]), plan.k = reinterpret_cast<const void*>(addresses[1]);
     plan.v = reinterpret_cast<const void*>(addresses[2]), plan.out = reinterpret_cast<void*>(addresses[3]);
-    plan.bf16 = dtype == "bfloat16";
+    plan.bf16 = is_bf16(dtype);
     std::tie(plan.batch, plan.contexts, plan.queries, plan.tokens, plan.heads, plan.dim) = std::tuple_cat(shape);
     require(plan.contexts == 1 || plan.contexts == plan.batch, "contexts must be 1 or batch");
     std::copy(strides[0].begin(), strides[0].end(), plan.q_stride);
@@ -36,7 +35,7 @@ void self_attention(const std::array<uintptr_t, 4>& addresses, const std::string
 
     const SelfAttentionSizes sizes = VPD_DISPATCH(isa, self_attention_sizes, plan);
     const int64_t contexts = plan.contexts * plan.heads;
-    const int64_t parts = plan.batch * plan.heads * ((plan.queries + sizes.queries - 1) / sizes.queries);
+    const int64_t parts = plan.batch * plan.heads * (ceil_divide(plan.queries, sizes.queries));
     const int64_t per_thread = padded(sizes.scratch);
     const auto packed = allocate(contexts * sizes.packed);
     const auto scratch = allocate(std::min<int64_t>(std::max(threads, 1), parts) * per_thread);
@@ -46,7 +45,7 @@ void self_attention(const std::array<uintptr_t, 4>& addresses, const std::string
         VPD_DISPATCH(isa, self_attention_pack, plan, packed.get(), first, last);
     });
     in_parts(parts, threads, [&](int64_t first, int64_t last, int64_t part) {
-        VPD_DISPATCH(isa, self_attention_run, plan, packed.get(), first, last, scratch.get() + part * per_thread);
+        VPD_DISPATCH(isa, self_attention_parts, plan, packed.get(), first, last, scratch.get() + part * per_thread);
     });
 }
 

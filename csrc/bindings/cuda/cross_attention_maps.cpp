@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cuda/bindings.h"
+#include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
 namespace {
@@ -64,11 +64,11 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& tensors, const std::st
     p.scratch = reinterpret_cast<void*>(scratch);
 
     const CudaFloat type = parse_dtype(dtype);
-    const CudaSchedule how = parse_schedule(schedule);
+    const CudaSchedule chosen = parse_schedule(schedule);
     const DeviceGuard guard(device);
-    if (const char* reason = cross_attention_maps_cuda_refuses(p, type, how)) throw std::invalid_argument(reason);
-    if (!p.scratch && cross_attention_maps_cuda_scratch(p, type, how)) throw std::invalid_argument("scratch is missing");
-    require_success(cross_attention_maps_cuda(p, type, how, reinterpret_cast<cudaStream_t>(stream)),
+    if (const char* reason = cross_attention_maps_cuda_refuses(p, type, chosen)) throw std::invalid_argument(reason);
+    if (!p.scratch && cross_attention_maps_cuda_scratch(p, type, chosen)) throw std::invalid_argument("scratch is missing");
+    require_success(cross_attention_maps_cuda(p, type, chosen, reinterpret_cast<cudaStream_t>(stream)),
                     "cross_attention_maps");
 }
 
@@ -77,10 +77,10 @@ int64_t cross_attention_maps_scratch(const std::string& dtype, const Shape& shap
     CudaCrossAttentionMaps p = with_shape(shape);
     p.maps = maps ? &p : nullptr, p.average_heads = average_heads;
     const CudaFloat type = parse_dtype(dtype);
-    const CudaSchedule how = parse_schedule(schedule);
+    const CudaSchedule chosen = parse_schedule(schedule);
     const DeviceGuard guard(device);
-    if (const char* reason = cross_attention_maps_cuda_refuses(p, type, how)) throw std::invalid_argument(reason);
-    return cross_attention_maps_cuda_scratch(p, type, how);
+    if (const char* reason = cross_attention_maps_cuda_refuses(p, type, chosen)) throw std::invalid_argument(reason);
+    return cross_attention_maps_cuda_scratch(p, type, chosen);
 }
 
 }  // namespace

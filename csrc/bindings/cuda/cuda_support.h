@@ -1,4 +1,4 @@
-// Every operator adds its functions to module _C_cuda through one of these; what their bindings share.
+// Functions that add the operators to module _C_cuda, and helpers that their bindings share.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@
 namespace vpd {
 
 void bind_cross_attention_maps(pybind11::module_& m);
-void bind_product(pybind11::module_& m);
+void bind_gemm(pybind11::module_& m);
 void bind_upsample_argmax(pybind11::module_& m);
 
 inline void require_success(cudaError_t status, const char* what) {

@@ -171,7 +171,7 @@ def run(cuda: ModuleType, p: Problem, instructions: str, device: Device = H200) 
 def prepare(cuda: ModuleType, p: Problem, instructions: str) -> tuple[Any, Tensor]:
     """The call and the scratch memory that it needs."""
     case, scales = p.case, (p.row_scales, p.row_zeros, p.column_scales, p.sums)
-    call = cuda.Product(
+    call = cuda.Gemm(
         [(x.data_ptr(), x.stride()[:3], x.shape[3]) for x in p.sources],
         name_of(case.dtype),
         (case.batch, case.height, case.width, *case.sides),

@@ -8,8 +8,8 @@
 #include <optional>
 #include <tuple>
 
-#include "bindings.h"
-#include "support.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
@@ -18,13 +18,13 @@ namespace py = pybind11;
 
 using Strided = std::tuple<uintptr_t, std::array<int64_t, 4>>;  // address, strides
 
-constexpr int64_t FLOATS_OF_TILE = 128 << 10;  // of scores and sums: they should stay in the second cache level
-constexpr int64_t FLOATS_OF_HEAD = 64 << 10;   // of K and V: beyond, they are read from the third level for each tile
+constexpr int64_t MAX_TILE_FLOATS = 128 << 10;  // of scores and their sums, which should stay in the second cache level
+constexpr int64_t MAX_HEAD_FLOATS = 64 << 10;   // of K and V; larger heads are read from the third level for each tile
 
 // Queries of a tile: enough to reuse each load of K and V, few enough for the cache and to give every thread work.
 int64_t choose_tile(const CrossAttentionMapsPlan& plan, int threads) {
-    const int64_t wanted = 2 * plan.tokens * plan.dim > FLOATS_OF_HEAD ? MOST_QUERIES_OF_TILE : MOST_QUERIES_OF_TILE / 2;
-    const int64_t fits = FLOATS_OF_TILE / (2 * plan.tokens);
+    const int64_t wanted = 2 * plan.tokens * plan.dim > MAX_HEAD_FLOATS ? MAX_TILE_QUERIES : MAX_TILE_QUERIES / 2;
+    const int64_t fits = MAX_TILE_FLOATS / (2 * plan.tokens);
     const int64_t per_thread = plan.batch * plan.queries / (2 * std::max(threads, 1));
     return std::max(LANES, std::min({wanted, fits, per_thread}) / LANES * LANES);
 }
@@ -36,12 +36,11 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& addresses, const std::
                           const std::optional<std::tuple<uintptr_t, uintptr_t>>& categories, int64_t n_maps,
                           bool average_heads, float scale, float weight, int threads, const std::string& isa_name) {
     const Isa isa = resolve_isa(isa_name);
-    require(dtype == "float32" || dtype == "bfloat16", "dtype must be float32 or bfloat16");
     require(std::all_of(shape.begin(), shape.end(), [](int64_t size) { return size > 0; }), "sizes must be positive");
     CrossAttentionMapsPlan plan{};
     plan.q = reinterpret_cast<const void*>(addresses[0]), plan.k = reinterpret_cast<const void*>(addresses[1]);
     plan.v = reinterpret_cast<const void*>(addresses[2]), plan.out = reinterpret_cast<void*>(addresses[3]);
-    plan.bf16 = dtype == "bfloat16";
+    plan.bf16 = is_bf16(dtype);
     std::tie(plan.batch, plan.queries, plan.tokens, plan.heads, plan.dim) = std::tuple_cat(shape);
     std::copy(strides[0].begin(), strides[0].end(), plan.q_stride);
     std::copy(strides[1].begin(), strides[1].end(), plan.k_stride);
@@ -63,7 +62,7 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& addresses, const std::
     plan.contexts = plan.k_stride[0] || plan.v_stride[0] ? plan.batch : 1;
     if (plan.bf16) plan.packed_size = 2 * plan.dim * plan.tokens;
     plan.tile = choose_tile(plan, threads);
-    plan.tiles = (plan.queries + plan.tile - 1) / plan.tile;
+    plan.tiles = ceil_divide(plan.queries, plan.tile);
 
     const int64_t contexts = plan.contexts * plan.heads, tiles = plan.batch * plan.tiles;
     const int64_t per_thread = padded(cross_attention_maps_scratch(plan));

@@ -1,4 +1,4 @@
-// Every operator adds its functions to module _C through one of these.
+// Functions that add the operators to module _C, one per operator.
 #pragma once
 
 #include <pybind11/pybind11.h>

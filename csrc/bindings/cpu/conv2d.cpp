@@ -1,8 +1,8 @@
 // Binding of conv2d.
 #include "cpu/conv2d.h"
 
-#include "bindings.h"
-#include "gemm.h"
+#include "bindings/cpu/operators.h"
+#include "bindings/cpu/gemm_arguments.h"
 
 namespace vpd {
 namespace {
@@ -24,7 +24,7 @@ void conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array
     require(plan.kernel_h > 0 && plan.kernel_w > 0 && plan.stride > 0, "kernel and stride must be positive");
     require((plan.x[0].channels + plan.x[1].channels) * plan.kernel_h * plan.kernel_w == plan.gemm.k,
             "channels do not fit the weight");
-    plan.affine = floats_at(vectors[1]), plan.factor = floats_at(vectors[2]), plan.silu = silu;
+    plan.affine = floats_at(vectors[1]), plan.smoothing = floats_at(vectors[2]), plan.silu = silu;
     run_gemm(plan.gemm, isa, threads, [&](int64_t first, int64_t count, float* a, float* scratch) {
         VPD_DISPATCH(isa, conv2d_rows, plan, first, count, a, scratch);
     });
@@ -40,7 +40,7 @@ void bind_conv2d(py::module_& m) {
           "stride for positions in the place of rows; x2 and residual may be None; shape: (images, height, width, height\n"
           "and width of out); geometry: (kernel height and width, stride, padding at the top and left); weight: ((data,\n"
           "scales, sums), dtype, n, k) as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and\n"
-          "factor (channels), 0 for none.");
+          "smoothing (channels), 0 for none.");
 }
 
 }  // namespace vpd

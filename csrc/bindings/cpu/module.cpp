@@ -1,8 +1,8 @@
-// Module vpd_fast._C: CPU operators over raw pointers. Bindings of an operator are in csrc/<operator>.cpp.
+// Module vpd_fast._C: CPU operators over raw pointers. Bindings of an operator are in csrc/bindings/cpu/<operator>.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings.h"
+#include "bindings/cpu/operators.h"
 #include "isa.h"
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-// Rows times a weight, and what follows it: the product of `linear` and `conv2d`.
+// The GEMM of `linear` and `conv2d` with its epilogue: rows times a weight, and what follows.
 //
 //     out = activation(scaled(rows weight^T) + bias) + residual
 //
@@ -15,7 +15,7 @@
 
 namespace vpd {
 
-enum class CudaFactor { int8, float8_e4m3fn, bfloat16, float16 };  // of both factors
+enum class CudaOperand { int8, float8_e4m3fn, bfloat16, float16 };  // dtype of both operands
 enum class CudaActivation { none, relu, silu, geglu };
 
 // Positions (image, row, column) of a tensor whose channels are next to each other; strides in elements.
@@ -24,24 +24,24 @@ struct CudaPositions {
     int64_t image, row, column;
 };
 
-struct CudaProduct {
+struct CudaGemm {
     int64_t batch, height, width, out_height, out_width;
     int64_t kernel_height, kernel_width, stride, top, left;
     CudaPositions source[2];  // (batch, height, width, channels); read only
     int64_t channels[2];      // the second is 0 if there is one source
     const void* weight;       // (n, kernel_height * kernel_width * channels of both sources), contiguous
     int64_t n;
-    // Of 8 bits, else null: rows ~ row_scales * (stored - row_zeros) and weight ~ column_scales * stored, with sums
-    // (n) of the stored weight. Zeros and sums are of int8 only. One scale for every output position, or for every
+    // Of 8 bits, else null: rows ~ row_scales * (stored - row_zeros) and weight ~ column_scales * stored, with
+    // weight_sums (n) of the stored weight. Zeros and weight sums are for int8 only. One scale for every output position, or for every
     // image if no position reads outside of it.
-    const float *row_scales, *row_zeros, *column_scales, *sums;
+    const float *row_scales, *row_zeros, *column_scales, *weight_sums;
     bool scale_per_image;
     const float* bias;  // (n) or null
     // geglu: runs of 16 values and of their 16 gates take turns among the n columns, and n / 2 columns come out.
     CudaActivation activation;
     CudaPositions residual, out;  // (batch, out_height, out_width, n or n / 2); residual null: none
     CudaFloat residual_dtype, out_dtype;
-    void* scratch;  // of product_cuda_scratch() bytes; null if that is 0
+    void* scratch;  // of gemm_cuda_scratch() bytes; null if that is 0
 };
 
 // Which matrix instructions compute a product.
@@ -52,14 +52,14 @@ enum class CudaInstructions {
 };
 
 // nullptr if the product can run on the current device, else the reason why it cannot; scratch does not matter.
-const char* product_cuda_refuses(const CudaProduct& problem, CudaFactor factor, CudaInstructions instructions);
+const char* gemm_cuda_refuses(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions);
 
 // Bytes of scratch that a problem needs on the current device.
-int64_t product_cuda_scratch(const CudaProduct& problem, CudaFactor factor, CudaInstructions instructions);
+int64_t gemm_cuda_scratch(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions);
 
 // Enqueues on the stream of the current device; returns the launch's error, or cudaErrorInvalidValue if the product is
 // refused or lacks scratch.
-cudaError_t product_cuda(const CudaProduct& problem, CudaFactor factor, CudaInstructions instructions,
+cudaError_t gemm_cuda(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions,
                          cudaStream_t stream);
 
 }  // namespace vpd

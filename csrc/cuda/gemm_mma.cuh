@@ -1,9 +1,9 @@
-// The product with mma.sync: rows and weight are gathered 16 bytes at a time by cp.async, some steps ahead.
+// GEMM with mma.sync: rows and weight are gathered 16 bytes at a time by cp.async, some steps ahead.
 #pragma once
 
-#include "cuda/product_epilogue.cuh"
+#include "cuda/gemm_epilogue.cuh"
 
-namespace vpd::product {
+namespace vpd::gemm {
 
 // A tile of SIDE rows and SIDE columns; each warp computes half of its rows and 32 of its columns.
 template <int SIDE>
@@ -22,31 +22,31 @@ __device__ inline int swizzled(int row, int piece) { return row * STEP_BYTES + (
 // What a thread copies: the same piece of every (THREADS / 8)th row and column of the tile.
 template <typename T, int SIDE>
 struct Loader {
-    static constexpr int BYTES = Factor<T>::BYTES, COPIES = SIDE * PIECES / MmaTile<SIDE>::THREADS;
+    static constexpr int BYTES = Operand<T>::BYTES, COPIES = SIDE * PIECES / MmaTile<SIDE>::THREADS;
     static constexpr int ROWS_APART = SIDE / COPIES;
 
-    const CudaProduct& p;
+    const CudaGemm& p;
     const Plan& plan;
     const Tile& tile;
     Step<BYTES> step;
     const int piece, first;
     const char* rows[COPIES];  // the first channel under the current tap
-    unsigned there;            // which rows have one there
+    unsigned valid_rows;       // a bit for each row that lies inside of the image under the current tap
 
-    __device__ Loader(const CudaProduct& p_, const Plan& plan_, const Tile& tile_)
+    __device__ Loader(const CudaGemm& p_, const Plan& plan_, const Tile& tile_)
         : p(p_), plan(plan_), tile(tile_), step(p_, plan_, tile_.begin), piece(threadIdx.x % PIECES), first(threadIdx.x / PIECES) {
         find_rows();
     }
 
     __device__ __forceinline__ void find_rows() {
         const CudaPositions& source = p.source[step.source];
-        there = 0;
+        valid_rows = 0;
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
             const Position at = position_of(plan, tile, first + i * ROWS_APART);
             const int64_t y = at.y * p.stride - p.top + step.dy, x = at.x * p.stride - p.left + step.dx;
             const bool valid = inside(p, at) && y >= 0 && y < p.height && x >= 0 && x < p.width;
-            there |= unsigned(valid) << i;
+            valid_rows |= unsigned(valid) << i;
             const int64_t offset = valid ? at.image * source.image + y * source.row + x * source.column : 0;
             rows[i] = static_cast<const char*>(source.data) + offset * BYTES;
         }
@@ -59,7 +59,7 @@ struct Loader {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i)
             async_copy_16(stage + swizzled(first + i * ROWS_APART, piece), rows[i] + channel * BYTES,
-                          in_channels && (there >> i & 1));
+                          in_channels && (valid_rows >> i & 1));
         const int64_t place = step.weight_column(p) + piece * (PIECE / BYTES);
         const char* const weight = static_cast<const char*>(p.weight);
 #pragma unroll
@@ -75,10 +75,10 @@ struct Loader {
 
 template <typename T, int SIDE>
 __global__ void __launch_bounds__(MmaTile<SIDE>::THREADS)
-    mma_kernel(const __grid_constant__ CudaProduct p, const __grid_constant__ Plan plan) {
-    using Sum = typename Factor<T>::Sum;
+    mma_kernel(const __grid_constant__ CudaGemm p, const __grid_constant__ Plan plan) {
+    using Sum = typename Operand<T>::Sum;
     using Size = MmaTile<SIDE>;
-    constexpr int BYTES = Factor<T>::BYTES, TALL = SIDE / 2 / 16;  // fragments of 16 rows
+    constexpr int BYTES = Operand<T>::BYTES, TALL = SIDE / 2 / 16;  // fragments of 16 rows
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int row0 = warp % 2 * (SIDE / 2), column0 = warp / 2 * 32;
     unsigned char* const shared = dynamic_shared();
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(MmaTile<SIDE>::THREADS)
     }
 
     async_wait<0>();
-    __syncthreads();  // the sums take the place of the factors
+    __syncthreads();  // the sums take the place of the operands
     Sum* const staged = reinterpret_cast<Sum*>(shared);
 #pragma unroll
     for (int j = 0; j < TALL; ++j)
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(MmaTile<SIDE>::THREADS)
             staged[(row0 + j * 16 + lane / 4 + i / 2 % 2 * 8) * pitch_of(SIDE) + column0 + i / 4 * 8 + lane % 4 * 2 + i % 2] =
                 sums[j][i / 4][i % 4];
     __syncthreads();
-    finish_tile<T, SIDE>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + SIDE * pitch_of(SIDE)), warp, lane);
+    tile_epilogue<T, SIDE>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + SIDE * pitch_of(SIDE)), warp, lane);
 }
 
-}  // namespace vpd::product
+}  // namespace vpd::gemm

@@ -1,4 +1,4 @@
-// What the bindings share: argument checks, scratch memory, and parts of work for threads.
+// Helpers of all bindings: argument checks, scratch memory, and the division of work among threads.
 #pragma once
 
 #include <algorithm>
@@ -7,22 +7,26 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <string>
+
+#include "sizes.h"
 
 namespace vpd {
 
-constexpr int64_t LANES = 16;  // of a vector, see cpu/simd.h
-
-inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 inline void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
+}
+
+inline bool is_bf16(const std::string& dtype) {
+    require(dtype == "float32" || dtype == "bfloat16", "dtype must be float32 or bfloat16");
+    return dtype == "bfloat16";
 }
 
 struct Free {
     void operator()(float* p) const { std::free(p); }
 };
 
-// Aligned to 64 bytes, not initialised.
+// Returns uninitialised memory, aligned to 64 bytes.
 inline std::unique_ptr<float[], Free> allocate(int64_t floats) {
     const size_t bytes = static_cast<size_t>(padded(floats)) * sizeof(float);
     float* memory = static_cast<float*>(std::aligned_alloc(64, bytes ? bytes : 64));

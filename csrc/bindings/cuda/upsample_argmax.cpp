@@ -6,22 +6,22 @@
 #include <array>
 #include <tuple>
 
-#include "cuda/bindings.h"
+#include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
 namespace {
 
 namespace py = pybind11;
 
-using AddressOfTaps = std::tuple<uintptr_t, uintptr_t>;
+using WeightAddresses = std::tuple<uintptr_t, uintptr_t>;
 
-CudaTaps parse_taps(const AddressOfTaps& taps) {
+CudaResamplingWeights parse_weights(const WeightAddresses& taps) {
     return {reinterpret_cast<const int32_t*>(std::get<0>(taps)), reinterpret_cast<const float*>(std::get<1>(taps))};
 }
 
 void upsample_argmax(uintptr_t logits, const std::string& dtype, const std::array<int64_t, 6>& shape,
                      const std::array<int64_t, 6>& strides, uintptr_t labels, const std::array<int64_t, 2>& size,
-                     const AddressOfTaps& rows, const AddressOfTaps& columns, int taps, int device, uintptr_t stream) {
+                     const WeightAddresses& rows, const WeightAddresses& columns, int taps, int device, uintptr_t stream) {
     if (shape[3] > INT32_MAX) throw std::invalid_argument("too many channels");
     CudaUpsampleArgmax p{};
     p.logits = reinterpret_cast<const void*>(logits);
@@ -30,7 +30,7 @@ void upsample_argmax(uintptr_t logits, const std::string& dtype, const std::arra
         std::tuple_cat(strides);
     p.labels = reinterpret_cast<int64_t*>(labels);
     std::tie(p.out_h, p.out_w) = std::tuple_cat(size);
-    p.rows = parse_taps(rows), p.columns = parse_taps(columns), p.taps = taps;
+    p.rows = parse_weights(rows), p.columns = parse_weights(columns), p.taps = taps;
     const DeviceGuard guard(device);
     require_success(upsample_argmax_cuda(p, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream)),
                     "upsample_argmax");

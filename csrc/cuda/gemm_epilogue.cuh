@@ -1,12 +1,12 @@
-// What follows a product: scales, bias, activation and residual, four neighbouring columns of a row per thread.
+// Epilogue of the GEMM: scales, bias, activation and residual, four neighbouring columns of a row per thread.
 //
 // A tile's sums come through shared memory, so that a warp then reads and writes whole rows of the result; or, where
 // several blocks shared a sum, through scratch memory, where each left its part. Parts are added in their order.
 #pragma once
 
-#include "cuda/product_tile.cuh"
+#include "cuda/gemm_tile.cuh"
 
-namespace vpd::product {
+namespace vpd::gemm {
 
 template <typename Sum>
 struct alignas(16) Four {
@@ -25,14 +25,14 @@ struct ResultRow {
 };
 
 template <typename T>
-__device__ inline ResultRow row_of(const CudaProduct& p, const Position& at) {
+__device__ inline ResultRow row_of(const CudaGemm& p, const Position& at) {
     ResultRow row{};
     row.number = -1;
     if (!inside(p, at)) return row;
     row.number = int32_t((at.image * p.out_height + at.y) * p.out_width + at.x);
     row.out = at.image * p.out.image + at.y * p.out.row + at.x * p.out.column;
     row.residual = at.image * p.residual.image + at.y * p.residual.row + at.x * p.residual.column;
-    if constexpr (Factor<T>::BYTES == 1) row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.number));
+    if constexpr (Operand<T>::BYTES == 1) row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.number));
     // |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
     if constexpr (std::is_same_v<T, int8_t>)
         row.zero = int32_t(load_global(p.row_zeros + (p.scale_per_image ? at.image : row.number)));
@@ -43,26 +43,26 @@ __device__ inline ResultRow row_of(const CudaProduct& p, const Position& at) {
 template <typename T>
 struct FourColumns {
     float scale[4], bias[4];
-    int32_t total[4];
+    int32_t weight_sums[4];
 
-    __device__ FourColumns(const CudaProduct& p, int first) {
+    __device__ FourColumns(const CudaGemm& p, int first) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const bool valid = first + i < p.n;
             bias[i] = valid && p.bias ? load_global(p.bias + first + i) : 0.0f;
-            if constexpr (Factor<T>::BYTES == 1) scale[i] = valid ? load_global(p.column_scales + first + i) : 0.0f;
-            if constexpr (std::is_same_v<T, int8_t>) total[i] = valid ? int32_t(load_global(p.sums + first + i)) : 0;
+            if constexpr (Operand<T>::BYTES == 1) scale[i] = valid ? load_global(p.column_scales + first + i) : 0.0f;
+            if constexpr (std::is_same_v<T, int8_t>) weight_sums[i] = valid ? int32_t(load_global(p.weight_sums + first + i)) : 0;
         }
     }
 
-    __device__ float scaled(const ResultRow& row, typename Factor<T>::Sum sum, int i) const {
+    __device__ float scaled(const ResultRow& row, typename Operand<T>::Sum sum, int i) const {
         float value;
         if constexpr (std::is_same_v<T, int8_t>)
-            value = float(sum - row.zero * total[i]);
+            value = float(sum - row.zero * weight_sums[i]);
         else
             value = sum;
         // Not fused with the bias, so that sums of int8 give the same bits wherever they are computed.
-        if constexpr (Factor<T>::BYTES == 1) value = multiply_rounded(value, row.scale * scale[i]);
+        if constexpr (Operand<T>::BYTES == 1) value = multiply_rounded(value, row.scale * scale[i]);
         return value + bias[i];
     }
 };
@@ -125,7 +125,7 @@ __device__ inline void store_four<float>(const float (&x)[4], float* to, int cou
 }
 
 // The last of it: x + residual is stored from column `column` of the result on.
-__device__ inline void add_residual_and_store(const CudaProduct& p, const Plan& plan, const ResultRow& row, int column,
+__device__ inline void add_residual_and_store(const CudaGemm& p, const Plan& plan, const ResultRow& row, int column,
                                               float (&x)[4]) {
     const int count = plan.out_columns - column < 4 ? int(plan.out_columns - column) : 4;
     const bool at_once = plan.four_at_once && count == 4;
@@ -144,12 +144,12 @@ __device__ inline void add_residual_and_store(const CudaProduct& p, const Plan& 
 
 // What a thread does: four columns of the result, from the same of the sums, or for geglu from values and gates.
 template <typename T, bool GEGLU>
-struct Finisher {
-    using Sums = Four<typename Factor<T>::Sum>;
+struct Epilogue {
+    using Sums = Four<typename Operand<T>::Sum>;
     int result_column, column;  // of the result; of the sums. Gates are 16 columns further
     FourColumns<T> values, gates;
 
-    __device__ Finisher(const CudaProduct& p, int result_column_)
+    __device__ Epilogue(const CudaGemm& p, int result_column_)
         : result_column(result_column_),
           column(GEGLU ? result_column / 16 * 32 + result_column % 16 : result_column),
           values(p, column),
@@ -157,7 +157,7 @@ struct Finisher {
 
     // load(column): the sums of this row at four columns.
     template <typename Load>
-    __device__ void finish(const CudaProduct& p, const Plan& plan, const ResultRow& row, Load load) const {
+    __device__ void apply(const CudaGemm& p, const Plan& plan, const ResultRow& row, Load load) const {
         float x[4];
         const Sums sums = load(column);
 #pragma unroll
@@ -175,25 +175,25 @@ struct Finisher {
 };
 
 template <typename T, int COLUMNS, bool GEGLU>
-__device__ inline void finish_rows(const CudaProduct& p, const Plan& plan, const Tile& tile,
-                                   const typename Factor<T>::Sum* staged, const ResultRow* rows, int lane) {
+__device__ inline void epilogue_rows(const CudaGemm& p, const Plan& plan, const Tile& tile,
+                                   const typename Operand<T>::Sum* staged, const ResultRow* rows, int lane) {
     constexpr int ACROSS = COLUMNS / (GEGLU ? 8 : 4);  // threads that share a row
     static_assert(WARP % ACROSS == 0);
     const int first = GEGLU ? tile.column / 2 : tile.column;
-    const Finisher<T, GEGLU> finisher(p, first + lane % ACROSS * 4);
-    if (finisher.result_column >= plan.out_columns) return;
+    const Epilogue<T, GEGLU> epilogue(p, first + lane % ACROSS * 4);
+    if (epilogue.result_column >= plan.out_columns) return;
 #pragma unroll 1
     for (int row = lane / ACROSS; row < ROWS_PER_WARP; row += WARP / ACROSS)
         if (rows[row].number >= 0)
-            finisher.finish(p, plan, rows[row], [&](int column) {
-                return *reinterpret_cast<const Four<typename Factor<T>::Sum>*>(staged + row * pitch_of(COLUMNS) +
+            epilogue.apply(p, plan, rows[row], [&](int column) {
+                return *reinterpret_cast<const Four<typename Operand<T>::Sum>*>(staged + row * pitch_of(COLUMNS) +
                                                                               column - tile.column);
             });
 }
 
 // A part of the sums of this warp's rows goes to scratch (splits, rows, n).
 template <typename Sum, int COLUMNS>
-__device__ inline void store_part(const CudaProduct& p, const Plan& plan, const Tile& tile, const Sum* staged,
+__device__ inline void store_part(const CudaGemm& p, const Plan& plan, const Tile& tile, const Sum* staged,
                                   const ResultRow* rows, int lane) {
     Sum* const part = static_cast<Sum*>(p.scratch) + tile.split * plan.rows * p.n + tile.column;
     const int columns = p.n - tile.column < COLUMNS ? int(p.n - tile.column) : COLUMNS;
@@ -217,26 +217,26 @@ constexpr __host__ __device__ int epilogue_bytes(int rows, int columns) {
 
 // A warp finishes 16 rows of a tile, whose sums are in shared memory in front of `rows`, one per row of the tile.
 template <typename T, int COLUMNS>
-__device__ inline void finish_tile(const CudaProduct& p, const Plan& plan, const Tile& tile,
-                                   const typename Factor<T>::Sum* staged, ResultRow* rows, int warp, int lane) {
+__device__ inline void tile_epilogue(const CudaGemm& p, const Plan& plan, const Tile& tile,
+                                   const typename Operand<T>::Sum* staged, ResultRow* rows, int warp, int lane) {
     staged += warp * ROWS_PER_WARP * pitch_of(COLUMNS), rows += warp * ROWS_PER_WARP;
     if (lane < ROWS_PER_WARP) rows[lane] = row_of<T>(p, position_of(plan, tile, warp * ROWS_PER_WARP + lane));
     sync_warp();
     if (plan.splits > 1)
-        store_part<typename Factor<T>::Sum, COLUMNS>(p, plan, tile, staged, rows, lane);
+        store_part<typename Operand<T>::Sum, COLUMNS>(p, plan, tile, staged, rows, lane);
     else if (p.activation == CudaActivation::geglu)
-        finish_rows<T, COLUMNS, true>(p, plan, tile, staged, rows, lane);
+        epilogue_rows<T, COLUMNS, true>(p, plan, tile, staged, rows, lane);
     else
-        finish_rows<T, COLUMNS, false>(p, plan, tile, staged, rows, lane);
+        epilogue_rows<T, COLUMNS, false>(p, plan, tile, staged, rows, lane);
 }
 
 constexpr int MERGE_THREADS = 128;
 
 template <typename T, bool GEGLU>
-__device__ inline void merge_four(const CudaProduct& p, const Plan& plan, const ResultRow& row, int result_column) {
-    using Sum = typename Factor<T>::Sum;
+__device__ inline void merge_four(const CudaGemm& p, const Plan& plan, const ResultRow& row, int result_column) {
+    using Sum = typename Operand<T>::Sum;
     const Sum* const part = static_cast<const Sum*>(p.scratch) + row.number * p.n;
-    Finisher<T, GEGLU>(p, result_column).finish(p, plan, row, [&](int column) {
+    Epilogue<T, GEGLU>(p, result_column).apply(p, plan, row, [&](int column) {
         Four<Sum> total{};
         for (int split = 0; split < plan.splits; ++split) {
             const Sum* const from = part + split * plan.rows * p.n + column;
@@ -254,7 +254,7 @@ __device__ inline void merge_four(const CudaProduct& p, const Plan& plan, const 
 
 // Adds up the parts of the sums, in their order, and finishes them: four columns of the result per thread.
 template <typename T>
-__global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const CudaProduct p, const Plan plan) {
+__global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const CudaGemm p, const Plan plan) {
     const int across = int((plan.out_columns + 3) / 4);
     const int64_t index = int64_t(blockIdx.x) * MERGE_THREADS + threadIdx.x;
     if (index >= plan.rows * across) return;
@@ -268,4 +268,4 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const CudaProduct 
         merge_four<T, false>(p, plan, row, column);
 }
 
-}  // namespace vpd::product
+}  // namespace vpd::gemm

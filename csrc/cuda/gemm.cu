@@ -1,0 +1,190 @@
+// Plans and launches a GEMM; the kernels are in gemm_mma.cu and gemm_wgmma.cu.
+#include "cuda/gemm.h"
+
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/gemm_epilogue.cuh"
+#include "cuda/gemm_kernels.h"
+#include "sizes.h"
+
+namespace vpd {
+namespace {
+
+using namespace gemm;
+
+constexpr int MAX_SPLITS = 16, MIN_STEPS_PER_SPLIT = 8;
+constexpr int64_t MAX_COUNT = int64_t(1) << 30;  // of what is counted with 32 bits, with room for a tile more
+
+// Returns whether positions of these sizes follow each other at one distance, and sets it.
+bool evenly_spaced(const CudaPositions& x, const int64_t (&sizes)[3], int64_t& distance) {
+    const int64_t strides[] = {x.image, x.row, x.column};
+    int64_t expected = distance = 0;
+    for (int i = 2; i >= 0; --i) {
+        if (sizes[i] == 1) continue;
+        if (!expected) expected = distance = strides[i];
+        if (strides[i] != expected) return false;
+        expected *= sizes[i];
+    }
+    return true;
+}
+
+// Returns the same problem with all positions in one line, if each reads itself alone: no tile then has idle rows.
+CudaGemm in_one_line(const CudaGemm& p) {
+    const int64_t sizes[] = {p.batch, p.out_height, p.out_width};
+    const bool pointwise = p.kernel_height == 1 && p.kernel_width == 1 && p.stride == 1 && p.top == 0 && p.left == 0 &&
+                        p.height == p.out_height && p.width == p.out_width;
+    if (!pointwise || (p.scale_per_image && p.batch > 1)) return p;
+    CudaGemm line = p;
+    line.batch = line.height = line.out_height = 1;
+    line.width = line.out_width = p.batch * p.height * p.width;
+    for (CudaPositions* x : {&line.source[0], &line.source[1], &line.residual, &line.out}) {
+        int64_t distance;
+        if (x->data && !evenly_spaced(*x, sizes, distance)) return p;
+        *x = {x->data, 0, 0, x->data ? distance : 0};
+    }
+    return line;
+}
+
+// Chooses the box of output positions with the fewest tiles; among those the widest.
+void choose_box(const CudaGemm& p, Plan& plan) {
+    int log = 0;
+    while (1 << log < plan.rows_of_tile) ++log;
+    int64_t min_tiles = INT64_MAX;
+    for (int log_x = log; log_x >= 0; --log_x)
+        for (int log_y = log - log_x; log_y >= 0; --log_y) {
+            const int64_t x = ceil_divide(p.out_width, 1 << log_x), y = ceil_divide(p.out_height, 1 << log_y);
+            const int64_t tiles = x * y * ceil_divide(p.batch, 1 << (log - log_x - log_y));
+            if (tiles >= min_tiles) continue;
+            min_tiles = tiles;
+            plan.log_x = log_x, plan.log_y = log_y, plan.tiles_x = int(x), plan.tiles_y = int(y);
+        }
+    plan.row_tiles = int(std::min<int64_t>(min_tiles, INT32_MAX));
+}
+
+bool four_aligned(const CudaPositions& x, CudaFloat dtype) {
+    const int bytes = dtype == CudaFloat::float32 ? 16 : 8;
+    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.image % 4 == 0 && x.row % 4 == 0 && x.column % 4 == 0;
+}
+
+// Sets the size of tiles and how they divide the result.
+void set_tiles(const CudaGemm& p, int rows_of_tile, int columns_of_tile, Plan& plan) {
+    plan.rows_of_tile = rows_of_tile, plan.columns_of_tile = columns_of_tile;
+    choose_box(p, plan);
+    plan.column_tiles = int(ceil_divide(p.n, columns_of_tile));
+}
+
+int64_t tiles_of(const Plan& plan) { return int64_t(plan.row_tiles) * plan.column_tiles; }
+
+// Split-K: idle SMs share the sums, as long as each part is worth a pipeline.
+void set_splits(Plan& plan, int processors) {
+    const int64_t idle = processors / std::max<int64_t>(1, tiles_of(plan));
+    const int splits = int(std::clamp<int64_t>(std::min<int64_t>(idle, plan.steps / MIN_STEPS_PER_SPLIT), 1, MAX_SPLITS));
+    plan.share = int(ceil_divide(plan.steps, splits)), plan.splits = int(ceil_divide(plan.steps, plan.share));
+}
+
+const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
+    const int bytes = bytes_of(operand);
+    for (int64_t size : {p.height, p.width, p.out_height, p.out_width, p.kernel_height, p.kernel_width, p.stride, p.n, p.channels[0]})
+        if (size < 1 || size >= MAX_COUNT) return "a size is not positive, or too large";
+    if (p.batch < 0 || p.batch >= MAX_COUNT || p.channels[1] < 0 || p.top < 0 || p.left < 0 || p.top >= MAX_COUNT || p.left >= MAX_COUNT)
+        return "a size is negative, or too large";
+    if (p.batch * p.out_height >= MAX_COUNT || p.batch * p.out_height * p.out_width >= MAX_COUNT || p.height * p.width >= MAX_COUNT)
+        return "there are too many positions";
+    if (p.out_height * p.stride >= MAX_COUNT || p.out_width * p.stride >= MAX_COUNT) return "the stride is too large";
+    const int64_t channels = p.channels[0] + p.channels[1];
+    if (p.kernel_height * p.kernel_width >= MAX_COUNT || p.kernel_height * p.kernel_width * channels >= MAX_COUNT)
+        return "a row has too many columns";
+    for (int i = 0; i < 2; ++i) {
+        if (p.channels[i] * bytes % 16) return "the channels of a source are no multiple of 16 bytes";
+        if (reinterpret_cast<uintptr_t>(p.source[i].data) % 16) return "the address of a source is no multiple of 16 bytes";
+        for (int64_t stride : {p.source[i].image, p.source[i].row, p.source[i].column})
+            if (p.channels[i] && (stride < 0 || stride * bytes % 16)) return "a stride of a source is no multiple of 16 bytes";
+    }
+    if (reinterpret_cast<uintptr_t>(p.weight) % 16) return "the address of the weight is no multiple of 16 bytes";
+    if (p.activation == CudaActivation::geglu && p.n % 32) return "geglu of values that are no runs of 16";
+    if (p.batch == 0) return nullptr;
+    const bool integers = operand == CudaOperand::int8;
+    if ((bytes == 1) != (p.row_scales && p.column_scales)) return "8 bits, and only those, have scales";
+    if (integers != (p.row_zeros && p.weight_sums)) return "int8, and only that, has zeros and sums";
+    return nullptr;
+}
+
+// Plans the kernels of a problem. Returns why there is no plan, or nullptr.
+const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instructions, Plan& plan, bool& wgmma) {
+    if (const char* reason = check_sizes(p, operand)) return reason;
+    const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+    if (major < 8) return "the device is older than compute capability 8.0";
+    p = in_one_line(p);
+    const int bytes = bytes_of(operand), taps = int(p.kernel_height * p.kernel_width);
+    for (int i = 0; i < 2; ++i) plan.blocks[i] = int(ceil_divide(p.channels[i] * bytes, STEP_BYTES));
+    plan.steps = taps * (plan.blocks[0] + plan.blocks[1]);
+    plan.rows = p.batch * p.out_height * p.out_width;
+    plan.weight_columns = taps * (p.channels[0] + p.channels[1]);
+    plan.out_columns = p.activation == CudaActivation::geglu ? p.n / 2 : p.n;
+    plan.four_at_once = four_aligned(p.out, p.out_dtype) && (!p.residual.data || four_aligned(p.residual, p.residual_dtype));
+    const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+
+    const char* reason = major == 9 ? nullptr : "the device has no wgmma that this was compiled for";
+    if (!reason && instructions != CudaInstructions::mma) {
+        set_tiles(p, WGMMA_ROWS, 128, plan);
+        if (p.n <= 64 || tiles_of(plan) < processors) set_tiles(p, WGMMA_ROWS, 64, plan);
+        reason = wgmma_refuses(p, plan, operand);
+    }
+    wgmma = !reason && instructions != CudaInstructions::mma;
+    if (!wgmma) {
+        if (instructions == CudaInstructions::wgmma) return reason;
+        if (operand == CudaOperand::float8_e4m3fn) return reason ? reason : "mma does not multiply float8_e4m3fn";
+        set_tiles(p, 128, 128, plan);
+        if (tiles_of(plan) < processors) set_tiles(p, 64, 64, plan);
+    }
+    set_splits(plan, processors);
+    if (tiles_of(plan) * plan.splits >= MAX_COUNT || plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
+        return "the result has too many elements";
+    return nullptr;
+}
+
+int64_t scratch_of(const CudaGemm& p, const Plan& plan) {
+    return plan.splits > 1 ? plan.splits * plan.rows * p.n * 4 : 0;
+}
+
+template <typename T>
+cudaError_t merge(const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
+    const int64_t blocks = ceil_divide(plan.rows * ceil_divide(plan.out_columns, 4), MERGE_THREADS);
+    return launch_kernel(merge_kernel<T>, blocks, MERGE_THREADS, 0, 1, stream, p, plan);
+}
+
+}  // namespace
+
+const char* gemm_cuda_refuses(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions) {
+    CudaGemm p = problem;
+    Plan plan{};
+    bool wgmma;
+    return make_plan(p, operand, instructions, plan, wgmma);
+}
+
+int64_t gemm_cuda_scratch(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions) {
+    CudaGemm p = problem;
+    Plan plan{};
+    bool wgmma;
+    return make_plan(p, operand, instructions, plan, wgmma) ? 0 : scratch_of(p, plan);
+}
+
+cudaError_t gemm_cuda(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions,
+                         cudaStream_t stream) {
+    CudaGemm p = problem;
+    Plan plan{};
+    bool wgmma;
+    if (make_plan(p, operand, instructions, plan, wgmma)) return cudaErrorInvalidValue;
+    if (plan.rows == 0) return cudaSuccess;
+    if (scratch_of(p, plan) && !p.scratch) return cudaErrorInvalidValue;
+    const cudaError_t status = wgmma ? launch_wgmma(p, plan, operand, stream) : launch_mma(p, plan, operand, stream);
+    if (status != cudaSuccess || plan.splits == 1) return status;
+    switch (operand) {
+        case CudaOperand::int8: return merge<int8_t>(p, plan, stream);
+        case CudaOperand::float8_e4m3fn: return merge<Float8>(p, plan, stream);
+        default: return merge<Bfloat16>(p, plan, stream);  // float16 has the same sums
+    }
+}
+
+}  // namespace vpd

@@ -1,0 +1,21 @@
+// Kernels of the GEMM for its host code. Kernels of each kind of instruction are compiled in a file of their own.
+#pragma once
+
+#include "cuda/gemm_tile.cuh"
+
+namespace vpd::gemm {
+
+inline int bytes_of(CudaOperand operand) {
+    return operand == CudaOperand::int8 || operand == CudaOperand::float8_e4m3fn ? 1 : 2;
+}
+
+// A tile has 64 or 128 rows and as many columns. Not for float8_e4m3fn.
+cudaError_t launch_mma(const CudaGemm& problem, const Plan& plan, CudaOperand operand, cudaStream_t stream);
+
+constexpr int WGMMA_ROWS = 128;  // of a tile; it has 64 or 128 columns
+
+// Why TMA cannot read the sources or the weight in the boxes of the plan, or nullptr.
+const char* wgmma_refuses(const CudaGemm& problem, const Plan& plan, CudaOperand operand);
+cudaError_t launch_wgmma(const CudaGemm& problem, const Plan& plan, CudaOperand operand, cudaStream_t stream);
+
+}  // namespace vpd::gemm
