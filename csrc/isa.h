@@ -22,26 +22,26 @@ const char* isa_name(Isa isa);
 
 // Calls vpd::<level>::FUNCTION(...) for a run-time level.
 #if defined(VPD_HAVE_AVX512)
-#define VPD_DISPATCH(ISA, FUNCTION, ...)                                                        \
-    ((ISA) == ::vpd::Isa::avx512_bf16 ? ::vpd::avx512_bf16::FUNCTION(__VA_ARGS__)               \
-     : (ISA) == ::vpd::Isa::avx512    ? ::vpd::avx512::FUNCTION(__VA_ARGS__)                    \
-     : (ISA) == ::vpd::Isa::avx2      ? ::vpd::avx2::FUNCTION(__VA_ARGS__)                      \
+#define VPD_DISPATCH(ISA, FUNCTION, ...)                                          \
+    ((ISA) == ::vpd::Isa::avx512_bf16 ? ::vpd::avx512_bf16::FUNCTION(__VA_ARGS__) \
+     : (ISA) == ::vpd::Isa::avx512    ? ::vpd::avx512::FUNCTION(__VA_ARGS__)      \
+     : (ISA) == ::vpd::Isa::avx2      ? ::vpd::avx2::FUNCTION(__VA_ARGS__)        \
                                       : ::vpd::baseline::FUNCTION(__VA_ARGS__))
 #else
 #define VPD_DISPATCH(ISA, FUNCTION, ...) ((void)(ISA), ::vpd::baseline::FUNCTION(__VA_ARGS__))
 #endif
 
 // Declares a function of csrc/cpu/ once per level.
-#define VPD_DECLARE_PER_ISA(...)          \
-    namespace vpd::baseline {             \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace vpd::avx2 {                 \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace vpd::avx512 {               \
-    __VA_ARGS__;                          \
-    }                                     \
-    namespace vpd::avx512_bf16 {          \
-    __VA_ARGS__;                          \
+#define VPD_DECLARE_PER_ISA(...) \
+    namespace vpd::baseline {    \
+    __VA_ARGS__;                 \
+    }                            \
+    namespace vpd::avx2 {        \
+    __VA_ARGS__;                 \
+    }                            \
+    namespace vpd::avx512 {      \
+    __VA_ARGS__;                 \
+    }                            \
+    namespace vpd::avx512_bf16 { \
+    __VA_ARGS__;                 \
     }

@@ -11,9 +11,9 @@ struct Conv2dPlan {
     Source x[2];    // (images, height, width, channels); the channels are those of both
     int64_t height, width, out_width;
     int64_t kernel_h, kernel_w, stride, top, left;  // zeros above and beside the image, after the transform
-    const float* affine;  // (images, 2, channels): x * affine[0] + affine[1], or null
-    bool silu;            // then silu(x)
-    const float* smoothing;  // (channels): then x * smoothing, or null
+    const float* affine;                            // (images, 2, channels): x * affine[0] + affine[1], or null
+    bool silu;                                      // then silu(x)
+    const float* smoothing;                         // (channels): then x * smoothing, or null
 };
 
 }  // namespace vpd

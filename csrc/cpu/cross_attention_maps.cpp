@@ -61,9 +61,7 @@ public:
 
 private:
     int64_t context() const { return plan_.contexts == 1 ? 0 : image_; }
-    const float* packed(int64_t head) const {
-        return packed_ + (context() * plan_.heads + head) * plan_.packed_size;
-    }
+    const float* packed(int64_t head) const { return packed_ + (context() * plan_.heads + head) * plan_.packed_size; }
 
     // Rows are tokens, steps along the head's dimension.
     LeftOperand k_of(int64_t head) const {
@@ -103,7 +101,8 @@ private:
     // Leaves the probabilities, not yet divided by their sums, in scores_, and adds their maps to sums_.
     void softmax(bool first_head) {
         const f32x16 factor = broadcast(std::fabs(plan_.scale) * 1.44269504088896341f);  // log2(e)
-        const f32x16 share = broadcast(plan_.average_heads ? plan_.weight / static_cast<float>(plan_.heads) : plan_.weight);
+        const f32x16 share =
+            broadcast(plan_.average_heads ? plan_.weight / static_cast<float>(plan_.heads) : plan_.weight);
         for (int64_t column = 0; column < tile_; column += LANES) {
             const f32x16 inverse = exponentiate(scores_ + column, tile_, plan_.tokens, factor);
             store(inverse_ + column, inverse);
@@ -165,7 +164,8 @@ private:
         }
         for (int64_t m = 0; m < plan_.n_maps; ++m)
             for (int64_t i = m * tile_; i < (m + 1) * tile_; i += LANES)
-                store(by_category_ + i, VPD_ISA::multiply(load(by_category_ + i), broadcast(plan_.category_weights[m])));
+                store(by_category_ + i,
+                      VPD_ISA::multiply(load(by_category_ + i), broadcast(plan_.category_weights[m])));
     }
 
     const CrossAttentionMapsPlan& plan_;

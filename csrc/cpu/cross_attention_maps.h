@@ -17,8 +17,8 @@ struct CrossAttentionMapsPlan {
     bool bf16;              // element type of these four: bfloat16, otherwise float32
     int64_t batch, queries, tokens, heads, dim;
     int64_t q_stride[2], k_stride[2], v_stride[2];  // image, row; in elements; an image stride of 0: shared
-    float* maps;          // (batch, heads or 1, queries, n_maps) of any strides, or null
-    const float* addend;  // likewise, or null; may be the same memory as maps
+    float* maps;                                    // (batch, heads or 1, queries, n_maps) of any strides, or null
+    const float* addend;                            // likewise, or null; may be the same memory as maps
     int64_t maps_stride[4], addend_stride[4];
     int64_t n_maps;
     const int32_t* category_ids;    // (tokens), -1: none; null: one map for each token

@@ -57,14 +57,17 @@ private:
     const float* k() const { return plan_.k + context_ * plan_.k_stride[0] + head_ * plan_.dim; }
     const float* v() const { return plan_.v + context_ * plan_.v_stride[0] + head_ * plan_.dim; }
 
-    static void clear(float* memory, int64_t size) { std::memset(memory, 0, static_cast<size_t>(size) * sizeof(float)); }
+    static void clear(float* memory, int64_t size) {
+        std::memset(memory, 0, static_cast<size_t>(size) * sizeof(float));
+    }
 
     // rows[TILE][padded_dim] and columns_[dim][TILE] of the tile's queries; zero beyond the last query.
     void load_rows(const float* from, const int64_t* stride, float* rows) {
         from += image_ * stride[0] + first_query_ * stride[1] + head_ * plan_.dim;
         clear(rows, TILE * plan_.padded_dim);
         for (int64_t r = 0; r < count_; ++r)
-            std::memcpy(rows + r * plan_.padded_dim, from + r * stride[1], static_cast<size_t>(plan_.dim) * sizeof(float));
+            std::memcpy(rows + r * plan_.padded_dim, from + r * stride[1],
+                        static_cast<size_t>(plan_.dim) * sizeof(float));
         transpose(rows, plan_.padded_dim, TILE, plan_.dim, columns_, TILE);
     }
 
@@ -79,7 +82,8 @@ private:
         for (int64_t column = 0; column < TILE; column += LANES) {
             float* p = probabilities_ + column;
             const f32x16 inverse = exponentiate(p, TILE, plan_.tokens, factor);
-            for (int64_t l = 0; l < plan_.tokens; ++l) store(p + l * TILE, VPD_ISA::multiply(load(p + l * TILE), inverse));
+            for (int64_t l = 0; l < plan_.tokens; ++l)
+                store(p + l * TILE, VPD_ISA::multiply(load(p + l * TILE), inverse));
         }
     }
 
@@ -117,7 +121,8 @@ private:
         for (int64_t l = 0; l < plan_.tokens; ++l) {
             const int64_t m = plan_.category_ids ? plan_.category_ids[l] : l;
             if (m < 0) continue;
-            const f32x16 factor = broadcast(plan_.category_ids ? plan_.weight * plan_.category_weights[m] : plan_.weight);
+            const f32x16 factor =
+                broadcast(plan_.category_ids ? plan_.weight * plan_.category_weights[m] : plan_.weight);
             for (int64_t i = 0; i < TILE; i += LANES) {
                 float* to = grad_scores_ + l * TILE + i;
                 store(to, multiply_add(factor, load(grad_maps_ + m * TILE + i), load(to)));

@@ -11,10 +11,10 @@
 namespace vpd {
 
 struct CrossAttentionMapsBackwardPlan {
-    const float *q, *k, *v;   // (batch, queries, heads * dim), (batch or 1, tokens, heads * dim); the last stride is 1
-    const float* grad_out;    // (batch, queries, heads * dim), the last stride is 1; null: zero
-    const float* grad_maps;   // (batch, heads or 1, queries, n_maps) of any strides; null: zero
-    float *dq, *dk, *dv;      // contiguous; dk and dv have the batch of k and v
+    const float *q, *k, *v;  // (batch, queries, heads * dim), (batch or 1, tokens, heads * dim); the last stride is 1
+    const float* grad_out;   // (batch, queries, heads * dim), the last stride is 1; null: zero
+    const float* grad_maps;  // (batch, heads or 1, queries, n_maps) of any strides; null: zero
+    float *dq, *dk, *dv;     // contiguous; dk and dv have the batch of k and v
     int64_t batch, queries, tokens, heads, dim, n_maps;
     // Strides of images and rows in elements; an image stride of 0: shared.
     int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2];

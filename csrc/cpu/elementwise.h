@@ -139,7 +139,7 @@ VPD_INLINE void store_u8_part(uint8_t* p, f32x16 a, int64_t n) {
 // x * sigmoid(x). The exponential is of -|x|, so nothing overflows.
 VPD_INLINE f32x16 silu(f32x16 x) {
     const f32x16 e = exp2_of_nonpositive(multiply(absolute(x), broadcast(-1.44269504088896341f)));  // -log2(e)
-    const f32x16 larger = reciprocal(add(e, broadcast(1.0f)));  // sigmoid(|x|)
+    const f32x16 larger = reciprocal(add(e, broadcast(1.0f)));                                      // sigmoid(|x|)
     return multiply(x, select(greater(x, broadcast(0.0f)), larger, multiply(e, larger)));
 }
 

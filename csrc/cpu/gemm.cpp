@@ -204,7 +204,8 @@ void multiply_panels(const GemmPlan& plan, const float* a, int64_t first, int64_
                     const int64_t height = rows - r < max_rows ? rows - r : max_rows;
                     const float* from = a + (begin + r) * row_floats;
                     if (chunk + 1 == chunks) epilogue.prefetch(first + begin + r, height);
-                    multiply_tile<E>(height, from + i, row_floats, b + i * PANEL, next - i, sums + r * PANEL, chunk > 0);
+                    multiply_tile<E>(height, from + i, row_floats, b + i * PANEL, next - i, sums + r * PANEL,
+                                     chunk > 0);
                     if (chunk + 1 == chunks) epilogue.apply(sums + r * PANEL, from, first + begin + r, height);
                 }
             }

@@ -11,8 +11,8 @@
 
 namespace vpd {
 
-constexpr int64_t PANEL = 32;              // columns of a packed weight that are neighbours in memory
-constexpr int64_t MAX_BLOCK_ROWS = 96;     // rows that are multiplied with a panel before results are stored
+constexpr int64_t PANEL = 32;           // columns of a packed weight that are neighbours in memory
+constexpr int64_t MAX_BLOCK_ROWS = 96;  // rows that are multiplied with a panel before results are stored
 
 enum class Precision { float32, bfloat16, int8 };  // of a weight, and of A while it is multiplied
 enum class Activation { none, relu, silu, geglu };
@@ -27,19 +27,19 @@ struct Source {
 
 struct GemmPlan {
     Precision precision;
-    const float* weight;         // (panels, elements, PANEL), 32 bits each
+    const float* weight;                // (panels, elements, PANEL), 32 bits each
     const float *scales, *weight_sums;  // (n), for 8 bits: weight = data * scale, sums of data over k; otherwise null
-    const float* bias;           // (n), or null
+    const float* bias;                  // (n), or null
     int64_t n, k;
-    int64_t images, rows;        // rows of A of one image
-    Activation activation;       // geglu: of a panel's 32 columns 16 are values, and then come their 16 gates
-    Source residual;             // (images, rows, n_out), added last; n_out is n, or half of it for geglu
-    void* out;                   // likewise
+    int64_t images, rows;   // rows of A of one image
+    Activation activation;  // geglu: of a panel's 32 columns 16 are values, and then come their 16 gates
+    Source residual;        // (images, rows, n_out), added last; n_out is n, or half of it for geglu
+    void* out;              // likewise
     bool out_bf16;
     int64_t out_image, out_row;  // strides in elements
 
-    int64_t elements, panels;    // of a row of A, of the weight
-    int64_t row_floats;          // stride of the rows of A
+    int64_t elements, panels;  // of a row of A, of the weight
+    int64_t row_floats;        // stride of the rows of A
 };
 
 }  // namespace vpd

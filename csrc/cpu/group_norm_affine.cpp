@@ -73,7 +73,7 @@ VPD_INLINE void merge(double& mean, double& m2, double before, double other_mean
 
 template <typename T>
 void add_statistics(const GroupNormAffinePlan::Source& source, int64_t image, int64_t first, int64_t last, Sums sums,
-            double* __restrict mean, double* __restrict m2) {
+                    double* __restrict mean, double* __restrict m2) {
     const int64_t width = padded(source.channels);
     for (int64_t c = 0; c < width; ++c) mean[c] = m2[c] = 0;
     for (int64_t block = first; block < last; block += BLOCK) {
@@ -104,7 +104,7 @@ VPD_INLINE int64_t statistics_index(const GroupNormAffinePlan& plan, int64_t cha
 }  // namespace
 
 void group_norm_affine_statistics(const GroupNormAffinePlan& plan, double* statistics, int64_t first, int64_t last,
-                              float* scratch) {
+                                  float* scratch) {
     const Sums sums{scratch, scratch + plan.width, scratch + 2 * plan.width};
     for (int64_t item = first; item < last; ++item) {
         const int64_t image = item / plan.chunks, begin = item % plan.chunks * plan.chunk;

@@ -12,11 +12,11 @@ namespace vpd {
 
 struct GroupNormAffinePlan {
     struct Source {
-        const void* data;     // (batch, rows, channels); the last stride is 1
-        bool bf16;            // element type: bfloat16, otherwise float32
+        const void* data;  // (batch, rows, channels); the last stride is 1
+        bool bf16;         // element type: bfloat16, otherwise float32
         int64_t channels;
-        int64_t image, row;   // strides in elements
-        int64_t first;        // its place among the statistics of a chunk
+        int64_t image, row;  // strides in elements
+        int64_t first;       // its place among the statistics of a chunk
     } sources[2];
     int64_t n_sources;
     int64_t batch, rows, groups;
@@ -37,6 +37,6 @@ int64_t group_norm_affine_scratch(const GroupNormAffinePlan& plan);
 // deviations, statistics[item][2][width]. Those of the second are images: it merges their chunks in place and writes
 // out. Both do [first, last). scratch is aligned to 64 bytes and belongs to one thread.
 VPD_DECLARE_PER_ISA(void group_norm_affine_statistics(const ::vpd::GroupNormAffinePlan& plan, double* statistics,
-                                                  int64_t first, int64_t last, float* scratch);
+                                                      int64_t first, int64_t last, float* scratch);
                     void group_norm_affine_scale_shift(const ::vpd::GroupNormAffinePlan& plan, double* statistics,
-                                                  int64_t first, int64_t last))
+                                                       int64_t first, int64_t last))

@@ -7,10 +7,10 @@ namespace vpd {
 
 struct LinearPlan {
     GemmPlan gemm;
-    Source x[2];          // (images, rows, channels); the channels of a row of A are those of both
-    bool norm;            // (a - mean) * rsqrt(variance + eps) over the row
+    Source x[2];  // (images, rows, channels); the channels of a row of A are those of both
+    bool norm;    // (a - mean) * rsqrt(variance + eps) over the row
     float eps;
-    const float* affine;  // (images, 2, k): a * affine[0] + affine[1], or null
+    const float* affine;     // (images, 2, k): a * affine[0] + affine[1], or null
     const float* smoothing;  // (k): a * smoothing, or null
 };
 

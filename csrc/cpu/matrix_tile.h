@@ -17,7 +17,7 @@ constexpr int MAX_ROWS = 3, COLUMNS = 1;
 
 // What one 32-bit lane holds of the summed dimension. Every level reads the same layout, so that packed weights do not
 // depend on the machine; without the instruction a level computes the same products in more steps.
-struct F32 {  // one float32
+struct F32 {                         // one float32
     static constexpr int WIDTH = 1;  // numbers in an element
     VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) { return VPD_ISA::multiply_add(a, b, sum); }
 };
@@ -25,7 +25,9 @@ struct F32 {  // one float32
 struct Bf16x2 {  // two bfloat16
     static constexpr int WIDTH = 2;
 #if defined(__AVX512BF16__)
-    VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    }
 #else
     VPD_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) {
         sum = VPD_ISA::multiply_add(low_bf16(a), low_bf16(b), sum);
@@ -53,7 +55,8 @@ struct LeftOperand {
 
 // sum[ROWS][columns] += a[ROWS][size] * b[size][columns] for COLUMN_VECTORS vectors out of `width` columns.
 template <typename E, int ROWS, int COLUMN_VECTORS>
-VPD_INLINE void accumulate(LeftOperand a, const float* b, int64_t size, int64_t width, f32x16 (&sum)[ROWS][COLUMN_VECTORS]) {
+VPD_INLINE void accumulate(LeftOperand a, const float* b, int64_t size, int64_t width,
+                           f32x16 (&sum)[ROWS][COLUMN_VECTORS]) {
     for (int64_t i = 0; i < size; ++i, a.data += a.step, b += width) {
         f32x16 column[COLUMN_VECTORS];
 #pragma GCC unroll 2
@@ -74,8 +77,8 @@ struct NoEpilogue {
 
 // c[ROWS][columns] (+)= a[ROWS][size] * b[size][columns] for COLUMN_VECTORS vectors out of `width` columns, after the epilogue.
 template <typename E, int ROWS, int COLUMN_VECTORS, typename Epilogue>
-void multiply_block(LeftOperand a, const float* b, int64_t size, float* c, int64_t width, bool add, const Epilogue& epilogue,
-                    int64_t row, int64_t column) {
+void multiply_block(LeftOperand a, const float* b, int64_t size, float* c, int64_t width, bool add,
+                    const Epilogue& epilogue, int64_t row, int64_t column) {
     f32x16 sum[ROWS][COLUMN_VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
@@ -98,11 +101,12 @@ void multiply_block(LeftOperand a, const float* b, int64_t size, float* c, int64
 
 // multiply_block for a number of rows known at run time only, at most ROWS.
 template <typename E, int COLUMN_VECTORS, typename Epilogue = NoEpilogue, int ROWS = MAX_ROWS>
-VPD_INLINE void multiply_rows(int64_t rows, LeftOperand a, const float* b, int64_t size, float* c, int64_t width, bool add,
-                              const Epilogue& epilogue = Epilogue(), int64_t row = 0, int64_t column = 0) {
+VPD_INLINE void multiply_rows(int64_t rows, LeftOperand a, const float* b, int64_t size, float* c, int64_t width,
+                              bool add, const Epilogue& epilogue = Epilogue(), int64_t row = 0, int64_t column = 0) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS)
-            return multiply_rows<E, COLUMN_VECTORS, Epilogue, ROWS - 1>(rows, a, b, size, c, width, add, epilogue, row, column);
+            return multiply_rows<E, COLUMN_VECTORS, Epilogue, ROWS - 1>(rows, a, b, size, c, width, add, epilogue, row,
+                                                                        column);
     }
     multiply_block<E, ROWS, COLUMN_VECTORS>(a, b, size, c, width, add, epilogue, row, column);
 }

@@ -63,7 +63,8 @@ VPD_INLINE void transform_numbers(const From* from, int64_t count, const Transfo
         for (int64_t j = 0; j < 2; ++j) {
             const int64_t at = i + j * LANES;
             const f32x16 x = transformed<SILU>(load(from + at), t, at, LANES);
-            if (range) low = min(x, low), high = max(x, high), unusual[j] = multiply_add(x, broadcast(0.0f), unusual[j]);
+            if (range)
+                low = min(x, low), high = max(x, high), unusual[j] = multiply_add(x, broadcast(0.0f), unusual[j]);
             store(to + at, x);
         }
     }

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int KEYS = MAX_ROWS;             // keys of a piece
 constexpr int64_t TILE = COLUMNS * LANES;  // queries of a tile
-constexpr int64_t PIECES = 120 / KEYS;     // pieces of a block, whose probabilities should stay in the first cache level
+constexpr int64_t PIECES = 120 / KEYS;  // pieces of a block, whose probabilities should stay in the first cache level
 // Elements of a score that are added up in one sum, because roundings accumulate.
 constexpr int64_t MAX_SUMMED_ELEMENTS = 160;
 // Scores may exceed their reference by this power of 2 before the running sums are rescaled.
@@ -40,9 +40,7 @@ struct Layout {
 
     int64_t padded_dim() const { return panel * panels; }
     int64_t k_size() const { return pieces * piece_size; }
-    int64_t packed_size() const {
-        return padded(k_size() + pieces * PIECE_ELEMENTS * padded_dim());
-    }
+    int64_t packed_size() const { return padded(k_size() + pieces * PIECE_ELEMENTS * padded_dim()); }
 
     const int64_t q_elements, pieces, piece_size;
     const int64_t panel, panels;  // dimensions of a panel, panels of a head
@@ -236,7 +234,8 @@ public:
         }
         T* out = static_cast<T*>(plan_.out) + image * plan_.out_stride[0] + head * plan_.dim;
         for (int64_t t = 0; t < tiles; ++t)
-            normalize_and_store(tiles_[t], out + (first + t * TILE) * plan_.out_stride[1], smaller(count - t * TILE, TILE));
+            normalize_and_store(tiles_[t], out + (first + t * TILE) * plan_.out_stride[1],
+                                smaller(count - t * TILE, TILE));
     }
 
 private:
@@ -286,7 +285,8 @@ private:
         State& state = tile.state;
         for (int64_t column = 0; column < TILE; column += LANES) {
             const f32x16 maximum = load(state.maximum + column), limit = load(state.limit + column);
-            const f32x16 before = load(state.reference + column), after = select(greater(maximum, limit), maximum, before);
+            const f32x16 before = load(state.reference + column),
+                         after = select(greater(maximum, limit), maximum, before);
             store(state.reference + column, after);
             store(state.limit + column, add(after, broadcast(scaling_.growth)));
             const f32x16 change = exp2_of_nonpositive(multiply(broadcast(scaling_.factor), subtract(before, after)));
@@ -384,7 +384,7 @@ void self_attention_pack(const SelfAttentionPlan& plan, float* packed, int64_t f
 }
 
 void self_attention_parts(const SelfAttentionPlan& plan, const float* packed, int64_t first, int64_t last,
-                        float* scratch) {
+                          float* scratch) {
     plan.bf16 ? work<Bf16Element, uint16_t>(plan, packed, first, last, scratch)
               : work<F32, float>(plan, packed, first, last, scratch);
 }

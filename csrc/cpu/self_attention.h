@@ -15,7 +15,7 @@ struct SelfAttentionPlan {
     const void *q, *k, *v;  // (batch, queries, heads * dim), (contexts, tokens, heads * dim); the last stride is 1
     void* out;              // (batch, queries, heads * dim); the last stride is 1
     bool bf16;              // element type of these four: bfloat16, otherwise float32
-    int64_t batch, contexts, queries, tokens, heads, dim;  // contexts: different K and V, batch or 1
+    int64_t batch, contexts, queries, tokens, heads, dim;          // contexts: different K and V, batch or 1
     int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2];  // image, row; in elements
     float scale;
 };
@@ -36,4 +36,4 @@ VPD_DECLARE_PER_ISA(::vpd::SelfAttentionSizes self_attention_sizes(const ::vpd::
                     void self_attention_pack(const ::vpd::SelfAttentionPlan& plan, float* packed, int64_t first,
                                              int64_t last);
                     void self_attention_parts(const ::vpd::SelfAttentionPlan& plan, const float* packed, int64_t first,
-                                            int64_t last, float* scratch))
+                                              int64_t last, float* scratch))

@@ -112,9 +112,7 @@ VPD_INLINE Mask nonzero(f32x16 a) {
     return {_mm256_cmp_ps(a.lo, zero, _CMP_NEQ_UQ), _mm256_cmp_ps(a.hi, zero, _CMP_NEQ_UQ)};
 }
 VPD_INLINE Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
-VPD_INLINE Mask and_not(Mask a, Mask b) {
-    return {_mm256_andnot_ps(b.lo, a.lo), _mm256_andnot_ps(b.hi, a.hi)};
-}
+VPD_INLINE Mask and_not(Mask a, Mask b) { return {_mm256_andnot_ps(b.lo, a.lo), _mm256_andnot_ps(b.hi, a.hi)}; }
 VPD_INLINE uint32_t bits(Mask m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
 }
@@ -136,7 +134,9 @@ VPD_INLINE __m256 scale_by_power(__m256 p, __m256 n) {
     const __m256 kept = _mm256_and_ps(scaled, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GT_OQ));
     return _mm256_blendv_ps(kept, p, _mm256_cmp_ps(p, p, _CMP_UNORD_Q));
 }
-VPD_INLINE f32x16 scale_by_power(f32x16 p, f32x16 n) { return {scale_by_power(p.lo, n.lo), scale_by_power(p.hi, n.hi)}; }
+VPD_INLINE f32x16 scale_by_power(f32x16 p, f32x16 n) {
+    return {scale_by_power(p.lo, n.lo), scale_by_power(p.hi, n.hi)};
+}
 VPD_INLINE void store_widened(int64_t* p, i32x16 a) {
     const __m256i halves[2] = {a.lo, a.hi};
     for (int i = 0; i < 2; ++i, p += 8) {
@@ -147,9 +147,7 @@ VPD_INLINE void store_widened(int64_t* p, i32x16 a) {
 }
 
 VPD_INLINE __m256 low_bf16(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
-VPD_INLINE __m256 high_bf16(__m256 a) {
-    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)));
-}
+VPD_INLINE __m256 high_bf16(__m256 a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-65536))); }
 VPD_INLINE f32x16 low_bf16(f32x16 a) { return {low_bf16(a.lo), low_bf16(a.hi)}; }
 VPD_INLINE f32x16 high_bf16(f32x16 a) { return {high_bf16(a.lo), high_bf16(a.hi)}; }
 VPD_INLINE __m256 dot_4x8(__m256 a_, __m256 b_, __m256 sum) {
@@ -160,14 +158,20 @@ VPD_INLINE __m256 dot_4x8(__m256 a_, __m256 b_, __m256 sum) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum), both));
 }
 // Every lane: sum + the products of four unsigned bytes of a with four signed ones of b, as int32.
-VPD_INLINE f32x16 dot_4x8(f32x16 a, f32x16 b, f32x16 sum) { return {dot_4x8(a.lo, b.lo, sum.lo), dot_4x8(a.hi, b.hi, sum.hi)}; }
+VPD_INLINE f32x16 dot_4x8(f32x16 a, f32x16 b, f32x16 sum) {
+    return {dot_4x8(a.lo, b.lo, sum.lo), dot_4x8(a.hi, b.hi, sum.hi)};
+}
 
 #else  // portable: four vectors of four lanes, which GCC and Clang turn into SSE2, NEON or whatever the target has
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
-struct f32x16 { f32x4 v[4]; };
-struct i32x16 { i32x4 v[4]; };
+struct f32x16 {
+    f32x4 v[4];
+};
+struct i32x16 {
+    i32x4 v[4];
+};
 using Mask = i32x16;  // -1 or 0 per lane
 
 #define VPD_EACH(RESULT, EXPRESSION)                     \
@@ -202,7 +206,8 @@ VPD_INLINE Mask not_less(f32x16 a, f32x16 b) VPD_EACH(Mask, ~(a.v[i] < b.v[i]))
 VPD_INLINE Mask is_nan(f32x16 a) VPD_EACH(Mask, a.v[i] != a.v[i])
 VPD_INLINE Mask nonzero(f32x16 a) VPD_EACH(Mask, a.v[i] != f32x4{})
 VPD_INLINE Mask either(Mask a, Mask b) VPD_EACH(Mask, a.v[i] | b.v[i])
-VPD_INLINE Mask and_not(Mask a, Mask b) VPD_EACH(Mask, a.v[i] & ~b.v[i])
+VPD_INLINE Mask and_not(Mask a, Mask b)
+    VPD_EACH(Mask, a.v[i] & ~b.v[i])
 // Adding 1.5 * 2^23 leaves no bits for a fraction.
 VPD_INLINE f32x16 round(f32x16 x) VPD_EACH(f32x16, (x.v[i] + 12582912.0f) - 12582912.0f)
 VPD_INLINE f32x4 scale_by_power(f32x4 p, f32x4 n) {
@@ -287,10 +292,9 @@ VPD_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* to,
     __builtin_memcpy(&d, from + 3 * from_stride, 16);
     const V4 ab_low = __builtin_shuffle(a, b, Order{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, Order{2, 6, 3, 7});
     const V4 cd_low = __builtin_shuffle(c, d, Order{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, Order{2, 6, 3, 7});
-    const V4 rows[4] = {__builtin_shuffle(ab_low, cd_low, Order{0, 1, 4, 5}),
-                        __builtin_shuffle(ab_low, cd_low, Order{2, 3, 6, 7}),
-                        __builtin_shuffle(ab_high, cd_high, Order{0, 1, 4, 5}),
-                        __builtin_shuffle(ab_high, cd_high, Order{2, 3, 6, 7})};
+    const V4 rows[4] = {
+        __builtin_shuffle(ab_low, cd_low, Order{0, 1, 4, 5}), __builtin_shuffle(ab_low, cd_low, Order{2, 3, 6, 7}),
+        __builtin_shuffle(ab_high, cd_high, Order{0, 1, 4, 5}), __builtin_shuffle(ab_high, cd_high, Order{2, 3, 6, 7})};
     for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &rows[i], 16);
 }
 

@@ -42,7 +42,8 @@ void pack_row(const UpsampleArgmaxPlan& plan, const float* image, int64_t row, f
     const int64_t C = plan.channels, channels = padded(C), w = plan.w;
     const int64_t sc = plan.stride_channel, ss = plan.stride_column;
     for (int64_t window = 0; window < plan.grid_x; ++window, to += w * channels) {
-        const float* from = image + (row / plan.h * plan.grid_x + window) * plan.stride_window + row % plan.h * plan.stride_row;
+        const float* from =
+            image + (row / plan.h * plan.grid_x + window) * plan.stride_window + row % plan.h * plan.stride_row;
         const int64_t c4 = ss == 1 ? C / 4 * 4 : 0, w4 = w / 4 * 4;
         for (int64_t c = 0; c < c4; c += 4)
             for (int64_t s = 0; s < w4; s += 4) transpose_4x4(from + c * sc + s, sc, to + s * channels + c, channels);
@@ -120,8 +121,10 @@ int64_t keep_possible_winners(const RowGroup& group, const Tile& tile, const flo
         uint32_t possible = bits(not_less(upper, bound));
         if (!possible) continue;
         const f32x16 infinity = broadcast(INFINITY);
-        any_special |= possible & ~(bits(greater(infinity, upper)) & bits(greater(load(scratch.lowest + c), broadcast(-INFINITY))));
-        for (; possible; possible &= possible - 1) scratch.kept[kept++] = static_cast<int32_t>(c) + __builtin_ctz(possible);
+        any_special |= possible & ~(bits(greater(infinity, upper)) &
+                                    bits(greater(load(scratch.lowest + c), broadcast(-INFINITY))));
+        for (; possible; possible &= possible - 1)
+            scratch.kept[kept++] = static_cast<int32_t>(c) + __builtin_ctz(possible);
     }
     *special = any_special != 0;
     return kept;
@@ -207,7 +210,8 @@ void label_tile(const UpsampleArgmaxPlan& plan, const RowGroup& group, const Til
     gather_points(group, tile, rows, channels, kept, scratch.kept, scratch.points);
     const RowFunction argmax = row_function(tile.points, special);
     for (int64_t y = 0; y < group.count; ++y) {
-        blend_rows(scratch.points, group.weights + y * group.taps, group.taps, tile.points * padded(kept), scratch.blended);
+        blend_rows(scratch.points, group.weights + y * group.taps, group.taps, tile.points * padded(kept),
+                   scratch.blended);
         store_labels(labels + y * plan.out_w, argmax(tile, scratch.blended, scratch.kept, kept), tile.count);
     }
 }
@@ -227,8 +231,7 @@ void upsample_argmax_groups(const UpsampleArgmaxPlan& plan, const float* logits,
         }
         cache.fetch(logits + image * plan.stride_batch, group, rows);
         int64_t* group_labels = labels + (image * plan.out_h + group.first) * plan.out_w;
-        for (int64_t t = 0; t < plan.n_tiles; ++t)
-            label_tile(plan, group, plan.tiles[t], rows, scratch, group_labels);
+        for (int64_t t = 0; t < plan.n_tiles; ++t) label_tile(plan, group, plan.tiles[t], rows, scratch, group_labels);
     }
 }
 

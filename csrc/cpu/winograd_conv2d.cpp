@@ -194,7 +194,7 @@ private:
     const WinogradConv2dPlan& plan_;
     const float* const rows_;
     float* const products_;
-    int64_t count_ = 0, first_ = 0;  // tiles; the panel's first column
+    int64_t count_ = 0, first_ = 0;                     // tiles; the panel's first column
     int64_t parts_, starts_[MAX_TILES / MAX_ROWS + 2];  // of tiles that the micro-kernel takes at once
     Tile tiles_[MAX_TILES];
     float bias_[PANEL], scales_[PANEL] = {}, zeros_[PANEL] = {};  // of the panel's columns; the latter of one matrix

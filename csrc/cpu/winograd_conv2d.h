@@ -20,11 +20,11 @@ struct WinogradConv2dPlan {
     // The GEMM of one matrix. weight, scales and weight_sums are those of the first matrix, and those of the others
     // follow; residual and out are (batch, out_height, out_width, n).
     GemmPlan gemm;
-    int matrices;      // 16: 2x2 pixels from 4x4; 36: 4x4 pixels from 6x6; 9: 2x2 pixels from 3x3 that are upsampled
+    int matrices;  // 16: 2x2 pixels from 4x4; 36: 4x4 pixels from 6x6; 9: 2x2 pixels from 3x3 that are upsampled
     Source x[2];   // (batch, height, width, channels); the second adds channels, or its data are null
     int64_t height, width;
-    const float *affine, *smoothing;  // (batch, 2, channels) scale and shift, (channels); or null
-    bool silu;                     // the input is silu(x * scale + shift) * smoothing
+    const float *affine, *smoothing;            // (batch, 2, channels) scale and shift, (channels); or null
+    bool silu;                                  // the input is silu(x * scale + shift) * smoothing
     int64_t out_height, out_width, out_column;  // out_column: stride
 
     int64_t tile_rows, tile_columns;  // tiles of an image

@@ -72,7 +72,8 @@ private:
 
     // Whole vectors are stored, also where fewer channels are left: there is room, and what follows is stored later.
     template <typename T>
-    void activate_channels(const T* from, int64_t channels, const float* affine, const float* smoothing, float* to) const {
+    void activate_channels(const T* from, int64_t channels, const float* affine, const float* smoothing,
+                           float* to) const {
         const bool smooth = plan_.silu;
         for (int64_t c = 0; c < channels; c += LANES) {
             const int64_t left = channels - c;
@@ -163,8 +164,9 @@ private:
 #pragma GCC unroll 48
         for (int i = 0; i < PADDED_SCALES; ++i) maxima[i] = broadcast(0.0f);
         for (int64_t c = 0; c < channels; c += LANES)
-            each_matrix(from, c, pixel,
-                     [&](int i, f32x16 t) __attribute__((always_inline)) { maxima[i] = larger_magnitude(t, maxima[i]); });
+            each_matrix(from, c, pixel, [&](int i, f32x16 t) __attribute__((always_inline)) {
+                maxima[i] = larger_magnitude(t, maxima[i]);
+            });
         float scales[PADDED_SCALES];
         for (int i = 0; i < PADDED_SCALES; i += LANES) {
             // Not zero, and NaN if it is not finite: then so are the results.

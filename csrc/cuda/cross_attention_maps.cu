@@ -23,8 +23,8 @@ struct Kernel {
 template <typename T, size_t... INDEX>
 Kernel smallest_kernel(int64_t tokens, int64_t dim, std::index_sequence<INDEX...>) {
     constexpr size_t N = std::size(DIM_SIZES);
-    static constexpr Kernel KERNELS[] = {
-        {forward_kernel<T, TOKEN_SIZES[INDEX / N], DIM_SIZES[INDEX % N]>, TOKEN_SIZES[INDEX / N], DIM_SIZES[INDEX % N]}...};
+    static constexpr Kernel KERNELS[] = {{forward_kernel<T, TOKEN_SIZES[INDEX / N], DIM_SIZES[INDEX % N]>,
+                                          TOKEN_SIZES[INDEX / N], DIM_SIZES[INDEX % N]}...};
     for (const Kernel& kernel : KERNELS)
         if (tokens <= kernel.tokens && dim <= kernel.dim) return kernel;
     return {};
@@ -64,8 +64,8 @@ void choose_schedule(const CudaCrossAttentionMaps& p, CudaSchedule schedule, Pla
     else if (plan.groups == 1)
         plan.groups = 2;
     plan.head_sum = schedule == CudaSchedule::heads_loop ? HeadSum::write
-                  : schedule == CudaSchedule::cluster  ? HeadSum::cluster
-                                                       : HeadSum::partial;
+                    : schedule == CudaSchedule::cluster  ? HeadSum::cluster
+                                                         : HeadSum::partial;
 }
 
 // False if the device has too little shared memory for the smallest tile.
@@ -93,7 +93,8 @@ const char* make_plan(const CudaCrossAttentionMaps& p, CudaFloat dtype, CudaSche
     if (p.head_dim % 8) return "the head dimension is not a multiple of 8";
     kernel = find_kernel(p, dtype);
     if (!kernel.run) return "there are more than 256 tokens or more than 160 elements per head";
-    if (schedule == CudaSchedule::cluster && !has_clusters()) return "the device has no clusters that this was compiled for";
+    if (schedule == CudaSchedule::cluster && !has_clusters())
+        return "the device has no clusters that this was compiled for";
     if (!choose_tile(p, kernel, plan)) return "the device has too little shared memory";
 
     const bool average = p.average_heads && p.heads > 1;

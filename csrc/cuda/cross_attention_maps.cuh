@@ -170,8 +170,12 @@ __device__ inline void probabilities_times_values(const uint32_t (&p)[TOKENS / 1
 __device__ inline void store_map(const CudaCrossAttentionMaps& p, int64_t offset, float value) {
     switch (p.maps_dtype) {
         case CudaFloat::float32: store_global(static_cast<float*>(p.maps) + offset, value); break;
-        case CudaFloat::bfloat16: store_global(static_cast<Bfloat16*>(p.maps) + offset, from_float<Bfloat16>(value)); break;
-        case CudaFloat::float16: store_global(static_cast<Float16*>(p.maps) + offset, from_float<Float16>(value)); break;
+        case CudaFloat::bfloat16:
+            store_global(static_cast<Bfloat16*>(p.maps) + offset, from_float<Bfloat16>(value));
+            break;
+        case CudaFloat::float16:
+            store_global(static_cast<Float16*>(p.maps) + offset, from_float<Float16>(value));
+            break;
     }
 }
 
@@ -184,7 +188,8 @@ __device__ inline float column_sum(const CudaCrossAttentionMaps& p, const float*
     float total = 0.0f;
     const int end = load_global(p.category_offsets + column + 1);
 #pragma unroll 4
-    for (int i = load_global(p.category_offsets + column); i < end; ++i) total += sums[load_global(p.category_tokens + i)];
+    for (int i = load_global(p.category_offsets + column); i < end; ++i)
+        total += sums[load_global(p.category_tokens + i)];
     return total * load_global(p.category_weights + column);
 }
 

@@ -26,8 +26,8 @@ struct CudaCrossAttentionMaps {
     // in elements, multiples of 8.
     const void *q, *k, *v;
     int64_t q_image, q_row, k_image, k_row, v_image, v_row;
-    void* out;  // like q, contiguous
-    void* maps; // (batch, queries, columns), or (batch, heads, queries, columns) without averaging; null: not wanted
+    void* out;   // like q, contiguous
+    void* maps;  // (batch, queries, columns), or (batch, heads, queries, columns) without averaging; null: not wanted
     CudaFloat maps_dtype;
     CudaMapStrides maps_strides;
     const float* addend;  // like maps, or null; may be the same memory

@@ -33,7 +33,7 @@ bool evenly_spaced(const CudaPositions& x, const int64_t (&sizes)[3], int64_t& d
 CudaGemm in_one_line(const CudaGemm& p) {
     const int64_t sizes[] = {p.batch, p.out_height, p.out_width};
     const bool pointwise = p.kernel_height == 1 && p.kernel_width == 1 && p.stride == 1 && p.top == 0 && p.left == 0 &&
-                        p.height == p.out_height && p.width == p.out_width;
+                           p.height == p.out_height && p.width == p.out_width;
     if (!pointwise || (p.scale_per_image && p.batch > 1)) return p;
     CudaGemm line = p;
     line.batch = line.height = line.out_height = 1;
@@ -79,17 +79,21 @@ int64_t tiles_of(const Plan& plan) { return int64_t(plan.row_tiles) * plan.colum
 // Split-K: idle SMs share the sums, as long as each part is worth a pipeline.
 void set_splits(Plan& plan, int processors) {
     const int64_t idle = processors / std::max<int64_t>(1, tiles_of(plan));
-    const int splits = int(std::clamp<int64_t>(std::min<int64_t>(idle, plan.steps / MIN_STEPS_PER_SPLIT), 1, MAX_SPLITS));
+    const int splits =
+        int(std::clamp<int64_t>(std::min<int64_t>(idle, plan.steps / MIN_STEPS_PER_SPLIT), 1, MAX_SPLITS));
     plan.share = int(ceil_divide(plan.steps, splits)), plan.splits = int(ceil_divide(plan.steps, plan.share));
 }
 
 const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
     const int bytes = bytes_of(operand);
-    for (int64_t size : {p.height, p.width, p.out_height, p.out_width, p.kernel_height, p.kernel_width, p.stride, p.n, p.channels[0]})
+    for (int64_t size :
+         {p.height, p.width, p.out_height, p.out_width, p.kernel_height, p.kernel_width, p.stride, p.n, p.channels[0]})
         if (size < 1 || size >= MAX_COUNT) return "a size is not positive, or too large";
-    if (p.batch < 0 || p.batch >= MAX_COUNT || p.channels[1] < 0 || p.top < 0 || p.left < 0 || p.top >= MAX_COUNT || p.left >= MAX_COUNT)
+    if (p.batch < 0 || p.batch >= MAX_COUNT || p.channels[1] < 0 || p.top < 0 || p.left < 0 || p.top >= MAX_COUNT ||
+        p.left >= MAX_COUNT)
         return "a size is negative, or too large";
-    if (p.batch * p.out_height >= MAX_COUNT || p.batch * p.out_height * p.out_width >= MAX_COUNT || p.height * p.width >= MAX_COUNT)
+    if (p.batch * p.out_height >= MAX_COUNT || p.batch * p.out_height * p.out_width >= MAX_COUNT ||
+        p.height * p.width >= MAX_COUNT)
         return "there are too many positions";
     if (p.out_height * p.stride >= MAX_COUNT || p.out_width * p.stride >= MAX_COUNT) return "the stride is too large";
     const int64_t channels = p.channels[0] + p.channels[1];
@@ -97,9 +101,11 @@ const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
         return "a row has too many columns";
     for (int i = 0; i < 2; ++i) {
         if (p.channels[i] * bytes % 16) return "the channels of a source are no multiple of 16 bytes";
-        if (reinterpret_cast<uintptr_t>(p.source[i].data) % 16) return "the address of a source is no multiple of 16 bytes";
+        if (reinterpret_cast<uintptr_t>(p.source[i].data) % 16)
+            return "the address of a source is no multiple of 16 bytes";
         for (int64_t stride : {p.source[i].image, p.source[i].row, p.source[i].column})
-            if (p.channels[i] && (stride < 0 || stride * bytes % 16)) return "a stride of a source is no multiple of 16 bytes";
+            if (p.channels[i] && (stride < 0 || stride * bytes % 16))
+                return "a stride of a source is no multiple of 16 bytes";
     }
     if (reinterpret_cast<uintptr_t>(p.weight) % 16) return "the address of the weight is no multiple of 16 bytes";
     if (p.activation == CudaActivation::geglu && p.n % 32) return "geglu of values that are no runs of 16";
@@ -122,7 +128,8 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
     plan.rows = p.batch * p.out_height * p.out_width;
     plan.weight_columns = taps * (p.channels[0] + p.channels[1]);
     plan.out_columns = p.activation == CudaActivation::geglu ? p.n / 2 : p.n;
-    plan.four_at_once = four_aligned(p.out, p.out_dtype) && (!p.residual.data || four_aligned(p.residual, p.residual_dtype));
+    plan.four_at_once =
+        four_aligned(p.out, p.out_dtype) && (!p.residual.data || four_aligned(p.residual, p.residual_dtype));
     const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
 
     const char* reason = major == 9 ? nullptr : "the device has no wgmma that this was compiled for";
@@ -139,7 +146,8 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
         if (tiles_of(plan) < processors) set_tiles(p, 64, 64, plan);
     }
     set_splits(plan, processors);
-    if (tiles_of(plan) * plan.splits >= MAX_COUNT || plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
+    if (tiles_of(plan) * plan.splits >= MAX_COUNT ||
+        plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
         return "the result has too many elements";
     return nullptr;
 }
@@ -171,7 +179,7 @@ int64_t gemm_cuda_scratch(const CudaGemm& problem, CudaOperand operand, CudaInst
 }
 
 cudaError_t gemm_cuda(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions,
-                         cudaStream_t stream) {
+                      cudaStream_t stream) {
     CudaGemm p = problem;
     Plan plan{};
     bool wgmma;

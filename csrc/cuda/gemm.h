@@ -59,7 +59,6 @@ int64_t gemm_cuda_scratch(const CudaGemm& problem, CudaOperand operand, CudaInst
 
 // Enqueues on the stream of the current device; returns the launch's error, or cudaErrorInvalidValue if the product is
 // refused or lacks scratch.
-cudaError_t gemm_cuda(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions,
-                         cudaStream_t stream);
+cudaError_t gemm_cuda(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions, cudaStream_t stream);
 
 }  // namespace vpd

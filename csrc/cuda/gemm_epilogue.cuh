@@ -32,7 +32,8 @@ __device__ inline ResultRow row_of(const CudaGemm& p, const Position& at) {
     row.number = int32_t((at.image * p.out_height + at.y) * p.out_width + at.x);
     row.out = at.image * p.out.image + at.y * p.out.row + at.x * p.out.column;
     row.residual = at.image * p.residual.image + at.y * p.residual.row + at.x * p.residual.column;
-    if constexpr (Operand<T>::BYTES == 1) row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.number));
+    if constexpr (Operand<T>::BYTES == 1)
+        row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.number));
     // |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
     if constexpr (std::is_same_v<T, int8_t>)
         row.zero = int32_t(load_global(p.row_zeros + (p.scale_per_image ? at.image : row.number)));
@@ -51,7 +52,8 @@ struct FourColumns {
             const bool valid = first + i < p.n;
             bias[i] = valid && p.bias ? load_global(p.bias + first + i) : 0.0f;
             if constexpr (Operand<T>::BYTES == 1) scale[i] = valid ? load_global(p.column_scales + first + i) : 0.0f;
-            if constexpr (std::is_same_v<T, int8_t>) weight_sums[i] = valid ? int32_t(load_global(p.weight_sums + first + i)) : 0;
+            if constexpr (std::is_same_v<T, int8_t>)
+                weight_sums[i] = valid ? int32_t(load_global(p.weight_sums + first + i)) : 0;
         }
     }
 
@@ -131,9 +133,15 @@ __device__ inline void add_residual_and_store(const CudaGemm& p, const Plan& pla
     const bool at_once = plan.four_at_once && count == 4;
     const int64_t from = row.residual + column, to = row.out + column;
     if (p.residual.data) switch (p.residual_dtype) {
-            case CudaFloat::float32: add_four(x, static_cast<const float*>(p.residual.data) + from, count, at_once); break;
-            case CudaFloat::bfloat16: add_four(x, static_cast<const Bfloat16*>(p.residual.data) + from, count, at_once); break;
-            case CudaFloat::float16: add_four(x, static_cast<const Float16*>(p.residual.data) + from, count, at_once); break;
+            case CudaFloat::float32:
+                add_four(x, static_cast<const float*>(p.residual.data) + from, count, at_once);
+                break;
+            case CudaFloat::bfloat16:
+                add_four(x, static_cast<const Bfloat16*>(p.residual.data) + from, count, at_once);
+                break;
+            case CudaFloat::float16:
+                add_four(x, static_cast<const Float16*>(p.residual.data) + from, count, at_once);
+                break;
         }
     switch (p.out_dtype) {
         case CudaFloat::float32: store_four(x, static_cast<float*>(p.out.data) + to, count, at_once); break;
@@ -176,7 +184,7 @@ struct Epilogue {
 
 template <typename T, int COLUMNS, bool GEGLU>
 __device__ inline void epilogue_rows(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                   const typename Operand<T>::Sum* staged, const ResultRow* rows, int lane) {
+                                     const typename Operand<T>::Sum* staged, const ResultRow* rows, int lane) {
     constexpr int ACROSS = COLUMNS / (GEGLU ? 8 : 4);  // threads that share a row
     static_assert(WARP % ACROSS == 0);
     const int first = GEGLU ? tile.column / 2 : tile.column;
@@ -187,7 +195,7 @@ __device__ inline void epilogue_rows(const CudaGemm& p, const Plan& plan, const 
         if (rows[row].number >= 0)
             epilogue.apply(p, plan, rows[row], [&](int column) {
                 return *reinterpret_cast<const Four<typename Operand<T>::Sum>*>(staged + row * pitch_of(COLUMNS) +
-                                                                              column - tile.column);
+                                                                                column - tile.column);
             });
 }
 
@@ -218,7 +226,7 @@ constexpr __host__ __device__ int epilogue_bytes(int rows, int columns) {
 // A warp finishes 16 rows of a tile, whose sums are in shared memory in front of `rows`, one per row of the tile.
 template <typename T, int COLUMNS>
 __device__ inline void tile_epilogue(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                   const typename Operand<T>::Sum* staged, ResultRow* rows, int warp, int lane) {
+                                     const typename Operand<T>::Sum* staged, ResultRow* rows, int warp, int lane) {
     staged += warp * ROWS_PER_WARP * pitch_of(COLUMNS), rows += warp * ROWS_PER_WARP;
     if (lane < ROWS_PER_WARP) rows[lane] = row_of<T>(p, position_of(plan, tile, warp * ROWS_PER_WARP + lane));
     sync_warp();

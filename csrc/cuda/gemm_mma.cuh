@@ -34,7 +34,12 @@ struct Loader {
     unsigned valid_rows;       // a bit for each row that lies inside of the image under the current tap
 
     __device__ Loader(const CudaGemm& p_, const Plan& plan_, const Tile& tile_)
-        : p(p_), plan(plan_), tile(tile_), step(p_, plan_, tile_.begin), piece(threadIdx.x % PIECES), first(threadIdx.x / PIECES) {
+        : p(p_),
+          plan(plan_),
+          tile(tile_),
+          step(p_, plan_, tile_.begin),
+          piece(threadIdx.x % PIECES),
+          first(threadIdx.x / PIECES) {
         find_rows();
     }
 
@@ -116,11 +121,13 @@ __global__ void __launch_bounds__(MmaTile<SIDE>::THREADS)
                 load_matrices(a[j], left + swizzled(row0 + j * 16 + lane % 16, part * 2 + lane / 16));
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-                load_matrices(b[j], right + swizzled(column0 + j * 16 + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
+                load_matrices(b[j],
+                              right + swizzled(column0 + j * 16 + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
 #pragma unroll
             for (int j = 0; j < TALL; ++j)
 #pragma unroll
-                for (int k = 0; k < 4; ++k) multiply_add<T>(sums[j][k], a[j], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
+                for (int k = 0; k < 4; ++k)
+                    multiply_add<T>(sums[j][k], a[j], b[k / 2][k % 2 * 2], b[k / 2][k % 2 * 2 + 1]);
         }
     }
 
@@ -131,10 +138,11 @@ __global__ void __launch_bounds__(MmaTile<SIDE>::THREADS)
     for (int j = 0; j < TALL; ++j)
 #pragma unroll
         for (int i = 0; i < 16; ++i)
-            staged[(row0 + j * 16 + lane / 4 + i / 2 % 2 * 8) * pitch_of(SIDE) + column0 + i / 4 * 8 + lane % 4 * 2 + i % 2] =
-                sums[j][i / 4][i % 4];
+            staged[(row0 + j * 16 + lane / 4 + i / 2 % 2 * 8) * pitch_of(SIDE) + column0 + i / 4 * 8 + lane % 4 * 2 +
+                   i % 2] = sums[j][i / 4][i % 4];
     __syncthreads();
-    tile_epilogue<T, SIDE>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + SIDE * pitch_of(SIDE)), warp, lane);
+    tile_epilogue<T, SIDE>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + SIDE * pitch_of(SIDE)), warp,
+                           lane);
 }
 
 }  // namespace vpd::gemm

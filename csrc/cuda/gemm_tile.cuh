@@ -5,8 +5,8 @@
 // A step is 128 bytes of K: a block of the channels of one source under one tap; the last block of a tap may be shorter.
 #pragma once
 
-#include "cuda/primitives.cuh"
 #include "cuda/gemm.h"
+#include "cuda/primitives.cuh"
 
 namespace vpd::gemm {
 
@@ -36,13 +36,13 @@ struct Operand<Float8> {
 
 struct Plan {
     int rows_of_tile, columns_of_tile;
-    int log_x, log_y;                   // of the box; what is left are images
+    int log_x, log_y;  // of the box; what is left are images
     int tiles_x, tiles_y, row_tiles, column_tiles;
-    int blocks[2], steps;               // blocks of channels per tap and source; steps of the whole sum
-    int splits, share;                  // blocks of threads that share a sum, and their steps
-    int64_t rows, weight_columns;       // output positions; K
+    int blocks[2], steps;          // blocks of channels per tap and source; steps of the whole sum
+    int splits, share;             // blocks of threads that share a sum, and their steps
+    int64_t rows, weight_columns;  // output positions; K
     int64_t out_columns;
-    bool four_at_once;                  // four columns of out and residual are aligned
+    bool four_at_once;  // four columns of out and residual are aligned
 };
 
 // One block's work: a tile of the result and a range of steps.

@@ -24,12 +24,13 @@ Encode* find_encode() {
     cudaDriverEntryPointQueryResult found;
     const cudaError_t status =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode*>(function) : nullptr;
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode*>(function)
+                                                                         : nullptr;
 }
 
 // Boxes of 128 bytes along the first dimension, swizzled. strides: in bytes, of all dimensions but the first.
-bool encode(TensorMap& map, int bytes, int rank, const void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
-            const cuuint32_t* box, const cuuint32_t* steps) {
+bool encode(TensorMap& map, int bytes, int rank, const void* address, const cuuint64_t* sizes,
+            const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps) {
     static Encode* const function = find_encode();
     const auto type = bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
     return function && function(&map, type, rank, const_cast<void*>(address), sizes, strides, box, steps,
@@ -41,7 +42,8 @@ int images_of_box(const Plan& plan) { return plan.rows_of_tile >> (plan.log_x + 
 
 bool encode_source(TensorMap& map, const CudaGemm& p, const Plan& plan, int bytes, int i) {
     const CudaPositions& x = p.source[i];
-    const cuuint64_t sizes[] = {cuuint64_t(p.channels[i]), cuuint64_t(p.width), cuuint64_t(p.height), cuuint64_t(p.batch)};
+    const cuuint64_t sizes[] = {cuuint64_t(p.channels[i]), cuuint64_t(p.width), cuuint64_t(p.height),
+                                cuuint64_t(p.batch)};
     cuuint64_t strides[] = {cuuint64_t(x.column) * bytes, cuuint64_t(x.row) * bytes, cuuint64_t(x.image) * bytes};
     for (int axis = 0; axis < 3; ++axis)  // of what there is only one, the stride does not matter
         if (sizes[axis + 1] == 1) strides[axis] = cuuint64_t(p.channels[i]) * bytes;
@@ -91,8 +93,8 @@ cudaError_t launch_wgmma(const CudaGemm& p, const Plan& plan, CudaOperand operan
     TensorMaps maps{};
     const int bytes = bytes_of(operand);
     const bool two = p.channels[1] > 0;
-    if (!encode_source(maps.source[0], p, plan, bytes, 0) || (two && !encode_source(maps.source[1], p, plan, bytes, 1)) ||
-        !encode_weight(maps.weight, p, plan, bytes))
+    if (!encode_source(maps.source[0], p, plan, bytes, 0) ||
+        (two && !encode_source(maps.source[1], p, plan, bytes, 1)) || !encode_weight(maps.weight, p, plan, bytes))
         return cudaErrorInvalidValue;
     switch (operand) {
         case CudaOperand::int8: return launch_of<int8_t>(maps, p, plan, stream);

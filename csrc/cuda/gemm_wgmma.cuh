@@ -10,8 +10,8 @@
 // one warp for the copies they do without moving registers between warps (288 threads have 112 each, or 224 for one block).
 #pragma once
 
-#include "cuda/hopper.cuh"
 #include "cuda/gemm_epilogue.cuh"
+#include "cuda/hopper.cuh"
 
 namespace vpd::gemm {
 
@@ -57,9 +57,9 @@ __device__ inline void copy_steps(const TensorMaps& maps, const CudaGemm& p, con
 
 // Sums of 64 rows by the warpgroup `group`.
 template <typename T, int COLUMNS>
-__device__ inline void multiply_steps(typename Operand<T>::Sum (&sums)[COLUMNS / 2], const CudaGemm& p, const Plan& plan,
-                                      const Tile& tile, const unsigned char* stages, uint64_t* filled, uint64_t* emptied,
-                                      int group, int lane) {
+__device__ inline void multiply_steps(typename Operand<T>::Sum (&sums)[COLUMNS / 2], const CudaGemm& p,
+                                      const Plan& plan, const Tile& tile, const unsigned char* stages, uint64_t* filled,
+                                      uint64_t* emptied, int group, int lane) {
     using Size = WgmmaTile<T, COLUMNS>;
     using Sum = typename Operand<T>::Sum;
     // Tensor cores add up products of float8 with about 14 bits, so their sums of 128 columns move to float32.
@@ -87,7 +87,7 @@ __device__ inline void multiply_steps(typename Operand<T>::Sum (&sums)[COLUMNS /
 #pragma unroll
             for (int part = 0; part < STEP_BYTES / PART_BYTES; ++part) multiply(part);
             wgmma_commit();  // in each branch, else the compiler makes it an instruction of its own
-        } else {  // beyond the channels there are zeros, of which whole parts are left out
+        } else {             // beyond the channels there are zeros, of which whole parts are left out
 #pragma unroll 1
             for (int part = 0; part < parts; ++part) multiply(part);
             wgmma_commit();
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
     sync_warp();
-    tile_epilogue<T, COLUMNS>(p, plan, tile, staged, reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS)),
-                            warp, lane);
+    tile_epilogue<T, COLUMNS>(p, plan, tile, staged,
+                              reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS)), warp, lane);
 #endif
 }
 

@@ -68,8 +68,8 @@ __device__ inline void sync_threads(int barrier, int threads) {
 __device__ inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
 #if VPD_HOPPER
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
-            shared_address(shared)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::
+            "r"(shared_address(shared)),
         "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1)
         : "memory");
 #endif
@@ -155,7 +155,8 @@ __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b
                       VPD_SUMS_32(VPD_INTEGER, d, 32));
     } else if constexpr (std::is_same_v<T, Float8>) {
         if constexpr (COUNT == 32)
-            VPD_WGMMA("m64n64k32", ".f32.e4m3.e4m3", VPD_NAMES_32, "32", "33", "34", ", 1, 1", VPD_SUMS_32(VPD_FLOAT, d, 0));
+            VPD_WGMMA("m64n64k32", ".f32.e4m3.e4m3", VPD_NAMES_32, "32", "33", "34", ", 1, 1",
+                      VPD_SUMS_32(VPD_FLOAT, d, 0));
         else
             VPD_WGMMA("m64n128k32", ".f32.e4m3.e4m3", VPD_NAMES_64, "64", "65", "66", ", 1, 1",
                       VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));

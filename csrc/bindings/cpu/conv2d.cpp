@@ -1,8 +1,8 @@
 // Binding of conv2d.
 #include "cpu/conv2d.h"
 
-#include "bindings/cpu/operators.h"
 #include "bindings/cpu/gemm_arguments.h"
+#include "bindings/cpu/operators.h"
 
 namespace vpd {
 namespace {
@@ -33,14 +33,15 @@ void conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array
 }  // namespace
 
 void bind_conv2d(py::module_& m) {
-    m.def("conv2d", &conv2d, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("geometry"), py::arg("weight"),
-          py::arg("vectors"), py::arg("silu"), py::arg("activation"), py::arg("residual"), py::arg("out"),
-          py::arg("threads"), py::arg("isa") = "",
-          "x, x2: (address, dtype, channels, strides (image, row, column)) in elements; residual, out: likewise, with a\n"
-          "stride for positions in the place of rows; x2 and residual may be None; shape: (images, height, width, height\n"
-          "and width of out); geometry: (kernel height and width, stride, padding at the top and left); weight: ((data,\n"
-          "scales, sums), dtype, n, k) as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and\n"
-          "smoothing (channels), 0 for none.");
+    m.def(
+        "conv2d", &conv2d, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("geometry"), py::arg("weight"),
+        py::arg("vectors"), py::arg("silu"), py::arg("activation"), py::arg("residual"), py::arg("out"),
+        py::arg("threads"), py::arg("isa") = "",
+        "x, x2: (address, dtype, channels, strides (image, row, column)) in elements; residual, out: likewise, with a\n"
+        "stride for positions in the place of rows; x2 and residual may be None; shape: (images, height, width, height\n"
+        "and width of out); geometry: (kernel height and width, stride, padding at the top and left); weight: ((data,\n"
+        "scales, sums), dtype, n, k) as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and\n"
+        "smoothing (channels), 0 for none.");
 }
 
 }  // namespace vpd

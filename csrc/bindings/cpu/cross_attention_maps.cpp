@@ -30,9 +30,8 @@ int64_t choose_tile(const CrossAttentionMapsPlan& plan, int threads) {
 }
 
 void cross_attention_maps(const std::array<uintptr_t, 4>& addresses, const std::string& dtype,
-                          const std::array<int64_t, 5>& shape,
-                          const std::array<std::array<int64_t, 2>, 3>& strides, const std::optional<Strided>& maps,
-                          const std::optional<Strided>& addend,
+                          const std::array<int64_t, 5>& shape, const std::array<std::array<int64_t, 2>, 3>& strides,
+                          const std::optional<Strided>& maps, const std::optional<Strided>& addend,
                           const std::optional<std::tuple<uintptr_t, uintptr_t>>& categories, int64_t n_maps,
                           bool average_heads, float scale, float weight, int threads, const std::string& isa_name) {
     const Isa isa = resolve_isa(isa_name);
@@ -75,7 +74,8 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& addresses, const std::
             VPD_DISPATCH(isa, cross_attention_maps_pack, plan, packed.get(), first, last);
         });
     in_parts(tiles, threads, [&](int64_t first, int64_t last, int64_t part) {
-        VPD_DISPATCH(isa, cross_attention_maps_tiles, plan, packed.get(), first, last, scratch.get() + part * per_thread);
+        VPD_DISPATCH(isa, cross_attention_maps_tiles, plan, packed.get(), first, last,
+                     scratch.get() + part * per_thread);
     });
 }
 
@@ -86,12 +86,13 @@ int64_t cross_attention_maps_scratch(const CrossAttentionMapsPlan& plan) {
 }
 
 void bind_cross_attention_maps(py::module_& m) {
-    m.def("cross_attention_maps", &cross_attention_maps, py::arg("addresses"), py::arg("dtype"), py::arg("shape"),
-          py::arg("strides"), py::arg("maps"), py::arg("addend"), py::arg("categories"), py::arg("n_maps"),
-          py::arg("average_heads"), py::arg("scale"), py::arg("weight"), py::arg("threads"), py::arg("isa") = "",
-          "addresses: of q, k, v and out; dtype: theirs, float32 or bfloat16; shape: (batch, queries, tokens, heads, dim);\n"
-          "strides: (image, row) of q, k and v in elements; maps, addend: (address, strides) of float32 (batch, heads or\n"
-          "1, queries, n_maps), or None; categories: addresses of int32 ids (tokens) and float32 weights (n_maps), or None.");
+    m.def(
+        "cross_attention_maps", &cross_attention_maps, py::arg("addresses"), py::arg("dtype"), py::arg("shape"),
+        py::arg("strides"), py::arg("maps"), py::arg("addend"), py::arg("categories"), py::arg("n_maps"),
+        py::arg("average_heads"), py::arg("scale"), py::arg("weight"), py::arg("threads"), py::arg("isa") = "",
+        "addresses: of q, k, v and out; dtype: theirs, float32 or bfloat16; shape: (batch, queries, tokens, heads, dim);\n"
+        "strides: (image, row) of q, k and v in elements; maps, addend: (address, strides) of float32 (batch, heads or\n"
+        "1, queries, n_maps), or None; categories: addresses of int32 ids (tokens) and float32 weights (n_maps), or None.");
 }
 
 }  // namespace vpd

@@ -77,13 +77,14 @@ int64_t cross_attention_maps_backward_scratch(const CrossAttentionMapsBackwardPl
 }
 
 void bind_cross_attention_maps_backward(py::module_& m) {
-    m.def("cross_attention_maps_backward", &cross_attention_maps_backward, py::arg("inputs"), py::arg("shape"),
-          py::arg("strides"), py::arg("grad_out"), py::arg("grad_maps"), py::arg("grads"), py::arg("categories"),
-          py::arg("n_maps"), py::arg("scale"), py::arg("weight"), py::arg("threads"), py::arg("isa") = "",
-          "inputs, grads: addresses of float32 q, k, v and of their gradients, which are contiguous; shape: (batch, batch of\n"
-          "k and v, queries, tokens, heads, dim); strides: (image, row) of q, k and v in elements; grad_out: (address, (image, row) strides);\n"
-          "grad_maps: (address, strides) of (batch, heads or 1, queries, n_maps); both or one of them, or None; categories:\n"
-          "addresses of int32 ids (tokens) and float32 weights (n_maps), or None; weight: of each head in the maps.");
+    m.def(
+        "cross_attention_maps_backward", &cross_attention_maps_backward, py::arg("inputs"), py::arg("shape"),
+        py::arg("strides"), py::arg("grad_out"), py::arg("grad_maps"), py::arg("grads"), py::arg("categories"),
+        py::arg("n_maps"), py::arg("scale"), py::arg("weight"), py::arg("threads"), py::arg("isa") = "",
+        "inputs, grads: addresses of float32 q, k, v and of their gradients, which are contiguous; shape: (batch, batch of\n"
+        "k and v, queries, tokens, heads, dim); strides: (image, row) of q, k and v in elements; grad_out: (address, (image, row) strides);\n"
+        "grad_maps: (address, strides) of (batch, heads or 1, queries, n_maps); both or one of them, or None; categories:\n"
+        "addresses of int32 ids (tokens) and float32 weights (n_maps), or None; weight: of each head in the maps.");
 }
 
 }  // namespace vpd

@@ -10,8 +10,8 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/gemm.h"
 #include "bindings/cpu/support.h"
+#include "cpu/gemm.h"
 
 namespace vpd {
 
@@ -38,7 +38,8 @@ inline GemmPlan make_gemm(const Packed& weight, uintptr_t bias, int64_t images, 
     GemmPlan plan{};
     require(dtype == "float32" || dtype == "bfloat16" || dtype == "int8", "weight must be float32, bfloat16 or int8");
     plan.precision = dtype == "int8" ? Precision::int8 : is_bf16(dtype) ? Precision::bfloat16 : Precision::float32;
-    plan.weight = floats_at(addresses[0]), plan.scales = floats_at(addresses[1]), plan.weight_sums = floats_at(addresses[2]);
+    plan.weight = floats_at(addresses[0]), plan.scales = floats_at(addresses[1]),
+    plan.weight_sums = floats_at(addresses[2]);
     require((dtype == "int8") == (plan.scales && plan.weight_sums), "int8, and nothing else, has scales and sums");
     require(n > 0 && k > 0 && images > 0 && rows > 0, "sizes must be positive");
     const int64_t width = dtype == "int8" ? 4 : dtype == "bfloat16" ? 2 : 1;

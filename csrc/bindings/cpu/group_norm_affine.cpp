@@ -35,13 +35,14 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
     for (int64_t s = 0; s < plan.n_sources; ++s) {
         const auto& [address, dtype, count, strides] = sources[s];
         require(count > 0, "every source must have channels");
-        plan.sources[s] = {reinterpret_cast<const void*>(address), is_bf16(dtype), count, strides[0], strides[1],
-                           plan.width};
+        plan.sources[s] = {
+            reinterpret_cast<const void*>(address), is_bf16(dtype), count, strides[0], strides[1], plan.width};
         plan.width += padded(count), channels += count;
     }
     require(channels % groups == 0, "groups must divide the channels");
     plan.groups = groups, plan.eps = eps;
-    plan.weight = reinterpret_cast<const float*>(addresses[0]), plan.bias = reinterpret_cast<const float*>(addresses[1]);
+    plan.weight = reinterpret_cast<const float*>(addresses[0]),
+    plan.bias = reinterpret_cast<const float*>(addresses[1]);
     plan.out = reinterpret_cast<float*>(addresses[2]);
     plan.chunk = std::max(MIN_CHUNK_ROWS, ceil_divide(plan.rows, MAX_CHUNKS));
     plan.chunks = ceil_divide(plan.rows, plan.chunk);
@@ -65,11 +66,12 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
 int64_t group_norm_affine_scratch(const GroupNormAffinePlan& plan) { return 3 * plan.width; }
 
 void bind_group_norm_affine(py::module_& m) {
-    m.def("group_norm_affine", &group_norm_affine, py::arg("sources"), py::arg("shape"), py::arg("groups"),
-          py::arg("eps"), py::arg("addresses"), py::arg("threads"), py::arg("isa") = "",
-          "sources: one or two (address, dtype, channels, (image stride, row stride)), float32 or bfloat16, strides in\n"
-          "elements; shape: (batch, rows); addresses: of float32 weight and bias (all channels) and contiguous float32\n"
-          "out (batch, 2, all channels).");
+    m.def(
+        "group_norm_affine", &group_norm_affine, py::arg("sources"), py::arg("shape"), py::arg("groups"),
+        py::arg("eps"), py::arg("addresses"), py::arg("threads"), py::arg("isa") = "",
+        "sources: one or two (address, dtype, channels, (image stride, row stride)), float32 or bfloat16, strides in\n"
+        "elements; shape: (batch, rows); addresses: of float32 weight and bias (all channels) and contiguous float32\n"
+        "out (batch, 2, all channels).");
 }
 
 }  // namespace vpd

@@ -1,8 +1,8 @@
 // Binding of linear.
 #include "cpu/linear.h"
 
-#include "bindings/cpu/operators.h"
 #include "bindings/cpu/gemm_arguments.h"
+#include "bindings/cpu/operators.h"
 
 namespace vpd {
 namespace {
@@ -28,12 +28,13 @@ void linear(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array
 }  // namespace
 
 void bind_linear(py::module_& m) {
-    m.def("linear", &linear, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("weight"), py::arg("vectors"),
-          py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("residual"), py::arg("out"),
-          py::arg("threads"), py::arg("isa") = "",
-          "x, x2, residual, out: (address, dtype, channels, strides (image, row, unused)) in elements, x2 and residual may\n"
-          "be None; shape: (images, rows); weight: ((data, scales, sums), dtype, n, k) as packed; vectors: addresses of\n"
-          "float32 bias (n), affine (images, 2, k) and smoothing (k), 0 for none.");
+    m.def(
+        "linear", &linear, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("weight"), py::arg("vectors"),
+        py::arg("norm"), py::arg("eps"), py::arg("activation"), py::arg("residual"), py::arg("out"), py::arg("threads"),
+        py::arg("isa") = "",
+        "x, x2, residual, out: (address, dtype, channels, strides (image, row, unused)) in elements, x2 and residual may\n"
+        "be None; shape: (images, rows); weight: ((data, scales, sums), dtype, n, k) as packed; vectors: addresses of\n"
+        "float32 bias (n), affine (images, 2, k) and smoothing (k), 0 for none.");
 }
 
 }  // namespace vpd

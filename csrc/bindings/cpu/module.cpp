@@ -9,9 +9,8 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of vpd_fast";
-    m.attr("build_info") =
-        py::dict(py::arg("version") = VPD_FAST_VERSION, py::arg("compiler") = VPD_COMPILER,
-                 py::arg("flags") = VPD_BUILD_FLAGS, py::arg("isa_levels") = VPD_ISA_LEVELS);
+    m.attr("build_info") = py::dict(py::arg("version") = VPD_FAST_VERSION, py::arg("compiler") = VPD_COMPILER,
+                                    py::arg("flags") = VPD_BUILD_FLAGS, py::arg("isa_levels") = VPD_ISA_LEVELS);
     m.def(
         "usable_isas",
         [] {

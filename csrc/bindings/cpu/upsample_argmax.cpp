@@ -27,7 +27,8 @@ struct ResamplingWeights {
     const int32_t* columns;
     const float* weights;
 
-    ResamplingWeights(const Array<int64_t>& offsets_, const Array<int32_t>& columns_, const Array<float>& weights_, int64_t sources)
+    ResamplingWeights(const Array<int64_t>& offsets_, const Array<int32_t>& columns_, const Array<float>& weights_,
+                      int64_t sources)
         : rows(offsets_.size() - 1), offsets(offsets_.data()), columns(columns_.data()), weights(weights_.data()) {
         require(rows >= 0 && columns_.size() == weights_.size(), "taps: arrays do not fit together");
         require(offsets[0] == 0 && offsets[rows] == columns_.size(), "taps: offsets do not cover the taps");
@@ -48,8 +49,7 @@ struct ResamplingWeights {
     int64_t count(int64_t row) const { return offsets[row + 1] - offsets[row]; }
 
     bool same_columns(int64_t a, int64_t b) const {
-        return count(a) == count(b) &&
-               std::equal(columns + offsets[a], columns + offsets[a + 1], columns + offsets[b]);
+        return count(a) == count(b) && std::equal(columns + offsets[a], columns + offsets[a + 1], columns + offsets[b]);
     }
 };
 
@@ -89,7 +89,8 @@ Tiles make_tiles(const ResamplingWeights& taps) {
                 const auto point = std::lower_bound(sources.begin(), sources.end(), taps.columns[t]) - sources.begin();
                 weights[point * LANES + (x - first)] = taps.weights[t];
             }
-        result.tiles.push_back({first, end - first, sources.data(), weights.data(), static_cast<int64_t>(sources.size())});
+        result.tiles.push_back(
+            {first, end - first, sources.data(), weights.data(), static_cast<int64_t>(sources.size())});
         result.sources.push_back(std::move(sources));  // moving keeps the addresses
         result.weights.push_back(std::move(weights));
     }
@@ -141,13 +142,13 @@ int64_t upsample_argmax_scratch(const UpsampleArgmaxPlan& plan) {
 }
 
 void bind_upsample_argmax(py::module_& m) {
-    m.def("upsample_argmax", &upsample_argmax, py::arg("logits"), py::arg("shape"), py::arg("strides"),
-          py::arg("labels"), py::arg("row_offsets").noconvert(), py::arg("row_sources").noconvert(),
-          py::arg("row_weights").noconvert(), py::arg("column_offsets").noconvert(),
-          py::arg("column_sources").noconvert(), py::arg("column_weights").noconvert(), py::arg("threads"),
-          py::arg("isa") = "",
-          "logits: address of float32 (batch, grid_y, grid_x, channels, h, w) with strides (batch, window, channel, row,\n"
-          "column) in elements, windows numbered row by row; labels: address of contiguous int64 (batch, out_h, out_w).");
+    m.def(
+        "upsample_argmax", &upsample_argmax, py::arg("logits"), py::arg("shape"), py::arg("strides"), py::arg("labels"),
+        py::arg("row_offsets").noconvert(), py::arg("row_sources").noconvert(), py::arg("row_weights").noconvert(),
+        py::arg("column_offsets").noconvert(), py::arg("column_sources").noconvert(),
+        py::arg("column_weights").noconvert(), py::arg("threads"), py::arg("isa") = "",
+        "logits: address of float32 (batch, grid_y, grid_x, channels, h, w) with strides (batch, window, channel, row,\n"
+        "column) in elements, windows numbered row by row; labels: address of contiguous int64 (batch, out_h, out_w).");
 }
 
 }  // namespace vpd

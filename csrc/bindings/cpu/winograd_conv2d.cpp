@@ -1,8 +1,8 @@
 // Binding of winograd_conv2d: checks sizes, cuts the image into blocks of tiles, and shares them among threads.
 #include "cpu/winograd_conv2d.h"
 
-#include "bindings/cpu/operators.h"
 #include "bindings/cpu/gemm_arguments.h"
+#include "bindings/cpu/operators.h"
 
 namespace vpd {
 namespace {
@@ -66,7 +66,8 @@ void run_blocks(WinogradConv2dPlan& plan, int64_t threads, Isa isa) {
             float *thread_rows = rows.get() + part * rows_size, *memory = scratch.get() + part * scratch_size;
             for (int64_t block = first; block < last; ++block) {
                 const bool continued = block > first && block % plan.row_blocks != 0;
-                VPD_DISPATCH(isa, winograd_conv2d_transform, plan, block, 0, height(block), continued, thread_rows, memory);
+                VPD_DISPATCH(isa, winograd_conv2d_transform, plan, block, 0, height(block), continued, thread_rows,
+                             memory);
                 VPD_DISPATCH(isa, winograd_conv2d_multiply, plan, block, 0, plan.gemm.panels, thread_rows, memory);
             }
         });
@@ -84,8 +85,8 @@ void run_blocks(WinogradConv2dPlan& plan, int64_t threads, Isa isa) {
     }
 }
 
-void winograd_conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array<int64_t, 3>& shape, int matrices,
-                     const Packed& weight, const std::array<uintptr_t, 3>& vectors, bool silu,
+void winograd_conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array<int64_t, 3>& shape,
+                     int matrices, const Packed& weight, const std::array<uintptr_t, 3>& vectors, bool silu,
                      const std::string& activation, const std::optional<Tensor4>& residual, const Tensor4& out,
                      int threads, const std::string& isa_name) {
     const Isa isa = resolve_isa(isa_name);
@@ -107,13 +108,14 @@ void winograd_conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const s
 }  // namespace
 
 void bind_winograd_conv2d(py::module_& m) {
-    m.def("winograd_conv2d", &winograd_conv2d, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("matrices"),
-          py::arg("weight"), py::arg("vectors"), py::arg("silu"), py::arg("activation"), py::arg("residual"),
-          py::arg("out"), py::arg("threads"), py::arg("isa") = "",
-          "x, x2, residual, out: (address, dtype, channels, strides (image, row, column)) in elements; x2 and\n"
-          "residual may be None; shape: (images, height, width) of x; weight: ((data, scales, sums), dtype, n, k)\n"
-          "as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and smoothing (channels), 0\n"
-          "for none.");
+    m.def(
+        "winograd_conv2d", &winograd_conv2d, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("matrices"),
+        py::arg("weight"), py::arg("vectors"), py::arg("silu"), py::arg("activation"), py::arg("residual"),
+        py::arg("out"), py::arg("threads"), py::arg("isa") = "",
+        "x, x2, residual, out: (address, dtype, channels, strides (image, row, column)) in elements; x2 and\n"
+        "residual may be None; shape: (images, height, width) of x; weight: ((data, scales, sums), dtype, n, k)\n"
+        "as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and smoothing (channels), 0\n"
+        "for none.");
 }
 
 }  // namespace vpd

@@ -67,7 +67,8 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& tensors, const std::st
     const CudaSchedule chosen = parse_schedule(schedule);
     const DeviceGuard guard(device);
     if (const char* reason = cross_attention_maps_cuda_refuses(p, type, chosen)) throw std::invalid_argument(reason);
-    if (!p.scratch && cross_attention_maps_cuda_scratch(p, type, chosen)) throw std::invalid_argument("scratch is missing");
+    if (!p.scratch && cross_attention_maps_cuda_scratch(p, type, chosen))
+        throw std::invalid_argument("scratch is missing");
     require_success(cross_attention_maps_cuda(p, type, chosen, reinterpret_cast<cudaStream_t>(stream)),
                     "cross_attention_maps");
 }
@@ -86,17 +87,18 @@ int64_t cross_attention_maps_scratch(const std::string& dtype, const Shape& shap
 }  // namespace
 
 void bind_cross_attention_maps(py::module_& m) {
-    m.def("cross_attention_maps", &cross_attention_maps, py::arg("tensors"), py::arg("dtype"), py::arg("shape"),
-          py::arg("strides"), py::arg("maps"), py::arg("addend"), py::arg("categories"), py::arg("average_heads"),
-          py::arg("scale"), py::arg("weight"), py::arg("schedule"), py::arg("scratch"), py::arg("device"),
-          py::arg("stream"),
-          "tensors: addresses of q (B,N,heads*D), k and v (B,L,heads*D), out (B,N,heads*D), all bfloat16 or float16 as\n"
-          "dtype says. shape: (B, N, L, heads, D). strides: (image, row) of q, k and v in elements, an image's 0 where all\n"
-          "images share the tokens; out is contiguous. maps: None or (address, dtype, strides), strides being those of\n"
-          "(image, head, query, column) in elements; head's is not used when average_heads. addend: None or (address,\n"
-          "strides) of float32, may be the memory of maps. categories: None or (addresses of int32 tokens, int32 offsets\n"
-          "and float32 weights, count). schedule: auto, heads_loop, cluster or split. scratch: address of\n"
-          "cross_attention_maps_scratch() bytes, or 0 if that is 0. Raises ValueError for what it cannot compute.");
+    m.def(
+        "cross_attention_maps", &cross_attention_maps, py::arg("tensors"), py::arg("dtype"), py::arg("shape"),
+        py::arg("strides"), py::arg("maps"), py::arg("addend"), py::arg("categories"), py::arg("average_heads"),
+        py::arg("scale"), py::arg("weight"), py::arg("schedule"), py::arg("scratch"), py::arg("device"),
+        py::arg("stream"),
+        "tensors: addresses of q (B,N,heads*D), k and v (B,L,heads*D), out (B,N,heads*D), all bfloat16 or float16 as\n"
+        "dtype says. shape: (B, N, L, heads, D). strides: (image, row) of q, k and v in elements, an image's 0 where all\n"
+        "images share the tokens; out is contiguous. maps: None or (address, dtype, strides), strides being those of\n"
+        "(image, head, query, column) in elements; head's is not used when average_heads. addend: None or (address,\n"
+        "strides) of float32, may be the memory of maps. categories: None or (addresses of int32 tokens, int32 offsets\n"
+        "and float32 weights, count). schedule: auto, heads_loop, cluster or split. scratch: address of\n"
+        "cross_attention_maps_scratch() bytes, or 0 if that is 0. Raises ValueError for what it cannot compute.");
     m.def("cross_attention_maps_scratch", &cross_attention_maps_scratch, py::arg("dtype"), py::arg("shape"),
           py::arg("maps"), py::arg("average_heads"), py::arg("schedule"), py::arg("device"),
           "Bytes of scratch memory that a call with the same arguments needs; maps: whether any are wanted. Raises\n"

@@ -85,16 +85,17 @@ struct Call {
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-    py::class_<Call>(m, "Gemm",
-                     "A GEMM; csrc/cuda/gemm.h says what it computes. sources: one or two of (address, strides, channels), strides\n"
-                     "being those of (image, row, column) in elements. dtype: int8, float8_e4m3fn, bfloat16 or float16, of\n"
-                     "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
-                     "address. scales: addresses of row scales, row zeros, column scales and weight sums, or 0. bias: address or 0.\n"
-                     "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma or wgmma. All\n"
-                     "memory must live until a run has ended.")
+    py::class_<Call>(
+        m, "Gemm",
+        "A GEMM; csrc/cuda/gemm.h says what it computes. sources: one or two of (address, strides, channels), strides\n"
+        "being those of (image, row, column) in elements. dtype: int8, float8_e4m3fn, bfloat16 or float16, of\n"
+        "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
+        "address. scales: addresses of row scales, row zeros, column scales and weight sums, or 0. bias: address or 0.\n"
+        "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma or wgmma. All\n"
+        "memory must live until a run has ended.")
         .def(py::init<const std::vector<Source>&, const std::string&, const std::array<int64_t, 5>&,
-                      const std::array<int64_t, 5>&, uintptr_t, int64_t, const std::array<uintptr_t, 4>&, bool, uintptr_t,
-                      const std::string&, const std::optional<Image>&, const Image&, const std::string&>(),
+                      const std::array<int64_t, 5>&, uintptr_t, int64_t, const std::array<uintptr_t, 4>&, bool,
+                      uintptr_t, const std::string&, const std::optional<Image>&, const Image&, const std::string&>(),
              py::arg("sources"), py::arg("dtype"), py::arg("shape"), py::arg("geometry"), py::arg("weight"),
              py::arg("n"), py::arg("scales"), py::arg("scale_per_image"), py::arg("bias"), py::arg("activation"),
              py::arg("residual"), py::arg("out"), py::arg("instructions") = "auto")

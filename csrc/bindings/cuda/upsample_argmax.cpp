@@ -21,7 +21,8 @@ CudaResamplingWeights parse_weights(const WeightAddresses& taps) {
 
 void upsample_argmax(uintptr_t logits, const std::string& dtype, const std::array<int64_t, 6>& shape,
                      const std::array<int64_t, 6>& strides, uintptr_t labels, const std::array<int64_t, 2>& size,
-                     const WeightAddresses& rows, const WeightAddresses& columns, int taps, int device, uintptr_t stream) {
+                     const WeightAddresses& rows, const WeightAddresses& columns, int taps, int device,
+                     uintptr_t stream) {
     if (shape[3] > INT32_MAX) throw std::invalid_argument("too many channels");
     CudaUpsampleArgmax p{};
     p.logits = reinterpret_cast<const void*>(logits);
@@ -39,12 +40,13 @@ void upsample_argmax(uintptr_t logits, const std::string& dtype, const std::arra
 }  // namespace
 
 void bind_upsample_argmax(py::module_& m) {
-    m.def("upsample_argmax", &upsample_argmax, py::arg("logits"), py::arg("dtype"), py::arg("shape"),
-          py::arg("strides"), py::arg("labels"), py::arg("size"), py::arg("rows"), py::arg("columns"),
-          py::arg("taps"), py::arg("device"), py::arg("stream"),
-          "logits: address of (batch, grid_y, grid_x, channels, h, w) with strides in elements; labels: address of\n"
-          "contiguous int64 (batch, *size); rows, columns: addresses of int32 sources and float32 weights, `taps` (2, 4 or\n"
-          "8) for each output row or column.");
+    m.def(
+        "upsample_argmax", &upsample_argmax, py::arg("logits"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),
+        py::arg("labels"), py::arg("size"), py::arg("rows"), py::arg("columns"), py::arg("taps"), py::arg("device"),
+        py::arg("stream"),
+        "logits: address of (batch, grid_y, grid_x, channels, h, w) with strides in elements; labels: address of\n"
+        "contiguous int64 (batch, *size); rows, columns: addresses of int32 sources and float32 weights, `taps` (2, 4 or\n"
+        "8) for each output row or column.");
 }
 
 }  // namespace vpd
