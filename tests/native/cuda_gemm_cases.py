@@ -1,4 +1,4 @@
-"""Problems for the kernels of `product`, emulated or on a GPU, their float64 oracle and error budgets."""
+"""Problems for the GEMM kernels, emulated or on a GPU, their float64 oracle and error budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of `product`: compiled for the CPU over an emulation (tests/native/cuda_emulation), and on a GPU.
+"""The CUDA GEMM kernels: compiled for the CPU over an emulation (tests/native/cuda_emulation), and on a GPU.
 
 Tensors lie in poisoned memory and begin as poison, and products of 8 bits must be exact.
 """

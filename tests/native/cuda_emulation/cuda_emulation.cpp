@@ -14,7 +14,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace vpd {
 void bind_cross_attention_maps(pybind11::module_& m);
-void bind_product(pybind11::module_& m);
+void bind_gemm(pybind11::module_& m);
 }
 
 namespace cuda_emulation {
@@ -273,5 +273,5 @@ PYBIND11_MODULE(cuda_emulated, m) {
         "The only memory that kernels may use: (address, bytes, writable)");
     m.def("launches", [] { return std::exchange(launches, 0); }, "Kernels launched since the last call");
     vpd::bind_cross_attention_maps(m);
-    vpd::bind_product(m);
+    vpd::bind_gemm(m);
 }
