@@ -39,7 +39,7 @@ _NAMES = frozenset(_DTYPES) | {
 
 
 class _Storage:
-    """Bytes of a storage and the element type and count that the pickle declares."""
+    """Holds the bytes of a storage and the element type and count that the pickle declares."""
 
     def __init__(self, dtype: torch.dtype, elements: int) -> None:
         self.dtype = dtype

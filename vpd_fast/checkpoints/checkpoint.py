@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of all tensors."""
+        """The shapes of all tensors: {name: shape}."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
 
     def backbone(self, **overrides: Any) -> BackboneConfig:

@@ -33,7 +33,7 @@ _PROJECTION = re.compile(r"\.proj_(in|out)\.weight$")
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides the names: levels and residual blocks a level of both networks, UNet levels with transformers."""
+    """The sizes that decide names: levels, residual blocks a level, and UNet levels with transformers."""
 
     levels: int = 4
     blocks: int = 2

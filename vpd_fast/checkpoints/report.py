@@ -35,7 +35,7 @@ def unused_reason(key: str) -> str | None:
 
 @dataclass
 class LoadReport:
-    """What became of every tensor in a checkpoint, and of every weight of the model.
+    """Tells what became of every tensor in a checkpoint, and of every weight of the model.
 
     loaded: copied into the model. missing: in the model, not in the file. fresh: missing on purpose, newly initialised.
     unexpected: in the file, unknown to the model. ignored: {reason: names} of the file's tensors that VPD never uses.
@@ -90,7 +90,7 @@ def first_names(names: Iterable[str]) -> str:
 
 @dataclass
 class ConvertReport:
-    """What `convert` wrote. dropped: {reason: names} of tensors of the source that the target has no place for.
+    """Tells what `convert` wrote. dropped: {reason: names} of tensors of the source that the target has no place for.
 
     lacking: what the target format usually has and this file does not.
     """

@@ -13,6 +13,7 @@ import typer
 
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
+from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset
@@ -206,7 +207,7 @@ def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str,
 def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> tuple[Any, list[str]]:
     """What turns sentences into token features, None for other tasks; and notes about it."""
     config = model.config
-    if config.task != "referring":
+    if not TASKS[config.task].takes_text:
         if name is not None:
             raise InputError(f"--text-encoder is for referring models, this is a {config.task} model")
         return None, []

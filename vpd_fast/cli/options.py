@@ -188,7 +188,7 @@ def text_options(model: VPD, text: list[str] | None, encoder: str | None, random
 
     A model with random weights and no encoder named gets random tokens, so that it can be tried without CLIP.
     """
-    if model.config.task != "referring":
+    if not TASKS[model.config.task].takes_text:
         if text or encoder:
             raise InputError(f"--text and --text-encoder are for referring models, this is a {model.config.task} model")
         return {}

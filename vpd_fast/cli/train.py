@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_fast.errors import InputError
+from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     from vpd_fast.training.config import TrainConfig
@@ -85,7 +86,7 @@ def train(
 
 def _sentences(settings: TrainConfig) -> Any:
     """Random weights and no encoder named: random tokens, so that it can be tried without CLIP."""
-    if settings.task != "referring" or settings.init.random is None or settings.init.text_encoder is not None:
+    if not TASKS[settings.task].takes_text or settings.init.random is None or settings.init.text_encoder is not None:
         return None
     from vpd_fast.cli.options import random_tokens
     from vpd_fast.config import VPDConfig
@@ -106,7 +107,7 @@ def _report(summary: Summary, output: Path, settings: TrainConfig) -> str:
         lines.append(f"best model: {summary.best} ({name} {value:.4f})")
     model = summary.best or summary.last
     if model is not None:
-        text = ' --text "what to look for"' if settings.task == "referring" else ""
+        text = ' --text "what to look for"' if TASKS[settings.task].takes_text else ""
         lines.append(f"to use it: vpd-fast predict IMAGE --checkpoint {model}{text}")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from vpd_fast.labels import ADE20K_CLASSES
 
 
 class ADE20K:
-    """root/images/SPLIT/NAME.jpg with root/annotations/SPLIT/NAME.png; SPLIT: training, validation.
+    """Reads root/images/SPLIT/NAME.jpg with root/annotations/SPLIT/NAME.png; SPLIT: training, validation.
 
     classes: names, if they are not ADE20K's own 150.
     reduce_zero_label: label 0 ("other") is ignored and class n has label n + 1, as the files have it.

@@ -30,7 +30,7 @@ NAME_LISTS = {"segmentation": "classes.txt", "depth": "scenes.txt"}
 
 
 class Folder:
-    """Images in root/images, targets of the same name in root/masks or root/depths.
+    """Reads images in root/images, targets of the same name in root/masks or root/depths.
 
     Segmentation: masks/NAME.png holds class ids, 255 is ignored; classes.txt has a class name per line.
     Depth: depths/NAME.png holds 16-bit millimetres, 0 is unknown; scenes.txt, if there, has a scene per line, of which

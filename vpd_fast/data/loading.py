@@ -19,7 +19,7 @@ TRIES = 10  # samples in a row that may be unreadable
 
 
 class TrainLoader:
-    """Batches of an endless sequence of epochs.
+    """Makes batches of an endless sequence of epochs.
 
     The order of epoch e is a permutation drawn from (seed, e), of which rank r takes the positions r, r + world_size,
     ...; what does not fill a batch on every rank is left out, as the original does (drop_last). The random numbers of a
@@ -98,7 +98,7 @@ class TrainLoader:
 
 
 class _Batches:
-    """Batch sampler: the keys of batch after batch."""
+    """Samples the keys of batch after batch."""
 
     def __init__(self, loader: TrainLoader, start: int) -> None:
         self.loader, self.start = loader, start

@@ -14,7 +14,7 @@ SCENE_RULES = ("substring", "fixed")
 
 
 class NYU:
-    """root/sync/SCENE/rgb_N.jpg (train) or root/official_splits/test/SCENE/rgb_N.jpg (test), sync_depth_N.png beside.
+    """Reads root/sync/SCENE/rgb_N.jpg (train) or root/official_splits/test/SCENE/rgb_N.jpg, sync_depth_N.png beside.
 
     filenames: a list like the original's, "/SCENE/rgb_N.jpg /SCENE/sync_depth_N.png [anything]" per line, relative to
         the split's folder. Without it every pair in the folder is taken, sorted.

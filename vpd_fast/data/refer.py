@@ -20,7 +20,7 @@ OVERLAPS = ("hole", "union")
 
 
 class Refer:
-    """root/KIND/refs(BY).p, root/KIND/instances.json and the images; one sample per referred object.
+    """Reads root/KIND/refs(BY).p, root/KIND/instances.json and the images; one sample per referred object.
 
     kind: refcoco, refcoco+, refcocog (G-Ref) or refclef. split: train, val, test, testA, testB and so on.
     split_by: whose split; "unc", for refcocog "umd" or "google".
@@ -98,7 +98,7 @@ def _is_in(of_ref: str, split: str) -> bool:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Runs no code. Containers, text and numbers need no class to be looked up; nothing else is allowed."""
+    """Unpickles without running code: containers, text and numbers need no class; nothing else is allowed."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it would load {module}.{name}")

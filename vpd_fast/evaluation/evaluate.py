@@ -32,7 +32,7 @@ SAMPLE_ERRORS = (ImageError, DatasetError, OSError, MemoryError, torch.OutOfMemo
 
 @dataclass
 class _Part:
-    """What one process found."""
+    """The findings of one process."""
 
     metrics: Any
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -127,6 +127,7 @@ def _run(
                     raise
                 part.failed.append({"index": index, "name": dataset.name(index), "error": _message(error)})
             else:
+                assert not isinstance(sample, Exception)  # or it would have been raised
                 if findings:
                     part.count += 1
                 else:

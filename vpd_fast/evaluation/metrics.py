@@ -67,7 +67,7 @@ class ExactSum:
 
 
 class SegmentationMetrics:
-    """Pixel counts per class: intersection, prediction and label area, over pixels that have a label.
+    """Accumulates pixel counts per class: intersection, prediction and label area, over pixels that have a label.
 
     num_classes: labels are 0 to num_classes - 1. ignore_index: pixels with this label count nowhere.
     """
@@ -156,7 +156,7 @@ class SegmentationMetrics:
 
 
 class ReferringMetrics:
-    """Overlap of masks, one per sentence, with what the sentences mean."""
+    """Accumulates the overlap of masks, one per sentence, with what the sentences mean."""
 
     def __init__(self) -> None:
         self.sentences = self.intersection = self.union = 0
@@ -200,7 +200,7 @@ class ReferringMetrics:
 
 
 class DepthMetrics:
-    """Errors in depth, each the mean over images of an image's value.
+    """Accumulates errors in depth, each the mean over images of an image's value.
 
     min_depth, max_depth: metres; only pixels whose true depth lies strictly between them are measured.
     crop: "eigen" (rows 45 to 470, columns 41 to 600 of NYUv2's 480x640 images; images of other sizes are measured

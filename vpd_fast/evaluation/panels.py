@@ -125,9 +125,12 @@ def _class_legend(
     found, wanted = labels[valid], target[valid]
     counts = [np.bincount(values, minlength=len(names)) for values in (found, wanted, wanted[found == wanted])]
     union = counts[0] + counts[1] - counts[2]
-    largest = [i for i in np.argsort(-union, kind="stable")[:LEGEND_ROWS] if union[i]]
+    largest: list[int] = [i for i in np.argsort(-union, kind="stable")[:LEGEND_ROWS].tolist() if union[i]]
     colours = palette(len(names))
-    return [(tuple(colours[i].tolist()), names[i], f"IoU {percent(counts[2][i] / union[i])}") for i in largest]
+    return [
+        ((red, green, blue), names[i], f"IoU {percent(float(counts[2][i] / union[i]))}")
+        for i, (red, green, blue) in zip(largest, colours[largest].tolist(), strict=True)
+    ]
 
 
 def _marked(photo: np.ndarray, regions: Sequence[tuple[np.ndarray, tuple[int, int, int]]]) -> np.ndarray:

@@ -19,7 +19,7 @@ UNITS = {"rmse": " m", "sq_rel": " m", "abs_rel": "", "rmse_log": "", "log10": "
 
 @dataclass
 class Evaluation:
-    """What `evaluate` returns.
+    """The result of `evaluate`.
 
     metrics: name -> value, shares as fractions between 0 and 1; see vpd_fast.evaluation.metrics.
     per_class: a row per class, empty but for segmentation. per_image: a row per image (referring: per sentence), sorted
@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def primary(self) -> tuple[str, float]:
-        """Name and value of the metric that decides which model is the better one."""
+        """The name and value of the metric that decides which model is the better one."""
         name = PRIMARY[self.task][0]
         return name, self.metrics[name]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.evaluation import panels
 from vpd_fast.evaluation.metrics import DepthMetrics, ReferringMetrics, SegmentationMetrics
-from vpd_fast.inference import DepthPredictor, ReferringPredictor, make_predictor
+from vpd_fast.inference import DepthPredictor, ReferringPredictor, SegmentationPredictor, make_predictor
 from vpd_fast.inference.running import named_encoder
 from vpd_fast.labels import default_names
 from vpd_fast.pictures.resizing import resize_antialiased
@@ -34,7 +34,7 @@ class Finding:
 
 
 class Segmentation:
-    """Labels of the predictor, which is the reference's test pipeline, against the labels at the image's own size."""
+    """Compares labels of the predictor, the reference's test pipeline, with the labels at the image's own size."""
 
     def __init__(self, model: VPD, dataset: Dataset, text_encoder: Any, **options: Any) -> None:
         self.names = tuple(dataset.class_names) or default_names(model.config)
@@ -43,7 +43,9 @@ class Segmentation:
                 f"the model has {model.config.num_classes} classes, the data set {len(self.names)}; "
                 "expected the same classes"
             )
-        self._predictor = make_predictor(model, text_encoder=text_encoder, **options)
+        predictor = make_predictor(model, text_encoder=text_encoder, **options)
+        assert isinstance(predictor, SegmentationPredictor)
+        self._predictor = predictor
         self.metrics = SegmentationMetrics(model.config.num_classes)
         self.settings = _settings(self._predictor, "mode", "resize_to", "scales", "flip", "batch_size")
 
@@ -65,7 +67,7 @@ class Segmentation:
 
 
 class Referring:
-    """Masks of a sample's sentences, which share one pass of the encoder.
+    """Compares the masks of a sample's sentences, which share one pass of the encoder.
 
     resolution: "resized", as in the reference: masks and labels are compared at base_size x base_size, the labels
     resized without interpolation. "original": the logits are resized to the image's size.
@@ -85,7 +87,8 @@ class Referring:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(f"evaluation of referring has no option {', '.join(unknown)}; known: {', '.join(known)}")
-        self._model, self._encoder, self._options = model, text_encoder, options
+        self._model: Any = model
+        self._encoder, self._options = text_encoder, options
         self._resized = resolution == "resized"
         self.metrics = ReferringMetrics()
         self.settings = {"resolution": resolution, "base_size": model.config.base_size, **options}
@@ -126,7 +129,7 @@ class Referring:
 
 
 class Depth:
-    """Depth of the predictor (shifted windows, mirror images) against the true depth at the image's own size.
+    """Compares depth of the predictor (shifted windows, mirror images) with the true depth at the image's own size.
 
     scene: "sample" takes each sample's scene, None the mean of all scenes, else one of the model's for all.
     crop, min_depth, max_depth: as in DepthMetrics; max_depth is the model's by default.
@@ -150,7 +153,9 @@ class Depth:
                 f"the model has {self._scenes} scenes, the data set {len(dataset.class_names)}; "
                 'expected the same scenes, or scene=None for their mean instead of "sample"'
             )
-        self._plain = make_predictor(model, scene=None if self._by_sample else scene, **options)
+        predictor = make_predictor(model, scene=None if self._by_sample else scene, **options)
+        assert isinstance(predictor, DepthPredictor)
+        self._plain = predictor
         self._predictors: dict[int, DepthPredictor] = {}
         max_depth = model.config.max_depth if max_depth is None else max_depth
         self.metrics = DepthMetrics(min_depth, max_depth, crop)
@@ -165,6 +170,7 @@ class Depth:
             return []
         depth = self._predictor(sample)(sample.image).depth
         row = self.metrics.update(depth, sample.target)
+        assert row is not None
         valid = self.metrics.valid(sample.target)
         draw = lambda: panels.depth(sample.image, depth, sample.target, valid)  # noqa: E731
         return [Finding(row, row["rmse"], draw)]

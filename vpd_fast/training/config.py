@@ -137,7 +137,7 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """every: steps between two entries of metrics.jsonl. pictures: how many samples to draw at each evaluation."""
+    """What is logged. every: steps between entries of metrics.jsonl. pictures: samples to draw at each evaluation."""
 
     every: int = 50
     tensorboard: bool = True
@@ -146,7 +146,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """sync_bn: batch norms share their statistics between GPUs. fsdp: weights and optimizer are spread over them."""
+    """Use of several GPUs. sync_bn: batch norms share statistics. fsdp: weights and optimizer are spread out."""
 
     sync_bn: bool = True
     fsdp: bool = False

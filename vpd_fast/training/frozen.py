@@ -16,7 +16,7 @@ PLAIN = "plain"
 
 
 class FrozenEncoder:
-    """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> latents (B,4,H/8,W/8) float32, times latent_scale.
+    """Encodes images (B,3,H,W) in [-1,1], sides multiples of 64, to latents (B,4,H/8,W/8) float32, times latent_scale.
 
     precision: "plain", the model's own encoder as the original runs it; "fp32", "bf16" or "int8", on GPUs also "fp16"
         and "fp8", the encoder of the fast model. Those keep packed copies of its 34 million weights; the model keeps

@@ -12,7 +12,7 @@ from vpd_fast.models import VPD
 
 
 class Rule(NamedTuple):
-    """Group of a parameter: its name, factor on the learning rate, and whether weights decay."""
+    """The group of a parameter: its name, factor on the learning rate, and whether weights decay."""
 
     name: str
     lr_scale: float

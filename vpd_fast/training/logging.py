@@ -24,7 +24,7 @@ PICTURE_WIDTH = 1600  # pixels: pictures are for looking at side by side, and ar
 
 
 class RunLog:
-    """Log of the process that writes; the others have one with `folder` None, which says nothing.
+    """The log of the process that writes; the others have one with `folder` None, which says nothing.
 
     start: the step the run begins at, 0 or where it resumes; what an earlier attempt logged behind it is dropped, so
     that every step is there once. steps: the last one. bar: whether to draw a progress bar; None: on a terminal.
@@ -125,7 +125,7 @@ class RunLog:
 
 
 class Window:
-    """Loss and speed since the last entry of the log."""
+    """Accumulates loss and speed since the last entry of the log."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()

@@ -38,7 +38,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process is the one that writes files and speaks."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module, sharded: bool = False) -> nn.Module:

@@ -21,7 +21,7 @@ PADDING = 0.0  # mid-grey once images are in [-1,1]
 
 
 class Task:
-    """Inputs and loss of a task: `prepare` needs no gradient and may run ahead, backward goes through `loss`."""
+    """Makes inputs and loss of a task: `prepare` needs no gradient and may run ahead, backward goes through `loss`."""
 
     def __init__(self, model: VPD, quirks: QuirksConfig, sentences: Sentences | None = None) -> None:
         self.name = model.config.task

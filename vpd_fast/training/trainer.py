@@ -28,7 +28,7 @@ from vpd_fast.training.tasks import Encode, Sentences, Task, TrainStep
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. best: the folder for `VPD.from_pretrained`, None without evaluation; metric: (name, value)."""
+    """The end of a run. best: the folder for `VPD.from_pretrained`, None without evaluation; metric: (name, value)."""
 
     step: int
     steps: int

@@ -20,7 +20,7 @@ _FORMAT = 3  # of stored scenes: change it when scenes change
 
 
 class ShapesDataset:
-    """`length` samples of a split, one per scene, from scene 0. root: where rendered scenes are kept; None keeps none.
+    """Has `length` samples of a split, one per scene, from scene 0. root: where rendered scenes are kept (None: not).
 
     Referring: OBJECTS samples per scene, each of one of its objects with the sentences that fit it, in random order and
     from the first one again where there are fewer; scenes where none is visible enough are of another index far behind,
