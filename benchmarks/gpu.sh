@@ -19,7 +19,7 @@ failed=() rows=()
 limited=(timeout -s INT -k 20 "${LIMIT:-540}") # interrupted, pytest and our scripts have written what they measured
 
 build() {
-    "$python" -P -c 'import torch, vpd_fast._C, vpd_fast._C_cuda' 2>/dev/null && return
+    "$python" -c 'import torch, vpd_fast._C, vpd_fast._C_cuda' 2>/dev/null && return
     VPD_FAST_CUDA=ON "$python" -m pip install --no-build-isolation --no-deps --quiet -e . >"$out/build.log" 2>&1 ||
         { tail -n 40 "$out/build.log"; echo "gpu.sh: the build failed, see $out/build.log"; exit 1; }
 }
@@ -61,15 +61,15 @@ part() { # part NAME COMMAND...
     fi
 }
 
-has() { [[ $dry == 1 ]] || "$python" -P -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" 2>/dev/null; }
+has() { [[ $dry == 1 ]] || "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" 2>/dev/null; }
 
 tests() {
     local parallel=()
-    "$python" -P -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-    part tests "$python" -P -m pytest tests -q -m gpu --maxfail 60 "${parallel[@]}"
+    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+    part tests "$python" -m pytest tests -q -m gpu --maxfail 60 "${parallel[@]}"
 }
-ops() { part ops "$python" -P -m pytest benchmarks -q -m "gpu and not slow"; }
-slow() { part slow env VPD_FAST_RESULTS="$out/slow" "$python" -P -m pytest benchmarks -q -m "gpu and slow"; }
+ops() { part ops "$python" -m pytest benchmarks -q -m "gpu and not slow"; }
+slow() { part slow env VPD_FAST_RESULTS="$out/slow" "$python" -m pytest benchmarks -q -m "gpu and slow"; }
 
 # Batch sizes apart, each within the limit: torch.compile takes minutes for each. What it compiled it keeps.
 e2e() {
@@ -109,14 +109,14 @@ sanitizer() {
     for tool in memcheck racecheck synccheck; do
         part "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
-            "$python" -P -m pytest tests/ops -q -m "gpu and not slow" --maxfail 5 -k "$few"
+            "$python" -m pytest tests/ops -q -m "gpu and not slow" --maxfail 5 -k "$few"
     done
 }
 
 # What it has measured it keeps, so another call goes on where the time was over.
 tune() {
     if has vpd_fast.cli.tune; then
-        part tune "$python" -P -c 'from vpd_fast.cli.main import run; run()' tune --seconds 420
+        part tune "$python" -c 'from vpd_fast.cli.main import run; run()' tune --seconds 420
     else
         skip tune "there is no vpd-fast tune"
     fi
@@ -162,10 +162,10 @@ for name in "${@:-all}"; do
 done
 
 if [[ $dry != 1 ]]; then
-    "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         { echo "gpu.sh: PyTorch finds no NVIDIA GPU here; nothing was run"; exit 1; }
     build
-    "$python" -P -m vpd_fast
+    "$python" -m vpd_fast
 fi
 for name in "${chosen[@]}"; do "$name"; done
 [[ $dry == 1 ]] && exit 0

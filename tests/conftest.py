@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,35 +12,38 @@ import pytest
 # would be about OpenBLAS. It reads this when NumPy is first imported.
 _CPU = Path("/proc/cpuinfo")
 _AVX512 = _CPU.is_file() and "avx512vl" in _CPU.read_text(errors="replace")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait would slow down other workers
 os.environ["OPENBLAS_CORETYPE"] = "SkylakeX" if _AVX512 else "Prescott"
 
 import torch  # noqa: E402
 
 from vpd_fast import BackboneConfig  # noqa: E402
 
+from .golden.case import GoldenCase  # noqa: E402
+from .helpers import runs  # noqa: E402
+
 if not torch.cuda.is_available():  # Triton kernels are interpreted; they read this when they are first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # some versions want it for deterministic algorithms
 
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def _import_golden() -> ModuleType:
-    """tests/golden as the package `vpd_golden`; tests are collected without touching sys.path."""
-    if "vpd_golden" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "vpd_golden", GOLDEN / "__init__.py", submodule_search_locations=[str(GOLDEN)]
-        )
-        sys.modules["vpd_golden"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["vpd_golden"])
-    return importlib.import_module("vpd_golden.case")
+# Most tests are too small to gain by threads, and some compare with processes that have one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
-def golden() -> Callable:
-    """`golden("seg_small")` -> GoldenCase (tests/golden/case.py)."""
-    return _import_golden().GoldenCase
+def golden() -> type[GoldenCase]:
+    """`golden("seg_small")` -> GoldenCase."""
+    return GoldenCase
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature data set of each task, to be read only."""
+    root = tmp_path_factory.mktemp("data")
+    for task in runs.TASKS:
+        runs.make_data(root, task)
+    return root
 
 
 @pytest.fixture

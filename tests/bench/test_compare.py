@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -30,11 +29,8 @@ ENGINE = {
 
 
 @pytest.fixture
-def compare() -> Callable:
-    spec = importlib.util.spec_from_file_location("vpd_compare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def compare(script) -> Callable:
+    return script("compare").main
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_memory(folder: Path, name: str, when_loaded: float, when_used: float) -> None:
     size = (folder / "zip.pth").stat().st_size / MEBIBYTE
     result = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM, str(folder / name)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM, str(folder / name)], capture_output=True, text=True, check=True
     )
     loaded, used = (float(value) for value in result.stdout.split())
     print(f"{name}: {size:.0f} MiB of weights, {loaded:.0f} MiB after loading, {used:.0f} MiB at most")

@@ -205,7 +205,7 @@ def test_too_little_memory_for_one_image(small, photo, tmp_path, monkeypatch, ca
 
 
 def test_process_exit_code():
-    command = [sys.executable, "-P", "-m", "vpd_fast.cli.main", "predict", "nowhere.jpg", "--random-weights", "1"]
+    command = [sys.executable, "-m", "vpd_fast.cli.main", "predict", "nowhere.jpg", "--random-weights", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nowhere.jpg does not exist; expected image files, folders or globs\n"

@@ -286,7 +286,7 @@ def test_version_and_help(capsys):
 def test_program_exits_with_the_code_and_leaves_what_is_done_when_interrupted(small, tmp_path):
     for i in range(200):
         _photo(tmp_path / "images" / f"{i:03d}.png")
-    program = [sys.executable, "-P", "-m", "vpd_fast.cli.main", "predict"]
+    program = [sys.executable, "-m", "vpd_fast.cli.main", "predict"]
     arguments = [str(tmp_path / "images"), *small("segmentation"), "-o", str(tmp_path / "out")]
     # Started in the background of a shell, this process ignores the signal, and so would its child.
     restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

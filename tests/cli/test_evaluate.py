@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,21 +18,14 @@ from vpd_fast.cli.main import run
 from vpd_fast.data import KINDS
 from vpd_fast.models.random_weights import randomize
 
+from ..helpers import miniature
+
 FILES = {"metrics.json", "per_image.csv", "worst.html", "worst.png"}
 TASKS = {"ade20k": "segmentation", "refcoco": "referring", "nyu": "depth"}
 
 
-@pytest.fixture(scope="module")
-def miniature():
-    path = Path(__file__).parents[1] / "data" / "miniature.py"
-    spec = importlib.util.spec_from_file_location("vpd_miniature_for_evaluate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def roots(miniature, tmp_path):
+def roots(tmp_path):
     """{kind: where a miniature of it lies}."""
     return {
         "ade20k": miniature.ade20k(tmp_path / "ade", 3),
@@ -188,7 +180,7 @@ def test_under_torchrun(roots, small, tmp_path):
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     printed = {}
     for name, start in (("two", launch), ("one", [])):
-        program = [sys.executable, "-P", "-m", *start, "vpd_fast.cli.main", *command, "-o", str(tmp_path / name)]
+        program = [sys.executable, "-m", *start, "vpd_fast.cli.main", *command, "-o", str(tmp_path / name)]
         done = subprocess.run(program, env=threads, cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         printed[name] = done.stdout

@@ -116,7 +116,7 @@ def test_killed_in_the_middle(model, images, tmp_path) -> None:
     """kill -9 loses what was being computed, no more; the folder ends up as if nothing had happened."""
     for i in range(16):
         (images / f"copy{i:02d}.jpg").write_bytes((images / "a.jpg").read_bytes())
-    command = [sys.executable, "-P", "-m", "vpd_fast", "predict", str(images), *model, "-r"]
+    command = [sys.executable, "-m", "vpd_fast", "predict", str(images), *model, "-r"]
     process = subprocess.Popen([*command, "-o", str(tmp_path / "killed")], stdout=subprocess.PIPE)
     path = tmp_path / "killed" / "results.jsonl"
     deadline = time.monotonic() + 120

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from vpd_fast import VPD
 from vpd_fast.cli.main import run
 
-
-def _runs():
-    """tests/training/runs.py."""
-    path = Path(__file__).parents[1] / "training" / "runs.py"
-    spec = importlib.util.spec_from_file_location("vpd_training_runs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-runs = _runs()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small gain nothing by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for task in runs.TASKS:
-        runs.make_data(root, task)
-    return root
+from ..helpers import runs
 
 
 @pytest.fixture
@@ -120,10 +90,10 @@ def test_torchrun(file, tmp_path):
     """Two processes under torchrun: one report."""
     config, folder = file("segmentation"), tmp_path / "run"
     command = [
-        sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpd_fast",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpd_fast",
         "train", config, "schedule.steps=1", "-o", str(folder),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("1 steps done") == 1

@@ -11,7 +11,7 @@ import pytest
 from vpd_fast.data import open_dataset
 from vpd_fast.errors import DatasetError, ImageError, InputError
 
-from . import miniature
+from ..helpers import miniature
 
 
 def test_ade20k(tmp_path):

@@ -10,7 +10,7 @@ from vpd_fast.data import colors, make_transform, transforms
 from vpd_fast.data.sample import Sample
 from vpd_fast.errors import InputError
 
-from . import miniature
+from ..helpers import miniature
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -1,4 +1,7 @@
-"""One of two processes that evaluate together, as a program: RANK STORE RESULT. Its results are pickled into RESULT."""
+"""One of two processes that evaluate together: `python -m tests.evaluation.process RANK STORE RESULT`.
+
+Its results are pickled into RESULT.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,7 @@ from vpd_fast.errors import VPDFastError
 from vpd_fast.evaluation import evaluate
 from vpd_fast.models.random_weights import randomize
 
-if __package__:
-    from .sets import BROKEN, MemoryDataset, make_dataset
-else:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from sets import BROKEN, MemoryDataset, make_dataset
+from .sets import BROKEN, MemoryDataset, make_dataset
 
 TASKS = ("segmentation", "referring", "depth")
 

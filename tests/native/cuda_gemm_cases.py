@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,21 +13,11 @@ from torch import Tensor
 
 from vpd_fast.ops._gemm import geglu_rows
 
+from .devices import H200, Device
+
 FLOAT8 = torch.float8_e4m3fn
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
-
-
-class Device(NamedTuple):
-    """A GPU; order: in which threads run and copies come (tests/native/cuda_emulation/machine.h)."""
-
-    processors: int = 132
-    major: int = 9
-    shared_limit: int = 227 << 10
-    order: int = 1
-
-
-H200, A100, L40 = Device(), Device(108, 8, 163 << 10), Device(142, 8, 99 << 10)
 
 
 @dataclass(frozen=True)

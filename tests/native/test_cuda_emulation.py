@@ -14,22 +14,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from .devices import A100, H200, L40, Device
+
 SCHEDULES = ("heads_loop", "cluster", "split")
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
-
-
-@dataclass(frozen=True)
-class Device:
-    """Properties of a GPU; order: 1 lets a warp run ahead as far as it can (see cuda_emulation.cpp)."""
-
-    processors: int = 132
-    major: int = 9
-    shared_limit: int = 227 << 10
-    order: int = 1
-
-
-H200, A100, L40 = Device(), Device(108, 8, 163 << 10), Device(142, 8, 99 << 10)
 
 
 @dataclass(frozen=True)
@@ -308,7 +297,7 @@ def test_results_do_not_depend_on_the_order_of_threads(cuda, length: int, schedu
     for device in (H200, L40):
         if schedule == "cluster" and device.major < 9:
             continue
-        first, *others = (run(cuda, p, schedule, replace(device, order=order)) for order in range(4))
+        first, *others = (run(cuda, p, schedule, device._replace(order=order)) for order in range(4))
         for other in others:
             assert all(itertools.starmap(torch.equal, zip(first, other, strict=True)))
 

@@ -13,7 +13,8 @@ import torch
 
 from vpd_fast import _native
 
-from .cuda_gemm_cases import A100, FLOAT8, H200, L40, Case, Device, before_activation, check, make, name_of, run
+from .cuda_gemm_cases import FLOAT8, Case, before_activation, check, make, name_of, run
+from .devices import A100, H200, L40, Device
 
 MMA = [("mma", A100)]
 WGMMA = [("wgmma", H200)]

@@ -14,7 +14,8 @@ from vpd_fast.ops._packing import FLOAT8, PackedWeight
 from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
 from vpd_fast.ops._triton import triton_missing
 
-from .cuda_gemm_cases import A100, H200, name_of
+from .cuda_gemm_cases import name_of
+from .devices import A100, H200
 
 pytestmark = pytest.mark.skipif(
     triton_missing(torch.empty(0)) is not None, reason="interpreted only without a GPU; tests marked gpu run there"

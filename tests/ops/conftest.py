@@ -22,6 +22,15 @@ if triton_missing(torch.empty(0)) is None:
 
 
 @pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Operators share their work between threads, whatever number of processors the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """torch.empty returns NaN, so that an element that is not written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

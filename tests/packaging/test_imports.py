@@ -13,7 +13,7 @@ HEAVY = ("triton", "transformers", "cv2", "typer", "rich", "diffusers", "xformer
 
 
 def in_fresh_process(code: str) -> str:
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

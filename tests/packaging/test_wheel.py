@@ -32,7 +32,7 @@ def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
     for built in source.rglob("*.so"):
         built.unlink()
-    command = [sys.executable, "-P", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     return subprocess.run(
         [*command, str(source)], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
@@ -59,7 +59,7 @@ def test_content_of_the_wheel(tmp_path: Path) -> None:
 
 
 def run_setup(**environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "setup.py", "--version"]
+    command = [sys.executable, "setup.py", "--version"]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )

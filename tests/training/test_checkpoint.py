@@ -74,7 +74,7 @@ store.save(2, {"a": lambda path: path.write_text("2"), "b": hang})
 
 
 def test_a_process_killed_while_saving(tmp_path):
-    command = [sys.executable, "-P", "-c", KILLED, str(tmp_path)]
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)

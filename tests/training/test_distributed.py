@@ -11,26 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import runs
+from ..helpers import runs
 
-WORKER = Path(__file__).parent / "worker.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the workers: with more, sums are added up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> tuple[Path, Path]:
+def results(data, tmp_path_factory) -> tuple[Path, Path]:
     """(data, what two processes left)."""
-    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("out")
-    for task in runs.TASKS:
-        runs.make_data(data, task)
+    out = tmp_path_factory.mktemp("out")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,9 +29,11 @@ def results(tmp_path_factory) -> tuple[Path, Path]:
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, "-P", str(WORKER), str(data), str(out)]
+        command = [sys.executable, "-m", "tests.training.worker", str(data), str(out)]
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         )
     outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n\n".join(text[-4000:] for text in outputs)

@@ -21,24 +21,7 @@ from vpd_fast.training.parallel import batch_norm_buffers
 from vpd_fast.training.tasks import Task
 from vpd_fast.training.trainer import Trainer
 
-from . import runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small gain nothing by more, and lose much where other processes want the cores as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for task in runs.TASKS:
-        runs.make_data(root, task)
-    return root
+from ..helpers import miniature, runs
 
 
 @pytest.fixture(scope="module", params=runs.TASKS)
@@ -421,7 +404,7 @@ def test_own_classes_from_a_checkpoint_of_others(data, tmp_path):
     """Layers that depend on the number of classes begin anew, all else is the checkpoint's."""
     old = runs.trainer(runs.tiny("segmentation", data), None).model
     old.save_pretrained(tmp_path / "old")
-    root = runs.miniature().folder(tmp_path / "own", "segmentation")
+    root = miniature.folder(tmp_path / "own", "segmentation")
     for path in root.glob("masks/*/*.png"):
         cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) % 3)
     (root / "classes.txt").write_text("a\nb\nc")

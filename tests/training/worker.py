@@ -1,14 +1,13 @@
-"""One of several processes of a run: `python worker.py DATA OUT`, with the environment that torchrun sets."""
+"""One of several processes of a run: `python -m tests.training.worker DATA OUT`, in the environment of torchrun."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # not a package: started as a file
-
-import runs
 import torch
+
+from ..helpers import runs
 
 
 def gradients(task: str, root: Path, out: Path) -> None:

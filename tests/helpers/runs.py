@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import torch
 
 from vpd_fast.training.config import TrainConfig, merge
+
+from . import miniature
 
 TASKS = ("segmentation", "referring", "depth")
 KINDS = {"segmentation": "ade20k", "referring": "refcoco", "depth": "nyu"}
@@ -16,21 +16,10 @@ BACKBONE = {"model_channels": 32, "context_dim": 64, "num_heads": 4, "vae_ch": 3
 TOKENS = 8
 
 
-def miniature():
-    """tests/data/miniature.py, however this file was imported."""
-    name = "vpd_miniature"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "data" / "miniature.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 def make_data(root: Path, task: str) -> Path:
     """A data set in the real folder format."""
-    module = miniature()
-    return {"segmentation": module.ade20k, "referring": module.refer, "depth": module.nyu}[task](root / task)
+    write = {"segmentation": miniature.ade20k, "referring": miniature.refer, "depth": miniature.nyu}
+    return write[task](root / task)
 
 
 def tiny(task: str, root: Path, **changes) -> TrainConfig:
@@ -54,7 +43,7 @@ def tiny(task: str, root: Path, **changes) -> TrainConfig:
         "device": "cpu",
     }  # fmt: skip
     if task == "segmentation":
-        names = ["ground", *miniature().NAMES]
+        names = ["ground", *miniature.NAMES]
         values["data"]["options"] = {"classes": names}
         values["model"] |= {"channels": 32}
     elif task == "referring":
