@@ -17,7 +17,7 @@ from vpd_fast import ops
 from vpd_fast.bench import gpu_libraries, onednn
 from vpd_fast.bench.suites import library_variant, on_devices, variants_of
 from vpd_fast.bench.timing import measure, rows_of
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 
 LOWER_RIGHT = (0, 0, 1, 1)  # the encoder's padding
 CASES = {  # side of the input, channels of its sources, of the result, stride, padding, whether the input is activated

@@ -17,7 +17,7 @@ from vpd_fast import ops
 from vpd_fast.bench import gpu_libraries, onednn
 from vpd_fast.bench.suites import library_variant, on_devices, variants_of
 from vpd_fast.bench.timing import measure, rows_of
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # rows, widths of the sources, columns of the weight, what is fused
     "qkv at 64": (4096, (320,), 960, "norm"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from vpd_fast import _native, ops
 from vpd_fast.bench import onednn
 from vpd_fast.bench.timing import measure, rows_of
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # side of the input, channels of its sources, of the result, whether it is enlarged
     "128->128 at 512": (512, (128,), 128, False),

@@ -39,7 +39,7 @@ from vpd_fast.kernels import (
     self_attention,
     upsample_argmax,
 )
-from vpd_fast.ops._statistics import run_length, statistics_shape
+from vpd_fast.ops.statistics import run_length, statistics_shape
 
 HEADS = 8
 CAPABILITIES = (80, 90)

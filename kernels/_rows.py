@@ -1,6 +1,6 @@
 """What `linear` and `conv2d` do before the product: rows are joined, normalised, activated and rounded.
 
-Integers of 8 bits are stored signed, u8 - 128 in the terms of `vpd_fast.ops._gemm`, because tensor cores take two
+Integers of 8 bits are stored signed, u8 - 128 in the terms of `vpd_fast.ops.rounding`, because tensor cores take two
 factors of one kind.
 """
 
@@ -27,7 +27,7 @@ def _load_source(x, offsets, valid, columns, channels):
 
 @triton.jit
 def _scale_and_zero(low, high, FLOAT8: tl.constexpr):
-    """(scale, 1 / scale, zero) of a range, as `vpd_fast.ops._gemm` defines them.
+    """(scale, 1 / scale, zero) of a range, as `vpd_fast.ops.rounding` defines them.
 
     The scale of a range that is not finite is NaN, and its inverse 0.
     """

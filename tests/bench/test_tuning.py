@@ -12,8 +12,8 @@ from vpd_fast import VPDConfig, ops
 from vpd_fast.bench.tuning import Measurements, tune
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError, MissingDependencyError
-from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.packing import PackedWeight
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is other code without a GPU")
 needs_triton = pytest.mark.skipif(triton_missing(torch.empty(0)) is not None, reason="needs Triton")

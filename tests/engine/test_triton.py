@@ -14,7 +14,7 @@ from vpd_fast.engine import Policy
 from vpd_fast.engine.workspace import Workspace
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.ops import _dispatch
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 
 from .golden_cases import assert_agrees_with_the_original
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from vpd_fast import ops
-from vpd_fast.ops._packing import FLOAT8, PackedWeight
-from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.packing import FLOAT8, PackedWeight
+from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
 pytestmark = pytest.mark.skipif(triton_missing(torch.empty(0)) is not None, reason="interpreted only without a GPU")
 _tuning = pytest.importorskip("vpd_fast.kernels._tuning")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.ops._gemm import geglu_rows
+from vpd_fast.ops import geglu_rows
 
 from .devices import H200, Device
 

@@ -10,9 +10,9 @@ import torch
 from vpd_fast import ops
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _cuda_product
-from vpd_fast.ops._packing import FLOAT8, PackedWeight
-from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.packing import FLOAT8, PackedWeight
+from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
 from .cuda_gemm_cases import name_of
 from .devices import A100, H200

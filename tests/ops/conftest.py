@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vpd_fast.ops._dispatch import registry
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 
 from .variants import ISAS, choose_variant, variants
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from vpd_fast.ops import geglu_rows
-from vpd_fast.ops._packing import FLOAT8, PackedWeight
+from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.int8]
 DTYPES = [torch.float32, torch.bfloat16]

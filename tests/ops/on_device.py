@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vpd_fast import ops as _ops
 from vpd_fast.ops._dispatch import registry
-from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._statistics import Statistics
+from vpd_fast.ops.packing import PackedWeight
+from vpd_fast.ops.statistics import Statistics
 
 
 class Moved:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
+from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
 UNIT = 2.0**-24
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
-from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._statistics import Statistics, statistics_shape
+from vpd_fast.ops.packing import PackedWeight
+from vpd_fast.ops.statistics import Statistics, statistics_shape
 
 from .gemm_cases import (
     DTYPES,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
-from vpd_fast.ops._packing import FLOAT8
+from vpd_fast.ops.packing import FLOAT8
 
 from .gemm_cases import WITHIN_ROUNDING, assert_same_as_reference, make_weight, randn
 from .on_device import ops

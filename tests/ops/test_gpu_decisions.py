@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpd_fast import _native, ops
-from vpd_fast.ops._packing import FLOAT8, PackedWeight
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
 NO_TRITON = importlib.util.find_spec("triton") is None
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import group_norm
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops._statistics import Statistics, fill_statistics, run_length, statistics_shape
 from vpd_fast.ops.group_norm_affine import _rows
+from vpd_fast.ops.statistics import Statistics, fill_statistics, run_length, statistics_shape
 
 from .on_device import ops
 from .variants import INTERPRETED, variants

@@ -12,8 +12,8 @@ from torch.nn.functional import layer_norm
 
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _cuda_product
-from vpd_fast.ops._packing import FLOAT8, PackedWeight
-from vpd_fast.ops._statistics import Statistics, statistics_shape
+from vpd_fast.ops.packing import FLOAT8, PackedWeight
+from vpd_fast.ops.statistics import Statistics, statistics_shape
 
 from .gemm_cases import (
     DTYPES,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops._packing import FLOAT8
+from vpd_fast.ops.packing import FLOAT8
 
 from .gemm_cases import make_weight, randn
 from .on_device import ops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vpd_fast import ops
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 
 from .on_device import moved
 from .statistics_cases import empty_statistics

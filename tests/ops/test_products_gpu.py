@@ -7,7 +7,7 @@ import torch
 
 from vpd_fast import ops
 from vpd_fast.ops import _cuda_product
-from vpd_fast.ops._packing import FLOAT8, PackedWeight
+from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
 from . import test_conv2d, test_linear
 from .gemm_cases import make_weight, randn

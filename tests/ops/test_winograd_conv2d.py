@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.winograd_conv2d import _INPUT, _OUTPUT, _WEIGHT, STEPS
 
 from .winograd_cases import PRECISIONS, TAPS, check, error, everything, make_problem

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 
 from .winograd_cases import PRECISIONS, TAPS, everything, make_problem
 

@@ -11,7 +11,7 @@ import torch
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 
 ISAS = _native.load("_C").usable_isas()
 INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]

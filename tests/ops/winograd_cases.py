@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.winograd_conv2d import _INPUT, _OUTPUT, _WEIGHT, STEPS
 
 TAPS = tuple(STEPS)

@@ -20,7 +20,7 @@ from vpd_fast.errors import MissingDependencyError
 from vpd_fast.files import write_files
 from vpd_fast.models import VPD
 from vpd_fast.models.random_weights import randomize
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 REPLAYS = 9

@@ -12,7 +12,7 @@ from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, Winograd
 from vpd_fast.engine.policy import NAMES, Policy
 from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.engine.specs import Spec
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.winograd_conv2d import winograd_weight
 
 PHASES = "2x2 for each of 4 phases"

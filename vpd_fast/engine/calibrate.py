@@ -23,8 +23,8 @@ from vpd_fast.engine.specs import Spec
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
 from vpd_fast.models.vpd import VPD
-from vpd_fast.ops._gemm import rounded_rows
-from vpd_fast.ops._packing import LARGEST, PackedWeight
+from vpd_fast.ops.packing import LARGEST, PackedWeight
+from vpd_fast.ops.rounding import rounded_rows
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
 SAMPLE_SIDE = 16  # of the square of positions that is kept of each layer's input

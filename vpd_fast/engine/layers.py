@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.ops._packing import PackedWeight
+from vpd_fast.ops.packing import PackedWeight
 
 
 @dataclass(frozen=True)

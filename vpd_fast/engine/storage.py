@@ -21,7 +21,7 @@ from vpd_fast.engine.specs import layer_specs
 from vpd_fast.errors import CheckpointError
 from vpd_fast.files import write_files, write_json
 from vpd_fast.models.vpd import VPD
-from vpd_fast.ops._packing import ROWS_ONLY
+from vpd_fast.ops.packing import ROWS_ONLY
 
 if TYPE_CHECKING:
     from torch import Tensor

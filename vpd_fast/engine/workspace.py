@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vpd_fast.ops._statistics import Statistics, run_length, statistics_shape
+from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
 
 class Workspace:

@@ -14,7 +14,7 @@ from vpd_fast import _native
 from vpd_fast.ops._attention_checks import maps_dtype
 from vpd_fast.ops._categories import Categories
 from vpd_fast.ops._dispatch import never_refuses
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 
 
 @dataclass(frozen=True)

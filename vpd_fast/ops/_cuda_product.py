@@ -14,7 +14,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
-from vpd_fast.ops._packing import FLOAT8
+from vpd_fast.ops.packing import FLOAT8
 
 if TYPE_CHECKING:
     from vpd_fast.kernels._geometry import Geometry

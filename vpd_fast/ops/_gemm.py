@@ -1,15 +1,4 @@
-"""What `linear` and `conv2d` share: checks of arguments, the arithmetic of the reference, arguments of the kernels.
-
-Rows of 8 bits: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255,
-zero = floor(-low / scale + 1/2) and u8 = round(x / scale + zero), so that x ~ scale * (u8 - zero) and 0 is exact. The
-products are summed exactly:
-
-    sum_k x[k] * w[n, k] ~ scale * scales[n] * (sum_k u8[k] * data[n, k] - zero * sums[n])
-
-Rows of float8_e4m3fn: scale = max |row| / 448 and f8 = row / scale, rounded to nearest, ties to even; the products are
-summed in float32. In both, a row with an infinity or a NaN gives NaN throughout, and one whose scale would be below the
-smallest normal float32 is zero.
-"""
+"""What `linear` and `conv2d` share: checks of arguments, the arithmetic of the reference, arguments of the kernels."""
 
 from __future__ import annotations
 
@@ -25,14 +14,13 @@ from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
-from vpd_fast.ops._packing import FLOAT8, LARGEST, PANEL, WIDTHS, PackedWeight
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.packing import FLOAT8, PANEL, WIDTHS, PackedWeight, geglu_rows
+from vpd_fast.ops.rounding import range_of_rows, rounded_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_DTYPES = (*WIDTHS,)  # of activations and weights in native kernels
-Range = tuple[Tensor, Tensor]  # least and largest numbers, (..., 1)
 ACTIVATIONS = (None, "relu", "silu", "geglu")
-LEVELS = 255  # steps between the least and the largest 8-bit number
 MOST_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
 
 
@@ -67,16 +55,6 @@ class GemmArguments:
     def weight(self) -> PackedWeight:
         """The weight that `data`, `scales`, `sums` and `n` are parts of."""
         return PackedWeight(self.data, self.scales, self.sums, self.n, self.columns)
-
-
-def geglu_rows(n: int) -> Tensor:
-    """Order of the rows of a weight (2n, k), n values and their n gates, that activation="geglu" expects.
-
-    Values and gates alternate in runs of 16 (the last run may be shorter), so that both are in one panel of the packed
-    weight: `PackedWeight.pack(weight[geglu_rows(n)][None], dtype)`, and likewise the bias.
-    """
-    runs = torch.arange(n).split(PANEL // 2)
-    return torch.cat([part for run in runs for part in (run, run + n)])
 
 
 def check_weight(weight: Any, k: int, activation: str | None, taps: int = 1) -> int:
@@ -145,43 +123,6 @@ def prologue(a: Tensor, affine: Tensor | None, silu: bool, scale: Tensor | None)
         a = a * by_channel[:, 0] + by_channel[:, 1]
     a = F.silu(a) if silu else a
     return a if scale is None else a * scale
-
-
-def range_of_rows(a: Tensor, ranges: Tensor | None = None) -> Range:
-    """Of rows (B, ..., k); with `ranges` (B, 2, parts) the image's for each of its rows."""
-    if ranges is None:
-        return a.amin(-1, keepdim=True), a.amax(-1, keepdim=True)
-    shape = (-1, *[1] * (a.dim() - 1))
-    return ranges[:, 0].amin(1).view(shape), ranges[:, 1].amax(1).view(shape)
-
-
-def quantize_rows(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor]:
-    """Rows (..., k) float32 rounded to 8 bits: whole numbers u8 - zero as float32, and the scales (..., 1)."""
-    low, high = found or range_of_rows(a)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / LEVELS
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
-    inverse = torch.where((scale > 0) & scale.isfinite(), 1 / scale, 0.0)
-    zero = torch.where(inverse > 0, torch.floor(-low * inverse + 0.5), 0.0)
-    finite = a.where(a.isfinite(), 0.0)  # of rows that are not, the scale makes NaN of everything
-    u8 = (finite * inverse + zero).round_().clamp_(0, LEVELS)
-    return u8 - zero, torch.where(scale.isfinite(), scale, torch.nan)
-
-
-def round_rows_to_float8(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor]:
-    """Rows (..., k) float32 rounded to float8_e4m3fn: the numbers f8 as float32, and the scales (..., 1)."""
-    limit, (low, high) = LARGEST[FLOAT8], found or range_of_rows(a)
-    scale = torch.maximum(-low, high) / limit
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
-    inverse = torch.where((scale > 0) & scale.isfinite(), 1 / scale, 0.0)
-    finite = a.where(a.isfinite(), 0.0)
-    f8 = (finite * inverse).clamp_(-limit, limit).to(FLOAT8)
-    return f8.float(), torch.where(scale.isfinite(), scale, torch.nan)
-
-
-def rounded_rows(a: Tensor, dtype: torch.dtype, found: Range | None = None) -> tuple[Tensor, Tensor]:
-    """Rows (..., k) float32 rounded to that 8-bit type, less their zeros, as float32, and the scales (..., 1)."""
-    return (round_rows_to_float8 if dtype == FLOAT8 else quantize_rows)(a, found)
 
 
 def product(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:

@@ -21,8 +21,8 @@ from vpd_fast.ops import _cuda_product, _gemm
 from vpd_fast.ops._checks import MAX_SIDE, check, check_size, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES
-from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._statistics import Statistics, check_statistics, fill_statistics
+from vpd_fast.ops.packing import PackedWeight
+from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
 
 
 def conv2d(

@@ -19,8 +19,8 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.ops._checks import FLOATS, check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
-from vpd_fast.ops._statistics import Statistics, check_statistics
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.statistics import Statistics, check_statistics
 
 SILU_BOTTOM, SILU_LEAST = -1.2784645, -0.27846456  # where SiLU is least, and that value, rounded down
 

@@ -4,7 +4,7 @@ Rows are made, normalised and rounded block by block, multiplied while they are 
 bias, activation and residual before they are stored: nothing but inputs, weight and result touches memory.
 
 All arithmetic but the product itself is float32. Its factors have the precision of the weight: float32, bfloat16 (sums
-in float32), or 8 bits with a scale for each row (`_gemm.py` says how rows are rounded). What is not finite in a row
+in float32), or 8 bits with a scale for each row (`rounding.py` says how rows are rounded). What is not finite in a row
 makes its results not finite; with 8-bit weights, NaN.
 """
 
@@ -22,11 +22,9 @@ from vpd_fast.errors import InputError
 from vpd_fast.ops import _cuda_product, _gemm
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
-from vpd_fast.ops._gemm import DTYPES, geglu_rows
-from vpd_fast.ops._packing import PackedWeight
-from vpd_fast.ops._statistics import Statistics, check_statistics, fill_statistics
-
-__all__ = ["geglu_rows", "linear"]
+from vpd_fast.ops._gemm import DTYPES
+from vpd_fast.ops.packing import PackedWeight
+from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
 
 
 def linear(

@@ -21,7 +21,7 @@ from vpd_fast.ops._attention import image_and_row_strides, last_contiguous, no_a
 from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
 from vpd_fast.ops._checks import check, check_impl, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 SDPA_SCORES = 1 << 28  # at a time, where PyTorch has no kernel that does without a matrix of them

@@ -18,7 +18,7 @@ import torch
 from vpd_fast import _native
 from vpd_fast.ops._checks import check, check_impl, check_size, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
-from vpd_fast.ops._triton import triton_missing
+from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.taps import Taps, resize_taps, window_taps
 
 MOST_TAPS_CPU = 64  # MAX_TAPS in csrc/cpu/upsample_argmax.h

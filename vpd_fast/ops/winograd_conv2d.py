@@ -28,7 +28,7 @@ from vpd_fast.ops import _gemm
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
-from vpd_fast.ops._packing import LARGEST, PackedWeight
+from vpd_fast.ops.packing import LARGEST, PackedWeight
 
 ACTIVATIONS = (None, "relu", "silu")
 STEPS = {9: 1, 16: 2, 36: 4}  # taps -> input pixels from one tile to the next
