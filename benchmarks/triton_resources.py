@@ -28,8 +28,8 @@ from triton.compiler import ASTSource
 
 from vpd_fast.bench.timing import table
 from vpd_fast.kernels import (
-    _product,
-    _rows,
+    _gemm,
+    _prologue,
     _statistics,
     conv2d,
     cross_attention_maps,
@@ -39,6 +39,7 @@ from vpd_fast.kernels import (
     self_attention,
     upsample_argmax,
 )
+from vpd_fast.ops import PackedWeight, Statistics, registry
 from vpd_fast.ops.statistics import run_length, statistics_shape
 
 HEADS = 8
@@ -74,42 +75,41 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def scales_and_sums(n: int, precision: torch.dtype) -> dict[str, torch.Tensor | None]:
-    """Of a weight with n rows."""
+def empty_weight(n: int, k: int, precision: torch.dtype) -> PackedWeight:
+    """A weight of n rows and k columns for GPUs."""
     scales = empty(1, n, dtype=torch.float32) if precision.itemsize == 1 else None
-    return {"column_scales": scales, "sums": scales if precision == torch.int8 else None}
+    sums = scales if precision == torch.int8 else None
+    return PackedWeight(empty(1, n, k, dtype=precision), scales, sums, n, k)
 
 
-def statistics_of(out: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """What to fill, and the length of the runs."""
+def statistics_of(out: torch.Tensor) -> Statistics:
+    """Statistics to fill, of an activation (1, ..., C)."""
     positions, channels = out[..., 0].numel(), out.shape[-1]
-    return empty(*statistics_shape(1, positions, channels), dtype=torch.float32), run_length(positions)
+    return Statistics(empty(*statistics_shape(1, positions, channels), dtype=torch.float32), run_length(positions))
 
 
 def layer_launches() -> list[Launch]:
     """What layers of the UNet and the encoder launch: few and many rows, all that can be fused."""
     recorded: list[Launch] = []
-    for module in (_product, _rows, _statistics, group_norm_affine):
+    for module in (_gemm, _prologue, _statistics, group_norm_affine):
         module.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
     float32 = torch.float32
     for precision in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
         dtype = torch.float32 if precision == torch.float32 else torch.bfloat16
         for rows, widths, n, options in (
-            (4096, (320,), 960, {"norm": True}),
-            (4096, (320,), 2560, {"norm": True, "activation": "geglu"}),
+            (4096, (320,), 960, {"norm": "layer"}),
+            (4096, (320,), 2560, {"norm": "layer", "activation": "geglu"}),
             (4096, (1280, 320), 320, {"residual": empty(1, 4096, 320, dtype=dtype)}),
             (64, (5120, 1280), 1280, {"residual": empty(1, 64, 1280, dtype=dtype)}),
-            (64, (1280,), 10240, {"norm": True, "activation": "geglu"}),
+            (64, (1280,), 10240, {"norm": "layer", "activation": "geglu"}),
             (1024, (790,), 256, {}),  # features with maps, which are not aligned
-            (256, (1430,), 256, {"norm": True}),
+            (256, (1430,), 256, {"norm": "layer"}),
         ):
             x, x2 = ([empty(1, rows, width, dtype=dtype) for width in widths] + [None])[:2]
-            vectors = scales_and_sums(n, precision)
-            defaults = {"bias": empty(n, dtype=float32), "norm": False, "eps": 1e-5, "affine": None, "scale": None}
-            defaults |= {"activation": "", "residual": None}
             out = empty(1, rows, n // 2 if "activation" in options else n, dtype=dtype)
             options |= {"statistics": statistics_of(out)} if "residual" in options else {}
-            linear.forward(x, x2, empty(n, sum(widths), dtype=precision), **vectors, **(defaults | options), out=out)
+            weight, bias = empty_weight(n, sum(widths), precision), empty(n, dtype=float32)
+            linear.forward(*registry()["linear"].bind(x, weight, bias, x2=x2, out=out, **options))
         for side, widths, n, kernel, stride, padding, active in (
             (512, (128,), 128, 3, 1, (1, 1, 1, 1), True),
             (64, (640, 320), 320, 3, 1, (1, 1, 1, 1), True),
@@ -119,22 +119,14 @@ def layer_launches() -> list[Launch]:
             (64, (4,), 320, 3, 1, (1, 1, 1, 1), False),
         ):
             x, x2 = ([empty(1, side, side, width, dtype=dtype) for width in widths] + [None])[:2]
-            vectors = scales_and_sums(n, precision)
             channels, out = sum(widths), empty(1, side // stride, side // stride, n, dtype=dtype)
-            conv2d.forward(
-                *(x, x2, empty(1, n, kernel * kernel * channels, dtype=precision)),
-                **vectors,
-                **{
-                    "bias": empty(n, dtype=float32),
-                    "kernel": (kernel, kernel),
-                    "stride": stride,
-                    "padding": padding,
-                    "upsample": False,
-                },
-                **{"affine": empty(1, 2, channels, dtype=float32) if active else None, "silu": active, "scale": None},
-                **{"activation": "", "residual": out, "out": out, "statistics": statistics_of(out)},
-                ranges=empty(1, 2, 32, dtype=float32) if active else None,
-            )
+            weight, bias = empty_weight(n, kernel * kernel * channels, precision), empty(n, dtype=float32)
+            options = {"kernel": (kernel, kernel), "stride": stride, "padding": padding, "silu": active}
+            options |= {"residual": out, "out": out, "statistics": statistics_of(out)}
+            if active:
+                options["affine"] = empty(1, 2, channels, dtype=float32)
+                options["ranges"] = empty(1, 2, 32, dtype=float32)
+            conv2d.forward(*registry()["conv2d"].bind(x, weight, bias, x2=x2, **options))
     for channels in (128, 320, 2560):
         x, vector = empty(1, 4096, channels, dtype=torch.bfloat16), empty(channels, dtype=float32)
         affine, ranges = empty(1, 2, channels, dtype=float32), empty(1, 2, 32, dtype=float32)

@@ -1,6 +1,6 @@
 """The sums of a product by the libraries of PyTorch, where those are faster: cuBLAS, and cuDNN for convolutions.
 
-They leave sums of float32 or int32, and cuDNN of bfloat16 or float16, which `_product.py` then finishes as its own.
+They leave sums of float32 or int32, and cuDNN of bfloat16 or float16, to which `_gemm.py` then applies its epilogue.
 """
 
 import torch
@@ -13,7 +13,7 @@ LEAST_ROWS = 17  # of _int_mm
 
 
 def library_refuses(a: torch.Tensor, a2: torch.Tensor | None, geometry: Geometry, weight: torch.Tensor) -> str | None:
-    """Why a library cannot compute the sums, or None; arguments as for `_product.product`."""
+    """Why a library cannot compute the sums, or None; arguments as for `_gemm.gemm`."""
     n, k = weight.shape
     if a2 is not None:
         return "two sources"

@@ -27,7 +27,7 @@ def product(rows: int = 40) -> torch.Tensor:
 
 @needs_triton
 def test_the_fastest_is_chosen_and_kept() -> None:
-    from vpd_fast.kernels import _tuning
+    from vpd_fast.kernels import tuning
 
     times = iter([3.0, 1.0, 2.0, *[9.0] * 50])
     calls = []
@@ -39,42 +39,42 @@ def test_the_fastest_is_chosen_and_kept() -> None:
 
     measurements = Measurements({}, 132, time.monotonic() + 60, measure)
     expected = product()
-    with _tuning.tuning(measurements.choose):
+    with tuning.tuning(measurements.choose):
         assert torch.equal(product(), expected)  # int8: whatever the configuration
         count = len(calls)
         assert torch.equal(product(), expected)
     assert len(calls) == count
     ((shape, found),) = measurements.found.items()
     assert (shape.rows, shape.n, shape.k, shape.dtype) == (40, 48, 32, "int8")
-    assert found[0] == (_tuning.candidates(shape, 132)[1], 1.0)
+    assert found[0] == (tuning.candidates(shape, 132)[1], 1.0)
     assert [t for _, t in found] == sorted(t for _, t in found)
     assert measurements.left_out == 0
 
 
 @needs_triton
 def test_what_is_known_or_too_late_is_not_measured() -> None:
-    from vpd_fast.kernels import _tuning
+    from vpd_fast.kernels import tuning
 
     def measure(call) -> float:
         raise AssertionError("measured")
 
     seen = []
     late = Measurements({}, 132, time.monotonic() - 1, measure)
-    with _tuning.tuning(lambda shape, run: seen.append(shape) or late.choose(shape, run)):
+    with tuning.tuning(lambda shape, run: seen.append(shape) or late.choose(shape, run)):
         product()
     assert (late.left_out, late.found) == (1, {})
     known = {
         seen[0].key: {40: {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2, "GROUP": 8, "SPLITS": 1}}
     }
     aware = Measurements(known, 132, time.monotonic() + 60, measure)
-    with _tuning.tuning(aware.choose):
+    with tuning.tuning(aware.choose):
         assert torch.equal(product(), product())
     assert (aware.left_out, aware.found) == (0, {})
 
 
 @needs_triton
 def test_configurations_that_do_not_fit_are_left_out() -> None:
-    from vpd_fast.kernels import _tuning
+    from vpd_fast.kernels import tuning
 
     def measure(call) -> float:
         if not measurements.failed:
@@ -85,10 +85,10 @@ def test_configurations_that_do_not_fit_are_left_out() -> None:
 
     measurements = Measurements({}, 132, time.monotonic() + 60, measure)
     measurements.failed = False
-    with _tuning.tuning(measurements.choose):
+    with tuning.tuning(measurements.choose):
         product()
     ((shape, found),) = measurements.found.items()
-    assert _tuning.candidates(shape, 132)[0] not in [config for config, _ in found]
+    assert tuning.candidates(shape, 132)[0] not in [config for config, _ in found]
 
 
 def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -115,10 +115,10 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 
 @needs_triton
 def test_a_table_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vpd_fast.kernels import _tuning
+    from vpd_fast.kernels import tuning
 
     monkeypatch.setenv("VPD_FAST_TUNING", str(tmp_path / "none.json"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
-    _tuning._table.cache_clear()
+    tuning._table.cache_clear()
     with pytest.raises(InputError, match="there is no such file"):
-        _tuning._table(torch.device("cuda", 7))
+        tuning._table(torch.device("cuda", 7))

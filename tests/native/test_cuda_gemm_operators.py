@@ -9,7 +9,8 @@ import torch
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _cuda_product
+from vpd_fast.kernels import _gemm_cuda
+from vpd_fast.ops._dispatch import Op
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
@@ -27,9 +28,10 @@ def instructions(request: pytest.FixtureRequest, cuda: ModuleType, monkeypatch: 
     """The operators take CPU tensors for the emulated device's, which has these instructions."""
     cuda.configure(*(A100 if request.param == "mma" else H200))
     cuda.announce([(0, 2**63, True)])
-    monkeypatch.setattr(_cuda_product, "refuses", lambda *_: None)
-    monkeypatch.setattr(_cuda_product._native, "load", lambda name: {"_C_cuda": cuda}[name])
-    monkeypatch.setattr(_cuda_product, "INSTRUCTIONS", request.param)
+    named = lambda self, impl, args: next(i for i in self.implementations if i.name == impl)  # noqa: E731
+    monkeypatch.setattr(Op, "choose", named)
+    monkeypatch.setattr(_gemm_cuda._native, "load", lambda name: {"_C_cuda": cuda}[name])
+    monkeypatch.setattr(_gemm_cuda, "INSTRUCTIONS", request.param)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     return request.param

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _gemm
+from vpd_fast.ops import _gemm_reference
 from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.statistics import Statistics, statistics_shape
 
@@ -65,7 +65,9 @@ def with_a_scale_per_image(
     **rest: object,
 ) -> tuple[Tensor, Tensor]:
     """conv2d in 8 bits as GPUs compute it: the whole image shares scale and zero. Also the numbers of each image."""
-    a = _gemm.prologue(_gemm.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"]).flatten(1)
+    a = _gemm_reference.prologue(
+        _gemm_reference.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"]
+    ).flatten(1)
     ranges = torch.stack([a.amin(1, keepdim=True), a.amax(1, keepdim=True)], dim=1)
     options = {"activation": activation, "residual": residual, "out_dtype": out_dtype, "impl": "reference", **rest}
     return ops.conv2d(x, weight, bias, ranges=ranges, **options), a.double()[:, None, None]
@@ -134,7 +136,7 @@ def test_upsampling(impl: str, height: int, width: int, transformed: bool, preci
         # Padding of 8-bit images belongs to what is rounded, but is always 0, which the range has in it.
         torch.testing.assert_close(out[phase], alone, rtol=0, atol=0)
     if precision == torch.float32:
-        a = _gemm.prologue(x, options.get("affine"), transformed, None).permute(0, 3, 1, 2)
+        a = _gemm_reference.prologue(x, options.get("affine"), transformed, None).permute(0, 3, 1, 2)
         expected = F.conv2d(F.interpolate(a, scale_factor=2.0, mode="nearest"), filters, bias, padding=1)
         torch.testing.assert_close(out, expected.permute(0, 2, 3, 1) + residual, rtol=1e-4, atol=1e-4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _gemm
+from vpd_fast.ops import _gemm_reference
 from vpd_fast.ops.packing import FLOAT8
 
 from .gemm_cases import WITHIN_ROUNDING, assert_same_as_reference, make_weight, randn
@@ -59,7 +59,7 @@ def parts_of(a: Tensor, parts: int) -> Tensor:
 def test_known_ranges(impl: str, parts: int, wider: float, precision: torch.dtype) -> None:
     """The scale is what the ranges say, be they exact or too wide."""
     x, affine, weight, bias = randn(2, 7, 6, 12), randn(2, 2, 12), make_weight(17, 108, precision), randn(17)
-    a = _gemm.prologue(x, affine, True, None)
+    a = _gemm_reference.prologue(x, affine, True, None)
     ranges = wider * parts_of(a, parts)
     options = {"kernel": (3, 3), "padding": 1, "affine": affine, "silu": True}
     actual = ops.conv2d(x, weight, bias, ranges=ranges, impl=impl, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _cuda_product
+from vpd_fast.ops import _gemm
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 from vpd_fast.ops.statistics import Statistics, statistics_shape
 
@@ -444,12 +444,12 @@ class OnGpu(Tensor):
 def test_why_the_cuda_kernels_cannot_run(monkeypatch, widths, dtype, norm, capability, expected) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(_cuda_product._gemm, "triton_refuses", lambda *_: None)
-    monkeypatch.setattr(_cuda_product._native, "why_missing", lambda name: None)
+    monkeypatch.setattr(_gemm, "triton_refuses", lambda *_: None)
+    monkeypatch.setattr("vpd_fast._native.why_missing", lambda name: None)
     kind = dtype if dtype == torch.bfloat16 else torch.float32
     x, x2 = ([randn(1, 4, width, dtype=kind).as_subclass(OnGpu) for width in widths] + [None])[:2]
-    call = SimpleNamespace(x=x, x2=x2, data=torch.zeros(1, 8, sum(widths)).to(dtype))
-    reason = _cuda_product.refuses(call, (norm, None, None))
+    call = SimpleNamespace(x=x, x2=x2, data=torch.zeros(1, 8, sum(widths)).to(dtype), has_prologue=norm)
+    reason = _gemm.cuda_refuses(call)
     assert reason is None if expected is None else re.search(expected, reason)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vpd_fast import ops
-from vpd_fast.ops import _cuda_product
+from vpd_fast.kernels import _gemm_cuda
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
 from . import test_conv2d, test_linear
@@ -25,14 +25,14 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if instructions == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("only compute capability 9.0 has wgmma")
     if instructions:
-        monkeypatch.setattr(_cuda_product, "INSTRUCTIONS", instructions)
+        monkeypatch.setattr(_gemm_cuda, "INSTRUCTIONS", instructions)
     return name
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def precision(request: pytest.FixtureRequest, kernels: str) -> torch.dtype:
     """Of the product, where the kernels know it."""
-    if request.param == FLOAT8 and kernels == "cuda" and _cuda_product.INSTRUCTIONS == "mma":
+    if request.param == FLOAT8 and kernels == "cuda" and _gemm_cuda.INSTRUCTIONS == "mma":
         pytest.skip("mma does not multiply float8_e4m3fn")
     if request.param == FLOAT8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")

@@ -48,7 +48,7 @@ def milliseconds(run: Callable[[], None]) -> float:
 
 
 class Measurements:
-    """What was measured of each product; decides within `vpd_fast.kernels._tuning.tuning`.
+    """What was measured of each product; decides within `vpd_fast.kernels.tuning.tuning`.
 
     known: products that are not measured again. deadline: of time.monotonic(), after which nothing is measured.
     """
@@ -63,16 +63,16 @@ class Measurements:
 
     def choose(self, product: Any, run: Callable[[Config], None]) -> Config:
         """The fastest configuration. The product's result is what the last of them computed."""
-        from vpd_fast.kernels import _tuning
+        from vpd_fast.kernels import tuning
 
         if product in self.found:
             return self.found[product][0][0]
         recorded = self._known.get(product.key, {}).get(product.rows)
         if recorded is not None or time.monotonic() > self._deadline:
             self.left_out += recorded is None
-            return recorded or _tuning.by_rule(product, self._processors)
+            return recorded or tuning.by_rule(product, self._processors)
         times = []
-        for config in _tuning.candidates(product, self._processors):
+        for config in tuning.candidates(product, self._processors):
             try:
                 times.append((config, self._measure(lambda config=config: run(config))))
             except Exception as error:  # too much shared memory, or not what the library can compute
@@ -103,10 +103,10 @@ def tune(
     reason = triton_missing(torch.empty(0, device=device))
     if reason is not None:
         raise MissingDependencyError(f"tuning measures Triton kernels, which cannot run: {reason}")
-    from vpd_fast.kernels import _tuning
+    from vpd_fast.kernels import tuning
     from vpd_fast.kernels._common import multiprocessors
 
-    known = _tuning.read(path) if path.is_file() and not again else {}
+    known = tuning.read(path) if path.is_file() and not again else {}
     kept = json.loads(path.read_text(encoding="utf-8"))["configs"] if known else []
     measurements = Measurements(known, multiprocessors(device), time.monotonic() + seconds)
     model = randomize(VPD(config), seed=0).eval().to(device)
@@ -120,9 +120,9 @@ def tune(
                 context = fast.context(
                     *(c.to(device) if isinstance(c, torch.Tensor) else c for c in conditioning(config, batch))
                 )
-                with _tuning.tuning(measurements.choose):
+                with tuning.tuning(measurements.choose):
                     fast.decode(fast.features(fast.encode(make_images(batch, size).to(device)), context))
-                table = _tuning.to_json(measurements.found, environment("cuda"))
+                table = tuning.to_json(measurements.found, environment("cuda"))
                 table["configs"] = kept + table["configs"]
                 text = json.dumps(table, indent=1) + "\n"
                 write_files({path: lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")})

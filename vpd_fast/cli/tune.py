@@ -48,7 +48,7 @@ def tune(
     config = VPDConfig(task=task)
     path = out
     if path is None and torch.cuda.is_available():
-        from vpd_fast.kernels._tuning import table_path
+        from vpd_fast.kernels.tuning import table_path
 
         path = table_path(torch.device("cuda"))
     table = run(path or Path("table.json"), config, chosen, batches, sizes, seconds, again, typer.echo)

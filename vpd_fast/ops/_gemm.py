@@ -1,24 +1,28 @@
-"""What `linear` and `conv2d` share: checks of arguments, the arithmetic of the reference, arguments of the kernels."""
+"""What the operators that multiply by a packed weight share: their arguments, checks, and calls of kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
+from vpd_fast.ops._layout import contiguous, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
-from vpd_fast.ops.packing import FLOAT8, PANEL, WIDTHS, PackedWeight, geglu_rows
-from vpd_fast.ops.rounding import range_of_rows, rounded_rows
+from vpd_fast.ops.packing import FLOAT8, PANEL, WIDTHS, PackedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMAGES = ("x", "x2", "residual", "out")
+VECTORS = ("data", "scales", "sums", "bias", "affine", "scale", "ranges")
 CPU_DTYPES = (*WIDTHS,)  # of activations and weights in native kernels
 ACTIVATIONS = (None, "relu", "silu", "geglu")
 MOST_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
@@ -55,6 +59,29 @@ class GemmArguments:
     def weight(self) -> PackedWeight:
         """The weight that `data`, `scales`, `sums` and `n` are parts of."""
         return PackedWeight(self.data, self.scales, self.sums, self.n, self.columns)
+
+    @property
+    def margins(self) -> Sequence[int]:
+        """Zeros around the image that kernels for GPUs prepare: top, left, bottom, right."""
+        return (0, 0, 0, 0)
+
+    @property
+    def has_prologue(self) -> bool:
+        """Whether anything is done to the sources but rounding."""
+        parts = (getattr(self, name, None) for name in ("norm", "silu", "affine", "scale"))
+        return any(part is not None and part is not False for part in parts)
+
+    def dense(self) -> Self:
+        """These arguments with channels next to each other and contiguous vectors, copied where need be."""
+        images = {name: last_contiguous(getattr(self, name)) for name in IMAGES}
+        vectors = {name: contiguous(getattr(self, name, None)) for name in VECTORS}
+        changed = {name: t for name, t in (images | vectors).items() if t is not getattr(self, name, None)}
+        return replace(self, **changed) if changed else self
+
+    def keep(self, out: Tensor) -> None:
+        """Copies the result of dense arguments to where it belongs, if it is not there."""
+        if out is not self.out and out.data_ptr() != self.out.data_ptr():
+            self.out.copy_(out.view(self.out.shape))
 
 
 def check_weight(weight: Any, k: int, activation: str | None, taps: int = 1) -> int:
@@ -108,59 +135,13 @@ def check_places(op: str, device: torch.device, tensors: dict[str, Tensor | None
         )
 
 
-# --- the reference ----------------------------------------------------------------------------------------------------
-
-
-def joined(x: Tensor, x2: Tensor | None) -> Tensor:
-    """cat([x, x2], -1) as float32, contiguous: in which order PyTorch sums would otherwise depend on the strides."""
-    return (x if x2 is None else torch.cat([x.float(), x2.float()], dim=-1)).float().contiguous()
-
-
-def prologue(a: Tensor, affine: Tensor | None, silu: bool, scale: Tensor | None) -> Tensor:
-    """silu(a * affine[:, 0] + affine[:, 1]) * scale of a (B, ..., C), of which any part may be missing."""
-    if affine is not None:
-        by_channel = affine.unflatten(1, (2, *[1] * (a.dim() - 2)))
-        a = a * by_channel[:, 0] + by_channel[:, 1]
-    a = F.silu(a) if silu else a
-    return a if scale is None else a * scale
-
-
-def product(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:
-    """Rows (B, ..., k) float32 times the weight, in its precision: (B, ..., n) float32.
-
-    ranges: (B, 2, parts), of whole images, from which 8-bit rows then have their scale.
-    """
-    if weight.scales is None:
-        return a.to(weight.dtype).float() @ weight.unpack()[0].T
-    whole, scale = rounded_rows(a, weight.dtype, range_of_rows(a, ranges))
-    if weight.dtype == FLOAT8:
-        return (whole @ weight.numbers()[0].float().T) * (scale * weight.scales[0])
-    exact = whole.double() @ weight.numbers()[0].double().T
-    return exact.float() * (scale * weight.scales[0])
-
-
-def finish(result: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor) -> None:
-    """Stores activation(result + bias) + residual."""
-    result = result if bias is None else result + bias
-    if activation == "geglu":
-        order = geglu_rows(result.shape[-1] // 2).to(result.device)
-        values, gates = result[..., torch.argsort(order)].chunk(2, -1)
-        result = values * F.gelu(gates)
-    elif activation:
-        result = F.relu(result) if activation == "relu" else F.silu(result)
-    out.copy_(result if residual is None else result + residual)
-
-
-# --- the kernels ------------------------------------------------------------------------------------------------------
-
-
 def cpu_refuses(call: GemmArguments) -> str | None:
     """Why the native kernel cannot run on these arguments, or None."""
     if call.x.device.type != "cpu":
         return f"x is on {call.x.device}, not on the CPU"
     for tensor in (call.x, call.x2, call.data, call.residual, call.out):
         if tensor is not None and tensor.dtype not in CPU_DTYPES:
-            return f"no native kernel computes in {_name(tensor.dtype)}"
+            return f"no native kernel computes in {dtype_name(tensor)}"
     if call.data.dim() == 3:
         return 'weight is laid out for a GPU; PackedWeight.for_device("cpu") changes that'
     if any(getattr(call, name, None) is not None for name in ("ranges", "statistics")):
@@ -168,8 +149,8 @@ def cpu_refuses(call: GemmArguments) -> str | None:
     return _native.why_missing("_C")
 
 
-def triton_refuses(call: GemmArguments, padding: Sequence[int] = (0, 0, 0, 0)) -> str | None:
-    """Why the Triton kernels of a product cannot run on an operator's arguments, or None."""
+def triton_refuses(call: GemmArguments) -> str | None:
+    """Why the Triton kernels of a product cannot run on these arguments, or None."""
     x, data = call.x, call.data
     reason = triton_missing(x)
     if reason is not None:
@@ -178,44 +159,42 @@ def triton_refuses(call: GemmArguments, padding: Sequence[int] = (0, 0, 0, 0)) -
         return f"{torch.cuda.get_device_name(x.device)} has no 8-bit floating point (compute capability 8.9 has)"
     if call.activation == "geglu" and call.n % PANEL:
         return f"geglu of {call.n // 2} values, which are no runs of {PANEL // 2}"
-    from vpd_fast.kernels import _limits, _rows
+    from vpd_fast.kernels import _limits, _prologue
 
-    return _rows.refuse(x, call.x2) or _limits.product_refuses(x, call.x2, data, call.residual, call.out, padding)
-
-
-def triton_weight(weight: PackedWeight) -> Tensor:
-    """(taps, n, k) contiguous; unpacked at every call if it is laid out for a CPU."""
-    return weight.numbers().contiguous()
+    return _prologue.refuse(x, call.x2) or _limits.product_refuses(
+        x, call.x2, data, call.residual, call.out, call.margins
+    )
 
 
-def contiguous_or_none(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Each tensor, copied if need be."""
-    return [None if t is None else t.contiguous() for t in tensors]
+def cuda_refuses(call: GemmArguments) -> str | None:
+    """Why the CUDA C++ kernels of a product cannot run on these arguments, or None."""
+    if call.x.device.type != "cuda":
+        return f"x is on {call.x.device}, not on a GPU"
+    reason = triton_refuses(call)  # whose kernels prepare the rows
+    if reason is not None:
+        return reason
+    from vpd_fast.kernels import _gemm_cuda
+
+    return _gemm_cuda.refuse(call.x, call.x2, call.data.dtype, call.has_prologue)
 
 
-def last_contiguous(x: Tensor | None) -> Tensor | None:
-    """x, copied if its channels are not next to each other."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def native_arguments(call: GemmArguments) -> dict[str, Any]:
+    """What all native kernels of a product take, from dense arguments, which must live while the kernel runs."""
+    vectors = (call.data, call.scales, call.sums, call.bias, call.affine, call.scale)
+    addresses = tuple(0 if x is None else x.data_ptr() for x in vectors)
+    return {
+        "x": _image(call.x),
+        "x2": _image(call.x2),
+        "weight": (addresses[:3], dtype_name(call.data), call.n, call.columns),
+        "vectors": addresses[3:],
+        "activation": call.activation,
+        "residual": _image(call.residual),
+        "out": _image(call.out),
+        "threads": torch.get_num_threads(),
+        "isa": _native.isa(),
+    }
 
 
-def evenly_spaced(x: Tensor | None) -> Tensor | None:
-    """(B, rows, C) with channels next to each other: x itself, or a copy where its strides do not allow that."""
-    return last_contiguous(x if x is None or x.dim() == 3 else x.flatten(1, 2))
-
-
-def strided(x: Tensor | None) -> tuple | None:
+def _image(x: Tensor | None) -> tuple[int, str, int, tuple[int, ...]] | None:
     """Address, dtype, channels and the three strides that the kernel reads; (B, rows, C) has two."""
-    if x is None:
-        return None
-    return x.data_ptr(), _name(x.dtype), x.shape[-1], (*x.stride()[:-1], 0)[:3]
-
-
-def vectors_and_weight(weight: PackedWeight, *vectors: Tensor | None) -> tuple[list[Tensor | None], tuple, tuple]:
-    """The tensors, which must live while the kernel runs; the weight and the vectors as the kernel takes them."""
-    kept = [None if x is None else x.contiguous() for x in (weight.data, weight.scales, weight.sums, *vectors)]
-    addresses = tuple(0 if x is None else x.data_ptr() for x in kept)
-    return kept, (addresses[:3], _name(weight.dtype), weight.n, weight.k), addresses[3:]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return None if x is None else (x.data_ptr(), dtype_name(x), x.shape[-1], (*leading_strides(x), 0)[:3])

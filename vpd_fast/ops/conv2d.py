@@ -17,10 +17,11 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _cuda_product, _gemm
+from vpd_fast.ops import _gemm, _gemm_reference
 from vpd_fast.ops._checks import MAX_SIDE, check, check_size, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES
+from vpd_fast.ops._layout import rows_contiguous
 from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
 
@@ -165,7 +166,10 @@ class Conv2dArguments(_gemm.GemmArguments):
         return (1, 1, 1, 1) if self.upsample else self.padding
 
     def phases(self) -> Iterator[Conv2dArguments]:
-        """The four convolutions of `upsample`."""
+        """The four convolutions of `upsample`, or this one."""
+        if not self.upsample:
+            yield self
+            return
         for i in range(4):
             y, x = divmod(i, 2)
             part = self.weight.tap(i)
@@ -183,83 +187,48 @@ class Conv2dArguments(_gemm.GemmArguments):
 
 
 def _reference(call: Conv2dArguments) -> None:
-    if call.upsample:
-        for phase in call.phases():
-            _reference(phase)
-        return
-    kernel, stride = call.kernel, call.stride
-    a = _gemm.prologue(_gemm.joined(call.x, call.x2), call.affine, call.silu, call.scale)
-    top, left, bottom, right = call.padding
-    a = F.pad(a, (0, 0, left, right, top, bottom)).unfold(1, kernel[0], stride).unfold(2, kernel[1], stride)
-    rows = a.permute(0, 1, 2, 4, 5, 3).flatten(3)  # images, height, width, then what one output position reads
-    result = _gemm.product(rows, call.weight, call.ranges)
-    _gemm.finish(result, call.bias, call.activation, call.residual, call.out)
-    fill_statistics(call.out.flatten(1, 2), call.statistics, call.run)
+    a = _gemm_reference.prologue(_gemm_reference.joined(call.x, call.x2), call.affine, call.silu, call.scale)
+    for phase in call.phases():
+        kernel, stride, (top, left, bottom, right) = phase.kernel, phase.stride, phase.padding
+        padded = F.pad(a, (0, 0, left, right, top, bottom))
+        patches = padded.unfold(1, kernel[0], stride).unfold(2, kernel[1], stride)
+        rows = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)  # images, height, width, what one output position reads
+        result = _gemm_reference.product(rows, phase.weight, phase.ranges)
+        _gemm_reference.finish(result, phase.bias, phase.activation, phase.residual, phase.out)
+        fill_statistics(phase.out.flatten(1, 2), phase.statistics, phase.run)
 
 
 def _cpu(call: Conv2dArguments) -> None:
-    if call.upsample:
-        for phase in call.phases():
-            _cpu(phase)
-        return
     if call.out.numel() == 0:
         return
-    x, x2 = _gemm.last_contiguous(call.x), _gemm.last_contiguous(call.x2)
-    residual, target = _gemm.evenly_spaced(call.residual), _gemm.evenly_spaced(call.out)
-    kept, weight, vectors = _gemm.vectors_and_weight(call.weight, call.bias, call.affine, call.scale)
-    _native.load("_C").conv2d(
-        x=_gemm.strided(x),
-        x2=_gemm.strided(x2),
-        shape=(*x.shape[:3], *call.out.shape[1:3]),
-        geometry=(*call.kernel, call.stride, *call.padding[:2]),
-        weight=weight,
-        vectors=vectors,
-        silu=call.silu,
-        activation=call.activation,
-        residual=_gemm.strided(residual),
-        out=_gemm.strided(target),
-        threads=torch.get_num_threads(),
-        isa=_native.isa(),
-    )
-    del kept
-    if target.data_ptr() != call.out.data_ptr():
-        call.out.copy_(target.view(call.out.shape))
+    for phase in call.phases():
+        dense = phase.dense()
+        dense = replace(dense, residual=rows_contiguous(dense.residual), out=rows_contiguous(dense.out))
+        _native.load("_C").conv2d(
+            shape=(*phase.x.shape[:3], *phase.out.shape[1:3]),
+            geometry=(*phase.kernel, phase.stride, *phase.padding[:2]),
+            silu=phase.silu,
+            **_gemm.native_arguments(dense),
+        )
+        phase.keep(dense.out)
 
 
-def _triton(call: Conv2dArguments, **product: Any) -> None:
-    """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
+def _triton(call: Conv2dArguments) -> None:
+    _gpu(call, "triton")
+
+
+def _cuda(call: Conv2dArguments) -> None:
+    _gpu(call, "cuda")
+
+
+def _gpu(call: Conv2dArguments, backend: str) -> None:
     if call.out.numel() == 0:
         return
     from vpd_fast.kernels import conv2d as kernels
 
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
-    scales, sums, bias, affine, scale, ranges = _gemm.contiguous_or_none(
-        call.scales, call.sums, call.bias, call.affine, call.scale, call.ranges
-    )
-    prologue = {"affine": affine, "silu": call.silu, "scale": scale, "ranges": ranges}
-    geometry = {
-        "kernel": tuple(call.kernel),
-        "stride": call.stride,
-        "padding": tuple(call.padding),
-        "upsample": call.upsample,
-    }
-    end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
-    end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
-    kernels.forward(x, x2, _gemm.triton_weight(call.weight), scales, sums, **prologue, **geometry, **end, **product)
-    if target is not call.out:
-        call.out.copy_(target)
-
-
-def _triton_refuses(call: Conv2dArguments) -> str | None:
-    return _gemm.triton_refuses(call, call.margins)
-
-
-def _cuda(call: Conv2dArguments) -> None:
-    _triton(call, multiply=_cuda_product.product)
-
-
-def _cuda_refuses(call: Conv2dArguments) -> str | None:
-    return _cuda_product.refuses(call, (call.silu, call.affine, call.scale), call.margins)
+    dense = call.dense()
+    kernels.forward(dense, backend)
+    call.keep(dense.out)
 
 
 CONV2D = register(
@@ -269,8 +238,8 @@ CONV2D = register(
         public=conv2d,
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
-            Implementation("triton", _triton, _triton_refuses),
-            Implementation("cuda", _cuda, _cuda_refuses),
+            Implementation("triton", _triton, _gemm.triton_refuses),
+            Implementation("cuda", _cuda, _gemm.cuda_refuses),
             Implementation("reference", _reference),
         ),
     )

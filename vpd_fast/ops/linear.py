@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _cuda_product, _gemm
+from vpd_fast.ops import _gemm, _gemm_reference
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES
@@ -117,64 +117,42 @@ class LinearArguments(_gemm.GemmArguments):
 
 
 def _reference(call: LinearArguments) -> None:
-    a = _gemm.joined(call.x, call.x2)
+    a = _gemm_reference.joined(call.x, call.x2)
     if call.norm:
         a = a - a.mean(-1, keepdim=True)
         a = a * (a.square().mean(-1, keepdim=True) + call.eps).rsqrt()
-    a = _gemm.prologue(a, call.affine, False, call.scale)
-    result = _gemm.product(a, call.weight)
-    _gemm.finish(result, call.bias, call.activation, call.residual, call.out)
+    a = _gemm_reference.prologue(a, call.affine, False, call.scale)
+    result = _gemm_reference.product(a, call.weight)
+    _gemm_reference.finish(result, call.bias, call.activation, call.residual, call.out)
     fill_statistics(call.out, call.statistics, call.run)
 
 
 def _cpu(call: LinearArguments) -> None:
     if call.out.numel() == 0:
         return
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
-    kept, weight, vectors = _gemm.vectors_and_weight(call.weight, call.bias, call.affine, call.scale)
+    dense = call.dense()
     _native.load("_C").linear(
-        x=_gemm.strided(x),
-        x2=_gemm.strided(x2),
-        shape=tuple(x.shape[:2]),
-        weight=weight,
-        vectors=vectors,
-        norm=call.norm,
-        eps=call.eps,
-        activation=call.activation,
-        residual=_gemm.strided(residual),
-        out=_gemm.strided(target),
-        threads=torch.get_num_threads(),
-        isa=_native.isa(),
+        shape=tuple(call.x.shape[:2]), norm=call.norm, eps=call.eps, **_gemm.native_arguments(dense)
     )
-    del kept
-    if target is not call.out:
-        call.out.copy_(target)
+    call.keep(dense.out)
 
 
-def _triton(call: LinearArguments, **product: Any) -> None:
-    """product: `multiply`, if another kernel than Triton's multiplies the prepared rows."""
+def _triton(call: LinearArguments) -> None:
+    _gpu(call, "triton")
+
+
+def _cuda(call: LinearArguments) -> None:
+    _gpu(call, "cuda")
+
+
+def _gpu(call: LinearArguments, backend: str) -> None:
     if call.out.numel() == 0:
         return
     from vpd_fast.kernels import linear as kernels
 
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
-    scales, sums, bias, affine, scale = _gemm.contiguous_or_none(
-        call.scales, call.sums, call.bias, call.affine, call.scale
-    )
-    prologue = {"norm": call.norm, "eps": call.eps, "affine": affine, "scale": scale}
-    end = {"bias": bias, "activation": call.activation, "residual": residual, "out": target}
-    end["statistics"] = call.statistics if call.statistics is None else (call.statistics, call.run)
-    kernels.forward(x, x2, _gemm.triton_weight(call.weight)[0], scales, sums, **prologue, **end, **product)
-    if target is not call.out:
-        call.out.copy_(target)
-
-
-def _cuda(call: LinearArguments) -> None:
-    _triton(call, multiply=_cuda_product.product)
-
-
-def _cuda_refuses(call: LinearArguments) -> str | None:
-    return _cuda_product.refuses(call, (call.norm, call.affine, call.scale))
+    dense = call.dense()
+    kernels.forward(dense, backend)
+    call.keep(dense.out)
 
 
 LINEAR = register(
@@ -185,7 +163,7 @@ LINEAR = register(
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
             Implementation("triton", _triton, _gemm.triton_refuses),
-            Implementation("cuda", _cuda, _cuda_refuses),
+            Implementation("cuda", _cuda, _gemm.cuda_refuses),
             Implementation("reference", _reference),
         ),
     )

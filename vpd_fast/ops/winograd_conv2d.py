@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _gemm
+from vpd_fast.ops import _gemm, _gemm_reference
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
@@ -181,12 +181,12 @@ def _transform(table: str, taps: int, device: torch.device) -> Tensor:
 
 
 def _reference(call: WinogradArguments) -> None:
-    a = _gemm.prologue(_gemm.joined(call.x, call.x2), call.affine, call.silu, call.scale)
+    a = _gemm_reference.prologue(_gemm_reference.joined(call.x, call.x2), call.affine, call.silu, call.scale)
     inward, outward = (_transform(table, call.weight.taps, a.device) for table in ("input", "output"))
     products = _products(_tiles(a, call.weight.taps), inward, call.weight)
     result = torch.einsum("yi,xj,ijbrcn->brycxn", outward, outward, products)
     result = result.flatten(1, 2).flatten(2, 3)[:, : call.out.shape[1], : call.out.shape[2]]
-    _gemm.finish(result, call.bias, call.activation, call.residual, call.out)
+    _gemm_reference.finish(result, call.bias, call.activation, call.residual, call.out)
 
 
 def _tiles(a: Tensor, taps: int) -> Tensor:
@@ -213,25 +213,11 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
 def _cpu(call: WinogradArguments) -> None:
     if call.out.numel() == 0:
         return
-    x, x2, residual, target = (_gemm.last_contiguous(t) for t in (call.x, call.x2, call.residual, call.out))
-    kept, weight, vectors = _gemm.vectors_and_weight(call.weight, call.bias, call.affine, call.scale)
+    dense = call.dense()
     _native.load("_C").winograd_conv2d(
-        x=_gemm.strided(x),
-        x2=_gemm.strided(x2),
-        shape=tuple(x.shape[:3]),
-        matrices=call.weight.taps,
-        weight=weight,
-        vectors=vectors,
-        silu=call.silu,
-        activation=call.activation,
-        residual=_gemm.strided(residual),
-        out=_gemm.strided(target),
-        threads=torch.get_num_threads(),
-        isa=_native.isa(),
+        shape=tuple(call.x.shape[:3]), matrices=call.weight.taps, silu=call.silu, **_gemm.native_arguments(dense)
     )
-    del kept
-    if target is not call.out:
-        call.out.copy_(target)
+    call.keep(dense.out)
 
 
 WINOGRAD_CONV2D = register(

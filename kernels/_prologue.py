@@ -4,6 +4,8 @@ Integers of 8 bits are stored signed, u8 - 128 in the terms of `vpd_fast.ops.rou
 factors of one kind.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,12 +155,32 @@ def refuse(x: torch.Tensor, x2: torch.Tensor | None) -> str | None:
     return f"a row has {columns} columns; this takes at most {WIDEST}" if columns > WIDEST else None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The left factor of a product.
+
+    a, a2: (B, H, W, C), (B, H, W, C2) of the weight's dtype, channels next to each other. scales, zeros: of 8 bits,
+    (B * H * W,) or (B,): a ~ scale * (stored - zero). padding: zeros at top and left that `a` has already.
+    """
+
+    a: torch.Tensor
+    a2: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    padding: tuple[int, int] = (0, 0)
+
+    def without(self, top: int, left: int) -> "Rows":
+        """All but the first rows and columns of each image."""
+        a, a2 = (None if t is None else t[:, top:, left:] for t in (self.a, self.a2))
+        return replace(self, a=a, a2=a2)
+
+
 def prepare(
     x: torch.Tensor,
     x2: torch.Tensor | None,
     dtype: torch.dtype,
     *,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    padding: Sequence[int] = (0, 0, 0, 0),
     norm: bool = False,
     eps: float = 0.0,
     affine: torch.Tensor | None = None,
@@ -166,13 +188,16 @@ def prepare(
     scale: torch.Tensor | None = None,
     per_image: bool = False,
     ranges: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The left factor (B, H', W', K) of that dtype with its padding, and for 8 bits scales, for int8 zeros, too.
+) -> Rows:
+    """Rows of that dtype with their padding, or what is given where nothing is to be done.
 
     x, x2: (B, H, W, C), channels next to each other. padding: top, left, bottom, right. per_image: one scale and zero
     for each image instead of each row, from `ranges` (B, 2, parts) if they are known, which takes half the time.
     Others: as in `vpd_fast.ops.linear` and `conv2d`.
     """
+    plain = not norm and affine is None and not silu and scale is None
+    if plain and all(t is None or t.dtype == dtype for t in (x, x2)):
+        return Rows(x, x2)
     batch, height, width, k1 = x.shape
     k = k1 + (0 if x2 is None else x2.shape[3])
     top, left, bottom, right = padding
@@ -202,11 +227,11 @@ def prepare(
 
     if scales is None or not per_image:
         run("" if scales is None else "row")
-        return out, scales, zeros
+        return Rows(out, None, scales, zeros, (top, left))
     if ranges is None:
         parts = x.new_empty((batch, 2, blocks), dtype=torch.float32)
         run("range", parts)
         ranges = x.new_empty((batch, 2, 1), dtype=torch.float32)
         launch(_image_range_kernel, (batch,), x, ranges=parts, out=ranges, parts=blocks, PARTS=PARTS)
     run("image", ranges)
-    return out, scales, zeros
+    return Rows(out, None, scales, zeros, (top, left))

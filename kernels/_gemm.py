@@ -5,16 +5,19 @@ neighbourhood. A tile of the result is computed by one program, or by several th
 sums are added in a fixed order by a second kernel, so no result depends on who comes first.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vpd_fast.kernels import _tuning
+from vpd_fast.kernels import _gemm_cuda, tuning
 from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
 from vpd_fast.kernels._geometry import Geometry
 from vpd_fast.kernels._library import library_refuses, library_sums
+from vpd_fast.kernels._prologue import Rows
 from vpd_fast.kernels._statistics import PLANES, partial, store_planes
 
 
@@ -200,38 +203,63 @@ def _merge_kernel(
     )  # fmt: skip
 
 
-def product(
-    a: torch.Tensor,
-    a2: torch.Tensor | None,
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the sums: activation(sums * scales + bias) + residual.
+
+    column_scales, sums: (N,) of an 8-bit weight. bias: (N,). residual: like the result, channels next to each other.
+    statistics: (B, runs, PLANES, channels) of the result as it is stored, and the length of the runs.
+    """
+
+    column_scales: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    activation: str = ""
+    residual: torch.Tensor | None = None
+    statistics: tuple[torch.Tensor, int] | None = None
+
+
+def gemm(
+    rows: Rows,
     geometry: Geometry,
     weight: torch.Tensor,
+    epilogue: Epilogue,
     out: torch.Tensor,
-    *,
-    column_scales: torch.Tensor | None = None,
-    sums: torch.Tensor | None = None,
-    row_scales: torch.Tensor | None = None,
-    row_zeros: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    activation: str = "",
-    residual: torch.Tensor | None = None,
-    statistics: tuple[torch.Tensor, int] | None = None,
-    config: dict[str, int] | None = None,
+    backend: str = "triton",
+    config: tuning.Config | None = None,
 ) -> None:
-    """out = activation(scaled(a times weight) + bias) + residual.
+    """Fills out (B, OH, OW, N), or N / 2 for geglu, with the epilogue of rows times weight.
 
-    a, a2: (B, H, W, C), (B, H, W, C2) of the weight's dtype, channels next to each other. weight: (N, KH * KW * (C+C2))
-    contiguous. out, residual: (B, OH, OW, N) or N / 2, channels next to each other. row_scales, row_zeros: of 8 bits,
-    (B * OH * OW,) or (B,): a ~ scale * (stored - zero), and of a whole image only if no position reads outside of it.
-    statistics: (B, runs, PLANES, N or N / 2) of the result as it is stored, and the length of the runs.
+    rows: of the weight's dtype; their scales are of a whole image only if no position reads outside of it.
+    weight: (N, KH * KW * channels) contiguous. out: channels next to each other.
+    backend: "triton", or "cuda" for the CUDA C++ kernels. config: of the Triton kernels; None: `tuning.choose` says.
     """
+    if backend == "triton":
+        _triton_gemm(rows, geometry, weight, epilogue, out, config)
+        return
+    _gemm_cuda.gemm(rows, geometry, weight, epilogue, out)
+    if epilogue.statistics is not None:
+        partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
+
+
+def _triton_gemm(
+    rows: Rows,
+    geometry: Geometry,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    out: torch.Tensor,
+    config: tuning.Config | None,
+) -> None:
+    a, a2 = rows.a, rows.a2
     batch, height, width, channels = a.shape
     n, k = weight.shape
-    rows, positions = batch * geometry.out_height * geometry.out_width, geometry.out_height * geometry.out_width
-    run = statistics[1] if statistics is not None and positions % statistics[1] == 0 else 1
-    shape = _tuning.Product(
-        *(str(a.dtype).removeprefix("torch."), geometry.kernel, geometry.stride, rows, n, k),
+    total_rows, positions = math.prod(out.shape[:3]), math.prod(out.shape[1:3])
+    statistics, run = epilogue.statistics or (None, 1)
+    run = run if positions % run == 0 else 1
+    shape = tuning.Product(
+        *(str(a.dtype).removeprefix("torch."), geometry.kernel, geometry.stride, total_rows, n, k),
         channels if a2 is None else min(channels, a2.shape[3]),
-        *(1 if a2 is None else 2, activation, run),
+        *(1 if a2 is None else 2, epilogue.activation, run),
     )
     image: dict[str, Any] = {
         **image_arguments("a", a),
@@ -241,38 +269,39 @@ def product(
         **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
     }
     finish: dict[str, Any] = {
-        **{"total_rows": rows, "N": n, "out_height": geometry.out_height, "out_width": geometry.out_width},
-        **{"row_scales": row_scales, "row_zeros": row_zeros},
-        "rows_per_scale": 1 if row_scales is None else max(1, rows // row_scales.numel()),
-        **{"column_scales": column_scales, "sums": sums, "bias": bias},
-        **image_arguments("residual", residual, "r"),
+        **{"total_rows": total_rows, "N": n, "out_height": geometry.out_height, "out_width": geometry.out_width},
+        **{"row_scales": rows.scales, "row_zeros": rows.zeros},
+        "rows_per_scale": 1 if rows.scales is None else max(1, total_rows // rows.scales.numel()),
+        **{"column_scales": epilogue.column_scales, "sums": epilogue.sums, "bias": epilogue.bias},
+        **image_arguments("residual", epilogue.residual, "r"),
         **image_arguments("out", out, "o"),
-        "ACTIVATION": activation,
+        "ACTIVATION": epilogue.activation,
     }
 
-    def compute(config: _tuning.Config) -> None:
-        fused = run > 1 and config.get("BM", run) % run == 0
-        known = {"statistics": statistics[0] if fused else None, "RUN": run if fused else 1}
-        known["statistics_b"] = statistics[0].stride(0) if fused else 0
+    def compute(config: tuning.Config) -> None:
+        fused = statistics is not None and run > 1 and config.get("BM", run) % run == 0
+        known: dict[str, Any] = {"statistics": None, "statistics_b": 0, "RUN": 1}
+        if fused:
+            known = {"statistics": statistics, "statistics_b": statistics.stride(0), "RUN": run}
         splits = config.get("SPLITS", 1)
-        if config == _tuning.LIBRARY:
+        if config == tuning.LIBRARY:
             parts = library_sums(a, a2, geometry, weight)
-            _merge(parts, rows, n, **finish, **known, SPLITS=1)
+            _merge(parts, total_rows, n, **finish, **known, SPLITS=1)
         else:
             dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
-            parts = torch.empty(splits, rows, n, dtype=dtype, device=a.device) if splits > 1 else None
-            tiles = triton.cdiv(rows, config["BM"]) * triton.cdiv(n, config["BN"])
-            own = {**image, **finish, **known, **config, "weight": weight, "partial": parts}
-            launch(_product_kernel, (tiles, splits), a, **own)
+            parts = torch.empty(splits, total_rows, n, dtype=dtype, device=a.device) if splits > 1 else None
+            tiles = triton.cdiv(total_rows, config["BM"]) * triton.cdiv(n, config["BN"])
+            arguments = {**image, **finish, **known, **config, "weight": weight, "partial": parts}
+            launch(_product_kernel, (tiles, splits), a, **arguments)
             if parts is not None:
-                _merge(parts, rows, n, **finish, **known, SPLITS=splits)
-        if statistics is not None and not fused:
-            partial(out.flatten(1, 2), statistics[1], statistics[0])
+                _merge(parts, total_rows, n, **finish, **known, SPLITS=splits)
+        if epilogue.statistics is not None and not fused:
+            partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
 
     processors = multiprocessors(a.device)
-    chosen = config or _tuning.choose(shape, a.device, processors, compute)
-    if chosen == _tuning.LIBRARY and library_refuses(a, a2, geometry, weight) is not None:
-        chosen = _tuning.by_rule(shape, processors)
+    chosen = config or tuning.choose(shape, a.device, processors, compute)
+    if chosen == tuning.LIBRARY and library_refuses(a, a2, geometry, weight) is not None:
+        chosen = tuning.by_rule(shape, processors)
     compute(chosen)
 
 

@@ -1,56 +1,47 @@
-"""The product of `linear` and `conv2d` by the CUDA C++ kernels, in place of the Triton kernel `kernels/_product.py`.
+"""The product of `linear` and `conv2d` by the CUDA C++ kernels, in place of the Triton kernel of `_gemm.py`.
 
 Rows are prepared by the same Triton kernels, so the results of both differ by the order of float32 sums at most.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops import _gemm
-from vpd_fast.ops.packing import FLOAT8
+from vpd_fast.kernels._geometry import Geometry
 
 if TYPE_CHECKING:
-    from vpd_fast.kernels._geometry import Geometry
+    from vpd_fast.kernels._gemm import Epilogue
+    from vpd_fast.kernels._prologue import Rows
 
+FLOAT8 = torch.float8_e4m3fn
 FACTORS = (torch.int8, FLOAT8, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, of channels, addresses and strides of what kernels copy
 INSTRUCTIONS = "auto"  # or "mma", "wgmma", see csrc/cuda/gemm.h
 
 
-def refuses(call: Any, prologue: tuple[Any, ...], padding: Sequence[int] = (0, 0, 0, 0)) -> str | None:
-    """Why the CUDA kernels cannot compute an operator's arguments, or None.
+def refuse(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: bool) -> str | None:
+    """Why the kernels cannot multiply these sources by a weight of that dtype, or None. prologue: whether there is one.
 
-    prologue: what is done to the rows, false if nothing.
+    What keeps rows from being prepared is another question.
     """
-    x, x2, data = call.x, call.x2, call.data
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, not on a GPU"
-    reason = _gemm.triton_refuses(call, padding)  # whose kernels prepare the rows
-    if reason is not None:
-        return reason
-    if data.dtype not in FACTORS:
-        return f"weight is {data.dtype}; tensor cores multiply 8 and 16 bits"
-    if data.dtype == FLOAT8 and torch.cuda.get_device_capability(x.device) != (9, 0):
+    if dtype not in FACTORS:
+        return f"weight is {dtype}; tensor cores multiply 8 and 16 bits"
+    if dtype == FLOAT8 and torch.cuda.get_device_capability(x.device) != (9, 0):
         return f"{torch.cuda.get_device_name(x.device)} has no wgmma (compute capability 9.0 has)"
-    widths = channels_of_sources(x, x2, data.dtype, prologue)
-    if any(width * data.dtype.itemsize % ALIGNMENT for width in widths):
-        return f"{' + '.join(map(str, widths))} channels of {data.dtype} are no multiple of {ALIGNMENT} bytes"
+    widths = channels_of_sources(x, x2, dtype, prologue)
+    if any(width * dtype.itemsize % ALIGNMENT for width in widths):
+        return f"{' + '.join(map(str, widths))} channels of {dtype} are no multiple of {ALIGNMENT} bytes"
     return _native.why_missing("_C_cuda")
 
 
-def channels_of_sources(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: tuple[Any, ...]) -> list[int]:
-    """Of what is multiplied: a prologue, or rounding, joins the sources."""
+def channels_of_sources(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: bool) -> list[int]:
+    """Channels of each factor that is read: a prologue, or rounding, joins the sources."""
     sources = [t for t in (x, x2) if t is not None]
     widths = [t.shape[-1] for t in sources]
-    prepared = any(part is not None and part is not False for part in prologue)
-    return [sum(widths)] if prepared or any(t.dtype != dtype for t in sources) else widths
+    return [sum(widths)] if prologue or any(t.dtype != dtype for t in sources) else widths
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
@@ -62,26 +53,12 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if fits else torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
 
 
-def product(
-    a: Tensor,
-    a2: Tensor | None,
-    geometry: Geometry,
-    weight: Tensor,
-    out: Tensor,
-    *,
-    column_scales: Tensor | None = None,
-    sums: Tensor | None = None,
-    row_scales: Tensor | None = None,
-    row_zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str = "",
-    residual: Tensor | None = None,
-    statistics: tuple[Tensor, int] | None = None,
-) -> None:
-    """As `vpd_fast.kernels._product.product`. Raises InputError for what the kernels cannot compute."""
-    sources, weight = [aligned(t) for t in (a, a2) if t is not None], aligned(weight[None, None])[0, 0]
-    rows = a.shape[0] * geometry.out_height * geometry.out_width
-    vectors = row_scales, row_zeros, column_scales, sums
+def gemm(rows: "Rows", geometry: Geometry, weight: Tensor, epilogue: "Epilogue", out: Tensor) -> None:
+    """As `vpd_fast.kernels._gemm.gemm`, but for statistics. Raises InputError for what the kernels cannot compute."""
+    a, residual, bias = rows.a, epilogue.residual, epilogue.bias
+    sources, weight = [aligned(t) for t in (a, rows.a2) if t is not None], aligned(weight[None, None])[0, 0]
+    positions = a.shape[0] * geometry.out_height * geometry.out_width
+    vectors = rows.scales, rows.zeros, epilogue.column_scales, epilogue.sums
     call = _native.load("_C_cuda").Gemm(
         sources=[(x.data_ptr(), _strides(x), x.shape[3]) for x in sources],
         dtype=_name(weight.dtype),
@@ -90,9 +67,9 @@ def product(
         weight=weight.data_ptr(),
         n=len(weight),
         scales=tuple(0 if x is None else x.data_ptr() for x in vectors),
-        scale_per_image=row_scales is not None and row_scales.numel() != rows,
+        scale_per_image=rows.scales is not None and rows.scales.numel() != positions,
         bias=0 if bias is None else bias.data_ptr(),
-        activation=activation,
+        activation=epilogue.activation,
         residual=_image(residual),
         out=_image(out),
         instructions=INSTRUCTIONS,
@@ -105,10 +82,6 @@ def product(
     scratch = torch.empty(size // 4, dtype=torch.int32, device=a.device) if size else None
     stream = torch.cuda.current_stream(a.device).cuda_stream
     call.run(0 if scratch is None else scratch.data_ptr(), device, stream)
-    if statistics is not None:
-        from vpd_fast.kernels._statistics import partial
-
-        partial(out.flatten(1, 2), statistics[1], statistics[0])
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
