@@ -16,6 +16,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "vpd_fast.inference.drawing": ("vpd_fast.pictures.canvas",),
     "vpd_fast.inference.palette": ("vpd_fast.pictures.palette",),
     "vpd_fast.checkpoints.bundled": ("vpd_fast.bundled", "vpd_fast.checkpoints.save", "vpd_fast.checkpoints.formats"),
+    "vpd_fast.ops._packing": ("vpd_fast.ops.packing",),
+    "vpd_fast.ops._statistics": ("vpd_fast.ops.statistics",),
 }
 
 
