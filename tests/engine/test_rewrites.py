@@ -162,6 +162,6 @@ def test_every_rewrite_is_listed_and_used() -> None:
 
 
 def test_the_table_is_documented() -> None:
-    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/engine.md").read_text(encoding="utf-8")
     for name, (what, saving) in rewrites.REWRITES.items():
         assert f"| {name} | {what} | {saving} |" in text
