@@ -118,7 +118,7 @@ def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
         built = [build_layer(spec, precision, policy, ACTIVATIONS[precision]) for spec in layer_specs(plain)]
     layers = {info.name: layer for layer, info in built}
     kept = {name: t for name, t in plain.state_dict().items() if FastVPD.is_conditioning(config, name)}
-    model = FastVPD.assemble(config, kept, layers, tuple(info for _, info in built), precision)
+    model = FastVPD(config, kept, layers, tuple(info for _, info in built), precision)
     model._workspaces = Workspaces(model.device, kind)
     return model
 

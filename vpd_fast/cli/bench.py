@@ -125,7 +125,7 @@ def _prepare(
     with running.error_console().status("preparing the weights"):
         model = model_options.load()
         path = model_options.checkpoint
-        if hasattr(model, "precision"):
+        if model.is_fast:
             raise InputError(f"--checkpoint {path} is a fast model; give the weights it was made from")
         if path is None:
             path = scratch / "model"

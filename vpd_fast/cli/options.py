@@ -170,7 +170,7 @@ class ModelOptions:
         )
         return {
             "vpd_fast": __version__, "task": model.config.task, **weights, "device": str(model.device),
-            "precision": getattr(model, "precision", "fp32"), "fast": hasattr(model, "precision"),
+            "precision": model.precision, "fast": model.is_fast,
             "attention_backend": self.attention_backend, "notes": notes,
         }  # fmt: skip
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.engine.layers import Conv2d, GemmLayer
+from vpd_fast.engine.layers import Conv2d, GemmLayer, Layers
 from vpd_fast.engine.workspace import Workspace
-
-Layers = Mapping[str, Any]  # of vpd_fast.engine.layers, by name
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -42,31 +39,31 @@ def group_norm(
     layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None, consumer: GemmLayer | None = None
 ) -> dict[str, Tensor]:
     """Options for the layer that applies the norm, which is `consumer` if that may round whole images to 8 bits."""
-    options: dict[str, Any] = {"statistics": memory.statistics(x), "statistics2": memory.statistics(x2)}
-    options = {name: known for name, known in options.items() if known is not None}
-    found: dict[str, Tensor] = {}
+    norm, ranges = layers.norm(name), {}
+    statistics = {"statistics": memory.statistics(x), "statistics2": memory.statistics(x2)}
+    options: dict[str, Any] = {key: value for key, value in statistics.items() if value is not None}
     if memory.finds_statistics and isinstance(consumer, Conv2d) and consumer.weight.dtype.itemsize == 1:
-        found["ranges"] = x.new_empty(x.shape[0], 2, layers[name].groups, dtype=torch.float32)
-        options |= {"ranges": found["ranges"], "silu": consumer.silu, "scale": consumer.scale}
-    return {"affine": layers[name](x, x2, **options), **found}
+        ranges["ranges"] = x.new_empty(x.shape[0], 2, norm.groups, dtype=torch.float32)
+        options |= ranges | {"silu": consumer.silu, "scale": consumer.scale}
+    return {"affine": norm(x, x2, **options), **ranges}
 
 
 def convolve(layers: Layers, name: str, memory: Workspace, x: Tensor) -> Tensor:
     """The layer of that name alone, which resamples."""
-    return call(layers[name], memory, x, norm_follows=True)
+    return call(layers.gemm(name), memory, x, norm_follows=True)
 
 
 def res_block(layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None) -> Tensor:
     """Residual block of the encoder or the UNet; x2: further input channels."""
-    conv1, conv2 = layers[f"{name}.conv1"], layers[f"{name}.conv2"]
+    conv1, conv2 = layers.gemm(f"{name}.conv1"), layers.gemm(f"{name}.conv2")
     norm = group_norm(layers, f"{name}.norm1", memory, x, x2, consumer=conv1)
     h = call(conv1, memory, x, x2=x2, norm_follows=True, **norm)
-    shortcut = layers.get(f"{name}.shortcut")
-    residual = x if shortcut is None else call(shortcut, memory, x, x2=x2)
+    shortcut = f"{name}.shortcut"
+    residual = call(layers.gemm(shortcut), memory, x, x2=x2) if shortcut in layers else x
     norm = group_norm(layers, f"{name}.norm2", memory, h, consumer=conv2)
     out = call(conv2, memory, h, residual=residual, norm_follows=True, **norm)
     memory.give(h)
-    if shortcut is not None:
+    if residual is not x:
         memory.give(residual)
     return out
 
@@ -74,5 +71,5 @@ def res_block(layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tenso
 def one_head_attention(layers: Layers, name: str, memory: Workspace, x: Tensor) -> Tensor:
     """The KL encoder's attention with merged projections (rewrites.merge_one_head_attention)."""
     h = apply_scale_shift(x, group_norm(layers, f"{name}.norm", memory, x)["affine"]).flatten(1, 2)
-    out = ops.self_attention(layers[f"{name}.before"](h), h, h, heads=1, scale=x.shape[-1] ** -0.5)
-    return call(layers[f"{name}.after"], memory, out.view(x.shape), residual=x, norm_follows=True)
+    out = ops.self_attention(layers.gemm(f"{name}.before")(h), h, h, heads=1, scale=x.shape[-1] ** -0.5)
+    return call(layers.gemm(f"{name}.after"), memory, out.view(x.shape), residual=x, norm_follows=True)

@@ -57,9 +57,12 @@ class GraphCache:
     """
 
     def __init__(
-        self, capture: Callable[[Stage, tuple[Tensor, ...]], Graph] = CudaGraph, max_graphs: int = MAX_GRAPHS
+        self,
+        capture: Callable[[Stage, tuple[Tensor, ...]], Graph] = CudaGraph,
+        max_graphs: int = MAX_GRAPHS,
+        enabled: bool = True,
     ) -> None:
-        self.enabled = True
+        self.enabled = enabled
         self._capture, self._max_graphs = capture, max_graphs
         self._graphs: OrderedDict[Hashable, tuple[Graph, Any]] = OrderedDict()
         self._refused: set[Hashable] = set()
@@ -89,9 +92,6 @@ class GraphCache:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
             return self._graphs[key][0].replay(inputs)
-
-    def __reduce__(self) -> tuple:
-        return GraphCache, (self._capture, self._max_graphs)  # a copy captures graphs of its own
 
     @staticmethod
     def wanted(x: Tensor) -> bool:

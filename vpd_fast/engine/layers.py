@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -85,17 +85,25 @@ class GemmLayer(Layer):
 
     @property
     def parts(self) -> int:
-        """Of the result, that are made one after the other."""
+        """Number of sub-results computed one after the other (4 phases for upsampling, else 1)."""
         return 1
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Of the output for an input of this size."""
+        """(height, width) of the output for an input of this height and width."""
         return height, width
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
-        """Of the output for an input (B,H,W,C)."""
+        """(B,H,W,C) of the output for an input (B,H,W,C)."""
         n = self.weight.n // 2 if self.activation == "geglu" else self.weight.n
         return x.shape[0], *self.size(*x.shape[1:3]), n
+
+    def with_bias(self, bias: Tensor) -> GemmLayer:
+        """The same layer with another bias (n,) float32."""
+        return replace(self, bias=bias)
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out and, where a kind takes them, further ones."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,6 @@ class Linear(GemmLayer):
         )
         return out.view(*shape, out.shape[-1])
 
-    def with_bias(self, bias: Tensor) -> Linear:
-        """The same layer with another bias (n,) float32."""
-        return replace(self, bias=bias)
-
 
 def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 3 else x.flatten(1, 2)
@@ -148,7 +152,7 @@ class Conv2d(GemmLayer):
         return 4 if self.upsample else 1
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Of the output for an input of this size."""
+        """(height, width) of the output for an input of this height and width."""
         if self.upsample:
             return 2 * height, 2 * width
         top, left, bottom, right = self.padding
@@ -182,7 +186,7 @@ class Winograd(GemmLayer):
     silu: bool = False
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Of the output for an input of this size."""
+        """(height, width) of the output for an input of this height and width."""
         return (2 * height, 2 * width) if self.upsample else (height, width)
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
@@ -198,6 +202,18 @@ class Winograd(GemmLayer):
             out_dtype=self.out_dtype,
             **options,
         )
+
+
+class Layers(dict[str, Layer]):
+    """The layers of a fast model by name, each as what it is; what stands in for a layer has the same methods."""
+
+    def gemm(self, name: str) -> GemmLayer:
+        """The layer of that name, which has a packed weight."""
+        return cast("GemmLayer", self[name])
+
+    def norm(self, name: str) -> GroupNorm:
+        """The group norm of that name."""
+        return cast("GroupNorm", self[name])
 
 
 OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

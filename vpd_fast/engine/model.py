@@ -2,99 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
-from vpd_fast.engine import heads
+from vpd_fast.config import VPDConfig
+from vpd_fast.engine.base import Engine
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
 from vpd_fast.engine.build import LayerInfo
-from vpd_fast.engine.encoder import run_encoder
-from vpd_fast.engine.graphs import GraphCache
-from vpd_fast.engine.layers import Layer
+from vpd_fast.engine.heads import HEADS
+from vpd_fast.engine.layers import Layer, Layers
 from vpd_fast.engine.report import EngineReport
-from vpd_fast.engine.text import TextMemo
 from vpd_fast.engine.unet import Structure, run_unet
-from vpd_fast.engine.workspace import WorkspacePool
 from vpd_fast.errors import InputError
-from vpd_fast.models import checks
 from vpd_fast.models.attention_backends import PLAIN
-from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
+from vpd_fast.models.backbone import Conditioning
+from vpd_fast.models.perceiver import DepthPerceiver, Perceiver, ReferringPerceiver, SegmentationPerceiver
 
-# What the layers replace, by task: attributes of the model.
-_REPLACED = {
-    "segmentation": ("encoder_vq", "unet", "neck", "decode_head"),
-    "referring": ("encoder_vq", "unet", "classifier"),
-    "depth": (
-        "encoder.encoder_vq",
-        "encoder.unet",
-        "encoder.layer1",
-        "encoder.layer2",
-        "encoder.out_layer",
-        "decoder",
-        "last_layer_depth",
-    ),
+# Attributes of a torch.nn.Module, and of a plain model, that are those of the conditioning here.
+_OF_CONDITIONING = (
+    *("text_adapter", "gamma", "class_embeddings"),
+    *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules", "children"),
+)
+_CONVERSIONS = ("to", "cpu", "cuda", "float", "half", "bfloat16", "double")
+# Methods of a plain model that only do something here when they are switched off, by False as first argument.
+_REFUSED = {
+    "train": "a fast model is for inference only; train the plain model and optimize it again",
+    "load_state_dict": "a fast model cannot load checkpoints; load the plain model and optimize it again",
+    "save_pretrained": "a fast model is no checkpoint; use save(folder), or save_pretrained of the plain model",
+    "gradient_checkpointing_enable": "a fast model has no gradients to checkpoint",
+    "requires_grad_": "a fast model has no gradients",
 }
 
 
-class FastVPD(VPD):
+class FastVPD(Engine, Perceiver):
     """What the fast models of all tasks have in common. Inference only; several threads may call one at once.
 
-    Images, features, maps and results are float32 whatever the precision of the layers.
+    Images, features, maps and results are float32 whatever the precision of the layers. It is no torch.nn.Module, but
+    `eval()`, `parameters()`, `state_dict()` and the like work, on the text adapter and the embeddings, which are not
+    part of the layers. `train()`, `load_state_dict()`, `half()` and what else would change the model raise InputError.
     """
 
-    layers: Mapping[str, Layer]
-    precision: str
-    infos: tuple[LayerInfo, ...]
+    is_fast = True
+    training = False
 
-    @classmethod
-    def assemble(
-        cls,
+    def __new__(cls, config: VPDConfig | None = None, *_: Any, **__: Any) -> FastVPD:
+        return object.__new__(_FAST[config.task] if cls is FastVPD and config is not None else cls)
+
+    def __init__(
+        self,
         config: VPDConfig,
         conditioning: Mapping[str, Tensor],
         layers: Mapping[str, Layer],
         infos: tuple[LayerInfo, ...],
         precision: str,
-    ) -> FastVPD:
-        """The fast model of a task from its layers.
+    ) -> None:
+        """The fast model of the configuration's task.
 
-        conditioning: the plain model's state dict without what layers replace: text adapter, embeddings.
+        conditioning: entries of the plain model's state dict that no layer replaces: text adapter and embeddings.
         """
-        model = _FAST[config.task].empty(config)
-        structure = Structure.of(model.backbone.unet, config.backbone.num_heads)
-        for path in _REPLACED[config.task]:
-            owner, _, name = path.rpartition(".")
-            delattr(model.get_submodule(owner), name)
-        nn.Module.load_state_dict(model, dict(conditioning), assign=True)
-        model.requires_grad_(False)
-        nn.Module.train(model, False)
-        model.layers, model.infos, model.precision = dict(layers), infos, precision
-        model._structure, model._text = structure, TextMemo(model.layers)
-        model._workspaces, model._graphs = WorkspacePool(model.device), GraphCache()
-        return model
+        parts = {name.removeprefix(config.key_prefix): tensor for name, tensor in conditioning.items()}
+        self.config, self._conditioning = config, Conditioning.frozen(config, parts)
+        self._structure = Structure.of(config)
+        super().__init__(Layers(layers), infos, precision, self._conditioning.gamma.device)
 
     @staticmethod
     def is_conditioning(config: VPDConfig, key: str) -> bool:
         """Whether a key of the plain model's state dict is kept as it is."""
-        return not key.startswith(tuple(f"{path}." for path in _REPLACED[config.task]))
+        names = ("text_adapter.", "gamma", "class_embeddings")
+        return key.startswith(tuple(config.key_prefix + name for name in names))
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> latents (B,4,H/8,W/8), times `latent_scale`."""
-        checks.images(images, self.device, self.dtype, SIZE_MULTIPLE)
-        return run_encoder(self.layers, self._workspaces, self._graphs, images)
+    @property
+    def conditioning(self) -> Conditioning:
+        return self._conditioning
+
+    backbone = conditioning
 
     @torch.no_grad()
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
-        """Latents (B,4,h,w), adapted text (B,L,context_dim) -> four features at 1, 1/2, 1/4, 1/8 of the latents' size.
-
-        float32, channels-last; maps last, as the plain model has them. Projections of the last texts are kept.
-        """
         if context.stride(0) == 0:
             context = context[:1]  # one text for all images
         text = self._text(context)
@@ -109,26 +98,15 @@ class FastVPD(VPD):
 
         return [to_nchw(x) for x in self._graphs.run("features", stage, latents, state=text)]
 
-    def _decode(self, head: Callable[..., Tensor], features: list[Tensor], *size: tuple[int, int] | None) -> Tensor:
-        """What a head makes of features (B,C,H,W): (B,c,h,w) float32."""
-        checks.feature_channels(features, self.config.feature_channels)
-
+    @torch.no_grad()
+    def _head(self, features: list[Tensor], *size: tuple[int, int] | None) -> Tensor:
         def stage(*features: Tensor) -> list[Tensor]:
-            return [head(self.layers, [to_nhwc(x) for x in features], *size).float()]
+            return [HEADS[self.task](self.layers, [to_nhwc(x) for x in features], *size).float()]
 
         return to_nchw(self._graphs.run(f"decode{size}", stage, *features)[0])
 
-    @property
-    def graphs(self) -> bool:
-        """Whether encoder, UNet and head run as CUDA graphs, captured when images of a size come for the first time.
-
-        True by default, and of no effect on a CPU.
-        """
-        return self._graphs.enabled
-
-    @graphs.setter
-    def graphs(self, enabled: bool) -> None:
-        self._graphs.enabled = enabled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
     def report(self, sensitivity: bool = False) -> EngineReport:
         """What each layer became and why; prints as a table.
@@ -144,6 +122,14 @@ class FastVPD(VPD):
 
         save_engine(self, folder)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Text adapter and embeddings by the plain model's keys; rounded and merged weights are no part of it."""
+        return self.conditioning.state_dict(prefix=self.config.key_prefix)
+
+    def eval(self) -> FastVPD:
+        """The model itself, which is always in evaluation mode."""
+        return self
+
     @property
     def attention_backend(self) -> str:
         """Always "plain": a fast model has kernels of its own. Setting another raises InputError."""
@@ -154,67 +140,48 @@ class FastVPD(VPD):
         if name != PLAIN:
             raise InputError("a fast model has attention kernels of its own; attention_backend is for plain models")
 
-    def train(self, mode: bool = True) -> FastVPD:
-        """Only mode=False: a fast model has no gradients. Raises InputError."""
-        if mode:
-            raise InputError("a fast model is for inference only; train the plain model and optimize it again")
-        return super().train(False)
+    def __getattr__(self, name: str) -> Any:
+        """What a plain model has and this one takes from its conditioning, or refuses."""
+        if name in _OF_CONDITIONING:
+            return getattr(self.conditioning, name)
+        if name in _CONVERSIONS:
+            return partial(self._convert, name)
+        if name in _REFUSED:
+            return partial(self._refuse, _REFUSED[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises InputError: the layers no longer hold the weights that a checkpoint has."""
-        raise InputError("a fast model cannot load checkpoints; load the plain model and optimize it again")
-
-    def save_pretrained(self, folder: str | Path) -> NoReturn:
-        """Raises InputError: rounded and merged weights are no checkpoint; see `save`."""
-        raise InputError("a fast model is no checkpoint; use save(folder), or save_pretrained of the plain model")
-
-    def gradient_checkpointing_enable(self, levels: bool | Iterable[int] = True) -> None:
-        """Raises InputError unless levels is False: there are no gradients."""
-        if levels is not False:
-            raise InputError("a fast model has no gradients to checkpoint")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastVPD:
-        """What `to`, `cuda`, `half` and the like do, and here may only do where they change nothing."""
+    def _convert(self, method: str, *args: Any, **kwargs: Any) -> FastVPD:
+        """The model itself, where `to`, `cuda`, `half` and the like would change nothing. Raises InputError."""
         message = (
             f"a fast model stays where it is ({self.device}) and in the precision it was made for ({self.precision}); "
             "optimize the plain model again for another one"
         )
+        gamma = self.conditioning.gamma
         try:
-            probe = fn(self.backbone.gamma)
+            converted = getattr(gamma, method)(*args, **kwargs)
         except (AssertionError, RuntimeError) as error:  # a device that is not there
             raise InputError(message) from error
-        if (probe.device, probe.dtype) != (self.device, self.dtype):
+        if (converted.device, converted.dtype) != (gamma.device, gamma.dtype):
             raise InputError(message)
         return self
 
+    def _refuse(self, message: str, *args: Any, **kwargs: Any) -> FastVPD:
+        """The model itself if the first argument is False. Raises InputError."""
+        if [*args, *kwargs.values()][:1] == [False]:
+            return self
+        raise InputError(message)
 
-class FastSegmentation(FastVPD, VPDSegmentation):
+
+class FastSegmentation(SegmentationPerceiver, FastVPD):
     """Fast form of VPDSegmentation."""
 
-    @torch.no_grad()
-    def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Features -> logits (B,num_classes,h,w) at 1/8 of the image, or resized bilinearly to `size`."""
-        logits = self._decode(heads.segmentation, features)
-        return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
-
-class FastReferring(FastVPD, VPDReferring):
+class FastReferring(ReferringPerceiver, FastVPD):
     """Fast form of VPDReferring."""
 
-    @torch.no_grad()
-    def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Features -> logits (B,2,h,w) at 1/8 of the image, or resized bilinearly (align_corners) to `size`."""
-        logits = self._decode(heads.referring, features)
-        return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
-
-class FastDepth(FastVPD, VPDDepth):
+class FastDepth(DepthPerceiver, FastVPD):
     """Fast form of VPDDepth."""
-
-    @torch.no_grad()
-    def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Features -> depth (B,1,H,W) in metres; `size` cuts off padding at the right and bottom (multiples of 32)."""
-        return torch.sigmoid(self._decode(heads.depth, features, size)) * self.config.max_depth
 
 
 _FAST: dict[str, type[FastVPD]] = {cls.task: cls for cls in (FastSegmentation, FastReferring, FastDepth)}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vpd_fast.engine.build import LayerInfo, build_layer
 from vpd_fast.engine.calibrate import Batch, Calibration, check_batches
-from vpd_fast.engine.layers import Layer
+from vpd_fast.engine.layers import Layers
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import ACTIVATIONS, PRECISIONS, Policy
 from vpd_fast.engine.specs import Spec, layer_specs
@@ -80,7 +80,7 @@ def _assemble(
     kept = {
         k: v.to(device, copy=True) for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)
     }
-    return FastVPD.assemble(model.config, kept, layers, infos, precision)
+    return FastVPD(model.config, kept, layers, infos, precision)
 
 
 def build_layers(
@@ -90,9 +90,9 @@ def build_layers(
     device: torch.device,
     measured: Calibration | None = None,
     progress: bool = False,
-) -> tuple[dict[str, Layer], tuple[LayerInfo, ...]]:
+) -> tuple[Layers, tuple[LayerInfo, ...]]:
     """The layers of `specs` by name, on the device, and what became of each."""
-    layers, infos = {}, []
+    layers, infos = Layers(), []
     for spec in tqdm(specs, desc=f"optimize to {precision}", unit="layer", disable=not progress):
         scale = measured.scale(spec) if measured else None
         layer, info = build_layer(spec, precision, policy, ACTIVATIONS[precision], scale, device.type)

@@ -87,7 +87,7 @@ def load_engine(folder: str | Path, device: torch.device | str = "cpu") -> FastV
         _require_device(layers, device)
         layers = {name: layer.for_device(device) for name, layer in layers.items()}
         conditioning = {name: t.to(device) for name, t in conditioning.items()}
-        return FastVPD.assemble(config, conditioning, layers, infos, settings["precision"])
+        return FastVPD(config, conditioning, layers, infos, settings["precision"])
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {SETTINGS} and {TENSORS} do not fit together ({error})") from error
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import torch
 from torch import Tensor
 
-from vpd_fast.engine.blocks import Layers
-from vpd_fast.engine.layers import Linear
+from vpd_fast.engine.layers import GemmLayer, Layers
 
-Projected = dict[str, "tuple[Tensor, Tensor] | list[Linear]"]
+Projected = dict[str, "tuple[Tensor, Tensor] | list[GemmLayer]"]  # by the transformer's name
 MAX_TEXTS = 8
 
 
@@ -34,23 +32,18 @@ class TextMemo:
             self._recent = [*(k for k in self._recent if k is not entry)][-MAX_TEXTS + 1 :] + [entry]
         return entry[1]
 
-    def __deepcopy__(self, memo: dict) -> TextMemo:
-        """Of the copied layers, and empty."""
-        return TextMemo(copy.deepcopy(self._layers, memo))
-
-    def __reduce__(self) -> tuple:
-        return TextMemo, (self._layers,)
-
 
 def _project(layers: Layers, context: Tensor) -> Projected:
     """{transformer: (keys, values)}; with one token {transformer: attn1.out with the result in its bias, per text}."""
     projected: Projected = {}
-    for name, layer in layers.items():
+    for name in layers:
         transformer, _, role = name.rpartition(".attn2.")
         if role == "kv":
-            projected[transformer] = layer(context).chunk(2, dim=-1)
+            keys, values = layers.gemm(name)(context).chunk(2, dim=-1)
+            projected[transformer] = keys, values
         elif role == "v":  # the probability of the only token is 1
-            result = layers[f"{transformer}.attn2.out"](layer(context)).float()
-            out = layers[f"{transformer}.attn1.out"]
-            projected[transformer] = [out.with_bias(out.bias + row) for row in result[:, 0]]
+            result = layers.gemm(f"{transformer}.attn2.out")(layers.gemm(name)(context)).float()
+            out = layers.gemm(f"{transformer}.attn1.out")
+            biases = result[:, 0] if out.bias is None else out.bias + result[:, 0]
+            projected[transformer] = [out.with_bias(bias) for bias in biases]
     return projected

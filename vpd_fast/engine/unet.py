@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.engine.blocks import Layers, call, convolve, group_norm, res_block
-from vpd_fast.engine.layers import Linear
+from vpd_fast.config import VPDConfig
+from vpd_fast.engine.blocks import call, convolve, group_norm, res_block
+from vpd_fast.engine.layers import GemmLayer, Layers
 from vpd_fast.engine.text import Projected
 from vpd_fast.engine.workspace import Workspace
-from vpd_fast.models.unet import UNetWrapper
+from vpd_fast.models.unet import UNetLayout, map_weights
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Which blocks the UNet has, where features are taken, and whose maps are averaged; from the plain model."""
+    """Which blocks the UNet has, where features are taken, and whose maps are averaged."""
 
     blocks: tuple[tuple[str, str, int], ...]  # name, place ("down", "mid", "up"), level
     outputs_at: Mapping[str, int]  # name of the block after which a feature is taken: level
@@ -28,14 +29,14 @@ class Structure:
     heads: int
 
     @classmethod
-    def of(cls, wrapper: UNetWrapper, heads: int) -> Structure:
-        """The structure of a plain UNet, which may be on the meta device."""
-        unet = wrapper.unet.diffusion_model
-        blocks = [(f"unet.input_blocks.{i}", "down", level) for i, level in enumerate(unet.input_levels)]
-        blocks.append(("unet.middle_block", "mid", unet.input_levels[-1]))
-        blocks += [(f"unet.output_blocks.{i}", "up", level) for i, level in enumerate(unet.output_levels)]
-        outputs_at = {f"unet.output_blocks.{i}": level for i, level in unet.outputs_at.items()}
-        return cls(tuple(blocks), outputs_at, wrapper.map_weights, heads)
+    def of(cls, config: VPDConfig) -> Structure:
+        """The structure of a model of this configuration."""
+        layout = UNetLayout.of(config.backbone)
+        blocks = [(f"unet.input_blocks.{i}", "down", level) for i, level in enumerate(layout.input_levels)]
+        blocks.append(("unet.middle_block", "mid", layout.input_levels[-1]))
+        blocks += [(f"unet.output_blocks.{i}", "up", level) for i, level in enumerate(layout.output_levels)]
+        outputs_at = {f"unet.output_blocks.{i}": level for i, level in layout.outputs_at.items()}
+        return cls(tuple(blocks), outputs_at, map_weights(config), config.backbone.num_heads)
 
 
 class MapSums:
@@ -71,7 +72,7 @@ def run_unet(
     """
     maps = MapSums(structure)
     features: dict[int, Tensor] = {}
-    x = call(layers["unet.conv_in"], memory, latents, norm_follows=True)
+    x = call(layers.gemm("unet.conv_in"), memory, latents, norm_follows=True)
     skips = [x]
     for name, place, level in structure.blocks[1:]:
         skip = skips.pop() if place == "up" else None
@@ -120,8 +121,8 @@ def _transformer(
     place: tuple[str, int],
     heads: int,
 ) -> Tensor:
-    t = call(layers[f"{name}.proj_in"], memory, x, **group_norm(layers, f"{name}.norm", memory, x))
-    qkv = call(layers[f"{name}.attn1.qkv"], memory, t)
+    t = call(layers.gemm(f"{name}.proj_in"), memory, x, **group_norm(layers, f"{name}.norm", memory, x))
+    qkv = call(layers.gemm(f"{name}.attn1.qkv"), memory, t)
     q, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
     attended = maps.attend("self", place, q, k, v, heads)
     if attended is None:
@@ -129,18 +130,18 @@ def _transformer(
     memory.give(qkv)
     attended, known = attended.view(x.shape), text[name]
     if isinstance(known, tuple):
-        t = _replaced(memory, t, call(layers[f"{name}.attn1.out"], memory, attended, residual=t))
-        q = call(layers[f"{name}.attn2.q"], memory, t)
+        t = _replaced(memory, t, call(layers.gemm(f"{name}.attn1.out"), memory, attended, residual=t))
+        q = call(layers.gemm(f"{name}.attn2.q"), memory, t)
         attended = maps.attend("cross", place, q.flatten(1, 2), *known, heads)
         if attended is None:
             attended, _ = ops.cross_attention_maps(q.flatten(1, 2), *known, heads, need_maps=False)
         memory.give(q)
-        t = _replaced(memory, t, call(layers[f"{name}.attn2.out"], memory, attended.view(x.shape), residual=t))
+        t = _replaced(memory, t, call(layers.gemm(f"{name}.attn2.out"), memory, attended.view(x.shape), residual=t))
     else:
         t = _replaced(memory, t, _for_each_text(known, attended, t))
         maps.add_single_token(place, q)
-    hidden = call(layers[f"{name}.ff1"], memory, t)
-    out = call(layers[f"{name}.ff2"], memory, hidden, x2=t, residual=x, norm_follows=True)
+    hidden = call(layers.gemm(f"{name}.ff1"), memory, t)
+    out = call(layers.gemm(f"{name}.ff2"), memory, hidden, x2=t, residual=x, norm_follows=True)
     memory.give(hidden)
     memory.give(t)
     return out
@@ -151,7 +152,7 @@ def _replaced(memory: Workspace, old: Tensor, new: Tensor) -> Tensor:
     return new
 
 
-def _for_each_text(outs: list[Linear], attended: Tensor, t: Tensor) -> Tensor:
+def _for_each_text(outs: list[GemmLayer], attended: Tensor, t: Tensor) -> Tensor:
     """The output of self-attention, which has that of cross-attention in its bias: one for all images, or one each."""
     if len(outs) == 1:
         return outs[0](attended, residual=t)

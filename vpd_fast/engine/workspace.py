@@ -75,9 +75,6 @@ class WorkspacePool:
         self._idle: list[Workspace] = []
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple:
-        return WorkspacePool, (self._device,)  # a copy has memory of its own
-
     @contextmanager
     def lease(self) -> Iterator[Workspace]:
         """A workspace for one call, or for a CUDA graph that is being captured, whose addresses nobody else may use."""

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpd_fast.models.backbone import Backbone
+
 WIDTH = 192
 DECONV_CHANNELS = (32, 32, 32)
 
 
-class FeatureMerge(nn.Module):
-    """All four features at 1/32 of the image, merged by a 1x1 convolution."""
+class FeatureMerge(Backbone):
+    """All four features at 1/32 of the image, merged by a 1x1 convolution; depth models keep their backbone in it."""
 
     def __init__(self, in_channels: tuple[int, ...]) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,47 @@ class UNetBlock(nn.Sequential):
         return x, maps
 
 
+@dataclass(frozen=True)
+class UNetLayout:
+    """The level of each block of the UNet, which follows from the configuration; 0 is the latents' resolution."""
+
+    input_levels: tuple[int, ...]
+    output_levels: tuple[int, ...]
+    outputs_at: Mapping[int, int]  # output block after which a feature is taken: its level
+
+    @classmethod
+    def of(cls, config: BackboneConfig) -> UNetLayout:
+        """The layout of a UNet of this configuration."""
+        lowest, blocks = len(config.channel_mult) - 1, config.num_res_blocks
+        inputs = [0]
+        for level in range(lowest + 1):
+            inputs += [level] * blocks + [level + 1] * (level < lowest)  # the last one downsamples
+        outputs = [level for level in range(lowest, -1, -1) for _ in range(blocks + 1)]
+        # The last block of each level before its upsampling one, and the very last block.
+        outputs_at = {(blocks + 1) * n - 2: lowest - n + 1 for n in range(1, lowest + 1)} | {len(outputs) - 1: 0}
+        return cls(tuple(inputs), tuple(outputs), outputs_at)
+
+
+def map_weights(config: VPDConfig) -> dict[tuple[str, int], dict[str, float]]:
+    """{(place, level): {kind: weight}} of the transformer blocks whose maps are wanted: 1 / how many share a mean.
+
+    place: "down", "mid" or "up". kind: "cross" or "self".
+    """
+    backbone = config.backbone
+    blocks = {("mid", len(backbone.channel_mult) - 1): 1}
+    for level in range(len(backbone.channel_mult)):
+        if 2**level in backbone.attention_resolutions:
+            blocks |= {("down", level): backbone.num_res_blocks, ("up", level): backbone.num_res_blocks + 1}
+    weights: dict[tuple[str, int], dict[str, float]] = {}
+    for kind in ("cross", "self"):
+        for level in range(len(backbone.channel_mult)):
+            places = [p for p in ("down", "mid", "up") if (p, level) in blocks and f"{p}_{kind}" in config.map_sources]
+            for place in places if config.map_channels(level) else ():
+                count = sum(blocks[p, level] for p in places)
+                weights.setdefault((place, level), {})[kind] = 1 / count
+    return weights
+
+
 class UNet(nn.Module):
     """The UNet without its output layers. Key names: those of CompVis latent diffusion (`diffusion_model.*`)."""
 
@@ -154,19 +195,19 @@ class UNet(nn.Module):
                 layers.append(SpatialTransformer(widths[level], config.context_dim, config.num_heads))
             return layers
 
+        layout = UNetLayout.of(config)
+        self.input_levels, self.output_levels = layout.input_levels, layout.output_levels
+        self.outputs_at = layout.outputs_at
         channels = config.model_channels
         self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
-        self.input_levels = [0]
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(UNetBlock(*block(channels, level)))
-                self.input_levels.append(level)
                 channels = width
                 skips.append(channels)
             if level < lowest:
                 self.input_blocks.append(UNetBlock(Downsample(channels)))
-                self.input_levels.append(level + 1)
                 skips.append(channels)
 
         self.middle_block = UNetBlock(
@@ -175,38 +216,18 @@ class UNet(nn.Module):
             ResBlock(channels, emb_channels, channels),
         )
         self.output_blocks = nn.ModuleList()
-        self.output_levels: list[int] = []
-        for level in range(lowest, -1, -1):
-            for i in range(config.num_res_blocks + 1):
-                layers = block(channels + skips.pop(), level)
-                channels = widths[level]
-                if level and i == config.num_res_blocks:
-                    layers.append(Upsample(channels))
-                self.output_blocks.append(UNetBlock(*layers))
-                self.output_levels.append(level)
-        # The last block of each level before its upsampling one, and the very last block.
-        per_level = config.num_res_blocks + 1
-        self.outputs_at = {per_level * n - 2: lowest - n + 1 for n in range(1, lowest + 1)} | {
-            per_level * (lowest + 1) - 1: 0
-        }
+        for i, level in enumerate(self.output_levels):
+            layers = block(channels + skips.pop(), level)
+            channels = widths[level]
+            if level and i % (config.num_res_blocks + 1) == config.num_res_blocks:
+                layers.append(Upsample(channels))
+            self.output_blocks.append(UNetBlock(*layers))
 
     def blocks(self) -> Iterator[tuple[UNetBlock, int]]:
         """All blocks in the order they run, and the level each is at."""
         yield from zip(self.input_blocks, self.input_levels, strict=True)
         yield self.middle_block, self.input_levels[-1]
         yield from zip(self.output_blocks, self.output_levels, strict=True)
-
-    def attention_places(self) -> list[tuple[str, int]]:
-        """(place, level) of each transformer block in the order they run; place: "down", "mid" or "up"."""
-        places = [("down", level) for level in self.input_levels]
-        places += [("mid", self.input_levels[-1])]
-        places += [("up", level) for level in self.output_levels]
-        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
-        return [
-            place
-            for place, block in zip(places, blocks, strict=True)
-            if any(isinstance(layer, SpatialTransformer) for layer in block)
-        ]
 
     def forward(
         self,
@@ -254,17 +275,7 @@ class UNetWrapper(nn.Module):
         self.unet = nn.Module()
         self.unet.diffusion_model = UNet(config.backbone)
         self.map_grad = config.map_grad
-        layers = [
-            (place, level, kind)
-            for place, level in self.unet.diffusion_model.attention_places()
-            if config.map_channels(level)
-            for kind in ("cross", "self")
-            if f"{place}_{kind}" in config.map_sources
-        ]
-        counts = Counter((level, kind) for _, level, kind in layers)
-        self.map_weights: dict[tuple[str, int], dict[str, float]] = {}
-        for place, level, kind in layers:
-            self.map_weights.setdefault((place, level), {})[kind] = 1 / counts[level, kind]
+        self.map_weights = map_weights(config)
 
     def forward(self, latents: Tensor, context: Tensor) -> list[Tensor]:
         """latents (B,4,h,w), context (B or 1,L,context_dim) -> four features, cross maps and then self maps last."""
