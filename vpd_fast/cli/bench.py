@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,6 +15,7 @@ import typer
 from vpd_fast.cli import files, options, running
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
+from vpd_fast.files import write_json
 
 if TYPE_CHECKING:
     from vpd_fast.bench.runner import Bench
@@ -185,7 +187,7 @@ def _report(
             "left_out": left_out,
             "rows": rows,
         }
-        files.write_json(json, values)
+        files.write_file(json, partial(write_json, values=values))
     if chart is not None and rows:
         from vpd_fast.bench import plots
         from vpd_fast.files import write_files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_fast.cli import files, options, running
+from vpd_fast.files import write_json
 
 if TYPE_CHECKING:
     from vpd_fast.demo import Demo
@@ -44,7 +46,7 @@ def demo(
 
         save_png(contact_sheet(done), output / SHEET)
     record = _record(done, split, first)
-    files.write_json(output / REPORT, record)
+    files.write_file(output / REPORT, partial(write_json, values=record))
     if json:
         typer.echo(dumps(record, indent=2))
     else:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import glob
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
@@ -82,9 +80,3 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Path:
     except OSError as error:
         raise ImageError(f"{path}: cannot write the file ({error.strerror or error})") from error
     return path
-
-
-def write_json(path: Path, values: Any) -> Path:
-    """Write JSON as `write_file` does."""
-    text = json.dumps(values, indent=2) + "\n"
-    return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

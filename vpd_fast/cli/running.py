@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vpd_fast.cli.files import write_json
+from vpd_fast.cli.files import write_file
 from vpd_fast.errors import ImageError
+from vpd_fast.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,7 @@ def run_images(
         # Also after an interruption: what is finished is worth having.
         if records:
             values = {**header, "images": records, **peak_memory(header["device"])}
-            write_json(results_path, values)
+            write_file(results_path, partial(write_json, values=values))
     failed = [record for record in records if "error" in record]
     for record in failed:
         typer.echo(f"failed: {' '.join(record['error'].split())}", err=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import types
-import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 from vpd_fast.config import CPU_PRECISIONS, BackboneConfig, VPDConfig
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.tasks import TASKS
+from vpd_fast.training.settings import build, check_keys, close_names, field_names
 
 PRESETS = Path(__file__).parent / "presets"
 PRESET_BASE = "base"  # the preset that the others build on; not a run of its own
@@ -189,11 +187,11 @@ class TrainConfig:
         _one_of("encoder.precision", self.encoder.precision, ("plain", *CPU_PRECISIONS))
         _one_of("data.on_error", self.data.on_error, ("skip", "raise"))
         _one_of("device", self.device, ("auto", "cpu"))
-        _check_keys(self.model, _names(VPDConfig), "model")
+        check_keys(self.model, field_names(VPDConfig), "model")
         if "task" in self.model:
             raise InputError(f"model.task: the task is a setting of its own, task={self.model['task']}")
         if isinstance(self.model.get("backbone"), Mapping):
-            _check_keys(self.model["backbone"], _names(BackboneConfig), "model.backbone")
+            check_keys(self.model["backbone"], field_names(BackboneConfig), "model.backbone")
         for name in _POSITIVE:
             value = _look_up(self, name)
             if value is not None and value <= 0:
@@ -214,7 +212,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Invert `to_dict`; what is left out has its default. Raises InputError on unknown keys and wrong types."""
-        return _build(cls, values, "")
+        return build(cls, values)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Return a copy with some fields changed; a section may be given as a dict of the fields to change."""
@@ -326,7 +324,8 @@ def _find(name: str | Path, folder: Path) -> Path:
     if path.is_file():
         return path
     raise InputError(
-        f"{text}: neither a file nor a preset{_close(text, preset_names())}; presets are {', '.join(preset_names())}"
+        f"{text}: neither a file nor a preset{close_names(text, preset_names())}; "
+        f"presets are {', '.join(preset_names())}"
     )
 
 
@@ -350,77 +349,6 @@ def _yaml() -> Any:
     except ImportError as error:
         raise MissingDependencyError('configurations need PyYAML: pip install "vpd_fast[train]"') from error
     return yaml
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(values):
-        return values
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where or 'the configuration'} must be a section of settings, got {values!r}")
-    _check_keys(values, _names(cls), where)
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _convert(value, hints[key], _join(where, key)) for key, value in values.items()})
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Convert `value` to `hint`, or raise InputError. YAML 1.1 reads 8e-5 as a string, so numbers may be strings."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if isinstance(hint, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            try:
-                return _convert(value, option, where)
-            except InputError:
-                continue
-    elif typing.get_origin(hint) is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        if isinstance(value, (list, tuple)) and (items[-1] is ... or len(items) == len(value)):
-            return tuple(_convert(item, items[0], where) for item in value)
-    elif hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif hint in (int, bool, str) and type(value) is hint:
-        return value
-    raise InputError(f"{where} must be {_say(hint)}, got {value!r}")
-
-
-def _say(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_say(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return "a list of numbers"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return names.get(hint, "a section of settings")
-
-
-def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise InputError(
-                f"{_join(where, str(key))} is not a setting{_close(str(key), known)}; "
-                f"{where or 'the configuration'} has {', '.join(known)}"
-            )
-
-
-def _close(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f", did you mean {' or '.join(near)}?" if near else ""
-
-
-def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
 
 
 def _look_up(config: TrainConfig, name: str) -> Any:

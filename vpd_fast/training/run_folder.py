@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from vpd_fast.errors import InputError
-from vpd_fast.training.checkpoint import CheckpointStore
+from vpd_fast.checkpoints.save import save_pretrained
+from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.files import json_text
+from vpd_fast.models import VPD
+from vpd_fast.training.checkpoint import CheckpointStore, remove, write_text
 from vpd_fast.training.config import TrainConfig, differences
 
 CONFIG = "config.yaml"
@@ -48,6 +53,30 @@ def resume_from(folder: Path | None, store: CheckpointStore | None, resume: str 
     if last is None and used:
         raise InputError(f"{folder}: is not empty; expected a new folder to resume {path} in")
     return path
+
+
+def open_folder(folder: Path, store: CheckpointStore, config: TrainConfig) -> None:
+    """Make the folder, remove what an earlier process left half-written, and write the configuration.
+
+    Raises InputError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        store.clean()
+        for left in (*folder.glob(".*.tmp"), *(folder / BEST).glob(".*.tmp")):
+            remove(left)
+        write_text(folder / CONFIG, config.to_yaml())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def save_best(folder: Path, model: VPD, metrics: Mapping[str, Any]) -> None:
+    """Write the best model so far, for `VPD.from_pretrained`, and its metrics. Raises CheckpointError."""
+    save_pretrained(model, folder / BEST)
+    try:
+        write_text(folder / BEST / "metrics.json", json_text(metrics))
+    except OSError as error:
+        raise CheckpointError(f"{folder / BEST}: cannot be written ({error.strerror})") from error
 
 
 def check_same(old: TrainConfig, new: TrainConfig, path: Path) -> None:

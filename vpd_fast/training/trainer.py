@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpd_fast.checkpoints.save import save_pretrained, write_safetensors
+from vpd_fast.checkpoints.save import write_safetensors
 from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, json_text
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.models import VPD
 from vpd_fast.tasks import TASKS
 from vpd_fast.training import build, checkpoint, sharding
 from vpd_fast.training.config import TrainConfig
 from vpd_fast.training.logging import RunLog, Window, sample_pictures
 from vpd_fast.training.parallel import Processes, batch_norm_buffers
-from vpd_fast.training.run_folder import BEST, CHECKPOINTS, CONFIG, check_same, resume_from
+from vpd_fast.training.run_folder import BEST, CHECKPOINTS, CONFIG, check_same, open_folder, resume_from, save_best
 from vpd_fast.training.stopping import StopSignals
 from vpd_fast.training.tasks import Encode, Sentences, Task, TrainStep
 
@@ -336,12 +336,7 @@ class Trainer:
         with self.processes.first_only():
             if self.processes.first:
                 if better:
-                    save_pretrained(model, self.folder / BEST)
-                    text = json_text({"step": self.step, **result.metrics})
-                    try:
-                        checkpoint.write_text(self.folder / BEST / "metrics.json", text)
-                    except OSError as error:
-                        raise CheckpointError(f"{self.folder / BEST}: cannot be written ({error.strerror})") from error
+                    save_best(self.folder, model, {"step": self.step, **result.metrics})
                 self.store.write_index(best=self.best, evaluated=self.evaluated)
         self.log.evaluation(self.step, result.metrics, better)
         self.log.pictures(self.step, pictures)
@@ -413,14 +408,7 @@ class Trainer:
         self.processes.wait()  # all have looked into the folder before anything in it changes
         with self.processes.first_only():
             if self.processes.first:
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    self.store.clean()
-                    for left in (*self.folder.glob(".*.tmp"), *(self.folder / BEST).glob(".*.tmp")):
-                        checkpoint.remove(left)
-                    checkpoint.write_text(self.folder / CONFIG, self.config.to_yaml())
-                except OSError as error:
-                    raise InputError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
+                open_folder(self.folder, self.store, self.config)
 
     def _open_log(self) -> RunLog:
         folder = self.folder if self.processes.first else None
