@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vpd_fast.config import VPDConfig
 
 
+IGNORED = 255  # the label of pixels that no loss and no metric counts
+
+
 def _split(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 

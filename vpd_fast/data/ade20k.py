@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vpd_fast.data.sample import IGNORED, Sample, check_class_count, check_labels, read_pair, require_folder
+from vpd_fast.data.sample import Sample, check_class_count, check_labels, read_pair, require_folder
 from vpd_fast.errors import DatasetError
-from vpd_fast.labels import ADE20K_CLASSES
+from vpd_fast.labels import ADE20K_CLASSES, IGNORED
 
 
 class ADE20K:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from vpd_fast.data.sample import Dataset, Sample
+from vpd_fast.data.sample import Dataset, Example, Transform
 from vpd_fast.errors import DatasetError, ImageError, InputError
 
-Example = dict[str, Any]
-Transform = Callable[[Sample, np.random.Generator, int], Example]
 TRIES = 10  # samples in a row that may be unreadable
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
 from vpd_fast.errors import DatasetError, ImageError
+from vpd_fast.labels import IGNORED
 from vpd_fast.pictures.reading import read_image, to_uint8
 
-IGNORED = 255  # of labels: pixels that no loss and no metric counts
 MILLIMETRES = 1000.0  # stored depths to metres
+
+
+Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Sample:
     name: str
     sentences: tuple[str, ...] = ()
     scene: int | None = None
+
+
+Transform = Callable[[Sample, np.random.Generator, int], Example]  # of a sample at a position in the epoch
 
 
 class Dataset(Protocol):

@@ -5,7 +5,6 @@ All random numbers come from the generator that is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,12 +14,11 @@ from PIL import Image
 
 from vpd_fast.config import TASKS
 from vpd_fast.data.colors import jitter, photometric_distortion
-from vpd_fast.data.sample import IGNORED, MILLIMETRES, Sample
+from vpd_fast.data.sample import MILLIMETRES, Example, Sample, Transform
 from vpd_fast.errors import InputError
+from vpd_fast.labels import IGNORED
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_antialiased, resize_bilinear
 
-Example = dict[str, Any]
-Transform = Callable[[Sample, np.random.Generator, int], Example]
 CROPS = 10  # how often segmentation tries for a crop that one class does not fill
 CUT_EVERY = 4  # samples of depth
 CUT_SHARE = 0.75  # of what is to the right of a cut's left edge, at most

@@ -20,12 +20,12 @@ import numpy as np
 
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import InputError
+from vpd_fast.labels import IGNORED
 from vpd_fast.tasks import TASKS
 
 # What decides which of two models is the better one, and whether more or less of it is better.
 PRIMARY = {name: (task.metric, task.better) for name, task in TASKS.items()}
 
-IGNORED = 255
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 DEPTH_METRICS = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 NYU_SIZE = (480, 640)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vpd_fast.evaluation.metrics import IGNORED
+from vpd_fast.labels import IGNORED
 from vpd_fast.pictures import canvas
 from vpd_fast.pictures.palette import palette
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast.errors import InputError
+from vpd_fast.labels import IGNORED
 
-IGNORED = 255
 REFERRING_WEIGHTS = (0.9, 1.1)  # of the background and the object
 
 
