@@ -30,7 +30,7 @@ from finetune import config_of
 from models import TOKENS, Autoencoder, Denoiser
 from report import require_plots, write_report
 from safetensors.torch import save_file
-from script import MAKE_WEIGHTS, positive, require, run_script, task_names
+from script import MAKE_WEIGHTS, autocast, positive, require, run_script, task_names
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,7 +68,7 @@ class Scenes:
         images = torch.from_numpy(np.stack([sample.image for sample in self.samples])).permute(0, 3, 1, 2)
         targets = np.stack([sample.target for sample in self.samples])
         self.targets = torch.from_numpy(targets if task == "depth" else targets.astype(np.int64))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast():
             parts = [autoencoder.encode(part.float() / 127.5 - 1).float() for part in images.split(100)]
         self.latents = torch.cat(parts)
         self.tokens: list[Tensor] = []
@@ -104,7 +104,8 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Train in place; (steps done, metric on held-out scenes) so many times, the last one at the end."""
     task = Task(model, config.quirks)
-    step_module = TrainStep(model, task, torch.bfloat16)
+    precision = build.choose_precision(config.precision, model.device)
+    step_module = TrainStep(model, task, torch.bfloat16 if precision == "bf16" else None)
     optimizer, schedule = build.build_optimizer(config, model, steps)
     generator = torch.Generator().manual_seed(seed)
     every = max(steps // evaluations, 1)

@@ -29,7 +29,7 @@ from models import BACKBONE, SIZE, TOKENS, Autoencoder, Denoiser, make_text_enco
 from PIL import Image
 from safetensors.torch import save_file
 from sampling import add_noise, ddim, guided
-from script import positive, run_script
+from script import autocast, positive, run_script
 from stages import train
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -86,10 +86,6 @@ def to_float(images: Tensor, mirror: Tensor | None = None) -> Tensor:
     """uint8 -> float32 in [-1,1]; those marked seen in a mirror."""
     images = images.float() / 127.5 - 1
     return images if mirror is None else torch.where(mirror[:, None, None, None], images.flip(3), images)
-
-
-def autocast() -> Any:
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 # Autoencoder

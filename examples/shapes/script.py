@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from vpd_fast.config import TASKS
 from vpd_fast.errors import CheckpointError, VPDFastError
+from vpd_fast.training.build import choose_precision
 
 MAKE_WEIGHTS = "python examples/shapes/pretrain.py (an hour) or python examples/shapes/unpack.py (at once)"
 
@@ -24,6 +27,11 @@ def run_script(main: Callable[[], None]) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where this CPU has arithmetic for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto", torch.device("cpu")) == "bf16")
 
 
 def require(path: Path, command: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from vpd_fast.errors import InputError
+from vpd_fast.training import build
 from vpd_fast.training.config import TrainConfig, differences, load_config, preset_names
 
 
@@ -93,7 +95,7 @@ def test_files_build_on_presets_and_on_each_other(tmp_path):
         ("optimizer.clip=-1", "optimizer.clip must be positive"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be a list of numbers"),
         ("checkpointing=some", "checkpointing must be true or false or a list of numbers, got 'some'"),
-        ("precision=fp16", "precision must be one of fp32, bf16, got 'fp16'"),
+        ("precision=fp16", "precision must be one of auto, fp32, bf16, got 'fp16'"),
         ("encoder.precision=int4", "encoder.precision must be one of plain, fp32, bf16, int8, got 'int4'"),
         ("task=detection", "task must be one of segmentation, referring, depth, got 'detection'"),
         ("data.size=100", "data.size must be a multiple of 32, got 100"),
@@ -143,3 +145,12 @@ def test_differences_by_key():
     ]  # fmt: skip
     assert len(differences(old, new)) == 4
     assert differences(old, old) == []
+
+
+def test_precision_of_the_machine():
+    cpu = torch.device("cpu")
+    assert [build.choose_precision(name, cpu) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    with pytest.MonkeyPatch.context() as patch:
+        for supported, precision in ((True, "bf16"), (False, "fp32")):
+            patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+            assert build.choose_precision("auto", cpu) == precision

@@ -148,7 +148,7 @@ def _plan(trainer: Trainer, settings: TrainConfig) -> str:
             f"weight decay {group['weight_decay']:g}"
         )
     memory = estimate_memory(
-        trainer.model.config, batch_size=settings.batch_size, size=settings.data.size, precision=settings.precision,
+        trainer.model.config, batch_size=settings.batch_size, size=settings.data.size, precision=trainer.precision,
         attention_backend=settings.attention_backend, checkpointing=settings.checkpointing,
         encoder=settings.encoder.precision, amsgrad=settings.optimizer.amsgrad,
     )  # fmt: skip

@@ -155,9 +155,10 @@ class TrainConfig:
     """A training run.
 
     task: "segmentation", "referring" or "depth". model: fields of VPDConfig. batch_size: images per process and pass.
-    accumulation: passes per step. precision: "fp32", or "bf16" by autocast with float32 weights. checkpointing: levels
-    whose blocks are recomputed in backward (0: the highest resolution), true: all, false: none. device: "auto" or
-    "cpu". max_nan_steps: so many steps in a row may be skipped because their loss or gradient is not finite.
+    accumulation: passes per step. precision: "fp32", "bf16" by autocast with float32 weights, or "auto": bf16 where
+    the device has arithmetic for it, else fp32. checkpointing: levels whose blocks are recomputed in backward (0: the
+    highest resolution), true: all, false: none. device: "auto" or "cpu". max_nan_steps: so many steps in a row may be
+    skipped because their loss or gradient is not finite.
     """
 
     task: str = "segmentation"
@@ -183,7 +184,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)
-        _one_of("precision", self.precision, ("fp32", "bf16"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         _one_of("encoder.precision", self.encoder.precision, ("plain", *CPU_PRECISIONS))
         _one_of("data.on_error", self.data.on_error, ("skip", "raise"))
         _one_of("device", self.device, ("auto", "cpu"))

@@ -77,7 +77,8 @@ class Trainer:
         self.sentences = self._build_sentences(sentences)
         self.encode = self._build_encoder()
         self.task = Task(self.model, config.quirks, self.sentences)
-        dtype = torch.bfloat16 if config.precision == "bf16" else None
+        self.precision = build.choose_precision(config.precision, self.processes.device)
+        dtype = torch.bfloat16 if self.precision == "bf16" else None
         self.train_step = self.processes.wrap(TrainStep(self.model, self.task, dtype), config.distributed.fsdp)
         self.optimizer, self.schedule = build.build_optimizer(config, self.model, self.steps)
 
