@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +23,14 @@ from vpd_fast import BackboneConfig  # noqa: E402
 
 from .golden.case import GoldenCase  # noqa: E402
 from .helpers import runs  # noqa: E402
+from .helpers.selection import mark_what_a_selection_leaves_out  # noqa: E402
 
 if not torch.cuda.is_available():  # Triton kernels are interpreted; they read this when they are first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # some versions want it for deterministic algorithms
+
+MAX_SECONDS = float(os.environ.get("VPD_FAST_TEST_SECONDS", "60"))
 
 # Most tests are too small to gain by threads, and some compare with processes that have one.
 torch.set_num_threads(1)
@@ -52,7 +57,37 @@ def small_backbone() -> BackboneConfig:
     return BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file run in one process: they share models, data sets and runs, which cost more than they do."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
+def cpu_seconds() -> float:
+    """Time that this process and those it waited for have computed, however many others want the processors."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fails a test that takes long and is not marked slow."""
+    begin = cpu_seconds()
+    result = yield
+    taken = cpu_seconds() - begin
+    if taken > MAX_SECONDS and "slow" not in item.keywords:
+        pytest.fail(
+            f"took {taken:.0f} s of CPU time, a test that is not marked slow may take {MAX_SECONDS:g} "
+            "(VPD_FAST_TEST_SECONDS): give it a smaller case, or mark it",
+            pytrace=False,
+        )
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_what_a_selection_leaves_out(items)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,29 +23,55 @@ OPERATORS = ("cross_attention_maps", "gemm", "gemm_mma", "gemm_wgmma")
 
 
 @pytest.fixture(scope="session")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def cuda(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Kernels and bindings of the operators, and the controls of the emulated device."""
     if not shutil.which("g++"):
         pytest.skip("needs g++ (Debian: g++); on a GPU tests/ops checks the same kernels")
-    folder = tmp_path_factory.mktemp("cuda_emulation")
-    python = [f"-I{sysconfig.get_path('include')}", f"-I{Path(torch.__file__).parent / 'include'}"]
-    sources = {ROOT / f"csrc/cuda/{name}.cu": ["-O2", "-x", "c++"] for name in OPERATORS}
-    bindings = (ROOT / f"csrc/bindings/cuda/{name}.cpp" for name in OPERATORS)
-    sources |= {path: ["-O0", *python] for path in bindings if path.exists()}
-    sources |= {path: ["-O2", *python] for path in EMULATION.glob("*.cpp")}
-    common = ["g++", "-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
-    common += [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
-    objects = [folder / f"{number}.o" for number in range(len(sources))]
-    commands = [
-        [*common, *flags, "-c", str(source), "-o", str(built)]
-        for (source, flags), built in zip(sources.items(), objects, strict=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda command: subprocess.run(command, check=True), commands):
-            pass
-    library = folder / "cuda_emulated.so"
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(library)], check=True)
+    commands = compile_commands()
+    cache = getattr(pytestconfig, "cache", None)
+    folder = cache.mkdir("cuda_emulation") if cache else tmp_path_factory.mktemp("cuda_emulation")
+    library = folder / f"{digest(commands)}.so"
+    with (folder / "lock").open("w") as lock:  # workers of pytest-xdist share one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            build(commands, library, tmp_path_factory.mktemp("objects"))
     spec = importlib.util.spec_from_file_location("cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def compile_commands() -> list[list[str]]:
+    """The compiler's command for every source; the source is the last word."""
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    sources = {ROOT / f"csrc/cuda/{name}.cu": ["-O2", "-x", "c++"] for name in OPERATORS}
+    bindings = (ROOT / f"csrc/bindings/cuda/{name}.cpp" for name in OPERATORS)
+    sources |= {path: ["-O0", *python] for path in bindings if path.exists()}
+    sources |= {path: ["-O2", *python] for path in sorted(EMULATION.glob("*.cpp"))}
+    common = ["g++", "-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
+    common += [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    return [[*common, *flags, "-c", str(source)] for source, flags in sources.items()]
+
+
+def digest(commands: list[list[str]]) -> str:
+    """Changes with the commands, the sources and the versions of compiler, Python and PyTorch."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    state = hashlib.sha256(repr((commands, version, sys.version, torch.__version__)).encode())
+    folders = (ROOT / "csrc", EMULATION)
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        state.update(f"{path} ".encode() + path.read_bytes())
+    return state.hexdigest()[:20]
+
+
+def build(commands: list[list[str]], library: Path, folder: Path) -> None:
+    """Compiles and links; a build that was stopped leaves no library."""
+    objects = [folder / f"{number}.o" for number in range(len(commands))]
+    finished = [[*command, "-o", str(path)] for command, path in zip(commands, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda command: subprocess.run(command, check=True), finished):
+            pass
+    partial = folder / "linked"
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(partial)], check=True)
+    shutil.move(partial, library)

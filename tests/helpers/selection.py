@@ -1,0 +1,68 @@
+"""Which cases of a product of parameters run by default where each of them is slow: interpreted and emulated kernels.
+
+Native kernels and references run the whole product, which costs little. Of interpreted and emulated cases those run by
+default that together contain every value of every parameter, and every pair of values as far as MAX_CASES allow; all
+others are marked slow. Cases that once failed are kept by the marker `always`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+MAX_CASES = 24  # of a test function
+
+
+def covering(cases: Sequence[Sequence[int]], limit: int = MAX_CASES) -> list[int]:
+    """Returns the positions of the cases to run, in order; each case is the number of each of its parameters' values.
+
+    Greedy: single values count most until all are there, then pairs, so that a selection cut at `limit` is the widest.
+    """
+    left = [*range(len(cases))]
+    missing = {part for case in cases for part in _parts(case)}
+    chosen: list[int] = []
+    while left and missing and len(chosen) < limit:
+        best = max(left, key=lambda i: (sum(_weight(part) for part in _parts(cases[i]) if part in missing), -i))
+        left.remove(best)
+        chosen.append(best)
+        missing.difference_update(_parts(cases[best]))
+    return sorted(chosen)
+
+
+def _parts(case: Sequence[int]) -> Iterator[tuple]:
+    """Its values and pairs of values, each with the parameters' positions."""
+    numbered = [*enumerate(case)]
+    yield from ((value,) for value in numbered)
+    yield from itertools.combinations(numbered, 2)
+
+
+def _weight(part: tuple) -> int:
+    return 1000 if len(part) == 1 else 1
+
+
+def is_interpreted(item: pytest.Item) -> bool:
+    """Whether a test runs Triton's interpreter or emulated CUDA kernels, once for each of its cases."""
+    params: dict[str, Any] = item.callspec.params
+    if "triton" in [value for value in params.values() if isinstance(value, str)]:
+        return True
+    folder = item.path.parent.name
+    return (folder == "kernels" and params.get("device") == "cpu") or (
+        folder == "native" and "cuda" in item.fixturenames
+    )
+
+
+def mark_what_a_selection_leaves_out(items: Iterable[pytest.Item]) -> None:
+    """Marks as slow the interpreted and emulated cases that the selection leaves out."""
+    functions: dict[tuple[Any, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and "gpu" not in item.keywords and is_interpreted(item):
+            functions[item.path, item.originalname].append(item)
+    for cases in functions.values():
+        chosen = covering([[*item.callspec.indices.values()] for item in cases])
+        for i in set(range(len(cases))) - set(chosen):
+            if "always" not in cases[i].keywords:
+                cases[i].add_marker(pytest.mark.slow)
