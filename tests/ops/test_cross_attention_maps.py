@@ -9,7 +9,6 @@ import torch
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
-from vpd_fast.ops.cross_attention_maps import _check
 
 from .attention_cases import (
     assert_close,
@@ -345,16 +344,21 @@ def test_interpreted_triton_through_the_operator() -> None:
         assert error(actual.detach(), expected.detach().double()) <= 2 * (18 + 8 + 2) * 2.0**-24
 
 
-def opcheck_inputs() -> dict[str, tuple]:
+def opcheck_inputs() -> dict[str, list]:
+    op = ops.registry()["cross_attention_maps"]
+
+    def flat(*args, **kwargs) -> list:
+        return op.flatten(*op.bind(*args, **kwargs))
+
     q, k, v = make_qkv(2, 11, 7, 2, 4)
     shared = [x.requires_grad_() for x in make_qkv(2, 11, 7, 2, 4, shared=True)]
     ids = torch.tensor([0, 0, 2, -1, 3, 3, 3])
     return {
-        "plain": _check(q, k, v, 2),
-        "gradients": _check(*shared, 2, categories=ids, num_categories=5, addend=torch.zeros(2, 11, 5)),
-        "no maps": _check(q, k, v, 2, need_maps=False),
-        "heads": _check(q, k, v, 2, average_heads=False),
-        "double": _check(q.double(), k.double(), v.double(), 2),
+        "plain": flat(q, k, v, 2),
+        "gradients": flat(*shared, 2, categories=ids, num_categories=5, addend=torch.zeros(2, 11, 5)),
+        "no maps": flat(q, k, v, 2, need_maps=False),
+        "heads": flat(q, k, v, 2, average_heads=False),
+        "double": flat(q.double(), k.double(), v.double(), 2),
     }
 
 

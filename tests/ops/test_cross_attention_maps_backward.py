@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
-from vpd_fast.ops.cross_attention_maps_backward import _check
 
 from .attention_cases import assert_close, eager, kernel_and_place, make_qkv
 from .variants import ISAS
@@ -173,10 +172,11 @@ def test_bad_values_are_named() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(shared: bool) -> None:
+    op = ops.registry()["cross_attention_maps_backward"]
     q, k, v = make_qkv(2, 11, 7, 2, 4, shared=shared)
     for grads in ((q, None), (None, torch.ones(2, 11, 7)), (q, torch.ones(2, 11, 7))):
-        arguments = _check(*grads, q, k, v, 2)
-        torch.library.opcheck(torch.ops.vpd_fast.cross_attention_maps_backward.default, (*arguments, "auto"))
+        (call,) = op.bind(*grads, q, k, v, 2)
+        torch.library.opcheck(torch.ops.vpd_fast.cross_attention_maps_backward.default, (*op.flatten(call), "auto"))
 
 
 def test_torch_compile() -> None:

@@ -7,7 +7,6 @@ import torch
 
 from vpd_fast import ops
 from vpd_fast.errors import InputError
-from vpd_fast.ops.cross_attention_maps import _check_into
 
 from .attention_cases import implementation_params, kernel_and_place, make_qkv
 
@@ -130,8 +129,9 @@ def test_bad_values_are_named() -> None:
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_opcheck(accumulate: bool) -> None:
     q, k, v = make_qkv(2, 42, 9, 4, 8)
-    arguments = _check_into(q, k, v, torch.zeros(2, 9, 6, 7), 4, accumulate=accumulate)
-    torch.library.opcheck(torch.ops.vpd_fast.cross_attention_maps_into.default, (*arguments, "auto"))
+    op = ops.registry()["cross_attention_maps_into"]
+    (call,) = op.bind(q, k, v, torch.zeros(2, 9, 6, 7), 4, accumulate=accumulate)
+    torch.library.opcheck(torch.ops.vpd_fast.cross_attention_maps_into.default, (*op.flatten(call), "auto"))
 
 
 def test_torch_compile() -> None:

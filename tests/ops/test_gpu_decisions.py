@@ -332,8 +332,7 @@ class TestOffsets:
         triton = next(i for i in op.implementations if i.name == "triton")
 
         def refuses(images: int) -> str | None:
-            arguments = (q[:images], None, q[:images], k[:images], k[:images], None, 2, 0.5, 1.0, 3, True, True)
-            return triton.refuse(*arguments)
+            return triton.refuse(*op.bind(q[:images], None, q[:images], k[:images], k[:images], 2))
 
         assert "there are 65536 texts" in refuses(65536)
         assert refuses(65535) is None

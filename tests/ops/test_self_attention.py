@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops.self_attention import _check
 
 from .attention_cases import assert_close, error, make_qkv, probabilities
 from .on_device import ops
@@ -262,8 +261,9 @@ def test_meta_tensors_have_shapes() -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
-    arguments = _check(*make_qkv(2, 11, 7, 2, 4, dtype=dtype), 2, out=torch.zeros(2, 11, 8, dtype=dtype))
-    torch.library.opcheck(torch.ops.vpd_fast.self_attention.default, (*arguments, "auto"))
+    op = ops.registry()["self_attention"]
+    (call,) = op.bind(*make_qkv(2, 11, 7, 2, 4, dtype=dtype), 2, out=torch.zeros(2, 11, 8, dtype=dtype))
+    torch.library.opcheck(torch.ops.vpd_fast.self_attention.default, (*op.flatten(call), "auto"))
 
 
 def test_torch_compile() -> None:

@@ -31,9 +31,14 @@ class Categories:
         return one_hot.to(dtype) * self.weights.to(dtype)
 
 
+def category_addresses(categories: Categories | None) -> tuple[int, int] | None:
+    """Addresses of ids and weights, as native kernels take them."""
+    return None if categories is None else (categories.ids.data_ptr(), categories.weights.data_ptr())
+
+
 # Making them reads the ids, which on a GPU waits for it; a model asks for the same ones in every layer. What is kept
 # with them tells whether the ids changed: a copy, or on a GPU PyTorch's count of its own writes.
-_MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def categories_of(ids: torch.Tensor, count: int, mean: bool) -> Categories:
@@ -44,13 +49,13 @@ def categories_of(ids: torch.Tensor, count: int, mean: bool) -> Categories:
     on_cpu = ids.device.type == "cpu"
     if not on_cpu and ids.is_inference():  # has no count of writes
         return _make(ids, count, mean)
-    state, made = _MADE.get(ids, (None, {}))
+    state, cached = _CACHE.get(ids, (None, {}))
     if state is None or not (torch.equal(ids, state) if on_cpu else ids._version == state):
-        made = {}
-        _MADE[ids] = (ids.detach().clone() if on_cpu else ids._version, made)
-    if (count, mean) not in made:
-        made[count, mean] = _make(ids, count, mean)
-    return made[count, mean]
+        cached = {}
+        _CACHE[ids] = (ids.detach().clone() if on_cpu else ids._version, cached)
+    if (count, mean) not in cached:
+        cached[count, mean] = _make(ids, count, mean)
+    return cached[count, mean]
 
 
 def _make(ids: torch.Tensor, count: int, mean: bool) -> Categories:

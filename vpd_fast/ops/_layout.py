@@ -32,3 +32,13 @@ def leading_strides(x: Tensor) -> tuple[int, ...]:
 def dtype_name(x: Tensor) -> str:
     """Name of the dtype as native code knows it, such as "float32"."""
     return str(x.dtype).removeprefix("torch.")
+
+
+def address_and_strides(maps: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """Address and strides of maps (B, N, M), taken as (B, 1, N, M), or of (B, heads, N, M)."""
+    if maps is None:
+        return None
+    if maps.dim() == 4:
+        return maps.data_ptr(), maps.stride()
+    batch, row, column = maps.stride()
+    return maps.data_ptr(), (batch, 0, row, column)

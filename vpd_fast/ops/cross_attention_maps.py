@@ -18,19 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.ops._attention import IMPLEMENTATIONS, Problem, Run, autocast_enabled, solve_problem
+from vpd_fast.ops._attention import (
+    IMPLEMENTATIONS,
+    CrossAttentionMapsArguments,
+    CrossAttentionMapsIntoArguments,
+    Run,
+    autocast_enabled,
+    solve,
+)
 from vpd_fast.ops._attention_checks import (
     check_addend,
     check_attention,
     check_categories,
     check_flag,
+    check_not_expanded,
     check_number,
     flat_maps,
     maps_dtype,
 )
-from vpd_fast.ops._categories import categories_of
-from vpd_fast.ops._checks import FLOATS, check, check_impl
+from vpd_fast.ops._checks import FLOATS, check
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
+from vpd_fast.ops.cross_attention_maps_backward import (
+    CROSS_ATTENTION_MAPS_BACKWARD,
+    CrossAttentionMapsBackwardArguments,
+)
 
 
 def cross_attention_maps(
@@ -73,19 +84,29 @@ def cross_attention_maps(
         >>> out, maps = cross_attention_maps(q, k, v, heads=8)
         >>> maps.sum(-1)  # ones
     """
-    arguments = _check(
-        *_autocast(q, k, v),
-        heads,
-        scale,
-        categories,
-        num_categories,
-        reduce,
+    q, k, v = _autocast(q, k, v)
+    scale = check_attention(q, k, v, heads, scale)
+    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    check_flag("need_maps", need_maps)
+    check_flag("average_heads", average_heads)
+    shape = (q.shape[0], q.shape[1], count) if average_heads else (q.shape[0], heads, q.shape[1], count)
+    check(need_maps or addend is None, "addend needs need_maps=True")
+    check_addend(addend, shape, maps_dtype(q), q.device)
+    arguments = CrossAttentionMapsArguments(
+        q=q,
+        k=k,
+        v=v,
+        heads=heads,
+        scale=scale,
+        ids=ids,
+        num_maps=count,
+        mean=mean,
+        weight=check_number("weight", weight),
+        addend=addend,
         need_maps=need_maps,
         average_heads=average_heads,
-        weight=weight,
-        addend=addend,
     )
-    out, maps = torch.ops.vpd_fast.cross_attention_maps(*arguments, check_impl(impl))
+    out, maps = CROSS_ATTENTION_MAPS(arguments, impl)
     if not need_maps:
         return out, None
     return out, maps if map_grad else maps.detach()
@@ -123,29 +144,34 @@ def cross_attention_maps_into(
         >>> for i, (q, k, v) in enumerate(layers):  # the mean over layers, on the fly
         ...     out = cross_attention_maps_into(q, k, v, sums, heads=8, weight=1 / len(layers), accumulate=i > 0)
     """
-    arguments = _check_into(
-        *_autocast(q, k, v),
-        into,
-        heads,
-        scale,
-        categories,
-        num_categories,
-        reduce,
-        weight=weight,
-        accumulate=accumulate,
-        addend=addend,
+    q, k, v = _autocast(q, k, v)
+    scale = check_attention(q, k, v, heads, scale)
+    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    check_flag("accumulate", accumulate)
+    into = flat_maps(into, q, count)
+    check(into.device == q.device, f"into must be on {q.device} as q is, got {into.device}")
+    check(not into.requires_grad, "into must not require gradients: the maps carry none")
+    check_not_expanded("into", into)
+    check(
+        not accumulate or into.dtype == maps_dtype(q),
+        f"accumulate=True needs into in {maps_dtype(q)}, got {into.dtype}: each addition would be rounded",
     )
-    q, k, v, into, addend, *rest = arguments
+    check(not accumulate or addend is None, "give either accumulate=True or an addend")
+    check_addend(addend, tuple(into.shape), maps_dtype(q), q.device)
+    shared = {"q": q, "k": k, "v": v, "heads": heads, "scale": scale, "ids": ids, "num_maps": count, "mean": mean}
+    shared["weight"] = check_number("weight", weight)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        out, maps = torch.ops.vpd_fast.cross_attention_maps(q, k, v, addend, *rest[:-1], True, True, check_impl(impl))
+        functional = CrossAttentionMapsArguments(**shared, addend=addend, need_maps=True, average_heads=True)
+        out, maps = CROSS_ATTENTION_MAPS(functional, impl)
         with torch.no_grad():
             into.add_(maps) if accumulate else into.copy_(maps)
         return out
-    return torch.ops.vpd_fast.cross_attention_maps_into(*arguments, check_impl(impl))
+    arguments = CrossAttentionMapsIntoArguments(**shared, base=addend, into=into, accumulate=accumulate)
+    return CROSS_ATTENTION_MAPS_INTO(arguments, impl)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """As the matrix multiplications of attention would be under autocast; anything else is left for the checks."""
+    """Casts tensors as autocast would for matrix multiplications; anything else is left for the checks."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not autocast_enabled(first.device):
         return tensors
@@ -153,150 +179,84 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS else t for t in tensors)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    scale: float | None = None,
-    categories: Tensor | Sequence[int] | None = None,
-    num_categories: int | None = None,
-    reduce: str = "mean",
-    map_grad: bool = False,
-    *,
-    need_maps: bool = True,
-    average_heads: bool = True,
-    weight: float = 1.0,
-    addend: Tensor | None = None,
-) -> tuple:
-    scale = check_attention(q, k, v, heads, scale)
-    categories, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
-    check_flag("need_maps", need_maps)
-    check_flag("average_heads", average_heads)
-    shape = (q.shape[0], q.shape[1], count) if average_heads else (q.shape[0], heads, q.shape[1], count)
-    check(need_maps or addend is None, "addend needs need_maps=True")
-    check_addend(addend, shape, maps_dtype(q), q.device)
-    weight = check_number("weight", weight)
-    return q, k, v, addend, categories, heads, scale, weight, count, mean, need_maps, average_heads
-
-
-def _check_into(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    into: Tensor,
-    heads: int,
-    scale: float | None = None,
-    categories: Tensor | Sequence[int] | None = None,
-    num_categories: int | None = None,
-    reduce: str = "mean",
-    *,
-    weight: float = 1.0,
-    accumulate: bool = False,
-    addend: Tensor | None = None,
-) -> tuple:
-    scale = check_attention(q, k, v, heads, scale)
-    categories, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
-    check_flag("accumulate", accumulate)
-    into = flat_maps(into, q, count)
-    check(into.device == q.device, f"into must be on {q.device} as q is, got {into.device}")
-    check(not into.requires_grad, "into must not require gradients: the maps carry none")
-    check(
-        all(size <= 1 or stride != 0 for size, stride in zip(into.shape, into.stride(), strict=True)),
-        f"into must not be expanded: its elements share memory (shape {tuple(into.shape)}, strides {into.stride()})",
-    )
-    check(
-        not accumulate or into.dtype == maps_dtype(q),
-        f"accumulate=True needs into in {maps_dtype(q)}, got {into.dtype}: each addition would be rounded",
-    )
-    check(not accumulate or addend is None, "give either accumulate=True or an addend")
-    check_addend(addend, tuple(into.shape), maps_dtype(q), q.device)
-    weight = check_number("weight", weight)
-    return q, k, v, into, addend, categories, heads, scale, weight, count, mean, accumulate
-
-
-def _functional(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
-    def solve(*args: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, addend, categories, heads, scale, weight, num_maps, mean, need_maps, average_heads = args
-        out, maps = _fake(*args)
-        made = None if categories is None else categories_of(categories, num_maps, mean)
-        problem = Problem(q, k, v, addend, made, heads, scale, weight, average_heads)
-        solve_problem(run, problem, out, maps if need_maps else None)
+def _functional(run: Run) -> Callable[[CrossAttentionMapsArguments], tuple[Tensor, Tensor]]:
+    def allocate_and_run(call: CrossAttentionMapsArguments) -> tuple[Tensor, Tensor]:
+        out, maps = _fake(call)
+        solve(run, call, out, maps if call.need_maps else None)
         return out, maps
 
-    return solve
+    return allocate_and_run
 
 
-def _into(run: Run) -> Callable[..., Tensor]:
-    def solve(*args: Any) -> Tensor:
-        q, k, v, into, addend, categories, heads, scale, weight, num_maps, mean, accumulate = args
-        out = q.new_empty(q.shape)
-        made = None if categories is None else categories_of(categories, num_maps, mean)
-        problem = Problem(q, k, v, into if accumulate else addend, made, heads, scale, weight, True)
-        solve_problem(run, problem, out, into)
+def _into(run: Run) -> Callable[[CrossAttentionMapsIntoArguments], Tensor]:
+    def allocate_and_run(call: CrossAttentionMapsIntoArguments) -> Tensor:
+        out = _fake_into(call)
+        solve(run, call, out, call.into)
         return out
 
-    return solve
+    return allocate_and_run
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q, _, _, _, _, heads, _, _, num_maps, _, need_maps, average_heads = args[:12]
-    batch, length, _ = q.shape
-    shape = (batch, length, num_maps) if average_heads else (batch, heads, length, num_maps)
-    return q.new_empty(q.shape), q.new_empty(shape if need_maps else (0,), dtype=maps_dtype(q))
+def _fake(call: CrossAttentionMapsArguments) -> tuple[Tensor, Tensor]:
+    batch, queries, _ = call.q.shape
+    shape = (batch, queries, call.num_maps) if call.average_heads else (batch, call.heads, queries, call.num_maps)
+    return call.q.new_empty(call.q.shape), call.q.new_empty(shape if call.need_maps else (0,), dtype=maps_dtype(call.q))
 
 
-def _implementations(make: Callable[[Run], Callable[..., Any]], heads: int) -> tuple[Implementation, ...]:
-    """heads: position of that argument in the operator's."""
-    return tuple(
-        Implementation(name, make(run), lambda *args, refuse=refuse: refuse(*args[:3], args[heads]))
-        for name, run, refuse in IMPLEMENTATIONS
-    )
+def _fake_into(call: CrossAttentionMapsIntoArguments) -> Tensor:
+    return call.q.new_empty(call.q.shape)
 
 
-_ARGUMENTS = "Tensor? addend, Tensor? categories, int heads, float scale, float weight, SymInt num_maps, bool mean"
-
-register(
+CROSS_ATTENTION_MAPS = register(
     Op(
-        name="cross_attention_maps",
-        arguments=f"Tensor q, Tensor k, Tensor v, {_ARGUMENTS}, bool need_maps, bool average_heads",
+        "cross_attention_maps",
+        CrossAttentionMapsArguments,
+        public=cross_attention_maps,
         returns="(Tensor, Tensor)",
         fake=_fake,
-        check=_check,
-        implementations=_implementations(_functional, heads=5),
+        implementations=tuple(Implementation(name, _functional(run), refuse) for name, run, refuse in IMPLEMENTATIONS),
     )
 )
 
-register(
+CROSS_ATTENTION_MAPS_INTO = register(
     Op(
-        name="cross_attention_maps_into",
-        arguments=f"Tensor q, Tensor k, Tensor v, Tensor(a!) into, {_ARGUMENTS}, bool accumulate",
+        "cross_attention_maps_into",
+        CrossAttentionMapsIntoArguments,
+        public=cross_attention_maps_into,
         returns="Tensor",
-        fake=lambda q, *_: q.new_empty(q.shape),
-        check=_check_into,
-        implementations=_implementations(_into, heads=6),
+        fake=_fake_into,
+        implementations=tuple(Implementation(name, _into(run), refuse) for name, run, refuse in IMPLEMENTATIONS),
     )
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, _, categories, *ctx.options, _, ctx.average_heads, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, categories)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *flat, ctx.impl = inputs
+    call = CrossAttentionMapsArguments(*flat)
+    ctx.save_for_backward(call.q, call.k, call.v, call.ids)
+    names = ("heads", "scale", "num_maps", "mean", "weight", "average_heads")
+    ctx.options = {name: getattr(call, name) for name in names}
     ctx.set_materialize_grads(False)
 
 
-# Implementations that have a backward of their own; those of the others is chosen.
+# Implementations that have a backward of their own; that of the others is chosen.
 _BACKWARD = {name: name for name in ("cpu", "triton", "reference")}
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple:
-    q, k, v, categories = ctx.saved_tensors
-    grads = (None, None, None)
-    if any(ctx.needs_input_grad[:3]) and (grad_out is not None or grad_maps is not None):
-        grads = torch.ops.vpd_fast.cross_attention_maps_backward(
-            grad_out, grad_maps, q, k, v, categories, *ctx.options, ctx.average_heads, _BACKWARD.get(ctx.impl, "auto")
+def _backward(ctx: Any, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, ids = ctx.saved_tensors
+    names = CrossAttentionMapsArguments.__match_args__
+    needed = dict(zip(names, ctx.needs_input_grad, strict=False))
+    grads: dict[str, Tensor | None] = dict.fromkeys((*names, "impl"))
+    if (needed["q"] or needed["k"] or needed["v"]) and (grad_out is not None or grad_maps is not None):
+        arguments = CrossAttentionMapsBackwardArguments(
+            q=q, k=k, v=v, ids=ids, grad_out=grad_out, grad_maps=grad_maps, **ctx.options
         )
-    return (*grads, grad_maps if ctx.needs_input_grad[3] else None, *(None,) * 9)
+        impl = _BACKWARD.get(ctx.impl, "auto")
+        grads["q"], grads["k"], grads["v"] = CROSS_ATTENTION_MAPS_BACKWARD(arguments, impl)
+    if needed["addend"]:
+        grads["addend"] = grad_maps
+    return tuple(grads.values())
 
 
 torch.library.register_autograd("vpd_fast::cross_attention_maps", _backward, setup_context=_setup_context, lib=LIBRARY)

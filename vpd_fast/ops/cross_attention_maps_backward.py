@@ -8,6 +8,7 @@ With t = weight * grad_maps G^T (over heads, if the maps are their mean), the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +16,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops._attention import (
-    Problem,
-    address_and_strides,
-    cpu_refuses,
-    image_and_row_strides,
-    last_contiguous,
-    no_autocast,
-    triton_refuses,
-)
+from vpd_fast.ops._attention import MapsArguments, cpu_refuses, kernel_options, no_autocast, triton_refuses
 from vpd_fast.ops._attention_checks import (
     check_attention,
     check_categories,
@@ -31,9 +24,10 @@ from vpd_fast.ops._attention_checks import (
     check_number,
     maps_dtype,
 )
-from vpd_fast.ops._categories import categories_of
-from vpd_fast.ops._checks import check, check_impl, check_tensor
-from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, never_refuses, register
+from vpd_fast.ops._categories import category_addresses
+from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
+from vpd_fast.ops._layout import address_and_strides, last_contiguous, leading_strides
 
 
 def cross_attention_maps_backward(
@@ -61,40 +55,8 @@ def cross_attention_maps_backward(
     There are no second derivatives.
     Raises InputError for wrong shapes, dtypes, devices, categories or impl.
     """
-    arguments = _check(
-        grad_out,
-        grad_maps,
-        q,
-        k,
-        v,
-        heads,
-        scale,
-        categories,
-        num_categories,
-        reduce,
-        average_heads=average_heads,
-        weight=weight,
-    )
-    return torch.ops.vpd_fast.cross_attention_maps_backward(*arguments, check_impl(impl))
-
-
-def _check(
-    grad_out: Tensor | None,
-    grad_maps: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    scale: float | None = None,
-    categories: Tensor | Sequence[int] | None = None,
-    num_categories: int | None = None,
-    reduce: str = "mean",
-    *,
-    average_heads: bool = True,
-    weight: float = 1.0,
-) -> tuple:
     scale = check_attention(q, k, v, heads, scale)
-    categories, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
     batch, length, width = q.shape
     check(grad_out is not None or grad_maps is not None, "grad_out and grad_maps are both None")
     if grad_out is not None:
@@ -107,19 +69,45 @@ def _check(
     for name, grad in (("grad_out", grad_out), ("grad_maps", grad_maps)):
         check(grad is None or grad.device == q.device, f"{name} must be on {q.device} as q is")
     check_flag("average_heads", average_heads)
-    weight = check_number("weight", weight)
-    return grad_out, grad_maps, q, k, v, categories, heads, scale, weight, count, mean, average_heads
+    arguments = CrossAttentionMapsBackwardArguments(
+        q=q,
+        k=k,
+        v=v,
+        heads=heads,
+        scale=scale,
+        ids=ids,
+        num_maps=count,
+        mean=mean,
+        weight=check_number("weight", weight),
+        grad_out=grad_out,
+        grad_maps=grad_maps,
+        average_heads=average_heads,
+    )
+    return CROSS_ATTENTION_MAPS_BACKWARD(arguments, impl)
+
+
+@dataclass(frozen=True)
+class CrossAttentionMapsBackwardArguments(MapsArguments):
+    """Arguments of the operator; see the public function."""
+
+    grad_out: Tensor | None
+    grad_maps: Tensor | None
+    average_heads: bool
+
+    @property
+    def head_weight(self) -> float:
+        """Weight of each head's probabilities in the maps."""
+        return self.weight / self.heads if self.average_heads else self.weight
 
 
 # Each implementation fills dq, dk and dv, which are contiguous.
-Run = Callable[["Tensor | None", "Tensor | None", Problem, Tensor, Tensor, Tensor], None]
+Run = Callable[[CrossAttentionMapsBackwardArguments, Tensor, Tensor, Tensor], None]
 
 
-def _reference(
-    grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
+def _reference(p: CrossAttentionMapsBackwardArguments, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    grad_maps = p.grad_maps
     if grad_maps is not None:
-        grad_maps = grad_maps * (p.weight / p.heads if p.average_heads else p.weight)
+        grad_maps = grad_maps * p.head_weight
         if p.categories is not None:
             grad_maps = grad_maps @ p.categories.matrix(grad_maps.dtype).T
 
@@ -131,8 +119,8 @@ def _reference(
         q, k, v = (x.to(maps_dtype(p.q)) for x in slices(head, p.q, p.k, p.v))
         probabilities = torch.softmax(q @ k.transpose(-2, -1) * p.scale, dim=-1)
         grad_probabilities = torch.zeros_like(probabilities)
-        if grad_out is not None:
-            (do,) = (x.to(q.dtype) for x in slices(head, grad_out))
+        if p.grad_out is not None:
+            (do,) = (x.to(q.dtype) for x in slices(head, p.grad_out))
             grad_probabilities += do @ v.transpose(-2, -1)
             grad_v = probabilities.transpose(-2, -1) @ do
         else:
@@ -148,23 +136,22 @@ def _reference(
             target.copy_(grad.sum(0, keepdim=True) if shared else grad)
 
 
-def _cpu(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _cpu(p: CrossAttentionMapsBackwardArguments, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     # There are no kernels for 16 bits: in training on a CPU, weights and what is added up are float32.
-    q, k, v = (last_contiguous(x).float() for x in (p.q, p.k, p.v))
+    q, k, v = (x.float() for x in p.contiguous_qkv)
     grads = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in (dq, dk, dv)]
-    if grad_out is not None:
-        grad_out = last_contiguous(grad_out).float()
+    grad_out = None if p.grad_out is None else last_contiguous(p.grad_out).float()
     _native.load("_C").cross_attention_maps_backward(
         (q.data_ptr(), k.data_ptr(), v.data_ptr()),
         (q.shape[0], k.shape[0], q.shape[1], k.shape[1], p.heads, q.shape[2] // p.heads),
-        tuple(image_and_row_strides(x) for x in (q, k, v)),
-        None if grad_out is None else (grad_out.data_ptr(), image_and_row_strides(grad_out)),
-        address_and_strides(grad_maps),
+        tuple(leading_strides(x) for x in (q, k, v)),
+        None if grad_out is None else (grad_out.data_ptr(), leading_strides(grad_out)),
+        address_and_strides(p.grad_maps),
         tuple(grad.data_ptr() for grad in grads),
-        None if p.categories is None else (p.categories.ids.data_ptr(), p.categories.weights.data_ptr()),
-        0 if grad_maps is None else grad_maps.shape[-1],
+        category_addresses(p.categories),
+        0 if p.grad_maps is None else p.grad_maps.shape[-1],
         p.scale,
-        p.weight / p.heads if p.average_heads else p.weight,
+        p.head_weight,
         torch.get_num_threads(),
         _native.isa(),
     )
@@ -173,64 +160,48 @@ def _cpu(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tens
             target.copy_(grad)
 
 
-def _triton(grad_out: Tensor | None, grad_maps: Tensor | None, p: Problem, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _triton(p: CrossAttentionMapsBackwardArguments, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     from vpd_fast.kernels import cross_attention_maps_backward as kernels
 
-    if grad_out is not None:
-        grad_out = last_contiguous(grad_out)
-    q, k, v = (last_contiguous(x) for x in (p.q, p.k, p.v))
-    kernels.backward(grad_out, grad_maps, q, k, v, dq, dk, dv, **p.for_kernels())
+    kernels.backward(last_contiguous(p.grad_out), p.grad_maps, *p.contiguous_qkv, dq, dk, dv, **kernel_options(p))
 
 
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
-    reason = triton_refuses(q, k, v, heads)
+def _triton_refuses(p: CrossAttentionMapsBackwardArguments) -> str | None:
+    reason = triton_refuses(p)
     if reason is not None:
         return reason
     from vpd_fast.kernels import cross_attention_maps_backward as kernels
 
-    return kernels.refuse(q, k, v, heads)
+    return kernels.refuse(p.q, p.k, p.v, p.heads)
 
 
-_IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[..., str | None]], ...] = (
-    ("cpu", _cpu, cpu_refuses),
-    ("triton", _triton, _triton_refuses),
-    ("reference", _reference, never_refuses),
-)
+def _fake(p: CrossAttentionMapsBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    return p.q.new_empty(p.q.shape), p.k.new_empty(p.k.shape), p.v.new_empty(p.v.shape)
 
 
-def _solver(run: Run) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def solve(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, grad_maps, q, k, v, categories, heads, scale, weight, num_maps, mean, average_heads = args
-        grads = _fake(*args)
-        made = None if categories is None else categories_of(categories, num_maps, mean)
-        problem = Problem(q, k, v, None, made, heads, scale, weight, average_heads)
-        if not q.numel():
-            return tuple(grad.zero_() for grad in grads)
-        with no_autocast(q.device):
-            run(grad_out, grad_maps, problem, *grads)
-        return grads
+def _allocating(run: Run) -> Callable[[CrossAttentionMapsBackwardArguments], tuple[Tensor, Tensor, Tensor]]:
+    def allocate_and_run(p: CrossAttentionMapsBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _fake(p)
+        if not p.q.numel():
+            return dq.zero_(), dk.zero_(), dv.zero_()
+        with no_autocast(p.q.device):
+            run(p, dq, dk, dv)
+        return dq, dk, dv
 
-    return solve
+    return allocate_and_run
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, q, k, v = args[:5]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-register(
+CROSS_ATTENTION_MAPS_BACKWARD = register(
     Op(
-        name="cross_attention_maps_backward",
-        arguments=(
-            "Tensor? grad_out, Tensor? grad_maps, Tensor q, Tensor k, Tensor v, Tensor? categories, "
-            "int heads, float scale, float weight, SymInt num_maps, bool mean, bool average_heads"
-        ),
+        "cross_attention_maps_backward",
+        CrossAttentionMapsBackwardArguments,
+        public=cross_attention_maps_backward,
         returns="(Tensor, Tensor, Tensor)",
         fake=_fake,
-        check=_check,
-        implementations=tuple(
-            Implementation(name, _solver(run), lambda *args, refuse=refuse: refuse(*args[2:5], args[6]))
-            for name, run, refuse in _IMPLEMENTATIONS
+        implementations=(
+            Implementation("cpu", _allocating(_cpu), cpu_refuses),
+            Implementation("triton", _allocating(_triton), _triton_refuses),
+            Implementation("reference", _allocating(_reference)),
         ),
     )
 )

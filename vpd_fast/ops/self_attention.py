@@ -10,21 +10,23 @@ such numbers, the probabilities are rounded to bfloat16 for the second product, 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._attention import image_and_row_strides, last_contiguous, no_autocast, split_heads, triton_refuses
-from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
-from vpd_fast.ops._checks import check, check_impl, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._attention import AttentionArguments, no_autocast, split_heads, triton_refuses
+from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, check_not_expanded, maps_dtype
+from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, register
+from vpd_fast.ops._layout import dtype_name, leading_strides
 from vpd_fast.ops.availability import triton_missing
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-SDPA_SCORES = 1 << 28  # at a time, where PyTorch has no kernel that does without a matrix of them
+MAX_SDPA_SCORES = 1 << 28  # at a time, where PyTorch's only kernels need a matrix of scores
 
 
 def self_attention(
@@ -54,12 +56,6 @@ def self_attention(
         >>> q, k, v = qkv.chunk(3, dim=-1)
         >>> out = self_attention(q, k, v, heads=8)
     """
-    arguments = _check(q, k, v, heads, scale, out)
-    torch.ops.vpd_fast.self_attention(*arguments, check_impl(impl))
-    return arguments[3]
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None, out: Tensor | None = None) -> tuple:
     scale = check_attention(q, k, v, heads, scale)
     if out is None:
         out = q.new_empty(q.shape)
@@ -69,84 +65,90 @@ def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = No
         out.dtype == q.dtype and out.device == q.device,
         f"out must be {q.dtype} on {q.device} as q is, got {out.dtype} on {out.device}",
     )
-    check(
-        all(size <= 1 or stride != 0 for size, stride in zip(out.shape, out.stride(), strict=True)),
-        f"out must not be expanded: its elements share memory (shape {tuple(out.shape)}, strides {out.stride()})",
-    )
+    check_not_expanded("out", out)
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
         check(
             not (torch.is_grad_enabled() and tensor.requires_grad),
             f"{name} requires gradients, which self_attention does not compute: call it under torch.no_grad()",
         )
-    return q, k, v, out, heads, scale
+    SELF_ATTENTION(SelfAttentionArguments(q=q, k=k, v=v, heads=heads, scale=scale, out=out), impl)
+    return out
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
-    with no_autocast(q.device):
-        q, k, v = (split_heads(x, heads, maps_dtype(q)) for x in (q, k, v))
-        probabilities = torch.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
-        out.copy_((probabilities @ v).transpose(1, 2).flatten(2))
+@dataclass(frozen=True)
+class SelfAttentionArguments(AttentionArguments):
+    """Arguments of the operator; see the public function."""
+
+    out: Annotated[Tensor, WRITTEN]
 
 
-def _cpu_refuses(q: Tensor, *_: Any) -> str | None:
-    if q.device.type != "cpu":
-        return f"q is on {q.device}, not on the CPU"
-    if q.dtype not in CPU_DTYPES:
-        return f"q is {q.dtype}, not {' or '.join(map(str, CPU_DTYPES))}"
+def _reference(call: SelfAttentionArguments) -> None:
+    with no_autocast(call.q.device):
+        q, k, v = (split_heads(x, call.heads, maps_dtype(call.q)) for x in (call.q, call.k, call.v))
+        probabilities = torch.softmax(q @ k.transpose(-2, -1) * call.scale, dim=-1)
+        call.out.copy_((probabilities @ v).transpose(1, 2).flatten(2))
+
+
+def _cpu_refuses(call: SelfAttentionArguments) -> str | None:
+    if call.q.device.type != "cpu":
+        return f"q is on {call.q.device}, not on the CPU"
+    if call.q.dtype not in CPU_DTYPES:
+        return f"q is {call.q.dtype}, not {' or '.join(map(str, CPU_DTYPES))}"
     return _native.why_missing("_C")
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
-    if not out.numel():
+def _cpu(call: SelfAttentionArguments) -> None:
+    if not call.out.numel():
         return
-    q, k, v = (last_contiguous(x) for x in (q, k, v))
-    result = out if out.stride(-1) == 1 else torch.empty(out.shape, dtype=out.dtype)
-    tensors = (q, k, v, result)
+    result = call.out if call.out.stride(-1) == 1 else torch.empty(call.out.shape, dtype=call.out.dtype)
+    tensors = (*call.contiguous_qkv, result)
+    batch, *sizes = call.sizes
     _native.load("_C").self_attention(
         tuple(x.data_ptr() for x in tensors),
-        str(q.dtype).removeprefix("torch."),
-        (q.shape[0], k.shape[0], q.shape[1], k.shape[1], heads, q.shape[2] // heads),
-        tuple(image_and_row_strides(x) for x in tensors),
-        scale,
+        dtype_name(call.q),
+        (batch, call.k.shape[0], *sizes),
+        tuple(leading_strides(x) for x in tensors),
+        call.scale,
         torch.get_num_threads(),
         _native.isa(),
     )
-    if result is not out:
-        out.copy_(result)
+    if result is not call.out:
+        call.out.copy_(result)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
+def _triton(call: SelfAttentionArguments) -> None:
+    out = call.out
     if not out.numel():
         return
     from vpd_fast.kernels import cross_attention_maps as narrow
     from vpd_fast.kernels import self_attention as wide
 
-    q, k, v = (last_contiguous(x) for x in (q, k, v))
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    if q.shape[2] // heads > narrow.MAX_HEAD_DIM:
-        wide.forward(q, k, v, result, heads=heads, scale=scale)
+    if call.sizes[-1] > narrow.MAX_HEAD_DIM:
+        wide.forward(*call.contiguous_qkv, result, heads=call.heads, scale=call.scale)
     else:
-        options = {"heads": heads, "scale": scale, "weight": 1.0, "categories": None, "average_heads": True}
-        narrow.forward(q, k, v, result, None, None, **options)
+        options = {"heads": call.heads, "scale": call.scale, "weight": 1.0, "categories": None, "average_heads": True}
+        narrow.forward(*call.contiguous_qkv, result, None, None, **options)
     if result is not out:
         out.copy_(result)
 
 
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> str | None:
-    if q.dtype == torch.float64:
+def _triton_refuses(call: SelfAttentionArguments) -> str | None:
+    if call.q.dtype == torch.float64:
         return "q is float64"
-    reason = triton_missing(q, "q")
+    reason = triton_missing(call.q, "q")
     if reason is not None:
         return reason
     from vpd_fast.kernels import cross_attention_maps as narrow
     from vpd_fast.kernels import self_attention as wide
 
-    if q.shape[2] // heads > narrow.MAX_HEAD_DIM:
-        return wide.refuse(q, k, v)
-    return triton_refuses(q, k, v, heads)
+    if call.sizes[-1] > narrow.MAX_HEAD_DIM:
+        return wide.refuse(call.q, call.k, call.v)
+    return triton_refuses(call)
 
 
-def _sdpa_refuses(q: Tensor, *_: Any) -> str | None:
+def _sdpa_refuses(call: SelfAttentionArguments) -> str | None:
+    q = call.q
     if q.device.type not in ("cpu", "cuda"):
         return f"q is on {q.device}, neither on the CPU nor on a GPU"
     # PyTorch has only the reference's way for it on a GPU; float64 is for exactness, so it goes there everywhere.
@@ -154,38 +156,36 @@ def _sdpa_refuses(q: Tensor, *_: Any) -> str | None:
 
 
 def _sdpa_dtype(q: Tensor) -> torch.dtype:
-    """PyTorch's kernels without a matrix of scores take bfloat16 on newer GPUs only, float32 on all."""
+    """Returns float32 for bfloat16 on old GPUs, where PyTorch's kernels without a matrix of scores refuse it."""
     old = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)
     return torch.float32 if old and q.dtype == torch.bfloat16 else q.dtype
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float) -> None:
+def _sdpa(call: SelfAttentionArguments) -> None:
+    q, k, out, heads = call.q, call.k, call.out, call.heads
     if not out.numel():
         return
-    dim = q.shape[2] // heads
+    dim = call.sizes[-1]
     queries = q if k.shape[0] == q.shape[0] else q.reshape(1, -1, q.shape[2])  # of all images, if they share keys
     with no_autocast(q.device):
         # Some of PyTorch's kernels take heads of whole 16 bytes only; zeros add nothing to a score.
-        queries, keys, values = (F.pad(split_heads(x, heads, _sdpa_dtype(q)), (0, -dim % 8)) for x in (queries, k, v))
-        at_once = max(1, SDPA_SCORES // (queries.shape[0] * heads * k.shape[1]))
+        queries, keys, values = (
+            F.pad(split_heads(x, heads, _sdpa_dtype(q)), (0, -dim % 8)) for x in (queries, k, call.v)
+        )
+        at_once = max(1, MAX_SDPA_SCORES // (queries.shape[0] * heads * k.shape[1]))
         parts = [
-            F.scaled_dot_product_attention(part, keys, values, scale=scale) for part in queries.split(at_once, dim=2)
+            F.scaled_dot_product_attention(part, keys, values, scale=call.scale)
+            for part in queries.split(at_once, dim=2)
         ]
         result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         out.copy_(result[..., :dim].transpose(1, 2).reshape(out.shape))
 
 
-def _fake(*_: Any) -> None:
-    """Nothing is returned."""
-
-
-register(
+SELF_ATTENTION = register(
     Op(
-        name="self_attention",
-        arguments="Tensor q, Tensor k, Tensor v, Tensor(a!) out, int heads, float scale",
-        returns="()",
-        fake=_fake,
-        check=_check,
+        "self_attention",
+        SelfAttentionArguments,
+        public=self_attention,
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
