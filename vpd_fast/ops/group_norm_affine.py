@@ -10,19 +10,21 @@ and so do deviations from the mean beyond 1e18, whose squares are beyond float32
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import FLOATS, check, check_impl, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._checks import FLOATS, check, check_tensor
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
+from vpd_fast.ops._layout import contiguous, dtype_name, rows_contiguous
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.statistics import Statistics, check_statistics
 
-SILU_BOTTOM, SILU_LEAST = -1.2784645, -0.27846456  # where SiLU is least, and that value, rounded down
+SILU_ARGMIN, SILU_MIN = -1.2784645, -0.27846456  # where SiLU is least, and that value, rounded down
 
 
 def group_norm_affine(
@@ -54,27 +56,6 @@ def group_norm_affine(
     Returns (B, 2, C) float32: [:, 0] is the scale, [:, 1] the shift. Inference only. Raises InputError for a wrong
     shape, dtype, device, number of groups or impl, and for an input that requires gradients while they are recorded.
     """
-    arguments = _check(
-        *(x, weight, bias, groups, eps, x2),
-        **{"statistics": statistics, "statistics2": statistics2, "ranges": ranges, "silu": silu, "scale": scale},
-    )
-    return torch.ops.vpd_fast.group_norm_affine(*arguments, check_impl(impl))
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    x2: Tensor | None = None,
-    *,
-    statistics: Statistics | None = None,
-    statistics2: Statistics | None = None,
-    ranges: Tensor | None = None,
-    silu: bool = False,
-    scale: Tensor | None = None,
-) -> tuple:
     check_tensor("x", x, "B H W C1", FLOATS, may_be_empty="B")
     batch, height, width, channels = x.shape
     named = {"weight": weight, "bias": bias}
@@ -108,11 +89,30 @@ def _check(
             not (torch.is_grad_enabled() and tensor.requires_grad),
             f"{name} requires gradients, which group_norm_affine does not compute: call it under torch.no_grad()",
         )
-    return x, weight, bias, groups, float(eps), x2, *known, *known2, ranges, silu, scale
+    arguments = GroupNormAffineArguments(
+        x=x,
+        weight=weight,
+        bias=bias,
+        groups=groups,
+        eps=float(eps),
+        x2=x2,
+        statistics=known[0],
+        run=known[1],
+        statistics2=known2[0],
+        run2=known2[1],
+        ranges=ranges,
+        silu=silu,
+        scale=scale,
+    )
+    return GROUP_NORM_AFFINE(arguments, impl)
 
 
-class _Arguments(NamedTuple):
-    """What the operator takes, in its order; see the public function."""
+@dataclass(frozen=True)
+class GroupNormAffineArguments:
+    """Arguments of the operator; see the public function.
+
+    statistics, statistics2: `Statistics.data` of x and x2, or None; run, run2: the length of their runs of positions.
+    """
 
     x: Tensor
     weight: Tensor
@@ -121,43 +121,43 @@ class _Arguments(NamedTuple):
     eps: float
     x2: Tensor | None
     statistics: Tensor | None
-    run: int
+    run: SymInt
     statistics2: Tensor | None
-    run2: int
-    ranges: Tensor | None
+    run2: SymInt
+    ranges: Annotated[Tensor | None, WRITTEN]
     silu: bool
     scale: Tensor | None
 
     @property
     def sources(self) -> list[Tensor]:
+        """x, and x2 if there is one."""
         return [self.x] if self.x2 is None else [self.x, self.x2]
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], 2, weight.shape[0]), dtype=torch.float32)
+def _fake(call: GroupNormAffineArguments) -> Tensor:
+    return call.x.new_empty((call.x.shape[0], 2, call.weight.shape[0]), dtype=torch.float32)
 
 
-def _reference(*arguments: Any) -> Tensor:
-    call = _Arguments(*arguments)
+def _reference(call: GroupNormAffineArguments) -> Tensor:
     if call.x.shape[0] == 0:  # var_mean warns
-        return _fake(call.x, call.weight)
+        return _fake(call)
     mean, variance, low, high = _statistics(call)
     by_group = (call.groups, -1)
     scale = call.weight.double().unflatten(0, by_group) * (variance + call.eps).rsqrt()[:, :, None]
     shift = call.bias.double().unflatten(0, by_group) - mean[:, :, None] * scale
     scale, shift = scale.flatten(1).float(), shift.flatten(1).float()
     if call.ranges is not None:
-        bad = ~(scale.isfinite() & shift.isfinite()).unflatten(1, by_group).all(2)
-        ends = _next_range((low * scale + shift).float(), (high * scale + shift).float(), call.silu, call.scale)
-        call.ranges[:, 0] = ends[0].unflatten(1, by_group).amin(2).masked_fill(bad, torch.nan)
-        call.ranges[:, 1] = ends[1].unflatten(1, by_group).amax(2).masked_fill(bad, torch.nan)
+        not_finite = ~(scale.isfinite() & shift.isfinite()).unflatten(1, by_group).all(2)
+        bounds = _next_range((low * scale + shift).float(), (high * scale + shift).float(), call.silu, call.scale)
+        call.ranges[:, 0] = bounds[0].unflatten(1, by_group).amin(2).masked_fill(not_finite, torch.nan)
+        call.ranges[:, 1] = bounds[1].unflatten(1, by_group).amax(2).masked_fill(not_finite, torch.nan)
     return torch.stack([scale, shift], dim=1)
 
 
-def _statistics(call: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and variance of the groups (B, groups) in float64, least and largest of the channels (B, C).
+def _statistics(call: GroupNormAffineArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns mean and variance of the groups (B, groups) in float64, minimum and maximum of the channels (B, C).
 
-    Those of a source whose statistics are known follow from them, the others from its numbers.
+    They follow from the statistics of a source where these are given, otherwise from its numbers.
     """
     parts = []
     known = (call.statistics, call.run), (call.statistics2, call.run2)
@@ -181,20 +181,19 @@ def _statistics(call: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean, variance, low, high
 
 
-def _next_range(one: Tensor, other: Tensor, silu: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Least and largest of activation(numbers) * scale, of numbers between `one` and `other`."""
-    low, high = torch.minimum(one, other), torch.maximum(one, other)
+def _next_range(first: Tensor, second: Tensor, silu: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of activation(numbers) * scale over the numbers between `first` and `second`."""
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
     if silu:
-        around = (low < SILU_BOTTOM) & (high > SILU_BOTTOM)
-        one, other = F.silu(low), F.silu(high)
-        low, high = torch.minimum(one, other).masked_fill(around, SILU_LEAST), torch.maximum(one, other)
+        inside = (low < SILU_ARGMIN) & (high > SILU_ARGMIN)  # SiLU's minimum lies between them
+        first, second = F.silu(low), F.silu(high)
+        low, high = torch.minimum(first, second).masked_fill(inside, SILU_MIN), torch.maximum(first, second)
     if scale is not None:
         low, high = torch.minimum(low * scale, high * scale), torch.maximum(low * scale, high * scale)
     return low, high
 
 
-def _cpu_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
+def _cpu_refuses(call: GroupNormAffineArguments) -> str | None:
     if call.x.device.type != "cpu":
         return f"x is on {call.x.device}, not on the CPU"
     if any(x.dtype == torch.float16 for x in call.sources):
@@ -204,16 +203,12 @@ def _cpu_refuses(*arguments: Any) -> str | None:
     return _native.why_missing("_C")
 
 
-def _cpu(*arguments: Any) -> Tensor:
-    call = _Arguments(*arguments)
-    out = _fake(call.x, call.weight)
-    sources = [_rows(source) for source in call.sources]
+def _cpu(call: GroupNormAffineArguments) -> Tensor:
+    out = _fake(call)
+    sources = [rows_contiguous(source) for source in call.sources]
     weight, bias = call.weight.contiguous(), call.bias.contiguous()
     _native.load("_C").group_norm_affine(
-        [
-            (rows.data_ptr(), str(rows.dtype).removeprefix("torch."), rows.shape[2], rows.stride()[:2])
-            for rows in sources
-        ],
+        [(rows.data_ptr(), dtype_name(rows), rows.shape[2], rows.stride()[:2]) for rows in sources],
         tuple(sources[0].shape[:2]),
         call.groups,
         call.eps,
@@ -224,8 +219,7 @@ def _cpu(*arguments: Any) -> Tensor:
     return out
 
 
-def _triton_refuses(*arguments: Any) -> str | None:
-    call = _Arguments(*arguments)
+def _triton_refuses(call: GroupNormAffineArguments) -> str | None:
     reason = triton_missing(call.x)
     if reason is not None:
         return reason
@@ -234,39 +228,34 @@ def _triton_refuses(*arguments: Any) -> str | None:
     return kernels.refuse(call.weight.numel(), call.groups)
 
 
-def _triton(*arguments: Any) -> Tensor:
+def _triton(call: GroupNormAffineArguments) -> Tensor:
     from vpd_fast.kernels import group_norm_affine as kernels
 
-    call = _Arguments(*arguments)
-    out = _fake(call.x, call.weight)
+    out = _fake(call)
     if out.numel():
         known = [(call.statistics, call.run), (call.statistics2, call.run2)]
         kernels.forward(
-            [_rows(source) for source in call.sources],
+            [rows_contiguous(source) for source in call.sources],
             [None if data is None else (data, run) for data, run in known],
-            *(call.weight.contiguous(), call.bias.contiguous(), call.groups, call.eps, out),
-            **{"ranges": call.ranges, "silu": call.silu},
-            scale=None if call.scale is None else call.scale.contiguous(),
+            call.weight.contiguous(),
+            call.bias.contiguous(),
+            call.groups,
+            call.eps,
+            out,
+            ranges=call.ranges,
+            silu=call.silu,
+            scale=contiguous(call.scale),
         )
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, H * W, C) with channels next to each other; the memory of x where its strides allow."""
-    rows = x.flatten(1, 2)
-    return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
-
-
-register(
+GROUP_NORM_AFFINE = register(
     Op(
-        name="group_norm_affine",
-        arguments=(
-            "Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? x2, Tensor? statistics, SymInt run, "
-            "Tensor? statistics2, SymInt run2, Tensor(a!)? ranges, bool silu, Tensor? scale"
-        ),
+        "group_norm_affine",
+        GroupNormAffineArguments,
+        public=group_norm_affine,
         returns="Tensor",
         fake=_fake,
-        check=_check,
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),

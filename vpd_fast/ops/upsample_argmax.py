@@ -1,6 +1,6 @@
 """Argmax over channels of bilinearly resized logits, without the resized logits.
 
-The two operators differ only in their taps (see `taps.py`): `upsample_argmax` resizes one map, and
+The two operators differ only in their weights (see `resampling.py`): `upsample_argmax` resizes one map, and
 `upsample_argmax_windows` merges the maps of a sliding window and resizes the result. On a GPU the CUDA C++ kernel comes
 first, because it starts without compiling; the Triton kernel serves installations without it, and any number of taps.
 
@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import check, check_impl, check_size, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._checks import check, check_size, check_tensor
+from vpd_fast.ops._dispatch import Implementation, Op, SymInt, register
+from vpd_fast.ops._layout import dtype_name
 from vpd_fast.ops.availability import triton_missing
-from vpd_fast.ops.taps import Taps, resize_taps, window_taps
+from vpd_fast.ops.resampling import ResamplingWeights, resize_weights, window_weights
 
-MOST_TAPS_CPU = 64  # MAX_TAPS in csrc/cpu/upsample_argmax.h
-TAPS_CUDA = (2, 4, 8)  # that csrc/cuda/upsample_argmax.cu is compiled for
-REFERENCE_ELEMENTS = 1 << 26  # resized logits the reference holds at a time
+MAX_TAPS_CPU = 64  # MAX_TAPS in csrc/cpu/upsample_argmax.h
+TAPS_CUDA = (2, 4, 8)  # for which csrc/cuda/upsample_argmax.cu is compiled
+MAX_REFERENCE_ELEMENTS = 1 << 26  # resized logits that the reference holds at a time
 
 
 def upsample_argmax(
@@ -38,7 +41,8 @@ def upsample_argmax(
     size: (H, W) in pixels. impl: "auto", "cuda", "cpu", "triton" or "reference".
     Returns (B, H, W) int64, as torch.argmax does. Raises InputError for a wrong shape, dtype, size or impl.
     """
-    return torch.ops.vpd_fast.upsample_argmax(*_check(logits, size, align_corners=align_corners), check_impl(impl))
+    check_tensor("logits", logits, "B C h w", may_be_empty="B")
+    return UPSAMPLE_ARGMAX(UpsampleArgmaxArguments(logits, check_size("size", size), align_corners), impl)
 
 
 def upsample_argmax_windows(
@@ -65,27 +69,6 @@ def upsample_argmax_windows(
     Returns (B, *size) int64. Raises InputError for a wrong shape, dtype, size or impl, for windows that leave the
     image, and for windows that do not cover it.
     """
-    arguments = _check_windows(
-        logits, ys, xs, crop_size=crop_size, image_size=image_size, size=size, padded_size=padded_size
-    )
-    return torch.ops.vpd_fast.upsample_argmax_windows(*arguments, check_impl(impl))
-
-
-def _check(logits: torch.Tensor, size: Sequence[int], *, align_corners: bool = False) -> tuple:
-    check_tensor("logits", logits, "B C h w", may_be_empty="B")
-    return logits, check_size("size", size), align_corners
-
-
-def _check_windows(
-    logits: torch.Tensor,
-    ys: Sequence[int],
-    xs: Sequence[int],
-    *,
-    crop_size: Sequence[int],
-    image_size: Sequence[int],
-    size: Sequence[int] | None = None,
-    padded_size: Sequence[int] | None = None,
-) -> tuple:
     for name, starts in (("ys", ys), ("xs", xs)):
         check(
             len(starts) > 0 and all(isinstance(start, int) for start in starts),
@@ -95,42 +78,78 @@ def _check_windows(
     crop_size, image_size = check_size("crop_size", crop_size), check_size("image_size", image_size)
     size = image_size if size is None else check_size("size", size)
     padded_size = crop_size if padded_size is None else check_size("padded_size", padded_size)
-    return logits, tuple(ys), tuple(xs), padded_size, crop_size, image_size, size
+    arguments = UpsampleArgmaxWindowsArguments(logits, tuple(ys), tuple(xs), padded_size, crop_size, image_size, size)
+    return UPSAMPLE_ARGMAX_WINDOWS(arguments, impl)
 
 
-# Both operators come down to this: logits (B, grid_y, grid_x, C, h, w), row taps over grid_y * h, column taps over
-# grid_x * w.
-Problem = tuple[torch.Tensor, Taps, Taps]
+class Problem(NamedTuple):
+    """The problem that both operators come down to.
+
+    logits: (B, grid_y, grid_x, C, h, w). rows: weights over grid_y * h. columns: weights over grid_x * w.
+    """
+
+    logits: torch.Tensor
+    rows: ResamplingWeights
+    columns: ResamplingWeights
+
+    @property
+    def max_taps(self) -> int:
+        """The largest number of logits that an output pixel reads along an axis."""
+        return max(self.rows.max_taps, self.columns.max_taps)
+
+    def empty_labels(self) -> torch.Tensor:
+        """Memory for the labels (B, H, W)."""
+        shape = (self.logits.shape[0], len(self.rows.offsets) - 1, len(self.columns.offsets) - 1)
+        return self.logits.new_empty(shape, dtype=torch.int64)
 
 
-def _problem(logits: torch.Tensor, size: Sequence[int], align_corners: bool) -> Problem:
-    rows, columns = (resize_taps(logits.shape[2 + i], int(size[i]), align_corners) for i in range(2))
-    return logits[:, None, None], rows, columns
+@dataclass(frozen=True)
+class UpsampleArgmaxArguments:
+    """Arguments of the operator; see the public function."""
 
+    logits: torch.Tensor
+    size: Sequence[SymInt]
+    align_corners: bool
 
-def _problem_windows(
-    logits: torch.Tensor,
-    ys: Sequence[int],
-    xs: Sequence[int],
-    padded_size: Sequence[int],
-    crop_size: Sequence[int],
-    image_size: Sequence[int],
-    size: Sequence[int],
-) -> Problem:
-    rows, columns = (
-        window_taps(
-            logits.shape[3 + i], tuple(starts), *(int(s[i]) for s in (padded_size, crop_size, image_size, size))
+    @property
+    def problem(self) -> Problem:
+        rows, columns = (
+            resize_weights(self.logits.shape[2 + i], int(self.size[i]), self.align_corners) for i in range(2)
         )
-        for i, starts in enumerate((ys, xs))
-    )
-    return logits.unflatten(1, (len(ys), len(xs))), rows, columns
+        return Problem(self.logits[:, None, None], rows, columns)
 
 
-def _reference(logits: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
+@dataclass(frozen=True)
+class UpsampleArgmaxWindowsArguments:
+    """Arguments of the operator; see the public function."""
+
+    logits: torch.Tensor
+    ys: Sequence[SymInt]
+    xs: Sequence[SymInt]
+    padded_size: Sequence[SymInt]
+    crop_size: Sequence[SymInt]
+    image_size: Sequence[SymInt]
+    size: Sequence[SymInt]
+
+    @property
+    def problem(self) -> Problem:
+        sizes = (self.padded_size, self.crop_size, self.image_size, self.size)
+        rows, columns = (
+            window_weights(self.logits.shape[3 + i], tuple(starts), *(int(s[i]) for s in sizes))
+            for i, starts in enumerate((self.ys, self.xs))
+        )
+        return Problem(self.logits.unflatten(1, (len(self.ys), len(self.xs))), rows, columns)
+
+
+Arguments = UpsampleArgmaxArguments | UpsampleArgmaxWindowsArguments
+
+
+def _reference(call: Arguments) -> torch.Tensor:
+    logits, rows, columns = call.problem
     merged = logits.float().permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    wide = _resample(merged, *columns.padded(columns.most, logits.device), dim=3)
-    sources, weights = rows.padded(rows.most, logits.device)
-    at_once = max(1, REFERENCE_ELEMENTS // max(1, wide[:, :, 0].numel()))
+    wide = _resample(merged, *columns.padded(columns.max_taps, logits.device), dim=3)
+    sources, weights = rows.padded(rows.max_taps, logits.device)
+    at_once = max(1, MAX_REFERENCE_ELEMENTS // max(1, wide[:, :, 0].numel()))
     parts = zip(sources.split(at_once), weights.split(at_once), strict=True)
     return torch.cat([_resample(wide, *part, dim=2).argmax(1) for part in parts], dim=1)
 
@@ -142,23 +161,23 @@ def _resample(x: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor, dim
     return sum(x.index_select(dim, sources[:, tap]) * weights[:, tap] for tap in range(sources.shape[1]))
 
 
-def _cpu_refuses(logits: torch.Tensor, rows: Taps, columns: Taps) -> str | None:
-    if logits.device.type != "cpu":
-        return f"logits are on {logits.device}, not on the CPU"
-    return _too_many_taps(rows, columns, MOST_TAPS_CPU) or _native.why_missing("_C")
+def _cpu_refuses(call: Arguments) -> str | None:
+    if call.logits.device.type != "cpu":
+        return f"logits are on {call.logits.device}, not on the CPU"
+    return _too_many_taps(call, MAX_TAPS_CPU) or _native.why_missing("_C")
 
 
-def _too_many_taps(rows: Taps, columns: Taps, most: int) -> str | None:
-    taps = max(rows.most, columns.most)
-    return f"an output pixel reads {taps} logits along an axis; this takes at most {most}" if taps > most else None
+def _too_many_taps(call: Arguments, limit: int) -> str | None:
+    taps = call.problem.max_taps
+    return f"an output pixel reads {taps} logits along an axis; this takes at most {limit}" if taps > limit else None
 
 
-def _cpu(logits: torch.Tensor, rows: Taps, columns: Taps, isa: str | None = None) -> torch.Tensor:
-    logits = logits.float()
-    labels = logits.new_empty((logits.shape[0], len(rows.offsets) - 1, len(columns.offsets) - 1), dtype=torch.int64)
-    batch, grid_y, _, channel, row, column = logits.stride()
-    _, n_y, n_x, _, _, _ = logits.shape
-    window = logits.stride(2) if n_x > 1 else grid_y
+def _cpu(call: Arguments) -> torch.Tensor:
+    problem = call.problem
+    logits, rows, columns = problem.logits.float(), problem.rows, problem.columns
+    labels = problem.empty_labels()
+    batch, grid_y, grid_x, channel, row, column = logits.stride()
+    window = grid_x if logits.shape[2] > 1 else grid_y
     _native.load("_C").upsample_argmax(
         logits.data_ptr(),
         logits.shape,
@@ -167,33 +186,34 @@ def _cpu(logits: torch.Tensor, rows: Taps, columns: Taps, isa: str | None = None
         *(rows.offsets, rows.sources, rows.weights),
         *(columns.offsets, columns.sources, columns.weights),
         torch.get_num_threads(),
-        isa or _native.isa(),
+        _native.isa(),
     )
     return labels
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(taps: Taps, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return taps.padded(count, device)
+def _on_device(weights: ResamplingWeights, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return weights.padded(count, device)
 
 
-def _cuda_refuses(logits: torch.Tensor, rows: Taps, columns: Taps) -> str | None:
-    if logits.device.type != "cuda":
-        return f"logits are on {logits.device}, not on a GPU"
-    return _too_many_taps(rows, columns, TAPS_CUDA[-1]) or _native.why_missing("_C_cuda")
+def _cuda_refuses(call: Arguments) -> str | None:
+    if call.logits.device.type != "cuda":
+        return f"logits are on {call.logits.device}, not on a GPU"
+    return _too_many_taps(call, TAPS_CUDA[-1]) or _native.why_missing("_C_cuda")
 
 
-def _cuda(logits: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
-    count = next(taps for taps in TAPS_CUDA if taps >= max(rows.most, columns.most))
-    row_sources, row_weights = _on_device(rows, count, logits.device)
-    column_sources, column_weights = _on_device(columns, count, logits.device)
-    labels = logits.new_empty((logits.shape[0], len(row_sources), len(column_sources)), dtype=torch.int64)
-    batch, grid_y, grid_x, channel, row, column = logits.stride()
+def _cuda(call: Arguments) -> torch.Tensor:
+    problem = call.problem
+    logits = problem.logits
+    count = next(taps for taps in TAPS_CUDA if taps >= problem.max_taps)
+    row_sources, row_weights = _on_device(problem.rows, count, logits.device)
+    column_sources, column_weights = _on_device(problem.columns, count, logits.device)
+    labels = problem.empty_labels()
     _native.load("_C_cuda").upsample_argmax(
         logits.data_ptr(),
-        str(logits.dtype).removeprefix("torch."),
+        dtype_name(logits),
         logits.shape,
-        (batch, grid_y, grid_x, channel, row, column),
+        logits.stride(),
         labels.data_ptr(),
         labels.shape[1:],
         (row_sources.data_ptr(), row_weights.data_ptr()),
@@ -205,74 +225,63 @@ def _cuda(logits: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
     return labels
 
 
-def _triton_refuses(logits: torch.Tensor, rows: Taps, columns: Taps) -> str | None:
-    return triton_missing(logits, "logits")
+def _triton_refuses(call: Arguments) -> str | None:
+    return triton_missing(call.logits, "logits")
 
 
 @functools.lru_cache(maxsize=64)
 def _offsets(
-    taps: Taps, count: int, length: int, strides: tuple[int, int], device: torch.device
+    weights: ResamplingWeights, count: int, length: int, strides: tuple[int, int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets int64 within an image, of windows of that length with strides (grid, position), and weights."""
-    sources, weights = taps.padded(count, torch.device("cpu"))
+    """Returns int64 offsets within an image, of windows of that length with strides (grid, position), and weights."""
+    sources, values = weights.padded(count, torch.device("cpu"))
     sources = sources.long()
-    return (sources // length * strides[0] + sources % length * strides[1]).to(device), weights.to(device)
+    return (sources // length * strides[0] + sources % length * strides[1]).to(device), values.to(device)
 
 
-def _triton(logits: torch.Tensor, rows: Taps, columns: Taps) -> torch.Tensor:
+def _triton(call: Arguments) -> torch.Tensor:
     from vpd_fast.kernels import upsample_argmax as kernels
 
-    labels = logits.new_empty((logits.shape[0], len(rows.offsets) - 1, len(columns.offsets) - 1), dtype=torch.int64)
+    problem = call.problem
+    logits, labels = problem.logits, problem.empty_labels()
     if labels.numel():
-        count = kernels.taps_for(max(rows.most, columns.most))
-        axes = ((rows, 1, 4), (columns, 2, 5))  # taps, dimension of the grid, dimension within a window
-        tables = (
-            _offsets(taps, count, logits.shape[i], (logits.stride(grid), logits.stride(i)), logits.device)
-            for taps, grid, i in axes
+        count = kernels.taps_for(problem.max_taps)
+        axes = ((problem.rows, 1, 4), (problem.columns, 2, 5))  # weights, dimension of the grid, within a window
+        rows, columns = (
+            _offsets(weights, count, logits.shape[i], (logits.stride(grid), logits.stride(i)), logits.device)
+            for weights, grid, i in axes
         )
-        kernels.forward(logits, *tables, labels)
+        kernels.forward(logits, rows, columns, labels)
     return labels
 
 
-def _implementations(problem: object) -> tuple[Implementation, ...]:
-    return tuple(
-        Implementation(
-            name,
-            run=lambda *args, run=run: run(*problem(*args)),
-            refuse=lambda *args, refuse=refuse: refuse(*problem(*args)),
-        )
-        for name, run, refuse in (
-            ("cuda", _cuda, _cuda_refuses),
-            ("cpu", _cpu, _cpu_refuses),
-            ("triton", _triton, _triton_refuses),
-            ("reference", _reference, lambda *_: None),
-        )
-    )
+def _fake(call: Arguments) -> torch.Tensor:
+    return call.logits.new_empty((call.logits.shape[0], *call.size), dtype=torch.int64)
 
 
-register(
+IMPLEMENTATIONS = (
+    Implementation("cuda", _cuda, _cuda_refuses),
+    Implementation("cpu", _cpu, _cpu_refuses),
+    Implementation("triton", _triton, _triton_refuses),
+    Implementation("reference", _reference),
+)
+UPSAMPLE_ARGMAX = register(
     Op(
-        name="upsample_argmax",
-        arguments="Tensor logits, SymInt[2] size, bool align_corners",
+        "upsample_argmax",
+        UpsampleArgmaxArguments,
+        public=upsample_argmax,
         returns="Tensor",
-        fake=lambda logits, size, align_corners, impl: logits.new_empty((logits.shape[0], *size), dtype=torch.int64),
-        check=_check,
-        implementations=_implementations(_problem),
+        fake=_fake,
+        implementations=IMPLEMENTATIONS,
     )
 )
-
-register(
+UPSAMPLE_ARGMAX_WINDOWS = register(
     Op(
-        name="upsample_argmax_windows",
-        arguments=(
-            "Tensor logits, SymInt[] ys, SymInt[] xs, "
-            "SymInt[2] padded_size, SymInt[2] crop_size, SymInt[2] image_size, SymInt[2] size"
-        ),
+        "upsample_argmax_windows",
+        UpsampleArgmaxWindowsArguments,
+        public=upsample_argmax_windows,
         returns="Tensor",
-        fake=lambda logits, ys, xs, padded_size, crop_size, image_size, size, impl: logits.new_empty(
-            (logits.shape[0], *size), dtype=torch.int64
-        ),
-        check=_check_windows,
-        implementations=_implementations(_problem_windows),
+        fake=_fake,
+        implementations=IMPLEMENTATIONS,
     )
 )

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from vpd_fast.ops.taps import resize_taps, window_taps
+from vpd_fast.ops.resampling import resize_weights, window_weights
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (1, 7), (7, 1), (64, 512), (5, 5), (9, 20), (100, 33), (3, 1000)])
 def test_resize_is_interpolate(n_in: int, n_out: int, align_corners: bool) -> None:
-    taps = resize_taps(n_in, n_out, align_corners)
+    taps = resize_weights(n_in, n_out, align_corners)
     identity = torch.eye(n_in, dtype=torch.float64)[:, None]
     expected = interpolate(identity[..., None], (n_out, 1), mode="bilinear", align_corners=align_corners)[:, 0, :, 0].T
     torch.testing.assert_close(taps.dense(n_in).double(), expected, rtol=2**-24, atol=1e-13)
 
 
 def test_rows_are_canonical() -> None:
-    for taps in (resize_taps(64, 512, False), window_taps(8, (0, 20, 36), 72, 64, 100, 333)):
+    for taps in (resize_weights(64, 512, False), window_weights(8, (0, 20, 36), 72, 64, 100, 333)):
         assert taps.offsets.dtype == np.int64
         assert taps.sources.dtype == np.int32
         assert taps.weights.dtype == np.float32
@@ -31,7 +31,7 @@ def test_rows_are_canonical() -> None:
 
 
 def test_padded_form_is_the_same_matrix() -> None:
-    taps = window_taps(8, (0, 20, 36), 72, 64, 100, 77)
+    taps = window_weights(8, (0, 20, 36), 72, 64, 100, 77)
     for count in (taps.most, taps.most + 3):
         sources, weights = taps.padded(count, torch.device("cpu"))
         assert sources.shape == weights.shape == (77, count)
