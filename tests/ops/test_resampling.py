@@ -32,7 +32,7 @@ def test_rows_are_canonical() -> None:
 
 def test_padded_form_is_the_same_matrix() -> None:
     taps = window_weights(8, (0, 20, 36), 72, 64, 100, 77)
-    for count in (taps.most, taps.most + 3):
+    for count in (taps.max_taps, taps.max_taps + 3):
         sources, weights = taps.padded(count, torch.device("cpu"))
         assert sources.shape == weights.shape == (77, count)
         assert (weights > 0).all()

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
 from vpd_fast.ops import upsample_argmax_windows
-from vpd_fast.ops.taps import window_taps
+from vpd_fast.ops.resampling import window_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,7 @@ class WindowAxis:
 
     def matrix(self, cells: int, out: int) -> torch.Tensor:
         """(out, len(starts) * cells): what each of the `cells` low-resolution values of a window gives each output."""
-        taps = window_taps(cells, self.starts, self.padded, self.size, self.length, out)
+        taps = window_weights(cells, self.starts, self.padded, self.size, self.length, out)
         return taps.dense(len(self.starts) * cells)
 
 
