@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import group_norm
 
 from vpd_fast.errors import InputError
-from vpd_fast.ops.group_norm_affine import _rows
+from vpd_fast.ops._layout import rows_contiguous
 from vpd_fast.ops.statistics import Statistics, fill_statistics, run_length, statistics_shape
 
 from .on_device import ops
@@ -183,7 +183,7 @@ def test_strides_do_not_matter(impl: str, layout: str) -> None:
 def test_evenly_spaced_rows_are_read_in_place() -> None:
     for layout in ("slice of more channels", "offset", "one image for all"):
         x = strided_variants()[layout]
-        assert _rows(x).data_ptr() == x.data_ptr()
+        assert rows_contiguous(x).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
