@@ -60,9 +60,9 @@ def _positions(rows, height, width):
 
 
 @triton.jit
-def _store(
-    acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums,
-    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+def _epilogue(
+    acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
+    weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
     ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out = activation(scales * acc + bias) + residual, for the tile of these rows that begins at column n0.
@@ -76,9 +76,9 @@ def _store(
     if column_scales is not None:
         # Whole numbers are exact: |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
         places = rows.to(tl.int32) // rows_per_scale
-        if sums is not None:
+        if weight_sums is not None:
             zero = tl.load(row_zeros + places, mask=valid, other=0.0).to(tl.int32)
-            total = tl.load(sums + columns, mask=in_n, other=0.0).to(tl.int32)
+            total = tl.load(weight_sums + columns, mask=in_n, other=0.0).to(tl.int32)
             values = (acc - zero[:, None] * total[None, :]).to(tl.float32)
         scale = tl.load(row_scales + places, mask=valid, other=0.0)[:, None]
         values *= scale * tl.load(column_scales + columns, mask=in_n, other=0.0)[None, :]
@@ -131,10 +131,10 @@ def _store_statistics(
 
 
 @triton.jit
-def _product_kernel(
+def _gemm_kernel(
     a, a_b, a_y, a_x, a_channels, a2, a2_b, a2_y, a2_x, a2_channels, height, width, stride, top, left,
-    weight, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums, bias,
-    residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, partial,
+    weight, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, weight_sums,
+    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, partial,
     KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, RUN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -174,16 +174,17 @@ def _product_kernel(
         places = partial + ((tl.program_id(1).to(tl.int64) * total_rows + rows) * N)[:, None] + columns[None, :]
         tl.store(places, acc, mask=valid[:, None] & in_n[None, :])
     else:
-        _store(
+        _epilogue(
             acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-            sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, ACTIVATION, RUN, BM, BN,
+            weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+            ACTIVATION, RUN, BM, BN,
         )  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
-    partial, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, sums, bias,
-    residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+    partial, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, weight_sums,
+    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
     ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of the sums of one tile and finishes it."""
@@ -197,9 +198,10 @@ def _merge_kernel(
     acc = acc if acc.dtype == tl.int32 else acc.to(tl.float32)
     for i in range(1, SPLITS):
         acc += tl.load(places + tl.cast(i, tl.int64) * total_rows * N, mask=inside, other=0)
-    _store(
+    _epilogue(
         acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-        sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, ACTIVATION, RUN, BM, BN,
+        weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+        ACTIVATION, RUN, BM, BN,
     )  # fmt: skip
 
 
@@ -207,12 +209,13 @@ def _merge_kernel(
 class Epilogue:
     """What becomes of the sums: activation(sums * scales + bias) + residual.
 
-    column_scales, sums: (N,) of an 8-bit weight. bias: (N,). residual: like the result, channels next to each other.
+    column_scales, weight_sums: (N,) of an 8-bit weight. bias: (N,). residual: like the result, channels next to each
+    other.
     statistics: (B, runs, PLANES, channels) of the result as it is stored, and the length of the runs.
     """
 
     column_scales: torch.Tensor | None = None
-    sums: torch.Tensor | None = None
+    weight_sums: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     activation: str = ""
     residual: torch.Tensor | None = None
@@ -256,7 +259,7 @@ def _triton_gemm(
     total_rows, positions = math.prod(out.shape[:3]), math.prod(out.shape[1:3])
     statistics, run = epilogue.statistics or (None, 1)
     run = run if positions % run == 0 else 1
-    shape = tuning.Product(
+    shape = tuning.GemmShape(
         *(str(a.dtype).removeprefix("torch."), geometry.kernel, geometry.stride, total_rows, n, k),
         channels if a2 is None else min(channels, a2.shape[3]),
         *(1 if a2 is None else 2, epilogue.activation, run),
@@ -268,11 +271,11 @@ def _triton_gemm(
         **{"height": height, "width": width, "stride": geometry.stride, "top": geometry.top, "left": geometry.left},
         **{"KH": geometry.kernel[0], "KW": geometry.kernel[1], "MASKED": geometry.reads_outside(height, width)},
     }
-    finish: dict[str, Any] = {
+    epilogue_arguments: dict[str, Any] = {
         **{"total_rows": total_rows, "N": n, "out_height": geometry.out_height, "out_width": geometry.out_width},
         **{"row_scales": rows.scales, "row_zeros": rows.zeros},
         "rows_per_scale": 1 if rows.scales is None else max(1, total_rows // rows.scales.numel()),
-        **{"column_scales": epilogue.column_scales, "sums": epilogue.sums, "bias": epilogue.bias},
+        **{"column_scales": epilogue.column_scales, "weight_sums": epilogue.weight_sums, "bias": epilogue.bias},
         **image_arguments("residual", epilogue.residual, "r"),
         **image_arguments("out", out, "o"),
         "ACTIVATION": epilogue.activation,
@@ -280,21 +283,21 @@ def _triton_gemm(
 
     def compute(config: tuning.Config) -> None:
         fused = statistics is not None and run > 1 and config.get("BM", run) % run == 0
-        known: dict[str, Any] = {"statistics": None, "statistics_b": 0, "RUN": 1}
+        fused_statistics: dict[str, Any] = {"statistics": None, "statistics_b": 0, "RUN": 1}
         if fused:
-            known = {"statistics": statistics, "statistics_b": statistics.stride(0), "RUN": run}
+            fused_statistics = {"statistics": statistics, "statistics_b": statistics.stride(0), "RUN": run}
         splits = config.get("SPLITS", 1)
         if config == tuning.LIBRARY:
             parts = library_sums(a, a2, geometry, weight)
-            _merge(parts, total_rows, n, **finish, **known, SPLITS=1)
+            _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics, SPLITS=1)
         else:
             dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
             parts = torch.empty(splits, total_rows, n, dtype=dtype, device=a.device) if splits > 1 else None
             tiles = triton.cdiv(total_rows, config["BM"]) * triton.cdiv(n, config["BN"])
-            arguments = {**image, **finish, **known, **config, "weight": weight, "partial": parts}
-            launch(_product_kernel, (tiles, splits), a, **arguments)
+            arguments = {**image, **epilogue_arguments, **fused_statistics, **config}
+            launch(_gemm_kernel, (tiles, splits), a, **arguments, weight=weight, partial=parts)
             if parts is not None:
-                _merge(parts, total_rows, n, **finish, **known, SPLITS=splits)
+                _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics, SPLITS=splits)
         if epilogue.statistics is not None and not fused:
             partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
 

@@ -58,7 +58,7 @@ def gemm(rows: "Rows", geometry: Geometry, weight: Tensor, epilogue: "Epilogue",
     a, residual, bias = rows.a, epilogue.residual, epilogue.bias
     sources, weight = [aligned(t) for t in (a, rows.a2) if t is not None], aligned(weight[None, None])[0, 0]
     positions = a.shape[0] * geometry.out_height * geometry.out_width
-    vectors = rows.scales, rows.zeros, epilogue.column_scales, epilogue.sums
+    vectors = rows.scales, rows.zeros, epilogue.column_scales, epilogue.weight_sums
     call = _native.load("_C_cuda").Gemm(
         sources=[(x.data_ptr(), _strides(x), x.shape[3]) for x in sources],
         dtype=_name(weight.dtype),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vpd_fast.kernels._geometry import Geometry
 
 ALIGNED = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of which n and k must be multiples
-LEAST_ROWS = 17  # of _int_mm
+MIN_ROWS = 17  # of _int_mm
 
 
 def library_refuses(a: torch.Tensor, a2: torch.Tensor | None, geometry: Geometry, weight: torch.Tensor) -> str | None:
@@ -23,7 +23,7 @@ def library_refuses(a: torch.Tensor, a2: torch.Tensor | None, geometry: Geometry
         return None if _is_convolution(a, geometry) else "padding that is not symmetric"
     if any(size % ALIGNED.get(a.dtype, 1) for size in (n, k)):
         return f"{n}x{k} numbers that are not aligned"
-    if a.dtype == torch.int8 and a.shape[0] * geometry.out_height * geometry.out_width < LEAST_ROWS:
+    if a.dtype == torch.int8 and a.shape[0] * geometry.out_height * geometry.out_width < MIN_ROWS:
         return "few rows"
     return None if _is_matrix(a, geometry) else "padding, or rows that are not evenly spaced"
 

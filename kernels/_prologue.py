@@ -14,9 +14,9 @@ import triton.language as tl
 
 from vpd_fast.kernels._common import image_arguments, launch, rounded
 
-WIDEST = 16384  # columns of a row, which is kept in registers
+MAX_COLUMNS = 16384  # columns of a row, which is kept in registers
 ELEMENTS = 4096  # of the rows of one program, if one row is not longer
-FLOAT8_LARGEST = tl.constexpr(448.0)
+MAX_FLOAT8_E4M3 = tl.constexpr(448.0)
 PARTS = 1024  # ranges that are merged at a time
 
 
@@ -34,7 +34,7 @@ def _scale_and_zero(low, high, FLOAT8: tl.constexpr):
     The scale of a range that is not finite is NaN, and its inverse 0.
     """
     if FLOAT8:
-        scale = tl.maximum(-low, high) / FLOAT8_LARGEST
+        scale = tl.maximum(-low, high) / MAX_FLOAT8_E4M3
     else:
         scale = (tl.maximum(high, 0.0) - tl.minimum(low, 0.0)) / 255.0
     scale = tl.where((low != low) | (scale == float("inf")), float("nan"), scale)
@@ -55,7 +55,7 @@ def _eight_bits(number, dtype: tl.constexpr):
     if dtype == tl.int8:
         number = (number + 12582912.0) - 12582912.0  # 1.5 * 2^23
         return (tl.minimum(tl.maximum(number, 0.0), 255.0) - 128.0).to(tl.int8)
-    return rounded(tl.minimum(tl.maximum(number, -FLOAT8_LARGEST), FLOAT8_LARGEST), dtype)
+    return rounded(tl.minimum(tl.maximum(number, -MAX_FLOAT8_E4M3), MAX_FLOAT8_E4M3), dtype)
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def _range_of_image(ranges, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _rows_kernel(
-    x, x_b, x_y, x_x, x2, x2_b, x2_y, x2_x, height, width, tall, wide, top, left, affine, scale, eps,
+def _prologue_kernel(
+    x, x_b, x_y, x_x, x2, x2_b, x2_y, x2_x, height, width, tall, wide, top, left, scale_shift, input_scale, eps,
     out, scales, zeros, ranges, parts, K1, K,
     NORM: tl.constexpr, SILU: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -90,27 +90,27 @@ def _rows_kernel(
     m = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     rows = b * tall * wide + m
     y, x_ = m // wide - top, m % wide - left
-    there = (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
+    in_image = (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
     valid = m < tall * wide
     columns = tl.arange(0, COLUMNS)
-    a = _load_source(x + b * x_b, y * x_y + x_ * x_x, there, columns, K1)
+    a = _load_source(x + b * x_b, y * x_y + x_ * x_x, in_image, columns, K1)
     if x2 is not None:
-        a += _load_source(x2 + b * x2_b, y * x2_y + x_ * x2_x, there, columns - K1, K - K1)
-    own = columns < K
+        a += _load_source(x2 + b * x2_b, y * x2_y + x_ * x2_x, in_image, columns - K1, K - K1)
+    in_row = columns < K
     if NORM:
         mean = tl.sum(a, 1) / K
-        difference = tl.where(own[None, :], a - mean[:, None], 0.0)
+        difference = tl.where(in_row[None, :], a - mean[:, None], 0.0)
         variance = tl.sum(difference * difference, 1) / K
         a = difference * (1.0 / tl.sqrt(variance + eps))[:, None]
-    if affine is not None:
-        places = affine + b * 2 * K + columns
-        a = a * tl.load(places, mask=own, other=0.0)[None, :] + tl.load(places + K, mask=own, other=0.0)[None, :]
+    if scale_shift is not None:
+        places = scale_shift + b * 2 * K + columns
+        a = a * tl.load(places, mask=in_row, other=0.0)[None, :] + tl.load(places + K, mask=in_row, other=0.0)[None, :]
     if SILU:
         a = a / (1.0 + tl.exp(-a))
-    if scale is not None:
-        a *= tl.load(scale + columns, mask=own, other=0.0)[None, :]
-    a = tl.where(there[:, None] & own[None, :], a, 0.0)
-    inside = valid[:, None] & own[None, :]
+    if input_scale is not None:
+        a *= tl.load(input_scale + columns, mask=in_row, other=0.0)[None, :]
+    a = tl.where(in_image[:, None] & in_row[None, :], a, 0.0)
+    inside = valid[:, None] & in_row[None, :]
     places = out + (rows * K)[:, None] + columns[None, :]
     if ROUND == "":
         tl.store(places, rounded(a, out.dtype.element_ty), mask=inside)
@@ -152,7 +152,7 @@ def _image_range_kernel(ranges, out, parts, PARTS: tl.constexpr):
 def refuse(x: torch.Tensor, x2: torch.Tensor | None) -> str | None:
     """Why rows of these sources (B, ..., C) cannot be prepared, or None if they can. Sizes: `_limits.py`."""
     columns = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
-    return f"a row has {columns} columns; this takes at most {WIDEST}" if columns > WIDEST else None
+    return f"a row has {columns} columns; this takes at most {MAX_COLUMNS}" if columns > MAX_COLUMNS else None
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ def prepare(
     padding: Sequence[int] = (0, 0, 0, 0),
     norm: bool = False,
     eps: float = 0.0,
-    affine: torch.Tensor | None = None,
+    scale_shift: torch.Tensor | None = None,
     silu: bool = False,
-    scale: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
     per_image: bool = False,
     ranges: torch.Tensor | None = None,
 ) -> Rows:
@@ -195,7 +195,7 @@ def prepare(
     for each image instead of each row, from `ranges` (B, 2, parts) if they are known, which takes half the time.
     Others: as in `vpd_fast.ops.linear` and `conv2d`.
     """
-    plain = not norm and affine is None and not silu and scale is None
+    plain = not norm and scale_shift is None and not silu and input_scale is None
     if plain and all(t is None or t.dtype == dtype for t in (x, x2)):
         return Rows(x, x2)
     batch, height, width, k1 = x.shape
@@ -209,7 +209,8 @@ def prepare(
         **image_arguments("x", x),
         **image_arguments("x2", x2),
         **{"height": height, "width": width, "tall": tall, "wide": wide, "top": top, "left": left},
-        **{"affine": affine, "scale": scale, "eps": eps, "K1": k1, "K": k, "NORM": norm, "SILU": silu},
+        **{"scale_shift": scale_shift, "input_scale": input_scale, "eps": eps},
+        **{"K1": k1, "K": k, "NORM": norm, "SILU": silu},
         **{"ROWS": rows, "COLUMNS": columns, "num_warps": 4 if rows * columns <= ELEMENTS else 8},
     }
     out = torch.empty(batch, tall, wide, k, dtype=dtype, device=x.device)
@@ -218,20 +219,23 @@ def prepare(
         scales = x.new_empty(batch if per_image else batch * tall * wide, dtype=torch.float32)
         zeros = torch.empty_like(scales) if dtype == torch.int8 else None
 
-    def run(how: str, ranges: torch.Tensor | None = None) -> None:
+    def launch_rounding(rounding: str, ranges: torch.Tensor | None = None) -> None:
         parts = 1 if ranges is None else ranges.shape[2]
         several = {"ranges": ranges, "parts": parts, "PARTS": min(PARTS, triton.next_power_of_2(parts))}
         launch(
-            _rows_kernel, (batch * blocks,), x, **arguments, out=out, scales=scales, zeros=zeros, ROUND=how, **several
+            _prologue_kernel,
+            (batch * blocks,),
+            x,
+            **{**arguments, **several, "out": out, "scales": scales, "zeros": zeros, "ROUND": rounding},
         )
 
     if scales is None or not per_image:
-        run("" if scales is None else "row")
+        launch_rounding("" if scales is None else "row")
         return Rows(out, None, scales, zeros, (top, left))
     if ranges is None:
         parts = x.new_empty((batch, 2, blocks), dtype=torch.float32)
-        run("range", parts)
+        launch_rounding("range", parts)
         ranges = x.new_empty((batch, 2, 1), dtype=torch.float32)
         launch(_image_range_kernel, (batch,), x, ranges=parts, out=ranges, parts=blocks, PARTS=PARTS)
-    run("image", ranges)
+    launch_rounding("image", ranges)
     return Rows(out, None, scales, zeros, (top, left))

@@ -1,8 +1,8 @@
-"""Mean, deviation, least and largest number of each channel in runs of positions: what group norm is made of.
+"""Mean, M2, minimum and maximum of each channel in runs of positions: what group norm is made of.
 
-They are found by the product that makes an activation, while its tile is in registers, or by `partial`, which reads the
-activation. Memory: (B, runs, PLANES, channels) float32: mean, what the mean is off, sum of squared deviations, least,
-largest.
+They are found by the gemm that makes an activation, while its tile is in registers, or by `partial`, which reads the
+activation. Memory: (B, runs, PLANES, channels) float32: mean, its rounding error, M2 (sum of squared deviations),
+minimum, maximum.
 """
 
 import torch

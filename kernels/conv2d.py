@@ -18,7 +18,12 @@ def forward(call: "Conv2dArguments", backend: str = "triton") -> None:
 
     The four phases of `upsample` read the same prepared image.
     """
-    prologue = {"affine": call.affine, "silu": call.silu, "scale": call.scale, "ranges": call.ranges}
+    prologue = {
+        "scale_shift": call.scale_shift,
+        "silu": call.silu,
+        "input_scale": call.input_scale,
+        "ranges": call.ranges,
+    }
     rows = prepare(call.x, call.x2, call.data.dtype, **prologue, padding=call.margins, per_image=True)
     for phase in call.phases():
         # Zeros above and to the left that are still missing, or, if negative, what the phase does not read.
@@ -26,6 +31,6 @@ def forward(call: "Conv2dArguments", backend: str = "triton") -> None:
         kernel, (_, height, width, _) = (phase.kernel[0], phase.kernel[1]), phase.out.shape
         geometry = Geometry(height, width, kernel, phase.stride, max(0, top), max(0, left))
         statistics = None if phase.statistics is None else (phase.statistics, phase.run)
-        epilogue = Epilogue(phase.scales, phase.sums, phase.bias, phase.activation, phase.residual, statistics)
+        epilogue = Epilogue(phase.scales, phase.weight_sums, phase.bias, phase.activation, phase.residual, statistics)
         weight = phase.weight.numbers()[0].contiguous()
         gemm(rows.without(max(0, -top), max(0, -left)), geometry, weight, epilogue, phase.out, backend)

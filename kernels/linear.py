@@ -14,7 +14,9 @@ def forward(call: "LinearArguments", backend: str = "triton") -> None:
     """Fills call.out. Last strides are 1 and vectors contiguous. backend: "triton" or "cuda", of the product."""
     x, x2, residual, out = (None if t is None else t.unsqueeze(2) for t in (call.x, call.x2, call.residual, call.out))
     weight = call.weight.numbers()[0].contiguous()
-    rows = prepare(x, x2, weight.dtype, norm=call.norm, eps=call.eps, affine=call.affine, scale=call.scale)
+    rows = prepare(
+        x, x2, weight.dtype, norm=call.norm, eps=call.eps, scale_shift=call.scale_shift, input_scale=call.input_scale
+    )
     statistics = None if call.statistics is None else (call.statistics, call.run)
-    epilogue = Epilogue(call.scales, call.sums, call.bias, call.activation, residual, statistics)
+    epilogue = Epilogue(call.scales, call.weight_sums, call.bias, call.activation, residual, statistics)
     gemm(rows, Geometry(out.shape[1], 1), weight, epilogue, out, backend)

@@ -24,11 +24,11 @@ FOLDER = Path(__file__).parent / "configs"
 NEAR = 1.5  # ratio of rows up to which a configuration is taken over
 LIBRARY = {"LIBRARY": 1}  # the sums by cuBLAS or cuDNN, then `_merge_kernel`
 Config = dict[str, int]
-Measurer = Callable[["Product", Callable[[Config], None]], Config]
+Measurer = Callable[["GemmShape", Callable[[Config], None]], Config]
 
 
 @dataclass(frozen=True)
-class Product:
+class GemmShape:
     """What decides which configuration is fastest. rows, n, k: of the matrix product."""
 
     dtype: str
@@ -50,7 +50,7 @@ class Product:
         return " ".join(filter(None, (shape, *ends)))
 
 
-def by_rule(product: Product, processors: int) -> Config:
+def by_rule(product: GemmShape, processors: int) -> Config:
     """Tile, pipeline and number of splits, for a GPU with that many multiprocessors."""
     if product.dtype == "float32":  # no tensor cores
         config = {"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 2}
@@ -61,7 +61,7 @@ def by_rule(product: Product, processors: int) -> Config:
     return {**config, "GROUP": 8, "SPLITS": _splits(product, config, processors)}
 
 
-def _block_of_k(product: Product) -> int:
+def _block_of_k(product: GemmShape) -> int:
     """128 bytes of K, less if a source has fewer channels."""
     least, most = (16, 64) if product.dtype in ("bfloat16", "float16") else (32, 128)
     if product.channels % 16:  # is loaded number by number, for which addresses take registers
@@ -69,13 +69,13 @@ def _block_of_k(product: Product) -> int:
     return max(least, min(most, triton.next_power_of_2(product.channels)))
 
 
-def _splits(product: Product, config: Config, processors: int) -> int:
+def _splits(product: GemmShape, config: Config, processors: int) -> int:
     """Idle multiprocessors share the sums, as long as each part is worth a pipeline."""
     tiles = triton.cdiv(product.rows, config["BM"]) * triton.cdiv(product.n, config["BN"])
     return max(1, min(processors // tiles, product.k // (8 * config["BK"]), 16))
 
 
-def candidates(product: Product, processors: int) -> list[Config]:
+def candidates(product: GemmShape, processors: int) -> list[Config]:
     """What `tuning` measures: the rule's choice first."""
     found = [by_rule(product, processors)]
     if product.dtype == "float32":
@@ -124,7 +124,7 @@ def read(path: Path) -> dict[str, dict[int, Config]]:
         raise InputError(f"{path} is no table of tuned configurations ({error!r}); delete it or tune again") from error
 
 
-def nearest(table: dict[str, dict[int, Config]], product: Product) -> Config | None:
+def nearest(table: dict[str, dict[int, Config]], product: GemmShape) -> Config | None:
     """The configuration recorded for the nearest number of rows, if that is near enough."""
     known = table.get(product.key, {})
     ratio = {rows: max(rows, product.rows) / max(1, min(rows, product.rows)) for rows in known}
@@ -149,7 +149,7 @@ def tuning(measurer: Measurer) -> Iterator[None]:
         _tuning.measurer = None
 
 
-def choose(product: Product, device: torch.device, processors: int, run: Callable[[Config], None]) -> Config:
+def choose(product: GemmShape, device: torch.device, processors: int, run: Callable[[Config], None]) -> Config:
     """The configuration of a product. run: computes it with a given one, for measurements."""
     if _tuning.measurer is not None:
         return _tuning.measurer(product, run)
@@ -157,7 +157,7 @@ def choose(product: Product, device: torch.device, processors: int, run: Callabl
     return recorded or by_rule(product, processors)
 
 
-def to_json(measured: dict[Product, list[tuple[Config, float]]], facts: dict[str, Any]) -> dict[str, Any]:
+def to_json(measured: dict[GemmShape, list[tuple[Config, float]]], facts: dict[str, Any]) -> dict[str, Any]:
     """What a table's file holds. measured: for each product configurations and their milliseconds, fastest first."""
     rows = []
     for product, found in measured.items():

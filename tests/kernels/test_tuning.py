@@ -17,7 +17,7 @@ from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 pytestmark = pytest.mark.skipif(triton_missing(torch.empty(0)) is not None, reason="interpreted only without a GPU")
 tuning = pytest.importorskip("vpd_fast.kernels.tuning")
 
-PRODUCT = tuning.Product("bfloat16", (3, 3), 1, 4096, 320, 2880, 320, 1, "", 64)
+PRODUCT = tuning.GemmShape("bfloat16", (3, 3), 1, 4096, 320, 2880, 320, 1, "", 64)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_all_candidates_compute_the_same(dtype: torch.dtype, kernel: int) -> Non
     expected = ops.conv2d(x, weight, **how)
     known, seen = statistics.data.clone(), []
 
-    def measure(product: tuning.Product, run) -> tuning.Config:
+    def measure(product: tuning.GemmShape, run) -> tuning.Config:
         assert (product.rows, product.n, product.k) == (64, n, kernel * kernel * 48)
         out = ops_out["out"]
         for config in tuning.candidates(product, 132):

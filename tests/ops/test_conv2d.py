@@ -66,7 +66,7 @@ def with_a_scale_per_image(
 ) -> tuple[Tensor, Tensor]:
     """conv2d in 8 bits as GPUs compute it: the whole image shares scale and zero. Also the numbers of each image."""
     a = _gemm_reference.prologue(
-        _gemm_reference.joined(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"]
+        _gemm_reference.concatenated(x, rest["x2"]), rest["affine"], rest["silu"], rest["scale"]
     ).flatten(1)
     ranges = torch.stack([a.amin(1, keepdim=True), a.amax(1, keepdim=True)], dim=1)
     options = {"activation": activation, "residual": residual, "out_dtype": out_dtype, "impl": "reference", **rest}
@@ -132,7 +132,7 @@ def test_upsampling(impl: str, height: int, width: int, transformed: bool, preci
     for i in range(4):
         y, x_ = divmod(i, 2)
         part, phase = {"padding": (1 - y, 1 - x_, y, x_)}, (slice(None), slice(y, None, 2), slice(x_, None, 2))
-        alone = ops.conv2d(x, weight.tap(i), bias, residual=residual[phase], **part, **given)
+        alone = ops.conv2d(x, weight.matrix(i), bias, residual=residual[phase], **part, **given)
         # Padding of 8-bit images belongs to what is rounded, but is always 0, which the range has in it.
         torch.testing.assert_close(out[phase], alone, rtol=0, atol=0)
     if precision == torch.float32:
@@ -337,7 +337,7 @@ WEIGHT = make_weight(8, 36, torch.float32)
         ({"kernel": (2, 3)}, "weight must have 24 columns as the input says, got 36"),
         ({"upsample": 1}, "upsample must be True or False, got 1"),
         ({"upsample": True}, r"upsample needs kernel \(2, 2\), stride 1, padding 0, got \(3, 3\), 1, \(0, 0, 0, 0\)"),
-        ({"upsample": True, "kernel": (2, 2)}, "weight must have 4 taps, got 1"),
+        ({"upsample": True, "kernel": (2, 2)}, "weight must have 4 matrices, got 1"),
         ({"stride": 0}, "stride must be a positive integer, got 0"),
         ({"stride": (2, 2)}, r"stride must be a positive integer, got \(2, 2\)"),
         ({"padding": (1, 1)}, r"padding must be an integer, or \(top, left, bottom, right\), .* got \(1, 1\)"),

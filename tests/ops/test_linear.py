@@ -371,7 +371,7 @@ WEIGHT = make_weight(6, 8, torch.float32)
         ({"x2": X}, "weight must have 16 columns as the input says, got 8"),
         ({"weight": torch.zeros(6, 8)}, "weight must be a PackedWeight, got Tensor"),
         ({"weight": make_weight(6, 9, torch.int8)}, "weight must have 8 columns as the input says, got 9"),
-        ({"weight": PackedWeight.pack(torch.zeros(2, 6, 8), torch.int8)}, "weight must have one tap, got 2"),
+        ({"weight": PackedWeight.pack(torch.zeros(2, 6, 8), torch.int8)}, "weight must have one matrix, got 2"),
         (
             {"x": torch.zeros(1, 1, 65537), "weight": make_weight(1, 65537, torch.int8)},
             "weight of 8 bits must have at most 65536 columns, got 65537",

@@ -31,7 +31,7 @@ from vpd_fast.engine.specs import layer_specs
 from vpd_fast.engine.workspace import Workspace, WorkspacePool
 
 WINOGRAD = {16: 4 / 9, 36: 1 / 4, 9: 1 / 4}  # products made, by taps, of those of a direct convolution
-WEIGHTS = ("data", "scales", "sums")  # arguments of operators that are the packed weight
+WEIGHTS = ("data", "scales", "weight_sums")  # arguments of operators that are the packed weight
 KNOWN = {"x": "statistics", "x2": "statistics2"}  # inputs of group_norm_affine that are not read if it is given these
 GLUE = "glue"  # operations of PyTorch between the layers
 

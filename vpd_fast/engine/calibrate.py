@@ -23,7 +23,7 @@ from vpd_fast.engine.specs import Spec
 from vpd_fast.errors import InputError
 from vpd_fast.models import checks
 from vpd_fast.models.vpd import VPD
-from vpd_fast.ops.packing import LARGEST, PackedWeight
+from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
 from vpd_fast.ops.rounding import rounded_rows
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
@@ -146,7 +146,7 @@ class Calibration:
     def _rounded(self, spec: Spec) -> torch.dtype | None:
         """The 8-bit type of the layer, or None."""
         dtype = None if spec.kind == "group_norm" else self._policy.precision(spec.name, self._precision)[0]
-        return dtype if dtype in LARGEST else None
+        return dtype if dtype in MAX_8_BITS else None
 
     @torch.no_grad()
     def scale(self, spec: Spec) -> Tensor | None:

@@ -27,7 +27,7 @@ class Layer:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, PackedWeight):
-                parts = {"weight": value.data, "weight_scales": value.scales, "weight_sums": value.sums}
+                parts = {"weight": value.data, "weight_scales": value.scales, "weight_sums": value.weight_sums}
                 found |= {name: x for name, x in parts.items() if x is not None}
             elif isinstance(value, Tensor):
                 found[f.name] = value

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMAGES = ("x", "x2", "residual", "out")
-VECTORS = ("data", "scales", "sums", "bias", "affine", "scale", "ranges")
+VECTORS = ("data", "scales", "weight_sums", "bias", "scale_shift", "input_scale", "ranges")
 CPU_DTYPES = (*WIDTHS,)  # of activations and weights in native kernels
 ACTIVATIONS = (None, "relu", "silu", "geglu")
-MOST_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
+MAX_COLUMNS_8_BITS = 1 << 16  # 255 * 127 * this is below 2^31: no sum of products leaves int32
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class GemmArguments:
     x2: Tensor | None
     data: Tensor
     scales: Tensor | None
-    sums: Tensor | None
+    weight_sums: Tensor | None
     n: SymInt
     bias: Tensor | None
-    affine: Tensor | None
-    scale: Tensor | None
+    scale_shift: Tensor | None
+    input_scale: Tensor | None
     activation: str
     residual: Tensor | None
     out: Annotated[Tensor, WRITTEN]
@@ -57,8 +57,8 @@ class GemmArguments:
 
     @property
     def weight(self) -> PackedWeight:
-        """The weight that `data`, `scales`, `sums` and `n` are parts of."""
-        return PackedWeight(self.data, self.scales, self.sums, self.n, self.columns)
+        """The weight that `data`, `scales`, `weight_sums` and `n` are parts of."""
+        return PackedWeight(self.data, self.scales, self.weight_sums, self.n, self.columns)
 
     @property
     def margins(self) -> Sequence[int]:
@@ -68,7 +68,7 @@ class GemmArguments:
     @property
     def has_prologue(self) -> bool:
         """Whether anything is done to the sources but rounding."""
-        parts = (getattr(self, name, None) for name in ("norm", "silu", "affine", "scale"))
+        parts = (getattr(self, name, None) for name in ("norm", "silu", "scale_shift", "input_scale"))
         return any(part is not None and part is not False for part in parts)
 
     def dense(self) -> Self:
@@ -84,15 +84,18 @@ class GemmArguments:
             self.out.copy_(out.view(self.out.shape))
 
 
-def check_weight(weight: Any, k: int, activation: str | None, taps: int = 1) -> int:
-    """The number of output columns. Raises InputError unless `weight` has k columns and so many taps."""
+def check_weight(weight: Any, k: int, activation: str | None, matrices: int = 1) -> int:
+    """The number of output columns. Raises InputError unless `weight` has k columns and so many matrices."""
     kind = type(weight).__name__
     check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight, got {kind}")
-    check(weight.taps == taps, f"weight must have {'one tap' if taps == 1 else f'{taps} taps'}, got {weight.taps}")
+    check(
+        weight.matrices == matrices,
+        f"weight must have {'one matrix' if matrices == 1 else f'{matrices} matrices'}, got {weight.matrices}",
+    )
     if weight.k != k:  # torch.compile can not trace a message of sizes that it does not know
         raise InputError(f"weight must have {k} columns as the input says, got {weight.k}")
-    if weight.dtype == torch.int8 and weight.k > MOST_COLUMNS_8_BITS:
-        raise InputError(f"weight of 8 bits must have at most {MOST_COLUMNS_8_BITS} columns, got {weight.k}")
+    if weight.dtype == torch.int8 and weight.k > MAX_COLUMNS_8_BITS:
+        raise InputError(f"weight of 8 bits must have at most {MAX_COLUMNS_8_BITS} columns, got {weight.k}")
     check(activation in ACTIVATIONS, f"activation must be None, 'relu', 'silu' or 'geglu', got {activation!r}")
     if activation != "geglu":
         return weight.n
@@ -180,7 +183,7 @@ def cuda_refuses(call: GemmArguments) -> str | None:
 
 def native_arguments(call: GemmArguments) -> dict[str, Any]:
     """What all native kernels of a product take, from dense arguments, which must live while the kernel runs."""
-    vectors = (call.data, call.scales, call.sums, call.bias, call.affine, call.scale)
+    vectors = (call.data, call.scales, call.weight_sums, call.bias, call.scale_shift, call.input_scale)
     addresses = tuple(0 if x is None else x.data_ptr() for x in vectors)
     return {
         "x": _image(call.x),

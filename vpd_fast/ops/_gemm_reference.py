@@ -10,21 +10,21 @@ from vpd_fast.ops.packing import FLOAT8, PackedWeight, geglu_rows
 from vpd_fast.ops.rounding import range_of_rows, rounded_rows
 
 
-def joined(x: Tensor, x2: Tensor | None) -> Tensor:
+def concatenated(x: Tensor, x2: Tensor | None) -> Tensor:
     """cat([x, x2], -1) as float32, contiguous: in which order PyTorch sums would otherwise depend on the strides."""
     return (x if x2 is None else torch.cat([x.float(), x2.float()], dim=-1)).float().contiguous()
 
 
-def prologue(a: Tensor, affine: Tensor | None, silu: bool, scale: Tensor | None) -> Tensor:
-    """silu(a * affine[:, 0] + affine[:, 1]) * scale of a (B, ..., C), of which any part may be missing."""
-    if affine is not None:
-        by_channel = affine.unflatten(1, (2, *[1] * (a.dim() - 2)))
+def prologue(a: Tensor, scale_shift: Tensor | None, silu: bool, input_scale: Tensor | None) -> Tensor:
+    """Returns silu(a * scale_shift[:, 0] + scale_shift[:, 1]) * input_scale, each part if given. a: (B, ..., C)."""
+    if scale_shift is not None:
+        by_channel = scale_shift.unflatten(1, (2, *[1] * (a.dim() - 2)))
         a = a * by_channel[:, 0] + by_channel[:, 1]
     a = F.silu(a) if silu else a
-    return a if scale is None else a * scale
+    return a if input_scale is None else a * input_scale
 
 
-def product(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:
+def gemm(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:
     """Rows (B, ..., k) float32 times the weight, in its precision: (B, ..., n) float32.
 
     ranges: (B, 2, parts), of whole images, from which 8-bit rows then have their scale.
@@ -38,7 +38,7 @@ def product(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Te
     return exact.float() * (scale * weight.scales[0])
 
 
-def finish(result: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor) -> None:
+def epilogue(result: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor) -> None:
     """Stores activation(result + bias) + residual."""
     result = result if bias is None else result + bias
     if activation == "geglu":

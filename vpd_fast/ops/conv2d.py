@@ -54,13 +54,13 @@ def conv2d(
 
     x: (B, H, W, C1) float32, bfloat16 or float16. x2: (B, H, W, C2) likewise, maybe of another dtype. Channels that are
         next to each other are read in place, whatever the other strides; others are copied.
-    weight: PackedWeight of one tap, N x (kernel height * kernel width * C), C = C1 + C2, with the channels innermost:
+    weight: PackedWeight of one matrix, N x (kernel height * kernel width * C), C = C1 + C2, channels innermost:
         `PackedWeight.pack(layer.weight.permute(0, 2, 3, 1).flatten(1)[None], dtype)`. Its dtype is the precision of the
         product.
     kernel: (height, width). stride: of both axes. padding: of all sides, or (top, left, bottom, right).
     upsample: enlarge the image to twice its size (nearest) and convolve it with a 3x3 kernel, padding 1. That is a 2x2
         convolution for each of the four phases (0,0), (0,1), (1,0), (1,1) of the result, whose weights are the four
-        taps of `weight`. kernel must be (2, 2), stride and padding what they are by default.
+        matrices of `weight`. kernel must be (2, 2), stride and padding what they are by default.
     bias: (N,) float32. affine: (B, 2, C) float32 (`group_norm_affine`). scale: (C,) float32.
     activation: None, "relu", "silu" or "geglu" (see `linear`).
     residual: like the result, of those dtypes; may be `out` itself.
@@ -85,8 +85,8 @@ def conv2d(
     check(isinstance(upsample, bool), f"upsample must be True or False, got {upsample!r}")
     if upsample and (kernel, stride, any(padding)) != ((2, 2), 1, False):
         raise InputError(f"upsample needs kernel (2, 2), stride 1, padding 0, got {kernel}, {stride}, {padding}")
-    taps = 4 if upsample else 1
-    n_out = _gemm.check_weight(weight, kernel[0] * kernel[1] * channels, activation, taps)
+    matrices = 4 if upsample else 1
+    n_out = _gemm.check_weight(weight, kernel[0] * kernel[1] * channels, activation, matrices)
     _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=channels)
     check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
     top, left, bottom, right = padding
@@ -110,11 +110,11 @@ def conv2d(
         x2=x2,
         data=weight.data,
         scales=weight.scales,
-        sums=weight.sums,
+        weight_sums=weight.weight_sums,
         n=weight.n,
         bias=bias,
-        affine=affine,
-        scale=scale,
+        scale_shift=affine,
+        input_scale=scale,
         activation=activation or "",
         residual=residual,
         out=out,
@@ -172,12 +172,12 @@ class Conv2dArguments(_gemm.GemmArguments):
             return
         for i in range(4):
             y, x = divmod(i, 2)
-            part = self.weight.tap(i)
+            part = self.weight.matrix(i)
             yield replace(
                 self,
                 data=part.data,
                 scales=part.scales,
-                sums=part.sums,
+                weight_sums=part.weight_sums,
                 padding=(1 - y, 1 - x, y, x),
                 upsample=False,
                 residual=None if self.residual is None else self.residual[:, y::2, x::2],
@@ -187,14 +187,16 @@ class Conv2dArguments(_gemm.GemmArguments):
 
 
 def _reference(call: Conv2dArguments) -> None:
-    a = _gemm_reference.prologue(_gemm_reference.joined(call.x, call.x2), call.affine, call.silu, call.scale)
+    a = _gemm_reference.prologue(
+        _gemm_reference.concatenated(call.x, call.x2), call.scale_shift, call.silu, call.input_scale
+    )
     for phase in call.phases():
         kernel, stride, (top, left, bottom, right) = phase.kernel, phase.stride, phase.padding
         padded = F.pad(a, (0, 0, left, right, top, bottom))
         patches = padded.unfold(1, kernel[0], stride).unfold(2, kernel[1], stride)
         rows = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)  # images, height, width, what one output position reads
-        result = _gemm_reference.product(rows, phase.weight, phase.ranges)
-        _gemm_reference.finish(result, phase.bias, phase.activation, phase.residual, phase.out)
+        result = _gemm_reference.gemm(rows, phase.weight, phase.ranges)
+        _gemm_reference.epilogue(result, phase.bias, phase.activation, phase.residual, phase.out)
         fill_statistics(phase.out.flatten(1, 2), phase.statistics, phase.run)
 
 

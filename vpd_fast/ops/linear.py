@@ -48,7 +48,7 @@ def linear(
 
     x: (B, M, K1) float32, bfloat16 or float16. x2: (B, M, K2) likewise, maybe of another dtype. Channels that are next
         to each other are read in place, whatever the other strides; others are copied.
-    weight: PackedWeight of one tap, N x K with K = K1 + K2. Its dtype is the precision of the product.
+    weight: PackedWeight of one matrix, N x K with K = K1 + K2. Its dtype is the precision of the product.
     The prologue, of which any part may be missing, in this order:
         norm: "layer": (a - mean) / sqrt(variance + eps) over the row, without parameters.
         affine: (B, 2, K) float32: a * affine[:, 0] + affine[:, 1] (`group_norm_affine`).
@@ -89,11 +89,11 @@ def linear(
         x2=x2,
         data=weight.data,
         scales=weight.scales,
-        sums=weight.sums,
+        weight_sums=weight.weight_sums,
         n=weight.n,
         bias=bias,
-        affine=affine,
-        scale=scale,
+        scale_shift=affine,
+        input_scale=scale,
         activation=activation or "",
         residual=residual,
         out=out,
@@ -117,13 +117,13 @@ class LinearArguments(_gemm.GemmArguments):
 
 
 def _reference(call: LinearArguments) -> None:
-    a = _gemm_reference.joined(call.x, call.x2)
+    a = _gemm_reference.concatenated(call.x, call.x2)
     if call.norm:
         a = a - a.mean(-1, keepdim=True)
         a = a * (a.square().mean(-1, keepdim=True) + call.eps).rsqrt()
-    a = _gemm_reference.prologue(a, call.affine, False, call.scale)
-    result = _gemm_reference.product(a, call.weight)
-    _gemm_reference.finish(result, call.bias, call.activation, call.residual, call.out)
+    a = _gemm_reference.prologue(a, call.scale_shift, False, call.input_scale)
+    result = _gemm_reference.gemm(a, call.weight)
+    _gemm_reference.epilogue(result, call.bias, call.activation, call.residual, call.out)
     fill_statistics(call.out, call.statistics, call.run)
 
 

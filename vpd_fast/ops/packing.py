@@ -14,7 +14,7 @@ PANEL = 32  # rows of the weight that a kernel handles side by side
 WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers along k that share 32 bits, on CPUs
 FLOAT8 = torch.float8_e4m3fn
 ROWS_ONLY = (torch.float16, FLOAT8)  # that CPUs have no kernels for
-LARGEST = {torch.int8: 127, FLOAT8: 448}  # of the symmetric 8-bit weights
+MAX_8_BITS = {torch.int8: 127, FLOAT8: 448}  # of the symmetric 8-bit weights
 
 
 def geglu_rows(n: int) -> Tensor:
@@ -29,29 +29,29 @@ def geglu_rows(n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The right factor of C[t] = A[t] @ B[t].T, with B (taps,n,k).
+    """The right factor of C[t] = A[t] @ B[t].T, with B (matrices,n,k).
 
-    data: in panels, for CPUs: (taps, ceil(n/32), ceil(k/w), 32*w), w = 1 for float32, 2 for bfloat16, 4 for int8;
+    data: in panels, for CPUs: (matrices, ceil(n/32), ceil(k/w), 32*w), w = 1 for float32, 2 for bfloat16, 4 for int8;
         number (i, j) of B[t] is data[t, i // 32, j // w, i % 32 * w + j % w], and padding is zero. Or in rows, for
-        GPUs: (taps, n, k), which float16 and float8_e4m3fn always are. The numbers are the same.
-    scales: (taps,n) float32 for int8 and float8_e4m3fn, else None: B = data * scales.
-    sums: (taps,n) float32 for int8, else None: of data over k.
+        GPUs: (matrices, n, k), which float16 and float8_e4m3fn always are. The numbers are the same.
+    scales: (matrices,n) float32 for int8 and float8_e4m3fn, else None: B = data * scales.
+    weight_sums: (matrices,n) float32 for int8, else None: of data over k.
     """
 
     data: Tensor
     scales: Tensor | None
-    sums: Tensor | None
+    weight_sums: Tensor | None
     n: int
     k: int
 
     @property
-    def taps(self) -> int:
+    def matrices(self) -> int:
         """Matrices in it: 1, or the taps of a Winograd transform."""
         return self.data.shape[0]
 
-    def tap(self, i: int) -> PackedWeight:
+    def matrix(self, i: int) -> PackedWeight:
         """Its matrix i alone, in the same memory."""
-        parts = (None if t is None else t[i : i + 1] for t in (self.data, self.scales, self.sums))
+        parts = (None if t is None else t[i : i + 1] for t in (self.data, self.scales, self.weight_sums))
         return PackedWeight(*parts, self.n, self.k)
 
     @property
@@ -62,37 +62,40 @@ class PackedWeight:
     def require_consistent(self) -> None:
         """Raises ValueError unless the tensors have the shapes and dtypes that n and k say."""
         if self.dtype in ROWS_ONLY:
-            expected: tuple[int, ...] = (self.taps, self.n, self.k)
+            expected: tuple[int, ...] = (self.matrices, self.n, self.k)
         else:
             width = WIDTHS.get(self.dtype, 1)
-            expected = (self.taps, -(-self.n // PANEL), -(-self.k // width), PANEL * width)
+            expected = (self.matrices, -(-self.n // PANEL), -(-self.k // width), PANEL * width)
         if self.dtype not in (*WIDTHS, *ROWS_ONLY) or self.data.shape != expected:
             raise ValueError(f"weight {self.n}x{self.k} is stored as {self.dtype} {tuple(self.data.shape)}")
-        for name, vector, kinds in (("scales", self.scales, LARGEST), ("sums", self.sums, (torch.int8,))):
+        for name, vector, kinds in (
+            ("scales", self.scales, MAX_8_BITS),
+            ("weight_sums", self.weight_sums, (torch.int8,)),
+        ):
             if (vector is not None) != (self.dtype in kinds):
                 expected_kinds = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
                 raise ValueError(f"weight {self.n}x{self.k} of {self.dtype}: only {expected_kinds} must have {name}")
-            if vector is not None and (vector.shape != (self.taps, self.n) or vector.dtype != torch.float32):
+            if vector is not None and (vector.shape != (self.matrices, self.n) or vector.dtype != torch.float32):
                 raise ValueError(f"{name} of weight {self.n}x{self.k} are {vector.dtype} {tuple(vector.shape)}")
 
     @property
     def nbytes(self) -> int:
         """Memory of all its tensors."""
-        return sum(x.nbytes for x in (self.data, self.scales, self.sums) if x is not None)
+        return sum(x.nbytes for x in (self.data, self.scales, self.weight_sums) if x is not None)
 
     @classmethod
     def pack(cls, weight: Tensor, dtype: torch.dtype) -> PackedWeight:
-        """Round a floating-point weight (taps,n,k) to `dtype`; 8 bits symmetrically, with a scale per row.
+        """Round a floating-point weight (matrices,n,k) to `dtype`; 8 bits symmetrically, with a scale per row.
 
         Raises InputError for other shapes and dtypes, and for 8 bits if the weight is not finite.
         """
         if weight.dim() != 3 or not weight.is_floating_point() or 0 in weight.shape:
-            raise InputError(f"weight must be a floating-point tensor (taps, n, k), got {tuple(weight.shape)}")
+            raise InputError(f"weight must be a floating-point tensor (matrices, n, k), got {tuple(weight.shape)}")
         if dtype not in (*WIDTHS, *ROWS_ONLY):
             raise InputError(f"dtype must be one of {', '.join(map(str, (*WIDTHS, *ROWS_ONLY)))}, got {dtype}")
         scales = sums = None
-        if dtype in LARGEST:
-            weight, scales = _scaled(weight, LARGEST[dtype])
+        if dtype in MAX_8_BITS:
+            weight, scales = _scaled(weight, MAX_8_BITS[dtype])
             weight = weight.round_() if dtype == torch.int8 else weight
         numbers = weight.to(dtype)
         if dtype == torch.int8:
@@ -106,33 +109,33 @@ class PackedWeight:
         data = self.data if device.type == "cpu" else self.numbers().contiguous()
         if device.type == "cpu" and self.data.dim() == 3 and self.dtype not in ROWS_ONLY:
             data = _panels(self.data)
-        moved = (None if t is None else t.to(device) for t in (data, self.scales, self.sums))
+        moved = (None if t is None else t.to(device) for t in (data, self.scales, self.weight_sums))
         return PackedWeight(*moved, self.n, self.k)
 
     def numbers(self) -> Tensor:
-        """The stored numbers in order: (taps,n,k) of `dtype`."""
+        """The stored numbers in order: (matrices,n,k) of `dtype`."""
         if self.data.dim() == 3:
             return self.data
         elements = self.data.unflatten(3, (PANEL, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
         return elements[:, : self.n, : self.k]
 
     def unpack(self) -> Tensor:
-        """The weight (taps,n,k) in float32, as rounded."""
+        """The weight (matrices,n,k) in float32, as rounded."""
         numbers = self.numbers().float()
         return numbers if self.scales is None else numbers * self.scales[:, :, None]
 
 
 def _panels(numbers: Tensor) -> Tensor:
-    """(taps,n,k) -> the layout for CPUs."""
+    """(matrices,n,k) -> the layout for CPUs."""
     _, n, k = numbers.shape
     width = WIDTHS[numbers.dtype]
     padded = F.pad(numbers, (0, -k % width, 0, -n % PANEL))
-    data = padded.unflatten(1, (-1, PANEL)).unflatten(3, (-1, width))  # taps, panel, row, element, number
+    data = padded.unflatten(1, (-1, PANEL)).unflatten(3, (-1, width))  # matrices, panel, row, element, number
     return data.transpose(2, 3).flatten(3).contiguous()
 
 
 def _scaled(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Rows divided by their scales, so that they are at most `limit`, and the scales (taps,n)."""
+    """Rows divided by their scales, so that they are at most `limit`, and the scales (matrices,n)."""
     largest = weight.abs().amax(2)
     if not torch.isfinite(largest).all():
         raise InputError("weight has values that are not finite, which 8 bits with a scale cannot hold")

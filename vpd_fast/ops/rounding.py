@@ -4,7 +4,7 @@ int8: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255,
 zero = floor(-low / scale + 1/2) and u8 = round(x / scale + zero), so that x ~ scale * (u8 - zero) and 0 is exact. The
 products are summed exactly:
 
-    sum_k x[k] * w[n, k] ~ scale * scales[n] * (sum_k u8[k] * data[n, k] - zero * sums[n])
+    sum_k x[k] * w[n, k] ~ scale * scales[n] * (sum_k u8[k] * data[n, k] - zero * weight_sums[n])
 
 float8_e4m3fn: scale = max |row| / 448 and f8 = row / scale, rounded to nearest, ties to even; the products are
 summed in float32. In both, a row with an infinity or a NaN gives NaN throughout, and one whose scale would be below the
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpd_fast.ops.packing import FLOAT8, LARGEST
+from vpd_fast.ops.packing import FLOAT8, MAX_8_BITS
 
 LEVELS = 255  # steps between the least and the largest 8-bit number
 Range = tuple[Tensor, Tensor]  # least and largest numbers, (..., 1)
@@ -30,9 +30,9 @@ def range_of_rows(a: Tensor, ranges: Tensor | None = None) -> Range:
     return ranges[:, 0].amin(1).view(shape), ranges[:, 1].amax(1).view(shape)
 
 
-def quantize_rows(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(a: Tensor, known_range: Range | None = None) -> tuple[Tensor, Tensor]:
     """Rows (..., k) float32 rounded to 8 bits: whole numbers u8 - zero as float32, and the scales (..., 1)."""
-    low, high = found or range_of_rows(a)
+    low, high = known_range or range_of_rows(a)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
@@ -43,9 +43,9 @@ def quantize_rows(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor
     return u8 - zero, torch.where(scale.isfinite(), scale, torch.nan)
 
 
-def round_rows_to_float8(a: Tensor, found: Range | None = None) -> tuple[Tensor, Tensor]:
+def round_rows_to_float8(a: Tensor, known_range: Range | None = None) -> tuple[Tensor, Tensor]:
     """Rows (..., k) float32 rounded to float8_e4m3fn: the numbers f8 as float32, and the scales (..., 1)."""
-    limit, (low, high) = LARGEST[FLOAT8], found or range_of_rows(a)
+    limit, (low, high) = MAX_8_BITS[FLOAT8], known_range or range_of_rows(a)
     scale = torch.maximum(-low, high) / limit
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
     inverse = torch.where((scale > 0) & scale.isfinite(), 1 / scale, 0.0)
@@ -54,6 +54,6 @@ def round_rows_to_float8(a: Tensor, found: Range | None = None) -> tuple[Tensor,
     return f8.float(), torch.where(scale.isfinite(), scale, torch.nan)
 
 
-def rounded_rows(a: Tensor, dtype: torch.dtype, found: Range | None = None) -> tuple[Tensor, Tensor]:
+def rounded_rows(a: Tensor, dtype: torch.dtype, known_range: Range | None = None) -> tuple[Tensor, Tensor]:
     """Rows (..., k) float32 rounded to that 8-bit type, less their zeros, as float32, and the scales (..., 1)."""
-    return (round_rows_to_float8 if dtype == FLOAT8 else quantize_rows)(a, found)
+    return (round_rows_to_float8 if dtype == FLOAT8 else quantize_rows)(a, known_range)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_tensor
 
-PLANES = 5  # mean, what the mean is off, sum of squared deviations, least, largest number
+PLANES = 5  # mean, its rounding error, M2 (sum of squared deviations), minimum, maximum
 
 
 class Statistics(NamedTuple):

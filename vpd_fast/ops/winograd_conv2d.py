@@ -28,11 +28,11 @@ from vpd_fast.ops import _gemm, _gemm_reference
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
-from vpd_fast.ops.packing import LARGEST, PackedWeight
+from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
 
 ACTIVATIONS = (None, "relu", "silu")
 STEPS = {9: 1, 16: 2, 36: 4}  # taps -> input pixels from one tile to the next
-LEAST_MAGNITUDE = 1e-30  # of a row of 8 bits: smaller numbers become zero
+MIN_MAGNITUDE = 1e-30  # of a row of 8 bits: smaller numbers become zero
 
 # Per number of taps, in one dimension: the transforms of inputs, weights and products (B^T, G and A^T in the papers).
 _HALF, _SIXTH = 1 / 2, 1 / 6
@@ -142,11 +142,11 @@ def winograd_conv2d(
         x2=x2,
         data=weight.data,
         scales=weight.scales,
-        sums=weight.sums,
+        weight_sums=weight.weight_sums,
         n=weight.n,
         bias=bias,
-        affine=affine,
-        scale=scale,
+        scale_shift=affine,
+        input_scale=scale,
         activation=activation or "",
         residual=residual,
         out=out,
@@ -168,11 +168,11 @@ def _check_weight(weight: PackedWeight, channels: int, upsample: bool) -> None:
     check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight of winograd_weight(...), got {kind}")
     if weight.k != channels:  # torch.compile makes no text of sizes that it has not fixed yet
         raise InputError(f"weight must have the {channels} columns of the input's channels, got {weight.k}")
-    if weight.dtype == torch.int8 and weight.k > _gemm.MOST_COLUMNS_8_BITS:
-        raise InputError(f"weight of 8 bits must have at most {_gemm.MOST_COLUMNS_8_BITS} columns, got {weight.k}")
-    if weight.taps != 9 if upsample else weight.taps not in (16, 36):
+    if weight.dtype == torch.int8 and weight.k > _gemm.MAX_COLUMNS_8_BITS:
+        raise InputError(f"weight of 8 bits must have at most {_gemm.MAX_COLUMNS_8_BITS} columns, got {weight.k}")
+    if weight.matrices != 9 if upsample else weight.matrices not in (16, 36):
         expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
-        raise InputError(f"weight must have {expected}, got {weight.taps}")
+        raise InputError(f"weight must have {expected}, got {weight.matrices}")
 
 
 @functools.cache
@@ -181,12 +181,14 @@ def _transform(table: str, taps: int, device: torch.device) -> Tensor:
 
 
 def _reference(call: WinogradArguments) -> None:
-    a = _gemm_reference.prologue(_gemm_reference.joined(call.x, call.x2), call.affine, call.silu, call.scale)
-    inward, outward = (_transform(table, call.weight.taps, a.device) for table in ("input", "output"))
-    products = _products(_tiles(a, call.weight.taps), inward, call.weight)
+    a = _gemm_reference.prologue(
+        _gemm_reference.concatenated(call.x, call.x2), call.scale_shift, call.silu, call.input_scale
+    )
+    inward, outward = (_transform(table, call.weight.matrices, a.device) for table in ("input", "output"))
+    products = _products(_tiles(a, call.weight.matrices), inward, call.weight)
     result = torch.einsum("yi,xj,ijbrcn->brycxn", outward, outward, products)
     result = result.flatten(1, 2).flatten(2, 3)[:, : call.out.shape[1], : call.out.shape[2]]
-    _gemm_reference.finish(result, call.bias, call.activation, call.residual, call.out)
+    _gemm_reference.epilogue(result, call.bias, call.activation, call.residual, call.out)
 
 
 def _tiles(a: Tensor, taps: int) -> Tensor:
@@ -202,7 +204,7 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
     rows = torch.einsum("iy,jx,brcdyx->ijbrcd", inward, inward, tiles)
     flat = rows.flatten(2, 4).flatten(0, 1)  # taps, tiles, channels
     if weight.dtype == torch.int8:
-        steps = flat.abs().amax(2, keepdim=True).clamp_min(LEAST_MAGNITUDE) / LARGEST[torch.int8]
+        steps = flat.abs().amax(2, keepdim=True).clamp_min(MIN_MAGNITUDE) / MAX_8_BITS[torch.int8]
         whole = (flat / steps).round_()
         flat = whole @ weight.numbers().float().transpose(1, 2) * steps * weight.scales[:, None]
     else:
@@ -215,7 +217,7 @@ def _cpu(call: WinogradArguments) -> None:
         return
     dense = call.dense()
     _native.load("_C").winograd_conv2d(
-        shape=tuple(call.x.shape[:3]), matrices=call.weight.taps, silu=call.silu, **_gemm.native_arguments(dense)
+        shape=tuple(call.x.shape[:3]), matrices=call.weight.matrices, silu=call.silu, **_gemm.native_arguments(dense)
     )
     call.keep(dense.out)
 
