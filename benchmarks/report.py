@@ -21,14 +21,18 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MAIN = RESULTS / "amd-epyc-avx512-bf16"  # of the README
 BEGIN, END = "<!-- written by benchmarks/report.py -->", "<!-- end -->"
-HEAD = f"""# Performance
+HEAD = f"""\
+# Performance
 {BEGIN}
 
-`python benchmarks/report.py` writes this page from `benchmarks/results/`; do not edit it. Weights are random, models have the full size
-of Stable Diffusion 1.5 unless a table says otherwise. Variants of a table took turns in one run on one machine, and a speed-up is the
-median of the ratios within a round. No speed-up is shown unless the outputs agree with the plain model's: the least cosine of every
-feature map and of the logits is 0.9999 in fp32, 0.999 in bf16 and fp16, 0.995 in int8, 0.98 in fp8. Numbers that disappoint are here, too.
+`python benchmarks/report.py` writes this page from `benchmarks/results/`; do not edit it. Weights are random,
+models have the full size of Stable Diffusion 1.5 unless a table says otherwise. Variants of a table took turns
+in one run on one machine, and a speed-up is the median of the ratios within a round. No speed-up is shown
+unless the outputs agree with the plain model's: the least cosine of every feature map and of the logits is
+0.9999 in fp32, 0.999 in bf16 and fp16, 0.995 in int8, 0.98 in fp8. Numbers that disappoint are here, too.
 """
+PYTEST = "VPD_FAST_RESULTS=benchmarks/results pytest benchmarks/test_{}.py -m 'exhaustive or not exhaustive'"
+OPERATORS = ("upsample_argmax", "self_attention", "linear", "conv2d", "winograd_conv2d", "group_norm_affine")
 Row = dict[str, Any]
 
 
@@ -98,8 +102,8 @@ def bench(path: Path, title: str, command: str) -> str:
 def plain_forms(path: Path) -> str:
     """Plain models without `optimize`, in one process."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = [(r["variant"], number(r["p50_ms"] / 1e3), f"{r['speedup']:.2f}x", f"{r['peak_gib']:.1f} GiB", f"{r['cosine']:.4f}")
-            for r in content["rows"]]  # fmt: skip
+    rows = [(r["variant"], number(r["p50_ms"] / 1e3), f"{r['speedup']:.2f}x", f"{r['peak_gib']:.1f} GiB",
+             f"{r['cosine']:.4f}") for r in content["rows"]]  # fmt: skip
     columns = ("variant", "seconds", "speed-up", "peak memory", "cosine of the logits")
     command = "vpd-fast bench --in-process --random-weights 0 --precision none --rounds 3"
     return section("Plain models, without optimize", command, path, content, table(columns, rows))
@@ -115,9 +119,11 @@ def train_step(path: Path) -> str:
         rows.append((r["variant"], number(r["p50_ms"] / 1e3), f"{r['speedup']:.1f}x", f"{r['peak_gib']:.1f} GiB",
                      f"{r['activations_gib']:.2f} GiB", f"{gradients:.4f}"))  # fmt: skip
     estimate = content["activations_gib_estimated"]["1"]["plain, nothing recomputed"]
-    note = f"""One step: encoder, forward, backward, AdamW; batch 1 at 512x512. "plain" is as the original: attention written out, every
-transformer block recomputed; without recomputing it would keep an estimated {estimate:.1f} GiB. Of what bf16 keeps, 1.6 GiB are its copies
-of the weights. Nothing is timed unless loss and gradients agree with "plain" first.
+    note = f"""\
+One step: encoder, forward, backward, AdamW; batch 1 at 512x512. "plain" is as the original: attention written
+out, every transformer block recomputed; without recomputing it would keep an estimated {estimate:.1f} GiB. Of
+what bf16 keeps, 1.6 GiB are its copies of the weights. Nothing is timed unless loss and gradients agree with
+"plain" first.
 """
     command = 'python benchmarks/train_step.py --steps 3 --variants fp32 bf16 "bf16 recomputed"'
     return section("Training steps", command, path, content, note, table(columns, rows))
@@ -127,8 +133,10 @@ def layers(path: Path) -> str:
     """Where the time goes: the largest parts of the int8 pass."""
     content = json.loads(path.read_text(encoding="utf-8"))
     peak = ", ".join(f"{number(rate)} in {name}" for name, rate in content["peak_gflop_per_s"].items())
-    note = f"""The largest parts of the fast int8 model's pass at 512x512. "Of peak" compares the products that are made, fewer than by definition
-with Winograd's algorithm, with a large product of oneDNN in the same precision; GFLOP/s of those: {peak}.
+    note = f"""\
+The largest parts of the fast int8 model's pass at 512x512. "Of peak" compares the products that are made, fewer
+than by definition with Winograd's algorithm, with a large product of oneDNN in the same precision; GFLOP/s of
+those: {peak}.
 """
     rows = [(r["stage"], r["part"], r["in"], r["calls"], number(r["ms"]), f"{r['share']:.1%}",
              f"{r['of_peak']:.0%}" if "of_peak" in r else "")
@@ -151,9 +159,10 @@ def roofline(path: Path) -> str:
         floor, ms = (sum(row[name] for row in parts) / 1e3 for name in ("floor_ms", "ms"))
         gaps = [gap(lambda row, kind=kind: row["kind"] == kind) for kind in kinds]
         rows.append((precision, f"{floor:.2f} s", f"{ms:.2f} s", *(f"{value:.2f}" for value in (ms / floor, *gaps))))
-    note = """The engine's code runs on tensors without memory, and every operator is counted while it is called. An operation takes at least its
-products over the device's rate, its operands (each moved once) over the bandwidth, or for attention its exponentials over their rate,
-whichever is longest: its floor. "Gap" is measured over floor.
+    note = """\
+The engine's code runs on tensors without memory, and every operator is counted while it is called. An operation
+takes at least its products over the device's rate, its operands (each moved once) over the bandwidth, or for
+attention its exponentials over their rate, whichever is longest: its floor. "Gap" is measured over floor.
 """
     picture = path.with_suffix(".png")
     shown = f"![rates of the layers below the roofs of the machine](../{picture.relative_to(ROOT).as_posix()})\n"
@@ -185,9 +194,7 @@ def operator(path: Path) -> str:
                       f"{own['variant']} {number(own['p50_ms'])}", f"{own['speedup']:.2f}x"))  # fmt: skip
     logits = ["logits"] if "logits" in content["rows"][0] else []
     columns = ("case", "precision", *logits, "PyTorch, ms", "ours, ms", "speed-up")
-    command = (
-        f"VPD_FAST_RESULTS=benchmarks/results pytest benchmarks/test_{path.stem}.py -m 'exhaustive or not exhaustive'"
-    )
+    command = PYTEST.format(path.stem)
     return section(f"`{path.stem}`", command, path, content, table(columns, lines))
 
 
@@ -209,12 +216,13 @@ def attention_with_maps(path: Path) -> str:
             for name in ("eager", "sdpa without maps", "sdpa and maps")
         ]
         lines.append((*words, *times, number(own["p50_ms"]), f"{own['speedup']:.1f}x", f"{own['over_sdpa']:.1f}x"))
-    note = """150 tokens, 8 heads, milliseconds; images x queries x heads x head dimension. SDPA gives no maps, with a second pass it does. Eager
-PyTorch's time depends on whether its temporary memory stays mapped between calls: of the first row it doubles if not. At 8x8 positions, and
-at 16x16 with few tokens, where a call takes less than 1 ms, SDPA is faster.
+    note = """150 tokens, 8 heads, milliseconds; images x queries x heads x head dimension. SDPA gives no maps, with a second
+pass it does. Eager PyTorch's time depends on whether its temporary memory stays mapped between calls: of the
+first row it doubles if not. At 8x8 positions, and at 16x16 with few tokens, where a call takes less than 1 ms,
+SDPA is faster.
 """
     columns = ("shape", "dtype", "eager", "SDPA, no maps", "SDPA + second pass", "ours", "over eager", "over SDPA")
-    command = "VPD_FAST_RESULTS=benchmarks/results pytest benchmarks/test_cross_attention_maps.py -m 'exhaustive or not exhaustive'"
+    command = PYTEST.format(path.stem)
     return section("`cross_attention_maps`", command, path, content, note, table(columns, lines))
 
 
@@ -226,21 +234,24 @@ def first_gpu_pass(path: Path) -> str:
     time = {(r["case"][0], r["variant"], r.get("products")): r["ms_per_image"] for r in content["rows"]}
     eight = [number(time["8", f"fast {precision}", "triton"]) for precision in ("int8", "bf16")]
     compiled = number(time["8", "sdpa, bfloat16 channels-last, torch.compile", None])
-    note = f"""A first measurement with several processes on the GPU at once, so times are an indication. As it is by default (products by Triton) a
-fast model is **slower than `torch.compile`** at batch 8: {eight[0]} ms an image in int8 and {eight[1]} in bf16, against {compiled}. With products in
-CUDA C++ or by cuBLAS and cuDNN, which `vpd-fast tune` may choose, it is as fast or faster. "Replays" are of one CUDA graph of the whole pass,
-"calls" include launching; the compiled model was recompiled several times and is not the best that `torch.compile` can do.
-The int8 times include a preparation of images that a normal call does once and this measurement did twice.
+    note = f"""\
+Collected by hand from first measurements, before that command measured all of it, with several processes on the GPU
+at once: times are an indication. As it is by default
+(products by Triton) a fast model is **slower than `torch.compile`** at batch 8: {eight[0]} ms an image in int8
+and {eight[1]} in bf16, against {compiled}. With products in CUDA C++ or by cuBLAS and cuDNN, which `vpd-fast
+tune` may choose, it is as fast or faster. "Replays" are of one CUDA graph of the whole pass, "calls" include
+launching; the compiled model was recompiled several times and is not the best that `torch.compile` can do. The
+int8 times include a preparation of images that a normal call does once and this measurement did twice.
 """
-    agreement = [(r["variant"], *(f"{r[name]:.5f}" for name in ("latents", "features", "logits")), f"{r['equal_labels']:.1%}")
-                 for r in content["agreement"]]  # fmt: skip
+    agreement = [(r["variant"], *(f"{r[name]:.5f}" for name in ("latents", "features", "logits")),
+                  f"{r['equal_labels']:.1%}") for r in content["agreement"]]  # fmt: skip
     names = ("eager", "sdpa", "sdpa+maps", "triton", "cuda")
     attention = [(r["shape"], r["tokens"], *(number(r["microseconds"][name]) for name in names))
                  for r in content["cross_attention_maps"]]  # fmt: skip
     parts = [
         note,
         table(("images", "variant", "products by", "timed", "ms", "ms per image"), rows),
-        "Cosines to the plain float32 model on the same GPU. Every precision but fp8 passes its gate; fp8 misses it by 0.00004.\n",
+        "Cosines to the plain float32 model on that GPU. All but fp8, whose worst is 0.00004 below, pass their gate.\n",
         table(("", "latents", "worst feature", "logits", "equal labels"), agreement),
         "`cross_attention_maps` in bfloat16, microseconds, cold cache; SDPA alone gives no maps:\n",
         table(("shape", "tokens", "eager", "SDPA, no maps", "SDPA + second pass", "Triton", "CUDA C++"), attention),
@@ -251,19 +262,22 @@ The int8 times include a preparation of images that a normal call does once and 
 
 
 def larger_images(path: Path) -> str:
-    """A few words below the table of sizes."""
+    """Whole passes by size."""
+    options = "--precision bf16,int8 --peers none --size 512,768,1024 --rounds 3"
     rows = {(r["case"], r["variant"]): r["p50_ms"] for r in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     growth = [rows["1x3x1024x1024", name] / rows["1x3x512x512", name] for name in ("fast bf16", "fast int8")]
-    return f"""At 1024x1024 the plain model's probabilities do not fit into 24 GiB, so the ratio is to the plain model with SDPA. Self-attention grows
-with the fourth power of an image's side, so a pass there takes {growth[0]:.1f} times one at 512x512 in bf16 and {growth[1]:.1f} times in int8. Counted by
-operations it is 5.0 times (154 of 1943 GFLOP grow 16-fold, the rest 4-fold); Winograd's algorithm and 8 bits make all but attention faster.
+    note = f"""\
+At 1024x1024 the plain model's probabilities do not fit into 24 GiB, so the ratio is to the plain model with
+SDPA. Self-attention grows with the fourth power of an image's side, so a pass there takes {growth[0]:.1f} times
+one at 512x512 in bf16 and {growth[1]:.1f} times in int8. Counted by operations it is 5.0 times (154 of 1943
+GFLOP grow 16-fold, the rest 4-fold); Winograd's algorithm and 8 bits make all but attention faster.
 """
+    return "\n".join([bench(path, "Larger images", options), note])
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "bench": lambda path: bench(path, "Whole passes", "--peers openvino --rounds 4"),
-    "bench_sizes": lambda path: bench(path, "Larger images", "--precision bf16,int8 --peers none --size 512,768,1024 --rounds 3")
-    + "\n" + larger_images(path),
+    "bench_sizes": larger_images,
     "bench_diffusers": lambda path: bench(path, "Beside diffusers", "--peers all --rounds 6 --seconds 420"),
     "e2e": plain_forms,
     "first_pass": first_gpu_pass,
@@ -271,7 +285,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "layers": layers,
     "roofline": roofline,
     "cross_attention_maps": attention_with_maps,
-    **dict.fromkeys(("upsample_argmax", "self_attention", "linear", "conv2d", "winograd_conv2d", "group_norm_affine"), operator),
+    **dict.fromkeys(OPERATORS, operator),
 }  # fmt: skip
 
 
