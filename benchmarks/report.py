@@ -216,7 +216,8 @@ def attention_with_maps(path: Path) -> str:
             for name in ("eager", "sdpa without maps", "sdpa and maps")
         ]
         lines.append((*words, *times, number(own["p50_ms"]), f"{own['speedup']:.1f}x", f"{own['over_sdpa']:.1f}x"))
-    note = """150 tokens, 8 heads, milliseconds; images x queries x heads x head dimension. SDPA gives no maps, with a second
+    note = """\
+150 tokens, 8 heads, milliseconds; images x queries x heads x head dimension. SDPA gives no maps, with a second
 pass it does. Eager PyTorch's time depends on whether its temporary memory stays mapped between calls: of the
 first row it doubles if not. At 8x8 positions, and at 16x16 with few tokens, where a call takes less than 1 ms,
 SDPA is faster.
