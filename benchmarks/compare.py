@@ -13,29 +13,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
-Key = tuple[tuple[str, Any], ...]
+from vpd_fast.bench.regression import Key, Row, key_of, ratios, regressions
+
 TOLERANCE = 0.1  # of a ratio; medians over a few rounds repeat to a few percent
-# Whole numbers and words say what was measured, decimal numbers what came out, except for these words and numbers.
-FOUND = ("rounds", "error", "parity", "over")
-
-
-def is_ratio(name: str) -> bool:
-    """Whether a value of this name says how many times faster something is."""
-    return name == "speedup" or name.endswith("_speedup") or name.startswith("over_")
-
-
-def ratios(row: Row) -> dict[str, float]:
-    """The speed-ups in a row: "speedup", "backbone_speedup", "over_sdpa", ..."""
-    return {name: value for name, value in row.items() if is_ratio(name) and isinstance(value, (int, float))}
-
-
-def key_of(row: Row) -> Key:
-    """What tells a row from the others of its file."""
-    words = {k: v for k, v in row.items() if k not in FOUND and not is_ratio(k) and isinstance(v, (str, int))}
-    return tuple(sorted(words.items()))
 
 
 def read(path: Path) -> dict[Key, Row]:
@@ -50,26 +31,6 @@ def read(path: Path) -> dict[Key, Row]:
         print(f"{path} has rows that cannot be told apart", file=sys.stderr)
         raise SystemExit(2)
     return found
-
-
-def regressions(old: dict[Key, Row], new: dict[Key, Row], tolerance: float) -> list[str]:
-    """One line per ratio that became smaller by more than `tolerance` of it, or is gone; in the order of `old`."""
-    lines = []
-    for key, before in old.items():
-        name = ", ".join(str(value) for _, value in key)
-        if not ratios(before):
-            continue
-        if key not in new:
-            lines.append(f"{name}: not measured any more")
-            continue
-        after = ratios(new[key])
-        for ratio, value in ratios(before).items():
-            if ratio not in after:
-                reason = new[key].get("error") or f"parity {new[key].get('parity', 'unknown')}"
-                lines.append(f"{name}: {ratio} was {value}, now there is none ({reason})")
-            elif after[ratio] < value * (1 - tolerance):
-                lines.append(f"{name}: {ratio} was {value}, now {after[ratio]}")
-    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import gpu_libraries, onednn
-from vpd_fast.bench.suites import library_variant, on_devices, variants_of
+from vpd_fast.bench.suites import library_variant, on_devices, some_of, variants_of
 from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.ops.packing import PackedWeight
 
@@ -33,6 +33,7 @@ CASES = {  # side of the input, channels of its sources, of the result, stride, 
     "1280+1280->1280 at 8": (8, (1280, 1280), 1280, 1, 1, True),
 }
 MAIN = "unet, 64 to 32"
+TYPICAL = (MAIN, "1280->1280 at 8")
 
 
 def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[], Tensor]]:
@@ -82,7 +83,7 @@ def first_rows(
 @pytest.mark.parametrize(
     ("device", "precision"), on_devices(onednn.PRECISIONS, gpu_libraries.PRECISIONS), indirect=["device"]
 )
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     variants = all_variants(case, precision, device)
     side, channels, n, stride, _, _ = CASES[case]

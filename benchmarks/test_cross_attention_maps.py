@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import _native, ops
+from vpd_fast.bench.suites import EXHAUSTIVE, on_devices
 from vpd_fast.bench.timing import copy_gb_per_s, extra_memory, matmul_gflop_per_s, measure, percentile, rows_of
 
 HEADS = 8
@@ -26,6 +27,8 @@ SHAPES = {
 }
 TOKENS = (1, 40, 77, 150, 847)
 MAIN = (512, 0, 150, 1)  # image side, index in SHAPES, tokens, batch
+TYPICAL = (MAIN, (512, 1, 40, 1))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_PROBABILITIES = 1 << 29  # of one layer: eager PyTorch holds three tensors of this many numbers
 PEERS = ("eager", "sdpa without maps", "sdpa and maps", "compiled eager")
 Variants = dict[str, Callable[[], tuple[Tensor, ...]]]
@@ -166,21 +169,22 @@ def all_cases() -> list:
             for tokens in TOKENS:
                 for batch in (1, 8):
                     marks = [pytest.mark.slow] if side > 512 or batch > 1 else []
+                    marks += [EXHAUSTIVE] if (side, index, tokens, batch) not in TYPICAL else []
                     name = f"{batch}x{queries}x{HEADS}x{dim} to {tokens}"
                     cases.append(pytest.param((side, index, tokens, batch), marks=marks, id=name))
     return cases
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("device", "dtype"), on_devices(DTYPES, DTYPES), indirect=["device"])
 @pytest.mark.parametrize("case", all_cases())
-def test_forward(case: tuple[int, int, int, int], dtype: torch.dtype, device: str, keep: Callable) -> None:
+def test_forward(case: tuple[int, int, int, int], dtype: str, device: str, keep: Callable) -> None:
     side, index, tokens, batch = case
     queries, dim, layers = SHAPES[side][index]
     if batch * HEADS * queries * tokens > MOST_PROBABILITIES:
         pytest.skip(
             "eager PyTorch would hold more than 6 GB of probabilities; the tests have the operator alone at such sizes"
         )
-    tensors = inputs(SHAPES[side][index], tokens, batch, dtype, device)
+    tensors = inputs(SHAPES[side][index], tokens, batch, DTYPES[dtype], device)
     refused: list[str] = []
     variants = forward_variants(tensors, device, case == MAIN, refused)
     if tokens == 1:  # a constant: no kernel
@@ -188,13 +192,13 @@ def test_forward(case: tuple[int, int, int, int], dtype: torch.dtype, device: st
         variants["constant"] = lambda: ops.cross_attention_maps(*tensors, HEADS)
     require_parity(variants, tensors)
     facts = {"image": side, "shape": f"{batch}x{queries}x{HEADS}x{dim}", "tokens": tokens, "layers": layers}
-    facts |= {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    facts |= {"dtype": dtype, "threads": torch.get_num_threads()}
     if refused:
         facts["not run"] = "; ".join(refused)
     add_rows(keep, variants, device, tensors, 2.0 if case != MAIN else 10.0, 1, **facts)
 
 
-@pytest.mark.parametrize("tokens", [40, 150])
+@pytest.mark.parametrize("tokens", [pytest.param(40, marks=EXHAUSTIVE), 150])
 def test_training_step(tokens: int, device: str, keep: Callable) -> None:
     """Forward and backward, maps detached: autograd through eager PyTorch, through SDPA, through the operator."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -269,6 +273,7 @@ def test_mean_of_five_layers_into_features(device: str, keep: Callable) -> None:
     keep(rows_of(times, "eager", **facts, dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads()))
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("variant", ["eager", "sdpa without maps", "sdpa and maps", "kernel"])
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The main case under pytest-benchmark, for its statistics and comparison between commits."""
@@ -288,6 +293,7 @@ def test_one_by_one(benchmark, variant: str, device: str) -> None:
     benchmark(run)
 
 
+@EXHAUSTIVE
 def test_linear_in_queries(device: str, keep: Callable) -> None:
     """Time per query should not depend on their number: rows for 4096, 16384 and 65536 queries."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -15,7 +15,7 @@ import torch
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.bench.parity import agreement, passes
-from vpd_fast.bench.suites import on_devices
+from vpd_fast.bench.suites import EXHAUSTIVE, on_devices
 from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.bench.variants import Case, ModelVariant, plain_labels
 from vpd_fast.engine.policy import PRECISIONS
@@ -73,6 +73,7 @@ def test_side_by_side(case: str, precision: str, device: str, keep: Callable[[li
     keep([row for row in rows if row["variant"] == precision or precision == CPU_PRECISIONS[0]])
 
 
+@EXHAUSTIVE
 @SOME
 @SIDE_BY_SIDE
 def test_one_by_one(benchmark, case: str, precision: str, device: str) -> None:

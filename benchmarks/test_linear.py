@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import gpu_libraries, onednn
-from vpd_fast.bench.suites import library_variant, on_devices, variants_of
+from vpd_fast.bench.suites import library_variant, on_devices, some_of, variants_of
 from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.ops.packing import PackedWeight
 
@@ -40,6 +40,7 @@ CASES = {  # rows, widths of the sources, columns of the weight, what is fused
     "lateral at 32": (1024, (640, 150), 256, "plain"),
 }
 MAIN = "qkv at 64"
+TYPICAL = (MAIN, "ff and proj_out at 16", "geglu at 8")
 
 
 def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[], Tensor]]:
@@ -91,7 +92,7 @@ def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[
 @pytest.mark.parametrize(
     ("device", "precision"), on_devices(onednn.PRECISIONS, gpu_libraries.PRECISIONS), indirect=["device"]
 )
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     variants = all_variants(case, precision, device)
     rows, widths, n, _ = CASES[case]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import ops
-from vpd_fast.bench.suites import on_devices, variants_of
+from vpd_fast.bench.suites import EXHAUSTIVE, on_devices, some_of, variants_of
 from vpd_fast.bench.timing import extra_memory, matmul_gflop_per_s, measure, rows_of
 
 # Positions, heads, head dimension, layers of that kind in the segmentation model.
@@ -26,6 +26,8 @@ SHAPES = {
 MAIN = "4096x8x40"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_DTYPES = ("float32", "bfloat16")
+*_SHORT, _LONG = SHAPES
+CASES = [*some_of(_SHORT, (MAIN, "1024x8x80")), pytest.param(_LONG, marks=pytest.mark.slow)]
 MOST_PROBABILITIES = 1 << 28  # of one layer: eager PyTorch holds three tensors of this many numbers
 
 
@@ -83,7 +85,7 @@ def peak(device: str, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize(("device", "dtype"), on_devices(CPU_DTYPES, DTYPES), indirect=["device"])
-@pytest.mark.parametrize("case", [c if c[:5] != "16384" else pytest.param(c, marks=pytest.mark.slow) for c in SHAPES])
+@pytest.mark.parametrize("case", CASES)
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
     length, heads, dim, layers = SHAPES[case]
     tensors, variants = all_variants(case, DTYPES[dtype], device)
@@ -98,6 +100,7 @@ def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> Non
     keep(rows)
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("variant", ["sdpa", "kernel"])
 def test_one_by_one(benchmark, variant: str, device: str) -> None:
     """The 32x32 level under pytest-benchmark, for its statistics and comparison between commits."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vpd_fast import _native, ops
 from vpd_fast.bench import onednn
+from vpd_fast.bench.suites import on_devices, some_of
 from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.ops.packing import PackedWeight
 
@@ -31,6 +32,7 @@ CASES = {  # side of the input, channels of its sources, of the result, whether 
     "1280->1280 at 16, enlarged": (16, (1280,), 1280, True),
 }
 MAIN = "320->320 at 64"
+TYPICAL = (MAIN, "1280->1280 at 16")
 
 
 def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
@@ -65,9 +67,9 @@ def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # the only one that it has a kernel for
-@pytest.mark.parametrize("precision", list(onednn.PRECISIONS))
-@pytest.mark.parametrize("case", list(CASES))
+# CPUs are the only devices that it has a kernel for.
+@pytest.mark.parametrize(("device", "precision"), on_devices(onednn.PRECISIONS, ()), indirect=["device"])
+@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     variants = variants_of(case, precision)
     side, channels, n, upsample = CASES[case]

@@ -10,12 +10,26 @@ import pytest
 from vpd_fast import _native
 from vpd_fast.ops._dispatch import registry
 
+EXHAUSTIVE = pytest.mark.exhaustive  # what a plain `pytest benchmarks/` leaves out
+BFLOAT16 = ("bf16", "bfloat16")
 NOT_FOR_GPUS = ("cpu", "reference")
 
 
+def some_of(cases: Iterable[str], typical: Iterable[str]) -> list:
+    """All cases for `parametrize`, those that are not typical marked as exhaustive."""
+    chosen = set(typical)
+    return [case if case in chosen else pytest.param(case, marks=EXHAUSTIVE) for case in cases]
+
+
 def on_devices(cpu: Iterable[str], cuda: Iterable[str]) -> list:
-    """Pairs (device, precision or dtype) for `parametrize(("device", ...), ..., indirect=["device"])`."""
-    on_cpu = [pytest.param("cpu", name, id=f"cpu-{name}") for name in cpu]
+    """Pairs (device, precision or dtype) for `parametrize(("device", ...), ..., indirect=["device"])`.
+
+    bfloat16 is exhaustive on CPUs without instructions for it, where PyTorch needs up to 80 times as long.
+    """
+    emulated = () if "avx512_bf16" in _native.load("_C").usable_isas() else BFLOAT16
+    on_cpu = [
+        pytest.param("cpu", name, id=f"cpu-{name}", marks=[EXHAUSTIVE] if name in emulated else []) for name in cpu
+    ]
     return on_cpu + [pytest.param("cuda", name, id=f"cuda-{name}", marks=pytest.mark.gpu) for name in cuda]
 
 
