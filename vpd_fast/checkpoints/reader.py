@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.checkpoints import archives
-from vpd_fast.checkpoints.pickles import Placeholder
+from vpd_fast.checkpoints.pickles import Placeholder, Unpickled
 from vpd_fast.errors import CheckpointError
 
 _EXPECTED = "expected a PyTorch checkpoint (.pth, .pt, .ckpt, .bin), a .safetensors file or a checkpoint folder"
@@ -135,7 +135,7 @@ def _read_safetensors(path: Path) -> RawFile:
     return RawFile(path, _without_wrappers(tensors), metadata)
 
 
-def _from_object(path: Path, unpickled: archives.Unpickled) -> RawFile:
+def _from_object(path: Path, unpickled: Unpickled) -> RawFile:
     value = unpickled.value
     placeholders = tuple(sorted(unpickled.placeholders))
     if isinstance(value, Tensor):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vpd_fast.config import PRECISIONS, TASKS
+from vpd_fast.config import PRECISIONS
 from vpd_fast.errors import InputError
+from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch

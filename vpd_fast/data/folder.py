@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vpd_fast.config import TASKS
 from vpd_fast.data.ade20k import zero_to_ignored
 from vpd_fast.data.sample import (
     Sample,
@@ -24,6 +23,7 @@ from vpd_fast.data.sample import (
 from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.labels import scene_from_filename
 from vpd_fast.pictures import IMAGE_SUFFIXES
+from vpd_fast.tasks import TASKS
 
 TARGETS = {"segmentation": "masks", "referring": "masks", "depth": "depths"}
 NAME_LISTS = {"segmentation": "classes.txt", "depth": "scenes.txt"}

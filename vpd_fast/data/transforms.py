@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vpd_fast.config import TASKS
 from vpd_fast.data.colors import jitter, photometric_distortion
 from vpd_fast.data.sample import MILLIMETRES, Example, Sample, Transform
 from vpd_fast.errors import InputError
 from vpd_fast.labels import IGNORED
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_antialiased, resize_bilinear
+from vpd_fast.tasks import TASKS
 
 CROPS = 10  # how often segmentation tries for a crop that one class does not fill
 CUT_EVERY = 4  # samples of depth

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.bundled import NAMES
-from vpd_fast.config import CPU_PRECISIONS, TASKS
+from vpd_fast.config import CPU_PRECISIONS
 from vpd_fast.data.shapes import SPLITS, ShapesDataset
 from vpd_fast.data.shapes.dataset import OBJECTS
 from vpd_fast.engine import optimize
@@ -23,6 +23,7 @@ from vpd_fast.evaluation.metrics import PRIMARY, make_metrics
 from vpd_fast.inference import Result, make_predictor
 from vpd_fast.models import VPD
 from vpd_fast.pictures.reading import to_tensor
+from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     from vpd_fast.data import Sample

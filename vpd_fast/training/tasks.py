@@ -52,6 +52,7 @@ class Task:
     def loss(self, model: VPD, inputs: dict[str, Tensor]) -> Tensor:
         """Return the loss, a float32 scalar with a graph."""
         latents, target = inputs["latents"], inputs["target"]
+        size = target.shape[1], target.shape[2]
         if self.train_encoder:
             latents = model.encode(latents)
         if self.name == "segmentation":
@@ -59,9 +60,9 @@ class Task:
             return segmentation_loss(logits.float(), target, ignored_in_mean=self.quirks.ignored_in_mean)
         if self.name == "referring":
             features = model.features(latents, model.context(inputs["tokens"]))
-            return referring_loss(model.decode(features, target.shape[1:]).float(), target)
+            return referring_loss(model.decode(features, size).float(), target)
         features = model.features(latents, _scene_context(model, inputs["class_id"]))
-        return silog_loss(model.decode(features, target.shape[1:]).float(), target)
+        return silog_loss(model.decode(features, size).float(), target)
 
 
 def _scene_context(model: VPD, ids: Tensor) -> Tensor:

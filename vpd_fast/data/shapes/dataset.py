@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vpd_fast.config import TASKS
 from vpd_fast.data.sample import Sample
 from vpd_fast.data.shapes.world import CLASSES, SPLITS, Scene, SceneObject, make_scene
 from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.files import write_files
+from vpd_fast.tasks import TASKS
 
 LENGTHS = {"train": 4000, "validation": 500, "test": 500, "unseen": 500}
 OBJECTS = 3  # samples of a scene for referring
