@@ -74,8 +74,8 @@ slow() { part slow env VPD_FAST_RESULTS="$out/slow" "$python" -m pytest benchmar
 # Batch sizes apart, each within the limit: torch.compile takes minutes for each. What it compiled it keeps.
 e2e() {
     for batch in 1 8; do
-        part "e2e-batch$batch" env VPD_FAST_RESULTS="$out/batch$batch" \
-            "$python" benchmarks/e2e.py --device cuda --batch "$batch"
+        part "e2e-batch$batch" "$python" -m vpd_fast bench \
+            --in-process --device cuda --batch "$batch" --seconds 120 --json "$out/e2e_batch$batch.json"
     done
 }
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vpd_fast.cli.main import run
+
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-bf16" / "layers.json"
 # Stands for Python: says yes to every question, notes what it is to run, and fails for what is in $FAILING.
@@ -67,10 +69,19 @@ def test_all_parts(commands: dict[str, list[str]]) -> None:
 def test_scripts_take_their_arguments(commands, script, monkeypatch) -> None:
     """All the way to the question whether there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("e2e-batch1", "e2e-batch8", "layers", "train-batch1", "train-batch16"):
+    for name in ("layers", "train-batch1", "train-batch16"):
         path, *arguments = after(commands[name], sys.executable)
         with pytest.raises(SystemExit, match="PyTorch finds no NVIDIA GPU here"):
             script(Path(path).stem).main(arguments)
+
+
+def test_bench_takes_its_arguments(commands, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("e2e-batch1", "e2e-batch8"):
+        module, package, *arguments = after(commands[name], sys.executable)
+        assert (module, package) == ("-m", "vpd_fast")
+        assert run(arguments) == 2
+        assert "--device cuda: PyTorch sees 0 usable GPUs here" in capsys.readouterr().err
 
 
 def test_the_roofline_takes_the_file_of_the_layers(commands, script, tmp_path) -> None:
@@ -124,7 +135,7 @@ def status(tmp_path: Path) -> dict[str, str]:
 
 def test_account_of_what_ran(tmp_path, stub: dict[str, str]) -> None:
     skipped = dict.fromkeys(("sanitizer", "tune"), "skipped")
-    done = call(tmp_path, **stub | {"FAILING": "e2e.py --device cuda --batch 8"})
+    done = call(tmp_path, **stub | {"FAILING": "bench --in-process --device cuda --batch 8"})
     assert done.returncode == 1
     assert "gpu.sh: failed: e2e-batch8\n" in done.stdout
     assert "== sanitizer: compute-sanitizer is not installed" in done.stdout
@@ -140,7 +151,10 @@ def test_account_of_what_ran(tmp_path, stub: dict[str, str]) -> None:
     done = call(tmp_path, **stub)  # continues
     assert done.returncode == 0
     assert status(tmp_path) == dict.fromkeys(expected, "before") | {"e2e-batch8": "passed"} | skipped
-    assert Path(stub["LOG"]).read_text() == "-m vpd_fast\nbenchmarks/e2e.py --device cuda --batch 8\n"
+    assert Path(stub["LOG"]).read_text() == (
+        "-m vpd_fast\n-m vpd_fast bench --in-process --device cuda --batch 8 --seconds 120 "
+        f"--json {tmp_path}/out/e2e_batch8.json\n"
+    )
 
     done = call(tmp_path, "tune", "ops", **stub | {"FORCE": "1", "NO_TUNE": "0"})
     assert done.returncode == 0

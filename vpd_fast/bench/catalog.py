@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from vpd_fast.bench import peers
+from vpd_fast.bench.parity import GATES
 from vpd_fast.bench.variants import Source, Variant, make_fast, make_plain
-from vpd_fast.errors import InputError
+from vpd_fast.engine import Policy
+from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.models.attention_backends import BACKENDS, PLAIN, check_backend
 
 
 def _nothing_missing() -> str | None:
@@ -31,8 +34,16 @@ class Entry:
     size: float = 2.0
 
 
-BASELINES = ("plain", "sdpa")  # the second where the probabilities of the first do not fit into memory
+BASELINES = (PLAIN, "sdpa")  # the second where the probabilities of the first do not fit into memory
 FAST = ("fp32", "bf16", "int8")
+# Forms of a plain model, and what `make_plain` is told for them.
+PLAIN_FORMS: dict[str, dict[str, bool]] = {
+    "": {},
+    " autocast": {"autocast": True},
+    " channels-last": {"channels_last": True},
+    " channels-last compiled": {"channels_last": True, "compiled": True},
+}
+WITHOUT_GRAPHS = " without graphs"
 _DIFFUSERS = partial(peers.why_missing, "diffusers", extra="diffusers")
 _OPENVINO = partial(peers.why_missing, "openvino", extra="openvino")
 _OPENVINO_INT8 = partial(peers.why_missing, "openvino", "nncf", extra="openvino")
@@ -47,9 +58,13 @@ PEERS = {
     "openvino-int8": Entry(partial(peers.make_openvino, precision="int8"), "int8", _OPENVINO_INT8, size=4.0),
 }
 ENTRIES = {
-    "plain": Entry(make_plain, None),
-    "sdpa": Entry(partial(make_plain, attention_backend="sdpa"), None),
-    **{f"fast {p}": Entry(partial(make_fast, precision=p), p, size=3.0 if p == "fp32" else 2.0) for p in FAST},
+    **{
+        f"{backend}{form}": Entry(partial(make_plain, attention_backend=backend, **options), "bf16" if form else "fp32")
+        for backend in BACKENDS
+        for form, options in PLAIN_FORMS.items()
+    },
+    **{f"fast {p}": Entry(partial(make_fast, precision=p), p, size=3.0 if p == "fp32" else 2.0) for p in GATES},
+    **{f"fast {p}{WITHOUT_GRAPHS}": Entry(partial(make_fast, precision=p, graphs=False), p) for p in GATES},
     **PEERS,
 }
 
@@ -60,9 +75,7 @@ def choose(precisions: list[str], peer_names: list[str]) -> tuple[list[str], lis
     precisions: of the fast model. peer_names: names of peers, or their first parts ("openvino"), or "all" or "none".
     Raises InputError for unknown ones.
     """
-    for precision in precisions:
-        if precision not in FAST:
-            raise InputError(f"--precision must be some of {', '.join(FAST)}, got {precision!r}")
+    _check_precisions(precisions, FAST)
     names, missing = [f"fast {p}" for p in FAST if p in precisions], []
     for wanted in peer_names:
         if wanted not in ("all", "none") and not any(_is(name, wanted) for name in PEERS):
@@ -76,6 +89,47 @@ def choose(precisions: list[str], peer_names: list[str]) -> tuple[list[str], lis
             else:
                 missing.append(f"{name}: {reason}")
     return names, missing
+
+
+def choose_in_process(
+    device: str, backends: list[str], precisions: list[str] | None, compiled: bool
+) -> tuple[list[str], list[str]]:
+    """Likewise for one process on a device: plain models in all forms, and fast ones.
+
+    backends: of the plain model's attention, besides its own. precisions: of fast models; None: all that the device
+    has. compiled: with torch.compile, on a GPU. Raises InputError for unknown ones.
+    """
+    names, missing = [PLAIN, f"{PLAIN} autocast"], []
+    for backend in backends:
+        try:
+            check_backend(backend)
+        except MissingDependencyError as error:
+            missing.append(f"{backend}: {error}")
+            continue
+        forms = list(PLAIN_FORMS)[: 2 if device == "cpu" else 4 if compiled else 3]
+        names += [backend + form for form in forms]
+    if precisions is None:
+        precisions = list(FAST if device == "cpu" else GATES)
+    _check_precisions(precisions, GATES)
+    for precision in precisions:
+        try:
+            Policy().check_device(precision, torch.device(device))
+        except InputError as error:
+            missing.append(f"fast {precision}: {error}")
+            continue
+        names += [f"fast {precision}", *([f"fast {precision}{WITHOUT_GRAPHS}"] if device == "cuda" else [])]
+    return names[1:], missing
+
+
+def may_be_replayed(name: str) -> bool:
+    """Whether a variant may be captured in a CUDA graph: not if it has graphs of its own, or is to have none."""
+    return not name.endswith(("compiled", WITHOUT_GRAPHS))
+
+
+def _check_precisions(precisions: list[str], known: Iterable[str]) -> None:
+    for precision in precisions:
+        if precision not in known:
+            raise InputError(f"--precision must be some of {', '.join(known)}, got {precision!r}")
 
 
 def _is(name: str, wanted: str) -> bool:

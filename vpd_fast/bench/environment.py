@@ -80,8 +80,10 @@ def _status(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", _STATUS.read_text())[1])
 
 
-def total_memory() -> int:
-    """Bytes that all processes may use together: of the machine, or of the container's limit."""
+def total_memory(device: str = "cpu") -> int:
+    """Bytes that all processes may use together: of the machine, or of the container's limit, or of the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     machine = 1024 * int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
     limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
     texts = [path.read_text().strip() for path in limits if path.is_file()]

@@ -40,7 +40,7 @@ class Outputs:
 
 def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.float() if tensor.is_floating_point() else tensor
-    return tensor.clone(memory_format=torch.contiguous_format)  # tensors that share memory cannot be saved
+    return tensor.cpu().clone(memory_format=torch.contiguous_format)  # tensors that share memory cannot be saved
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -9,7 +9,7 @@ from vpd_fast.bench.catalog import ENTRIES
 from vpd_fast.bench.parity import GATES, passes
 from vpd_fast.bench.runner import Measurement, Seconds
 from vpd_fast.bench.statistics import milliseconds, percentile, speedup
-from vpd_fast.bench.variants import BACKBONE, STAGES
+from vpd_fast.bench.variants import BACKBONE, STAGES, WHOLE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,11 +32,12 @@ def row_of(measurement: Measurement, task: str, threads: int) -> Row:
     row |= {} if is_baseline else _parity(measurement)
     row["peak_mib"] = {name: round(value / MIB, 1) for name, value in measurement.memory.items()}
     if measurement.seconds:
-        stages = [stage for stage in STAGES if stage in measurement.seconds[0]]
+        stages = list(measurement.seconds[0])
         row |= milliseconds(_total(measurement.seconds, stages))
         row["ms_per_image"] = round(row["p50_ms"] / measurement.case.batch, 4)
         row["stages_ms"] = {stage: _median_ms(measurement.seconds, [stage]) for stage in stages}
-        row["backbone_ms"] = _median_ms(measurement.seconds, BACKBONE)
+        if WHOLE not in stages:
+            row["backbone_ms"] = _median_ms(measurement.seconds, BACKBONE)
         if is_baseline or row["parity"] == "passed":
             row |= _speedups(measurement, stages)
     return row
@@ -68,6 +69,8 @@ def _speedups(measurement: Measurement, stages: Sequence[str]) -> Row:
         return speedup(_total(base, chosen), _total(own, chosen))
 
     row: Row = {"over": measurement.baseline}
+    if WHOLE in stages:
+        return row | {"speedup": speedup(_total(base, list(base[0])), _total(own, stages))}
     if set(stages) == set(base[0]):
         row["speedup"] = over(stages)
     row["backbone_speedup"] = over(BACKBONE)
@@ -105,7 +108,8 @@ def table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
 
     first = rows[0]
-    shown = Table(title=f"{first['task']}, {first['case']}, {first['threads']} threads", title_justify="left")
+    timed = f", {first['timed']}" if "timed" in first else ""
+    shown = Table(title=f"{first['task']}, {first['case']}, {first['threads']} threads{timed}", title_justify="left")
     for i, column in enumerate(COLUMNS):
         shown.add_column(column, justify="right" if i else "left", no_wrap=True)
     for row in rows:
@@ -119,7 +123,7 @@ def _cells(row: Row) -> list[str]:
     batch = row["p50_ms"] / row["ms_per_image"]
     stages = [_number(row["stages_ms"].get(stage), 1 / batch) for stage in STAGES]
     verdict = "FAILED" if row.get("parity") == "failed" else _times(row.get("speedup"))
-    backbone = f"{_number(row['backbone_ms'], 1 / batch)} {_times(row.get('backbone_speedup')):>7}"
+    backbone = f"{_number(row.get('backbone_ms'), 1 / batch)} {_times(row.get('backbone_speedup')):>7}".strip()
     cosines = row.get("cosines", {})
     memory = row["peak_mib"]
     peak = f"{memory.get('run', 0):.0f}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from vpd_fast.bench.catalog import BASELINES, ENTRIES
 from vpd_fast.bench.environment import total_memory
+from vpd_fast.bench.in_process import Shared, Turn
 from vpd_fast.bench.parity import Outputs, agreement
 from vpd_fast.bench.variants import Case, Source, make_loaded, plain_bytes
 from vpd_fast.bench.worker import Worker, WorkerError
@@ -52,7 +53,7 @@ class _Member:
     """
 
     name: str
-    worker: Worker
+    worker: Worker | Turn
     outputs: Path
     case: Case
     memory: dict[str, int] = field(default_factory=dict)
@@ -68,14 +69,15 @@ class _Member:
     def memory_of(self, case: Case) -> dict[str, int]:
         """What `Measurement` has of it."""
         names = ("run", "build", "loaded") if case == self.loaded else ("run", "build")
-        return {name: self.memory[name] for name in names}
+        return {name: self.memory[name] for name in names if self.memory.get(name)}
 
 
 class Bench:
     """One run. `measurements` holds what is known so far, also when `run` ends early.
 
     names: of variants, see `catalog`; a baseline is added. rounds: passes of each variant; fewer, but at least three,
-    when those of a case have taken `seconds`. on_step is told what is being done, and how many more of `steps` are.
+    when those of a case have taken `seconds`. A source that is `Shared` has all
+    variants in this process. on_step is told what is being done, and how many more of `steps` are.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Bench:
     def baseline_of(self, case: Case) -> str:
         """The plain model, or where its probabilities do not fit into memory, the one that does not store them."""
         needed = 2 * self._model_bytes + plain_bytes(self.config, case)
-        return BASELINES[0] if needed <= USABLE * total_memory() else BASELINES[1]
+        return BASELINES[0] if needed <= USABLE * total_memory(self.source.device) else BASELINES[1]
 
     def _run_cases(self, baseline: str, cases: list[Case]) -> None:
         largest = max(cases, key=lambda case: case.pixels)
@@ -139,6 +141,8 @@ class Bench:
 
     def _fits(self, name: str) -> bool:
         """Whether another variant's process has room beside those that run."""
+        if isinstance(self.source, Shared):
+            return True
         held = sum(max(m.memory["resident"], m.memory["run"]) for m in self._members)
         largest_pass = max((m.memory["run"] - m.memory["resident"] for m in self._members), default=0)
         return held + ENTRIES[name].size * self._model_bytes + largest_pass <= USABLE * total_memory()
@@ -147,14 +151,15 @@ class Bench:
         """A member, ready for `case`; or None, and the reason among the measurements."""
         self.on_step(f"{name}: starting", 0)
         outputs = self.source.scratch / f"{name.replace(' ', '-')}.safetensors"
-        member = _Member(name, Worker(ENTRIES[name].make, self.source, name), outputs, case)
+        make = Turn if isinstance(self.source, Shared) else Worker
+        member = _Member(name, make(ENTRIES[name].make, self.source, name), outputs, case)
         self._members.append(member)
         try:
             made = member.worker.wait()
             member.memory = {"resident": made["resident"], "build": made["peak"]}
             self.on_step(f"{name}: first pass, {case}", 1)
             member.prepare(case)
-            if name in SAVED:
+            if name in SAVED and isinstance(member.worker, Worker):
                 member.memory["loaded"], member.loaded = self._peak_when_loaded(member.worker, case), case
         except WorkerError as error:
             self._close([member])

@@ -59,26 +59,33 @@ def _as_graphs(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[],
 
     If one cannot be captured, all are returned as they are: only like is compared with like.
     """
-    replays, before = {}, torch.cuda.current_stream()
+    replays = {}
     for name, function in variants.items():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # warm up
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                kept = function()
+            replays[name] = as_graph(function)
         except Exception as error:
             print(f"timed with launches, because {name} cannot be captured in a CUDA graph: {error}")
-            torch.cuda.set_stream(before)  # a failed capture leaves its own
-            torch.cuda.synchronize()
             return variants
-        # The replay writes into the tensors of the capture.
-        replays[name] = lambda graph=graph, kept=kept: graph.replay()
     return replays
+
+
+def as_graph(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a CUDA graph of the function's call. Raises what the capture raises."""
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # warm up
+                function()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = function()
+    except Exception:
+        torch.cuda.set_stream(before)  # a failed capture leaves its own
+        torch.cuda.synchronize()
+        raise
+    return lambda graph=graph, kept=kept: graph.replay()  # which writes into the tensors of the capture
 
 
 def measure(

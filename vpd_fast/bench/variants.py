@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,11 @@ from vpd_fast.config import LATENT_STRIDE, VPDConfig
 from vpd_fast.models import VPD
 from vpd_fast.ops import upsample_argmax
 
+if TYPE_CHECKING:
+    from vpd_fast.engine import FastVPD
+
 STAGES = ("encoder", "unet", "head", "post")
+WHOLE = "pass"  # the only stage of what cannot be cut into these
 BACKBONE = STAGES[:2]  # what variants without maps and head have, too
 
 
@@ -37,19 +42,26 @@ class Case:
         return self.batch * self.size * self.size
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """Where a variant's weights come from, and what it may write."""
 
     checkpoint: Path  # that `load_checkpoint` reads
     scratch: Path  # folder
     threads: int
+    device: str = "cpu"
 
     def load(self) -> VPD:
-        """The plain model, its weights in the file until they are used."""
+        """Return the plain model, its weights in the file until they are used."""
         from vpd_fast.checkpoints import load_checkpoint
 
         return load_checkpoint(self.checkpoint)
+
+    def optimize(self, precision: str) -> FastVPD:
+        """Return the fast model."""
+        import vpd_fast
+
+        return vpd_fast.optimize(self.load(), precision)
 
 
 class Variant(Protocol):
@@ -63,17 +75,33 @@ class Variant(Protocol):
 
 
 class Stopwatch:
-    """Seconds of stages that follow each other."""
+    """Seconds of stages that follow each other; on a GPU between events, which are waited for at the end."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+    def __init__(self, device: str = "cpu") -> None:
+        self._now = time.perf_counter if device == "cpu" else _event
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
 
     def lap(self, stage: str) -> None:
-        """The stage that began with the last call ends now."""
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now
+        """End the stage that began with the last call."""
+        self._marks.append((stage, self._now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage."""
+        return {stage: _between(start, end) for (_, start), (stage, end) in pairwise(self._marks)}
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def conditioning(config: VPDConfig, batch: int) -> tuple:
@@ -91,33 +119,62 @@ def conditioning(config: VPDConfig, batch: int) -> tuple:
 class ModelVariant:
     """A `VPD`, plain or fast, with everything it does for a prediction on images of its own size.
 
-    label: makes labels of logits (B,C,h,w) and a size (H,W); what the model's kind does best.
+    label: makes labels of logits (B,C,h,w) and a size (H,W); what the model's kind does best. autocast: compute in
+    bfloat16 where PyTorch sees fit. channels_last: images are bfloat16 in that format, as the weights are. compiled: by
+    torch.compile(mode="max-autotune"), which brings its own CUDA graphs. graphs: whether a fast model uses its own.
     """
 
-    def __init__(self, model: VPD, label: Callable[..., Tensor]) -> None:
-        self.model, self._label = model, label
+    def __init__(
+        self,
+        model: VPD,
+        label: Callable[..., Tensor],
+        *,
+        autocast: bool = False,
+        channels_last: bool = False,
+        compiled: bool = False,
+        graphs: bool | None = None,
+    ) -> None:
+        self.model, self._label, self._graphs = model, label, graphs
+        self._autocast, self._channels_last = autocast, channels_last
+        self._program = torch.compile(self.tensors, mode="max-autotune", dynamic=False) if compiled else None
 
     def prepare(self, case: Case) -> None:
         """Get ready for images of this case."""
         device = self.model.device
         self._images = make_images(case.batch, case.size).to(device)
+        if self._channels_last:
+            self._images = self._images.to(torch.bfloat16, memory_format=torch.channels_last)
         parts = conditioning(self.model.config, case.batch)
         self._conditioning = tuple(x.to(device) if isinstance(x, Tensor) else x for x in parts)
 
     def run(self) -> tuple[dict[str, float], Outputs]:
         """One forward pass; depth has metres for logits and no labels."""
-        task, watch = self.model.config.task, Stopwatch()
-        with torch.inference_mode():
-            latents = self.model.encode(self._images)
-            watch.lap("encoder")
-            features = self.model.features(latents, self.model.context(*self._conditioning))
-            watch.lap("unet")
-            logits, labels = self.model.decode(features), None
-            watch.lap("head")
-            if task != "depth":
-                labels = self._label(logits, self._images.shape[2:], align_corners=task == "referring")
-                watch.lap("post")
-        return watch.seconds, Outputs(latents, features, logits, labels)
+        device = self.model.device.type
+        if self._graphs is not None:
+            self.model.graphs = self._graphs
+        watch = Stopwatch(device)
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self._autocast):
+            if self._program is None:
+                tensors = self.tensors(watch.lap)
+            else:
+                torch.compiler.cudagraph_mark_step_begin()
+                tensors = self._program()
+                watch.lap(WHOLE)
+        return watch.seconds, Outputs(*tensors)
+
+    def tensors(self, lap: Callable[[str], None] = lambda stage: None) -> tuple:
+        """Compute the fields of `Outputs`, and call `lap` with the name of each stage at its end."""
+        task = self.model.config.task
+        latents = self.model.encode(self._images)
+        lap("encoder")
+        features = self.model.features(latents, self.model.context(*self._conditioning))
+        lap("unet")
+        logits, labels = self.model.decode(features), None
+        lap("head")
+        if task != "depth":
+            labels = self._label(logits, self._images.shape[2:], align_corners=task == "referring")
+            lap("post")
+        return latents, features, logits, labels
 
 
 def plain_labels(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
@@ -125,11 +182,19 @@ def plain_labels(logits: Tensor, size: tuple[int, int], align_corners: bool) -> 
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1)
 
 
-def make_plain(source: Source, attention_backend: str = "plain") -> Variant:
-    """The plain model."""
+def make_plain(
+    source: Source,
+    attention_backend: str = "plain",
+    autocast: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
+) -> Variant:
+    """The plain model in one of its forms, see `ModelVariant`."""
     model = source.load()
     model.attention_backend = attention_backend
-    return ModelVariant(model, plain_labels)
+    if channels_last:
+        model = model.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return ModelVariant(model, plain_labels, autocast=autocast, channels_last=channels_last, compiled=compiled)
 
 
 def plain_bytes(config: VPDConfig, case: Case) -> int:
@@ -141,11 +206,9 @@ def plain_bytes(config: VPDConfig, case: Case) -> int:
     return 2 * 4 * case.batch * config.backbone.num_heads * positions**2
 
 
-def make_fast(source: Source, precision: str) -> Variant:
-    """`vpd_fast.optimize` of the plain model."""
-    import vpd_fast
-
-    return ModelVariant(vpd_fast.optimize(source.load(), precision), upsample_argmax)
+def make_fast(source: Source, precision: str, graphs: bool | None = None) -> Variant:
+    """`vpd_fast.optimize` of the plain model; on a GPU with or without its CUDA graphs."""
+    return ModelVariant(source.optimize(precision), upsample_argmax, graphs=graphs)
 
 
 def make_loaded(_: Source, folder: Path) -> Variant:

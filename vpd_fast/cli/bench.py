@@ -19,9 +19,10 @@ from vpd_fast.files import write_json
 
 if TYPE_CHECKING:
     from vpd_fast.bench.runner import Bench
+    from vpd_fast.bench.variants import Source
     from vpd_fast.config import VPDConfig
 
-MEASURING, OUTPUT = "Measuring", "Output"
+MEASURING, IN_PROCESS, OUTPUT = "Measuring", "In one process", "Output"
 
 
 def bench(
@@ -30,13 +31,13 @@ def bench(
     task: options.Task = None,
     config: options.Config = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Of the fast models: fp32, bf16, int8.",
+            help="Of the fast models: fp32, bf16, int8, on a GPU also fp16, fp8; or none. [default: all]",
             rich_help_panel=MEASURING,
         ),
-    ] = "fp32,bf16,int8",
+    ] = None,
     peers: Annotated[
         str,
         typer.Option(
@@ -45,6 +46,19 @@ def bench(
             rich_help_panel=MEASURING,
         ),
     ] = "all",
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="All variants in this process, no peers.", rich_help_panel=IN_PROCESS)
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu or cuda, with --in-process.", rich_help_panel=IN_PROCESS)
+    ] = "cpu",
+    backends: Annotated[
+        str,
+        typer.Option(metavar="NAME,...", help="Attention of plain models, besides plain.", rich_help_panel=IN_PROCESS),
+    ] = "sdpa",
+    compile: Annotated[
+        bool, typer.Option(help="With torch.compile on a GPU, which takes minutes.", rich_help_panel=IN_PROCESS)
+    ] = True,
     size: Annotated[
         str, typer.Option(metavar="N,...", help="Height and width in pixels.", rich_help_panel=MEASURING)
     ] = "512",
@@ -70,28 +84,46 @@ def bench(
     Every variant runs in a process of its own; they take turns, round by round, and a speed-up is the median of the
     ratios within a round. It is shown only if features and logits agree with the plain model's. Other libraries compute
     encoder and UNet only. An interruption keeps what is there.
+
+    With --in-process variants share one process, on a CPU or a GPU: plain models also in bfloat16 (autocast, on a GPU
+    channels-last and compiled). A GPU's clocks and power are kept, and passes are timed as they are called and as CUDA
+    graphs.
     """
     from vpd_fast.bench import catalog
+    from vpd_fast.bench.runner import Bench
     from vpd_fast.bench.variants import Case
 
     random_weights = 0 if checkpoint is None and random_weights is None else random_weights
-    model_options = options.ModelOptions(checkpoint, random_weights, task, config, "cpu", None)
-    names, left_out = catalog.choose(_names(precision), _names(peers))
+    if device not in ("cpu", "cuda") or (device == "cuda" and not in_process):
+        raise InputError(f"--device must be cpu, or cuda with --in-process, got {device!r}")
+    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, None)
+    precisions = None if precision is None else [name for name in _names(precision) if name != "none"]
+    if in_process:
+        names, left_out = catalog.choose_in_process(device, _names(backends), precisions, compile)
+    else:
+        names, left_out = catalog.choose(list(catalog.FAST) if precisions is None else precisions, _names(peers))
     sizes = _numbers("--size", size, SIZE_MULTIPLE)
     cases = [Case(side, images) for side in sizes for images in _numbers("--batch", batch, 1)]
     _check_output("--json", json, ".json")
     _check_output("--chart", chart, ".png")
 
     with _interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
-        run = _prepare(model_options, Path(scratch), names, cases, rounds, seconds, threads)
+        source, model_config = _prepare(model_options, Path(scratch), threads, in_process)
+        runs = {"": Bench(source, model_config, names, cases, rounds, seconds)}
+        if device == "cuda":
+            replayed = [name for name in names if catalog.may_be_replayed(name)]
+            runs = {"calls": runs[""], "replays": Bench(source, model_config, replayed, cases, rounds, seconds)}
         finished = False
         try:
-            _run(run)
+            for timed, run in runs.items():
+                if in_process:
+                    source.timed = timed
+                _run(run)
             finished = True
         finally:
             # Also after an interruption: what is finished is worth having.
-            _report(run, left_out, model_options, finished, json, chart)
-    if any(measurement.error for measurement in run.measurements):
+            rows = _report(runs, left_out, model_options, finished, json, chart)
+    if any("error" in row or (in_process and row.get("parity") == "failed") for row in rows):
         raise typer.Exit(1)
 
 
@@ -110,32 +142,29 @@ def _interrupted_by_termination() -> Iterator[None]:
 
 
 def _prepare(
-    model_options: options.ModelOptions,
-    scratch: Path,
-    names: list[str],
-    cases: list[Any],
-    rounds: int,
-    seconds: float,
-    threads: int | None,
-) -> Bench:
-    """The run, with its weights in a file that all processes share."""
+    model_options: options.ModelOptions, scratch: Path, threads: int | None, in_process: bool
+) -> tuple[Source, VPDConfig]:
+    """The source of models, whose weights are in a file for all processes or in this process, and what they are."""
     import torch
 
-    from vpd_fast.bench.runner import Bench
     from vpd_fast.bench.variants import Source
 
+    if in_process and threads is not None:
+        torch.set_num_threads(threads)
     with running.error_console().status("preparing the weights"):
         model = model_options.load()
         path = model_options.checkpoint
         if model.is_fast:
             raise InputError(f"--checkpoint {path} is a fast model; give the weights it was made from")
+        threads = threads or torch.get_num_threads()
+        if in_process:
+            from vpd_fast.bench.in_process import Shared
+
+            return Shared(model, scratch, threads), model.config
         if path is None:
             path = scratch / "model"
             model.save_pretrained(path)
-        model_config: VPDConfig = model.config
-        del model
-    source = Source(path, scratch, threads or torch.get_num_threads())
-    return Bench(source, model_config, names, cases, rounds, seconds)
+    return Source(path, scratch, threads), model.config
 
 
 def _run(run: Bench) -> None:
@@ -151,38 +180,47 @@ def _run(run: Bench) -> None:
 
 
 def _report(
-    run: Bench,
+    runs: dict[str, Bench],
     left_out: list[str],
     model_options: options.ModelOptions,
     finished: bool,
     json: Path | None,
     chart: Path | None,
-) -> None:
-    """Print the tables and write the files."""
+) -> list[dict[str, Any]]:
+    """Print the tables and write the files; the rows of all runs, which are named after how they were timed."""
     from rich.console import Console
 
     from vpd_fast.bench import report
     from vpd_fast.bench.environment import environment
 
-    threads = run.source.threads
-    rows = [report.row_of(m, run.config.task, threads) for m in run.ordered()]
+    source, model_config = next((run.source, run.config) for run in runs.values())
+    threads, rows = source.threads, []
+    for timed, run in runs.items():
+        for measurement in run.ordered():
+            rows.append(report.row_of(measurement, model_config.task, threads))
+            if timed:
+                rows[-1] |= {"timed": timed} | source.telemetry.medians(f"{timed} {measurement.variant}")
     console = Console()
     if not console.is_terminal:  # nothing to fit into
         console = Console(width=220)
-    for case in dict.fromkeys(row["case"] for row in rows):
-        console.print(report.table([row for row in rows if row["case"] == case]))
+    for case in dict.fromkeys((row["case"], row.get("timed")) for row in rows):
+        console.print(report.table([row for row in rows if (row["case"], row.get("timed")) == case]))
     for line in report.remarks(rows, left_out):
         typer.echo(line)
     if not finished:
         typer.echo("not finished: these are the rounds that were complete")
-    about = environment("cpu") | {"threads": threads}
+    about = environment(source.device) | {"threads": threads}
+    if source.device == "cuda":
+        from vpd_fast.bench import telemetry
+
+        about |= telemetry.facts()
     if json is not None:
         weights = {"checkpoint": str(model_options.checkpoint)} if model_options.checkpoint else {
             "random_weights": model_options.random_weights
         }  # fmt: skip
         values = {
             "environment": about,
-            "model": {**weights, "config": run.config.to_dict()},
+            "model": {**weights, "config": model_config.to_dict()},
             "finished": finished,
             "left_out": left_out,
             "rows": rows,
@@ -195,6 +233,7 @@ def _report(
         footer = f"{about['device']}, {threads} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
         figure = plots.stage_bars(rows, footer)
         write_files({chart: lambda path: plots.save(figure, path)})
+    return rows
 
 
 def _names(text: str) -> list[str]:
