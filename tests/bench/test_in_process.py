@@ -50,10 +50,11 @@ def rows_in(folder: Path) -> dict[str, dict]:
     return {row["variant"]: row for row in json.loads((folder / "bench.json").read_text())["rows"]}
 
 
-def test_as_a_program(small, tmp_path, capsys) -> None:
+def test_as_a_program(small, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(catalog, "PLAIN_FORMS", {"": {}})  # bfloat16 takes long where a CPU has no instructions for it
     assert run([*small, "--precision", "fp32", "--batch", "2"]) == 0
     rows = rows_in(tmp_path)
-    assert list(rows) == ["plain", "plain autocast", "sdpa", "sdpa autocast", "fast fp32"]
+    assert list(rows) == ["plain", "sdpa", "fast fp32"]
     for name, row in rows.items():
         assert (row["case"], row["over"], row["rounds"]) == ("2x3x64x64", "plain", 2)
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
@@ -112,11 +113,12 @@ def test_forms_of_a_plain_model_agree(monkeypatch, shared) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     results = {}
-    for name in ("plain", "sdpa channels-last", "sdpa channels-last compiled"):
+    names = ("plain autocast", "sdpa channels-last compiled")
+    for name in ("plain", *names):
         variant = catalog.ENTRIES[name].make(shared)
-        variant.prepare(Case(128))
+        variant.prepare(Case(64))
         results[name] = variant.run()
-    for name in ("sdpa channels-last", "sdpa channels-last compiled"):
+    for name in names:
         found = agreement(results[name][1], results["plain"][1])
         assert min(found["features"]) > 0.99, found  # of a small network
     assert list(results["sdpa channels-last compiled"][0]) == ["pass"]

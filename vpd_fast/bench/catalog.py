@@ -99,14 +99,14 @@ def choose_in_process(
     backends: of the plain model's attention, besides its own. precisions: of fast models; None: all that the device
     has. compiled: with torch.compile, on a GPU. Raises InputError for unknown ones.
     """
-    names, missing = [PLAIN, f"{PLAIN} autocast"], []
+    forms = list(PLAIN_FORMS)[: 2 if device == "cpu" else 4 if compiled else 3]
+    names, missing = [PLAIN + form for form in forms[:2]], []
     for backend in backends:
         try:
             check_backend(backend)
         except MissingDependencyError as error:
             missing.append(f"{backend}: {error}")
             continue
-        forms = list(PLAIN_FORMS)[: 2 if device == "cpu" else 4 if compiled else 3]
         names += [backend + form for form in forms]
     if precisions is None:
         precisions = list(FAST if device == "cpu" else GATES)

@@ -77,14 +77,19 @@ def reset_peak() -> None:
 
 
 def _status(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", _STATUS.read_text())[1])
+    return _kilobytes(name, _STATUS)
+
+
+def _kilobytes(name: str, path: Path) -> int:
+    """Bytes of the line NAME: N kB in a file of /proc."""
+    return 1024 * int(path.read_text().split(f"{name}:")[1].split()[0])
 
 
 def total_memory(device: str = "cpu") -> int:
     """Bytes that all processes may use together: of the machine, or of the container's limit, or of the GPU."""
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    machine = 1024 * int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    machine = _kilobytes("MemTotal", Path("/proc/meminfo"))
     limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
     texts = [path.read_text().strip() for path in limits if path.is_file()]
     return min([machine, *(int(text) for text in texts if text.isdigit())])

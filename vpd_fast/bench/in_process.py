@@ -66,6 +66,8 @@ class Turn:
 
     def __init__(self, make: Callable[[Source], Variant], source: Shared, name: str) -> None:
         self._make, self._source, self._name = make, source, name
+        self._variant: Variant
+        self._replay: Callable[[], Any] | None = None
 
     def wait(self) -> dict[str, int]:
         """Make the variant; its memory is not known apart from the others'."""
@@ -96,6 +98,7 @@ class Turn:
                 self._source.flush.zero_()
             if self._source.timed == "replays":
                 watch = Stopwatch(self._source.device)
+                assert self._replay is not None, "prepare comes before run"
                 self._replay()
                 watch.lap(WHOLE)
                 seconds = watch.seconds

@@ -101,7 +101,8 @@ def _legend(figure: Figure, stages: Sequence[str], footer: str) -> None:
     names = {"all": "between layers"}
     handles = [Patch(color=COLOURS.get(stage, REST), label=names.get(stage, stage)) for stage in stages]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=len(stages), fontsize=9, frameon=False)
-    legend.set_title(footer, {"size": 8})
+    legend.set_title(footer)
+    legend.get_title().set_fontsize(8)
 
 
 def roofline(results: Sequence[dict[str, Any]], groups: Sequence[Sequence[Row]], device: Device) -> Figure:

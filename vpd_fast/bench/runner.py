@@ -151,8 +151,9 @@ class Bench:
         """A member, ready for `case`; or None, and the reason among the measurements."""
         self.on_step(f"{name}: starting", 0)
         outputs = self.source.scratch / f"{name.replace(' ', '-')}.safetensors"
-        make = Turn if isinstance(self.source, Shared) else Worker
-        member = _Member(name, make(ENTRIES[name].make, self.source, name), outputs, case)
+        make, source = ENTRIES[name].make, self.source
+        worker = Turn(make, source, name) if isinstance(source, Shared) else Worker(make, source, name)
+        member = _Member(name, worker, outputs, case)
         self._members.append(member)
         try:
             made = member.worker.wait()

@@ -16,6 +16,7 @@ from torch import Tensor
 from vpd_fast.bench.parity import Outputs, make_images
 from vpd_fast.config import LATENT_STRIDE, VPDConfig
 from vpd_fast.models import VPD
+from vpd_fast.models.perceiver import Perceiver
 from vpd_fast.ops import upsample_argmax
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Variant(Protocol):
 
     def run(self) -> tuple[dict[str, float], Outputs]:
         """One forward pass: seconds of each stage it has, and what came out."""
+        ...
 
 
 class Stopwatch:
@@ -126,7 +128,7 @@ class ModelVariant:
 
     def __init__(
         self,
-        model: VPD,
+        model: Perceiver,
         label: Callable[..., Tensor],
         *,
         autocast: bool = False,
@@ -193,7 +195,7 @@ def make_plain(
     model = source.load()
     model.attention_backend = attention_backend
     if channels_last:
-        model = model.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+        model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
     return ModelVariant(model, plain_labels, autocast=autocast, channels_last=channels_last, compiled=compiled)
 
 
