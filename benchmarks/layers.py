@@ -102,7 +102,7 @@ def timed_on_gpu(run: LabelledPass, images: torch.Tensor, rounds: int) -> Pass:
 
 
 def usable_precisions(device: str) -> list[str]:
-    """Those that the device has instructions for."""
+    """Precisions that the device has instructions for."""
     found = []
     for precision in PRECISIONS:
         with contextlib.suppress(InputError):

@@ -65,7 +65,7 @@ def section(title: str, command: str, path: Path, content: Row, *parts: str) -> 
 
 
 def speedup(row: Row) -> str:
-    """Of the whole pass, or of encoder and UNet."""
+    """Speed-up of the whole pass, or of encoder and UNet."""
     if row.get("parity") == "failed":
         return "gate failed"
     if "speedup" in row:
@@ -173,7 +173,7 @@ attention its exponentials over their rate, whichever is longest: its floor. "Ga
 
 
 def best(rows: Iterable[Row]) -> Row:
-    """Of our implementations, the fastest."""
+    """The fastest of our implementations."""
     return min(rows, key=lambda row: row["p50_ms"])
 
 

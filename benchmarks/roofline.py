@@ -50,7 +50,7 @@ class Case:
         return f"{self.task}, {self.precision}, {self.batch}x3x{self.size}x{self.size}"
 
     def operations(self, kind: str) -> list[Operation]:
-        """Those of the engine for a kind of device, full size."""
+        """Operations of the engine for a kind of device, full size."""
         model = empty_engine(VPDConfig(task=self.task), self.precision, kind)
         return trace(model, torch.empty(self.batch, 3, self.size, self.size, device="meta"))
 
@@ -123,7 +123,7 @@ def parts_of(rows: list[Row], measured: dict[tuple[str, str], float]) -> list[Ro
 
 
 def rounded(row: Row) -> Row:
-    """With as many digits as mean something."""
+    """The row with as many digits as mean something."""
     digits = {"floor_ms": 4, "gap": 2, "ms": 3, "flop_per_byte": 1}
     return {k: round(v, digits.get(k, 3)) if isinstance(v, float) else v for k, v in row.items()}
 

@@ -142,7 +142,7 @@ def make_labels(batch: int, size: int, classes: int) -> Tensor:
 
 
 def sampled_gradients(model: VPD, groups: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
-    """Of every group: entries of its gradients at fixed places, each tensor weighted as if all of it was there."""
+    """Entries of every group's gradients at fixed places, each tensor weighted as if all of it was there."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
     for group, parameters in groups.items():

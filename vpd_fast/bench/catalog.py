@@ -94,7 +94,7 @@ def choose(precisions: list[str], peer_names: list[str]) -> tuple[list[str], lis
 def choose_in_process(
     device: str, backends: list[str], precisions: list[str] | None, compiled: bool
 ) -> tuple[list[str], list[str]]:
-    """Likewise for one process on a device: plain models in all forms, and fast ones.
+    """Names of the variants to measure in one process, plain models in all forms and fast ones, and what is left out.
 
     backends: of the plain model's attention, besides its own. precisions: of fast models; None: all that the device
     has. compiled: with torch.compile, on a GPU. Raises InputError for unknown ones.

@@ -115,14 +115,14 @@ class LabelledPass:
         return label
 
     def of_attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Label:
-        """Of a call of an attention operator. Self-attention takes parts of one tensor, or one for keys and values."""
+        """Return the label of a call of an attention operator. Self-attention takes parts of one tensor, or one for keys and values."""
         own = k is v or q.untyped_storage()._cdata == k.untyped_storage()._cdata
         kind, side = "self-attention" if own else "cross-attention", math.isqrt(q.shape[1])
         part = f"{kind} at {side}"
         return Label(self.stage, part, kind, f"{self.stage} {part}", NAMES[q.dtype], side)
 
     def of_post(self, _: Tensor, size: tuple[int, int], *__: Any, **___: Any) -> Label:
-        """Of upsample_argmax."""
+        """Return the label of a call of upsample_argmax."""
         return Label("post", "upsample_argmax", "upsample_argmax", "upsample_argmax", "fp32", size[0])
 
 

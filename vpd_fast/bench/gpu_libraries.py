@@ -55,6 +55,6 @@ def conv2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, precision: str)
 
 
 def activations(precision: str) -> torch.dtype:
-    """Of the inputs of our operators beside a weight of that precision, as in an engine."""
+    """Dtype of the inputs of our operators beside a weight of that precision, as in an engine."""
     dtype = PRECISIONS[precision]
     return dtype if dtype.itemsize > 1 else torch.bfloat16

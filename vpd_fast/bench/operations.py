@@ -70,12 +70,12 @@ class ForDevice(Policy):
     kind = "cuda"
 
     def winograd_matrices(self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str) -> tuple:
-        """As for that kind of device."""
+        """Return the taps of Winograd's algorithm for that kind of device."""
         return super().winograd_matrices(side, channels, dtype, upsample, self.kind)
 
 
 class ForCPU(ForDevice):
-    """Likewise, for CPUs."""
+    """The policy for CPUs, whatever device the weights are on."""
 
     kind = "cpu"
 
@@ -105,7 +105,7 @@ class Workspaces(WorkspacePool):
 
     @contextmanager
     def lease(self) -> Iterator[Workspace]:
-        """As of the model, with statistics of activations where that kind of device finds them."""
+        """Lease a workspace that finds statistics of activations where that kind of device does."""
         with super().lease() as memory:
             memory.finds_statistics = Workspace(torch.device(self._kind)).finds_statistics
             yield memory

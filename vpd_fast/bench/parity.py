@@ -32,7 +32,7 @@ class Outputs:
 
     @classmethod
     def load(cls, path: Path) -> Outputs:
-        """Inverse of `save`; the tensors stay in the file."""
+        """Read what `save` wrote; the tensors stay in the file."""
         tensors = load_file(path)
         features = [tensors[f"features.{i}"] for i in range(sum(name.startswith("features.") for name in tensors))]
         return cls(tensors["latents"], features, tensors.get("logits"), tensors.get("labels"))

@@ -1,4 +1,4 @@
-"""Who computes when: processes of all variants, side by side as far as memory allows, taking turns round by round."""
+"""The schedule of a benchmark: processes of all variants, side by side as far as memory allows, taking turns round by round."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Telemetry:
 
 
 def _uuid() -> str | None:
-    """Of the GPU that PyTorch uses; its number may be another one than the driver's."""
+    """Return the UUID of the GPU that PyTorch uses, whose number may be another one than the driver's."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
     uuid = getattr(properties, "uuid", None)
     return f"GPU-{uuid}" if uuid else None

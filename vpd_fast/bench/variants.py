@@ -39,7 +39,7 @@ class Case:
 
     @property
     def pixels(self) -> int:
-        """Of all images."""
+        """Pixels of all images."""
         return self.batch * self.size * self.size
 
 
@@ -180,7 +180,7 @@ class ModelVariant:
 
 
 def plain_labels(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """As the original has them."""
+    """Labels (B,H,W) as the original makes them."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1)
 
 

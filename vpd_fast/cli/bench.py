@@ -129,7 +129,7 @@ def bench(
 
 @contextmanager
 def _interrupted_by_termination() -> Iterator[None]:
-    """Being asked to end, by `timeout` for example, counts as an interruption: gigabytes in files must not stay."""
+    """Treat a request to end, by `timeout` for example, as an interruption: gigabytes in files must not stay."""
 
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
@@ -253,7 +253,7 @@ def _numbers(option: str, text: str, multiple: int) -> list[int]:
 
 
 def _check_output(option: str, path: Path | None, suffix: str) -> None:
-    """Before hours are spent: can the file be written? Raises InputError."""
+    """Check that the file can be written, before hours are spent. Raises InputError."""
     if path is None:
         return
     if path.suffix.lower() != suffix or path.is_dir():
