@@ -115,7 +115,10 @@ class LabelledPass:
         return label
 
     def of_attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Label:
-        """Return the label of a call of an attention operator. Self-attention takes parts of one tensor, or one for keys and values."""
+        """Return the label of a call of an attention operator.
+
+        Self-attention takes parts of one tensor, or one for keys and values.
+        """
         own = k is v or q.untyped_storage()._cdata == k.untyped_storage()._cdata
         kind, side = "self-attention" if own else "cross-attention", math.isqrt(q.shape[1])
         part = f"{kind} at {side}"

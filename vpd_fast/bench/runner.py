@@ -1,4 +1,4 @@
-"""The schedule of a benchmark: processes of all variants, side by side as far as memory allows, taking turns round by round."""
+"""The schedule of a benchmark: processes of all variants, as many as memory allows, taking turns round by round."""
 
 from __future__ import annotations
 

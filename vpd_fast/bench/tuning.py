@@ -28,7 +28,7 @@ Config = dict[str, int]
 
 
 def milliseconds(run: Callable[[], None]) -> float:
-    """Time of one call in ms, with a cold L2 cache, as a CUDA graph, so that the time of launching it does not count."""
+    """Time of one call in ms, with a cold L2 cache, as a CUDA graph, so that launching it does not count."""
     run()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
