@@ -109,7 +109,7 @@ def layer_launches() -> list[Launch]:
             out = empty(1, rows, n // 2 if "activation" in options else n, dtype=dtype)
             options |= {"statistics": statistics_of(out)} if "residual" in options else {}
             weight, bias = empty_weight(n, sum(widths), precision), empty(n, dtype=float32)
-            linear.forward(*registry()["linear"].bind(x, weight, bias, x2=x2, out=out, **options))
+            linear.forward(registry()["linear"].bind(x, weight, bias, x2=x2, out=out, **options))
         for side, widths, n, kernel, stride, padding, active in (
             (512, (128,), 128, 3, 1, (1, 1, 1, 1), True),
             (64, (640, 320), 320, 3, 1, (1, 1, 1, 1), True),
@@ -126,7 +126,7 @@ def layer_launches() -> list[Launch]:
             if active:
                 options["affine"] = empty(1, 2, channels, dtype=float32)
                 options["ranges"] = empty(1, 2, 32, dtype=float32)
-            conv2d.forward(*registry()["conv2d"].bind(x, weight, bias, x2=x2, **options))
+            conv2d.forward(registry()["conv2d"].bind(x, weight, bias, x2=x2, **options))
     for channels in (128, 320, 2560):
         x, vector = empty(1, 4096, channels, dtype=torch.bfloat16), empty(channels, dtype=float32)
         affine, ranges = empty(1, 2, channels, dtype=float32), empty(1, 2, 32, dtype=float32)

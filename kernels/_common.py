@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; those of an H200 for the interpreter, which has none."""
+    """Number of SMs of a GPU; 132, those of an H200, under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -301,10 +301,9 @@ def _triton_gemm(
         if epilogue.statistics is not None and not fused:
             partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
 
-    processors = multiprocessors(a.device)
-    chosen = config or tuning.choose(shape, a.device, processors, compute)
+    chosen = config or tuning.choose(shape, a.device, compute)
     if chosen == tuning.LIBRARY and library_refuses(a, a2, geometry, weight) is not None:
-        chosen = tuning.by_rule(shape, processors)
+        chosen = tuning.by_rule(shape, multiprocessors(a.device))
     compute(chosen)
 
 

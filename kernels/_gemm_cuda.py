@@ -85,7 +85,7 @@ def gemm(rows: "Rows", geometry: Geometry, weight: Tensor, epilogue: "Epilogue",
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of images, rows and columns in elements; 0 where there is one only, whose stride may be anything."""
+    """Strides of images, rows and columns in elements; 0 where there is one only, whose stride may be anything."""
     return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape, strict=False))
 
 

@@ -1,4 +1,4 @@
-"""What the kernels' offsets reach, which are 64 bits wide from one image to the next and 32 bits within an image."""
+"""Sizes that the kernels' offsets reach: 64 bits wide from one image to the next, 32 bits within an image."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ def row_stride(x: torch.Tensor) -> int:
 
 def span(x: torch.Tensor) -> int:
     """Elements from the first to the last of one image of (B, ..., C), also if they are copied."""
-    own = sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) + 1
-    return max(own, x[:1].numel())
+    extent = sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) + 1
+    return max(extent, x[:1].numel())
 
 
 def product_refuses(

@@ -27,7 +27,7 @@ def forward(call: "Conv2dArguments", backend: str = "triton") -> None:
     rows = prepare(call.x, call.x2, call.data.dtype, **prologue, padding=call.margins, per_image=True)
     for phase in call.phases():
         # Zeros above and to the left that are still missing, or, if negative, what the phase does not read.
-        top, left = (wanted - there for wanted, there in zip(phase.padding, rows.padding, strict=False))
+        top, left = (wanted - present for wanted, present in zip(phase.padding, rows.padding, strict=False))
         kernel, (_, height, width, _) = (phase.kernel[0], phase.kernel[1]), phase.out.shape
         geometry = Geometry(height, width, kernel, phase.stride, max(0, top), max(0, left))
         statistics = None if phase.statistics is None else (phase.statistics, phase.run)

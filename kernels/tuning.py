@@ -19,6 +19,7 @@ import torch
 import triton
 
 from vpd_fast.errors import InputError
+from vpd_fast.kernels._common import multiprocessors
 
 FOLDER = Path(__file__).parent / "configs"
 NEAR = 1.5  # ratio of rows up to which a configuration is taken over
@@ -63,10 +64,10 @@ def by_rule(product: GemmShape, processors: int) -> Config:
 
 def _block_of_k(product: GemmShape) -> int:
     """128 bytes of K, less if a source has fewer channels."""
-    least, most = (16, 64) if product.dtype in ("bfloat16", "float16") else (32, 128)
+    smallest, largest = (16, 64) if product.dtype in ("bfloat16", "float16") else (32, 128)
     if product.channels % 16:  # is loaded number by number, for which addresses take registers
-        most = 64
-    return max(least, min(most, triton.next_power_of_2(product.channels)))
+        largest = 64
+    return max(smallest, min(largest, triton.next_power_of_2(product.channels)))
 
 
 def _splits(product: GemmShape, config: Config, processors: int) -> int:
@@ -77,7 +78,7 @@ def _splits(product: GemmShape, config: Config, processors: int) -> int:
 
 def candidates(product: GemmShape, processors: int) -> list[Config]:
     """What `tuning` measures: the rule's choice first."""
-    found = [by_rule(product, processors)]
+    configs = [by_rule(product, processors)]
     if product.dtype == "float32":
         tiles = [(64, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 3), (128, 128, 8, 2)]
     else:
@@ -88,9 +89,9 @@ def candidates(product: GemmShape, processors: int) -> list[Config]:
         splits = _splits(product, config, processors)
         for number in sorted({1, splits, max(1, splits // 2)}):
             if bm % product.run == 0 and bn < 2 * triton.next_power_of_2(product.n):
-                found.append({**config, "SPLITS": number})
-    found.append(LIBRARY)
-    return [config for i, config in enumerate(found) if config not in found[:i]]
+                configs.append({**config, "SPLITS": number})
+    configs.append(LIBRARY)
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
 def table_path(device: torch.device) -> Path:
@@ -115,21 +116,21 @@ def read(path: Path) -> dict[str, dict[int, Config]]:
     """A table from its file. Raises InputError if it is none."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["configs"]
-        found: dict[str, dict[int, Config]] = {}
+        table: dict[str, dict[int, Config]] = {}
         for row in rows:
             config = {str(name): int(value) for name, value in row["config"].items()}
-            found.setdefault(row["key"], {})[int(row["rows"])] = config
-        return found
+            table.setdefault(row["key"], {})[int(row["rows"])] = config
+        return table
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is no table of tuned configurations ({error!r}); delete it or tune again") from error
 
 
 def nearest(table: dict[str, dict[int, Config]], product: GemmShape) -> Config | None:
     """The configuration recorded for the nearest number of rows, if that is near enough."""
-    known = table.get(product.key, {})
-    ratio = {rows: max(rows, product.rows) / max(1, min(rows, product.rows)) for rows in known}
+    recorded = table.get(product.key, {})
+    ratio = {rows: max(rows, product.rows) / max(1, min(rows, product.rows)) for rows in recorded}
     best = min(ratio, key=lambda rows: ratio[rows], default=None)
-    return known[best] if best is not None and ratio[best] <= NEAR else None
+    return recorded[best] if best is not None and ratio[best] <= NEAR else None
 
 
 class _Tuning(threading.local):
@@ -149,12 +150,12 @@ def tuning(measurer: Measurer) -> Iterator[None]:
         _tuning.measurer = None
 
 
-def choose(product: GemmShape, device: torch.device, processors: int, run: Callable[[Config], None]) -> Config:
+def choose(product: GemmShape, device: torch.device, run: Callable[[Config], None]) -> Config:
     """The configuration of a product. run: computes it with a given one, for measurements."""
     if _tuning.measurer is not None:
         return _tuning.measurer(product, run)
     recorded = nearest(_table(device), product) if device.type == "cuda" else None
-    return recorded or by_rule(product, processors)
+    return recorded or by_rule(product, multiprocessors(device))
 
 
 def to_json(measured: dict[GemmShape, list[tuple[Config, float]]], facts: dict[str, Any]) -> dict[str, Any]:

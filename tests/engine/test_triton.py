@@ -34,12 +34,12 @@ def used(monkeypatch) -> set[str]:
     names: set[str] = set()
     choose = _dispatch.Op.choose
 
-    def triton_first(self: _dispatch.Op, impl: str, args: tuple) -> _dispatch.Implementation:
+    def triton_first(self: _dispatch.Op, impl: str, arguments: object) -> _dispatch.Implementation:
         for candidate in self.implementations:
-            if impl == "auto" and candidate.name == "triton" and candidate.refuse(*args) is None:
+            if impl == "auto" and candidate.name == "triton" and candidate.refuse(arguments) is None:
                 names.add(self.name)
                 return candidate
-        return choose(self, impl, args)
+        return choose(self, impl, arguments)
 
     monkeypatch.setattr(_dispatch.Op, "choose", triton_first)
     find_statistics(monkeypatch)

@@ -372,7 +372,7 @@ def test_opcheck(precision: torch.dtype) -> None:
     options |= {"x2": x2, "activation": "silu", "residual": residual}
     for name in ("auto", "cpu", "reference"):
         known = {"ranges": randn(2, 2, 3), "statistics": Statistics(torch.zeros(statistics_shape(2, 9, 8)), 64)}
-        (call,) = op.bind(x, weight, randn(8), **options, **(known if name == "reference" else {}))
+        call = op.bind(x, weight, randn(8), **options, **(known if name == "reference" else {}))
         torch.library.opcheck(torch.ops.vpd_fast.conv2d.default, (*op.flatten(call), name))
 
 

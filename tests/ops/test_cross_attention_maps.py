@@ -348,7 +348,7 @@ def opcheck_inputs() -> dict[str, list]:
     op = ops.registry()["cross_attention_maps"]
 
     def flat(*args, **kwargs) -> list:
-        return op.flatten(*op.bind(*args, **kwargs))
+        return op.flatten(op.bind(*args, **kwargs))
 
     q, k, v = make_qkv(2, 11, 7, 2, 4)
     shared = [x.requires_grad_() for x in make_qkv(2, 11, 7, 2, 4, shared=True)]

@@ -175,7 +175,7 @@ def test_opcheck(shared: bool) -> None:
     op = ops.registry()["cross_attention_maps_backward"]
     q, k, v = make_qkv(2, 11, 7, 2, 4, shared=shared)
     for grads in ((q, None), (None, torch.ones(2, 11, 7)), (q, torch.ones(2, 11, 7))):
-        (call,) = op.bind(*grads, q, k, v, 2)
+        call = op.bind(*grads, q, k, v, 2)
         torch.library.opcheck(torch.ops.vpd_fast.cross_attention_maps_backward.default, (*op.flatten(call), "auto"))
 
 

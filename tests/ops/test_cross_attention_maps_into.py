@@ -130,7 +130,7 @@ def test_bad_values_are_named() -> None:
 def test_opcheck(accumulate: bool) -> None:
     q, k, v = make_qkv(2, 42, 9, 4, 8)
     op = ops.registry()["cross_attention_maps_into"]
-    (call,) = op.bind(q, k, v, torch.zeros(2, 9, 6, 7), 4, accumulate=accumulate)
+    call = op.bind(q, k, v, torch.zeros(2, 9, 6, 7), 4, accumulate=accumulate)
     torch.library.opcheck(torch.ops.vpd_fast.cross_attention_maps_into.default, (*op.flatten(call), "auto"))
 
 

@@ -42,7 +42,7 @@ def make_op(*refusals: str | None) -> Op:
         Implementation(f"impl{i}", run=lambda a, i=i: (i, a.x), refuse=lambda a, reason=reason: reason)
         for i, reason in enumerate(refusals)
     )
-    return Op("example", Single, implementations)
+    return Op("example", Single, implementations, public=lambda: None)
 
 
 def test_auto_takes_the_first_that_does_not_refuse() -> None:

@@ -188,7 +188,7 @@ def test_references_stay_on_the_device(name: str, dtype: torch.dtype) -> None:
     args, kwargs = calls(dtype)[name]
     op = ops.registry()[name]
     arguments = op.bind(*args, **kwargs)
-    out = op.choose("reference", arguments).run(*arguments)
+    out = op.choose("reference", arguments).run(arguments)
     for result in out if isinstance(out, tuple) else (out,):
         assert result is None or result.device == torch.device(GPU)
 
@@ -203,7 +203,7 @@ def test_references_of_8_bits_stay_on_the_device(precision: torch.dtype) -> None
     for name, (args, kwargs) in calls.items():
         op = ops.registry()[name]
         arguments = op.bind(*args, **kwargs)
-        op.choose("reference", arguments).run(*arguments)
+        op.choose("reference", arguments).run(arguments)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
@@ -225,7 +225,7 @@ def test_sdpa_on_a_gpu(gpu, monkeypatch, capability: tuple[int, int]) -> None:
         seen.clear()
         q, k = empty(images, length, 82), empty(contexts, length, 82)
         arguments = op.bind(q, k, k, 2)
-        op.choose("sdpa", arguments).run(*arguments)
+        op.choose("sdpa", arguments).run(arguments)
         assert len(seen) == parts
         assert sum(part.shape[0] * part.shape[2] for part in seen) == images * length
 
@@ -280,7 +280,7 @@ class TestOffsets:
         """Whose zeros around the image count, too: 46341 by 46341 positions, unlike 46340 by 46340, are 2**31."""
         op = ops.registry()["conv2d"]
         weight = PackedWeight(empty(4, 8, 4), None, None, 8, 4)
-        (call,) = op.bind(empty(1, 4, 4, 1), weight, kernel=(2, 2), upsample=True)
+        call = op.bind(empty(1, 4, 4, 1), weight, kernel=(2, 2), upsample=True)
         triton = next(i for i in op.implementations if i.name == "triton")
         for side, reason in ((46338, "padded x has 2147395600 positions"), (46339, "a prepared image has more")):
             assert reason in triton.refuse(replace(call, x=empty(1, side, side, 1)))
@@ -332,7 +332,7 @@ class TestOffsets:
         triton = next(i for i in op.implementations if i.name == "triton")
 
         def refuses(images: int) -> str | None:
-            return triton.refuse(*op.bind(q[:images], None, q[:images], k[:images], k[:images], 2))
+            return triton.refuse(op.bind(q[:images], None, q[:images], k[:images], k[:images], 2))
 
         assert "there are 65536 texts" in refuses(65536)
         assert refuses(65535) is None

@@ -460,7 +460,7 @@ def test_opcheck(precision: torch.dtype) -> None:
     options = {"norm": "layer", "affine": randn(2, 2, 20), "scale": randn(20), "activation": "geglu"}
     for name in ("auto", "cpu", "reference"):
         statistics = Statistics(torch.zeros(statistics_shape(2, 5, 3)), 64) if name == "reference" else None
-        (call,) = op.bind(x, weight, randn(6), x2=x2, residual=residual, statistics=statistics, **options)
+        call = op.bind(x, weight, randn(6), x2=x2, residual=residual, statistics=statistics, **options)
         torch.library.opcheck(torch.ops.vpd_fast.linear.default, (*op.flatten(call), name))
 
 

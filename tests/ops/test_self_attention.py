@@ -262,7 +262,7 @@ def test_meta_tensors_have_shapes() -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
     op = ops.registry()["self_attention"]
-    (call,) = op.bind(*make_qkv(2, 11, 7, 2, 4, dtype=dtype), 2, out=torch.zeros(2, 11, 8, dtype=dtype))
+    call = op.bind(*make_qkv(2, 11, 7, 2, 4, dtype=dtype), 2, out=torch.zeros(2, 11, 8, dtype=dtype))
     torch.library.opcheck(torch.ops.vpd_fast.self_attention.default, (*op.flatten(call), "auto"))
 
 

@@ -169,7 +169,7 @@ def test_threads_do_not_change_a_bit(isa: str, shape: tuple, taps: int, precisio
 def operator_arguments(problem) -> tuple:
     weight = PackedWeight.pack(ops.winograd_weight(problem.kernel, problem.taps), problem.precision)
     op = ops.registry()["winograd_conv2d"]
-    return tuple(op.flatten(*op.bind(problem.x, weight, upsample=problem.taps == 9, **problem.options)))
+    return tuple(op.flatten(op.bind(problem.x, weight, upsample=problem.taps == 9, **problem.options)))
 
 
 @pytest.mark.parametrize("taps", STEPS)

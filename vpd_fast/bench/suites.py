@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vpd_fast import _native
-from vpd_fast.ops._dispatch import registry
+from vpd_fast.ops import registry
 
 EXHAUSTIVE = pytest.mark.exhaustive  # what a plain `pytest benchmarks/` leaves out
 BFLOAT16 = ("bf16", "bfloat16")

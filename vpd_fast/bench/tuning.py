@@ -104,7 +104,7 @@ def tune(
     if reason is not None:
         raise MissingDependencyError(f"tuning measures Triton kernels, which cannot run: {reason}")
     from vpd_fast.kernels import tuning
-    from vpd_fast.kernels._common import multiprocessors
+    from vpd_fast.kernels.tuning import multiprocessors
 
     known = tuning.read(path) if path.is_file() and not again else {}
     kept = json.loads(path.read_text(encoding="utf-8"))["configs"] if known else []

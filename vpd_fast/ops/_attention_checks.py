@@ -91,13 +91,6 @@ def check_addend(addend: Tensor | None, shape: tuple[int, ...], dtype: torch.dty
         check(addend.device == device, f"addend must be on {device} as q is, got {addend.device}")
 
 
-def check_not_expanded(name: str, x: Tensor) -> None:
-    check(
-        all(size <= 1 or stride != 0 for size, stride in zip(x.shape, x.stride(), strict=True)),
-        f"{name} must not be expanded: its elements share memory (shape {tuple(x.shape)}, strides {x.stride()})",
-    )
-
-
 def maps_dtype(q: Tensor) -> torch.dtype:
     """float32, or float64 for float64 queries."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32

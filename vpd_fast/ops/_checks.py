@@ -68,6 +68,30 @@ def _explain_tensor(
     raise InputError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
 
 
+def check_not_expanded(name: str, tensor: torch.Tensor) -> None:
+    """Raises InputError if elements of a tensor that is to be written share memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        where = f"(shape {tuple(tensor.shape)}, strides {tensor.stride()})"
+        raise InputError(f"{name} must not be expanded: its elements share memory {where}")
+
+
+def check_no_gradients(op: str, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Raises InputError for a tensor that requires gradients while they are recorded."""
+    for name, tensor in tensors.items():
+        check(
+            tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad),
+            f"{name} requires gradients, which {op} does not compute: call it under torch.no_grad()",
+        )
+
+
+def check_places(op: str, device: torch.device, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Raises InputError for a tensor on another device than `x`, and for one that requires gradients."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check(tensor.device == device, f"{name} must be on {device} as x is, got {tensor.device}")
+    check_no_gradients(op, tensors)
+
+
 def check_size(name: str, value: Any) -> tuple[int, int]:
     """(height, width) as a tuple. Raises InputError unless both are positive integers of at most MAX_SIDE."""
     if not isinstance(value, Sequence) or len(value) != 2:

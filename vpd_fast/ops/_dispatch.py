@@ -35,7 +35,7 @@ class _Bound(Exception):  # noqa: N818
     """Ends a public function that `Op.bind` called, with the arguments that it hands over."""
 
 
-def never_refuses(*args: Any) -> None:
+def never_refuses(arguments: Any) -> None:
     """`refuse` of an implementation that runs on whatever the operator accepts."""
 
 
@@ -48,8 +48,8 @@ class Implementation:
     """
 
     name: str
-    run: Callable[..., Any]
-    refuse: Callable[..., str | None] = never_refuses
+    run: Callable[[Any], Any]
+    refuse: Callable[[Any], str | None] = never_refuses
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,14 @@ class Op:
     public: the function `vpd_fast.ops.<name>`.
     returns: as in PyTorch's operator schemas; "()" for an operator that fills its arguments.
     fake: takes the arguments and returns an empty result of the right shape, dtype and device, for tracing.
-    check: of operators that are not converted yet, whose arguments are a schema: public arguments to the operator's.
     """
 
     name: str
-    arguments: Any
+    arguments: type
     implementations: tuple[Implementation, ...]
-    public: Callable[..., Any] | None = None
+    public: Callable[..., Any]
     returns: str = "()"
-    fake: Callable[..., Any] = lambda *_: None
-    check: Callable[..., tuple[Any, ...]] | None = None
+    fake: Callable[[Any], Any] = lambda _: None
 
     def __call__(self, arguments: Any, impl: str) -> Any:
         """Runs the operator on checked arguments; for public functions. Raises InputError if `impl` is no name."""
@@ -79,44 +77,38 @@ class Op:
             raise _Bound(arguments)
         return getattr(torch.ops.vpd_fast, self.name)(*self.flatten(arguments), check_impl(impl))
 
-    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """What implementations take for a call of the public function, of which only the checks run."""
-        if self.check is not None:
-            return self.check(*args, **kwargs)
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments that a call of the public function makes; only its checks run."""
         try:
             self.public(*args, **{**kwargs, "impl": _BIND})
         except _Bound as bound:
-            return bound.args
+            return bound.args[0]
         raise AssertionError(f"the public function of {self.name} does not call its operator")
+
+    def flatten(self, arguments: Any) -> list[Any]:
+        """The fields of the arguments, which is what PyTorch takes."""
+        return [getattr(arguments, name) for name in self.arguments.__match_args__]
 
     def run(self, *flat: Any) -> Any:
         """What PyTorch calls: chooses the implementation that the last argument, `impl`, names, and runs it."""
-        arguments = self.wrap(flat[:-1])
-        return self.choose(flat[-1], arguments).run(*arguments)
+        arguments = self.arguments(*flat[:-1])
+        return self.choose(flat[-1], arguments).run(arguments)
 
     def run_fake(self, *flat: Any) -> Any:
         """What PyTorch calls while it traces."""
-        return self.fake(*(flat if self.check is not None else self.wrap(flat[:-1])))
+        return self.fake(self.arguments(*flat[:-1]))
 
-    def flatten(self, arguments: Any) -> list[Any]:
-        """The fields of the arguments' object, which is what PyTorch takes."""
-        return [getattr(arguments, name) for name in self.arguments.__match_args__]
-
-    def wrap(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What implementations take: the arguments' object, or of operators that are not converted yet each of them."""
-        return flat if self.check is not None else (self.arguments(*flat),)
-
-    def choose(self, impl: str, args: tuple[Any, ...]) -> Implementation:
+    def choose(self, impl: str, arguments: Any) -> Implementation:
         """The named implementation, or for "auto" the first that does not refuse. Raises InputError if none fits."""
         if impl == "auto":
             for candidate in self.implementations:
-                if candidate.refuse(*args) is None:
+                if candidate.refuse(arguments) is None:
                     return candidate
-            reasons = "; ".join(f"{i.name}: {i.refuse(*args)}" for i in self.implementations)
+            reasons = "; ".join(f"{i.name}: {i.refuse(arguments)}" for i in self.implementations)
             raise InputError(f"no implementation of {self.name} can run here ({reasons})")
         for candidate in self.implementations:
             if candidate.name == impl:
-                reason = candidate.refuse(*args)
+                reason = candidate.refuse(arguments)
                 if reason is not None:
                     raise InputError(f"impl={impl!r} of {self.name} cannot run here: {reason}")
                 return candidate
@@ -151,8 +143,7 @@ def _schema_type(kind: Any, letters: Iterator[str]) -> str:
 
 def register(op: Op) -> Op:
     """Defines the operator in PyTorch, for all devices and for tracing; loads no native code."""
-    arguments = op.arguments if isinstance(op.arguments, str) else schema(op.arguments)
-    LIBRARY.define(f"{op.name}({arguments}, str impl) -> {op.returns}")
+    LIBRARY.define(f"{op.name}({schema(op.arguments)}, str impl) -> {op.returns}")
     LIBRARY.impl(op.name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vpd_fast::{op.name}", op.run_fake, lib=LIBRARY)
     _announce_writes(getattr(torch.ops.vpd_fast, op.name).default)
@@ -195,4 +186,4 @@ def explain(name: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         raise InputError(f"name must be an operator of vpd_fast ({', '.join(_OPS)}), got {name!r}")
     kwargs.pop("impl", None)
     arguments = _OPS[name].bind(*args, **kwargs)
-    return {i.name: i.refuse(*arguments) or "ok" for i in _OPS[name].implementations}
+    return {i.name: i.refuse(arguments) or "ok" for i in _OPS[name].implementations}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._checks import check, check_not_expanded, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops._layout import contiguous, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
@@ -121,21 +121,8 @@ def check_out(out: Any, out_dtype: torch.dtype | None, x: Tensor, shape: dict[st
         return x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
     check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
     check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise InputError(f"out must not be expanded: its elements share memory (strides {out.stride()})")
+    check_not_expanded("out", out)
     return out
-
-
-def check_places(op: str, device: torch.device, tensors: dict[str, Tensor | None]) -> None:
-    """Raises InputError for a tensor on another device, and for one that requires gradients while they are recorded."""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        check(tensor.device == device, f"{name} must be on {device} as x is, got {tensor.device}")
-        check(
-            not (torch.is_grad_enabled() and tensor.requires_grad),
-            f"{name} requires gradients, which {op} does not compute: call it under torch.no_grad()",
-        )
 
 
 def cpu_refuses(call: GemmArguments) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import MAX_SIDE, check, check_size, check_tensor
+from vpd_fast.ops._checks import MAX_SIDE, check, check_places, check_size, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._layout import rows_contiguous
@@ -103,7 +103,7 @@ def conv2d(
     if upsample and statistics is not None and height * width % statistics.run:
         raise InputError(f"statistics.run must divide the {height * width} positions of a phase, got {statistics.run}")
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    _gemm.check_places("conv2d", x.device, tensors | {"residual": residual, "out": out, "ranges": ranges})
+    check_places("conv2d", x.device, tensors | {"residual": residual, "out": out, "ranges": ranges})
     data, run = check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out)
     arguments = Conv2dArguments(
         x=x,
@@ -139,7 +139,8 @@ def _check_padding(padding: Any) -> tuple[int, int, int, int]:
     sides = (padding,) * 4 if isinstance(padding, int) else padding
     fits = isinstance(sides, Sequence) and len(sides) == 4 and all(_is_integer(side, 0) for side in sides)
     check(fits, f"padding must be an integer, or (top, left, bottom, right), none of them negative, got {padding!r}")
-    return tuple(sides)
+    top, left, bottom, right = sides
+    return top, left, bottom, right
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,11 @@ from vpd_fast.ops._attention_checks import (
     check_attention,
     check_categories,
     check_flag,
-    check_not_expanded,
     check_number,
     flat_maps,
     maps_dtype,
 )
-from vpd_fast.ops._checks import FLOATS, check
+from vpd_fast.ops._checks import FLOATS, check, check_not_expanded
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
 from vpd_fast.ops.cross_attention_maps_backward import (
     CROSS_ATTENTION_MAPS_BACKWARD,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import FLOATS, check, check_tensor
+from vpd_fast.ops._checks import FLOATS, check, check_places, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, rows_contiguous
 from vpd_fast.ops.availability import triton_missing
@@ -58,7 +58,7 @@ def group_norm_affine(
     """
     check_tensor("x", x, "B H W C1", FLOATS, may_be_empty="B")
     batch, height, width, channels = x.shape
-    named = {"weight": weight, "bias": bias}
+    named: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
     known = check_statistics("statistics", statistics, batch, height * width, channels)
     if x2 is not None:
         check_tensor("x2", x2, "B H W C2", FLOATS, may_be_empty="B", B=batch, H=height, W=width)
@@ -80,15 +80,8 @@ def group_norm_affine(
     if scale is not None:
         check_tensor("scale", scale, "C", FLOATS[:1], C=channels)
     check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
-    more = {"statistics": known[0], "statistics2": known2[0], "ranges": ranges, "scale": scale}
-    named |= {name: tensor for name, tensor in more.items() if tensor is not None}
-    for name, tensor in named.items():
-        check(tensor.device == x.device, f"{name} must be on {x.device} as x is, got {tensor.device}")
-    for name, tensor in {"x": x, **named}.items():
-        check(
-            not (torch.is_grad_enabled() and tensor.requires_grad),
-            f"{name} requires gradients, which group_norm_affine does not compute: call it under torch.no_grad()",
-        )
+    named |= {"statistics": known[0], "statistics2": known2[0], "ranges": ranges, "scale": scale}
+    check_places("group_norm_affine", x.device, {"x": x, **named})
     arguments = GroupNormAffineArguments(
         x=x,
         weight=weight,

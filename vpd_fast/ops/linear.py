@@ -20,7 +20,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._checks import check, check_places, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops.packing import PackedWeight
@@ -82,7 +82,7 @@ def linear(
         check_tensor("residual", residual, "B M N", DTYPES, "B", **shape)
     out = _gemm.check_out(out, out_dtype, x, shape)
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    _gemm.check_places("linear", x.device, tensors | {"residual": residual, "out": out})
+    check_places("linear", x.device, tensors | {"residual": residual, "out": out})
     data, run = check_statistics("statistics", statistics, batch, rows, n_out)
     arguments = LinearArguments(
         x=x,

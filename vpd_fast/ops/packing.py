@@ -35,7 +35,7 @@ class PackedWeight:
         number (i, j) of B[t] is data[t, i // 32, j // w, i % 32 * w + j % w], and padding is zero. Or in rows, for
         GPUs: (matrices, n, k), which float16 and float8_e4m3fn always are. The numbers are the same.
     scales: (matrices,n) float32 for int8 and float8_e4m3fn, else None: B = data * scales.
-    weight_sums: (matrices,n) float32 for int8, else None: of data over k.
+    weight_sums: (matrices,n) float32 for int8, else None: sums of data over k, by which a zero point is subtracted.
     """
 
     data: Tensor
@@ -46,13 +46,13 @@ class PackedWeight:
 
     @property
     def matrices(self) -> int:
-        """Matrices in it: 1, or the taps of a Winograd transform."""
+        """Number of matrices: 1, 4 phases of an enlarging convolution, or the taps of a Winograd transform."""
         return self.data.shape[0]
 
     def matrix(self, i: int) -> PackedWeight:
-        """Its matrix i alone, in the same memory."""
-        parts = (None if t is None else t[i : i + 1] for t in (self.data, self.scales, self.weight_sums))
-        return PackedWeight(*parts, self.n, self.k)
+        """Returns matrix i alone, in the same memory."""
+        scales, sums = (None if t is None else t[i : i + 1] for t in (self.scales, self.weight_sums))
+        return PackedWeight(self.data[i : i + 1], scales, sums, self.n, self.k)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,8 +109,8 @@ class PackedWeight:
         data = self.data if device.type == "cpu" else self.numbers().contiguous()
         if device.type == "cpu" and self.data.dim() == 3 and self.dtype not in ROWS_ONLY:
             data = _panels(self.data)
-        moved = (None if t is None else t.to(device) for t in (data, self.scales, self.weight_sums))
-        return PackedWeight(*moved, self.n, self.k)
+        scales, sums = (None if t is None else t.to(device) for t in (self.scales, self.weight_sums))
+        return PackedWeight(data.to(device), scales, sums, self.n, self.k)
 
     def numbers(self) -> Tensor:
         """The stored numbers in order: (matrices,n,k) of `dtype`."""
@@ -126,7 +126,7 @@ class PackedWeight:
 
 
 def _panels(numbers: Tensor) -> Tensor:
-    """(matrices,n,k) -> the layout for CPUs."""
+    """Returns numbers (matrices,n,k) in panels, the layout for CPUs."""
     _, n, k = numbers.shape
     width = WIDTHS[numbers.dtype]
     padded = F.pad(numbers, (0, -k % width, 0, -n % PANEL))
@@ -135,7 +135,7 @@ def _panels(numbers: Tensor) -> Tensor:
 
 
 def _scaled(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Rows divided by their scales, so that they are at most `limit`, and the scales (matrices,n)."""
+    """Returns rows divided by their scales, so that they are at most `limit`, and the scales (matrices,n)."""
     largest = weight.abs().amax(2)
     if not torch.isfinite(largest).all():
         raise InputError("weight has values that are not finite, which 8 bits with a scale cannot hold")

@@ -23,7 +23,7 @@ Range = tuple[Tensor, Tensor]  # least and largest numbers, (..., 1)
 
 
 def range_of_rows(a: Tensor, ranges: Tensor | None = None) -> Range:
-    """Of rows (B, ..., k); with `ranges` (B, 2, parts) the image's for each of its rows."""
+    """Minimum and maximum of each row of (B, ..., k); with `ranges` (B, 2, parts) those of the row's image."""
     if ranges is None:
         return a.amin(-1, keepdim=True), a.amax(-1, keepdim=True)
     shape = (-1, *[1] * (a.dim() - 1))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.ops._attention import AttentionArguments, no_autocast, split_heads, triton_refuses
-from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, check_not_expanded, maps_dtype
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
+from vpd_fast.ops._checks import check, check_no_gradients, check_not_expanded, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, register
 from vpd_fast.ops._layout import dtype_name, leading_strides
 from vpd_fast.ops.availability import triton_missing
@@ -66,11 +66,7 @@ def self_attention(
         f"out must be {q.dtype} on {q.device} as q is, got {out.dtype} on {out.device}",
     )
     check_not_expanded("out", out)
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        check(
-            not (torch.is_grad_enabled() and tensor.requires_grad),
-            f"{name} requires gradients, which self_attention does not compute: call it under torch.no_grad()",
-        )
+    check_no_gradients("self_attention", {"q": q, "k": k, "v": v, "out": out})
     SELF_ATTENTION(SelfAttentionArguments(q=q, k=k, v=v, heads=heads, scale=scale, out=out), impl)
     return out
 

@@ -14,7 +14,7 @@ PLANES = 5  # mean, its rounding error, M2 (sum of squared deviations), minimum,
 
 
 class Statistics(NamedTuple):
-    """Of each channel in runs of positions, for (B, ..., C).
+    """Statistics of each channel of an activation (B, ..., C), in runs of positions.
 
     data: (B, runs, 5, C) float32. run: positions of a run; the last may have fewer.
     """
@@ -31,14 +31,14 @@ def run_length(positions: int) -> int:
 
 
 def statistics_shape(batch: int, positions: int, channels: int) -> tuple[int, int, int, int]:
-    """Of `Statistics.data` with runs of `run_length(positions)`."""
+    """Shape of `Statistics.data` with runs of `run_length(positions)`."""
     return batch, -(-positions // run_length(positions)), PLANES, channels
 
 
 def check_statistics(
     name: str, statistics: Any, batch: int, positions: int, channels: int
 ) -> tuple[Tensor | None, int]:
-    """(data, run), or (None, 1) of None. Raises InputError unless it is None or statistics of such activations."""
+    """Returns (data, run), or (None, 1) for None. Raises InputError unless they are statistics of such activations."""
     if statistics is None:
         return None, 1
     check(isinstance(statistics, Statistics), f"{name} must be Statistics, got {type(statistics).__name__}")
@@ -52,7 +52,7 @@ def check_statistics(
 
 
 def fill_statistics(x: Tensor, data: Tensor | None, run: int) -> None:
-    """The reference: statistics of x (B, P, C), if they are wanted."""
+    """Fills data with the statistics of x (B, P, C) by plain PyTorch, unless data is None."""
     if data is None:
         return
     for i, part in enumerate(x.double().split(run, dim=1)):

@@ -25,7 +25,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._checks import check, check_places, check_tensor
 from vpd_fast.ops._dispatch import Implementation, Op, register
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
@@ -136,7 +136,7 @@ def winograd_conv2d(
         check_tensor("residual", residual, "B height width N", DTYPES, "B", **shape)
     out = _gemm.check_out(out, out_dtype, x, shape)
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    _gemm.check_places("winograd_conv2d", x.device, tensors | {"residual": residual, "out": out})
+    check_places("winograd_conv2d", x.device, tensors | {"residual": residual, "out": out})
     arguments = WinogradArguments(
         x=x,
         x2=x2,
@@ -203,7 +203,7 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
     """(i, j, B, rows, columns, N): the products of all taps (i, j), with both factors in the weight's precision."""
     rows = torch.einsum("iy,jx,brcdyx->ijbrcd", inward, inward, tiles)
     flat = rows.flatten(2, 4).flatten(0, 1)  # taps, tiles, channels
-    if weight.dtype == torch.int8:
+    if weight.scales is not None:
         steps = flat.abs().amax(2, keepdim=True).clamp_min(MIN_MAGNITUDE) / MAX_8_BITS[torch.int8]
         whole = (flat / steps).round_()
         flat = whole @ weight.numbers().float().transpose(1, 2) * steps * weight.scales[:, None]
