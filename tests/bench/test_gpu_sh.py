@@ -76,12 +76,12 @@ def test_scripts_take_their_arguments(commands, script, monkeypatch) -> None:
 
 
 def test_bench_takes_its_arguments(commands, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("e2e-batch1", "e2e-batch8"):
         module, package, *arguments = after(commands[name], sys.executable)
         assert (module, package) == ("-m", "vpd_fast")
         assert run(arguments) == 2
-        assert "--device cuda: PyTorch sees 0 usable GPUs here" in capsys.readouterr().err
+        assert "--device cuda: PyTorch finds no NVIDIA GPU here" in capsys.readouterr().err
 
 
 def test_the_roofline_takes_the_file_of_the_layers(commands, script, tmp_path) -> None:

@@ -147,9 +147,9 @@ def test_what_cannot_be_had(monkeypatch, small, capsys) -> None:
     assert [line.split(":")[0] for line in missing][-1] == "fast fp16"
     with pytest.raises(InputError, match="--precision must be some of fp32, bf16, fp16, int8, fp8, got 'int4'"):
         catalog.choose_in_process("cpu", [], ["int4"], True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run([*small, "--device", "cuda", "--precision", "none"]) == 2
-    assert "--device cuda: PyTorch sees 0 usable GPUs here" in capsys.readouterr().err
+    assert "--device cuda: PyTorch finds no NVIDIA GPU here" in capsys.readouterr().err
     assert run(["bench", "--device", "cuda"]) == 2
     assert "--device must be cpu, or cuda with --in-process, got 'cuda'" in capsys.readouterr().err
 

@@ -72,7 +72,7 @@ class Worker:
 def machine(monkeypatch) -> Machine:
     machine = Machine()
     monkeypatch.setattr(runner, "Worker", machine.make_worker)
-    monkeypatch.setattr(runner, "total_memory", lambda: 1000 * GIB)
+    monkeypatch.setattr(runner, "total_memory", lambda *_: 1000 * GIB)
     return machine
 
 
@@ -119,7 +119,7 @@ def test_several_cases_with_the_largest_prepared_first(machine: Machine, bench) 
 
 
 def test_what_has_no_room_waits_and_meets_the_baseline_later(machine: Machine, bench, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "total_memory", lambda: 5 * GIB // 2)  # two processes and a pass
+    monkeypatch.setattr(runner, "total_memory", lambda *_: 5 * GIB // 2)  # two processes and a pass
     names = ["fast fp32", "fast bf16", "fast int8"]
     run = bench(names=names)
     run.run()
@@ -134,7 +134,7 @@ def test_without_room_for_probabilities_the_baseline_does_not_store_them(bench, 
     run = bench()
     assert run.baseline_of(Case(1024)) == "plain"
     needed = 2 * 4 * run.config.backbone.num_heads * (1024 // 8) ** 4  # two copies of heads x N x N in float32
-    monkeypatch.setattr(runner, "total_memory", lambda: needed)
+    monkeypatch.setattr(runner, "total_memory", lambda *_: needed)
     assert run.baseline_of(Case(1024)) == "sdpa"
     assert run.baseline_of(Case(512)) == "plain"
     assert run.baseline_of(Case(512, batch=16)) == "sdpa"

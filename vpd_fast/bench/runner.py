@@ -160,7 +160,7 @@ class Bench:
             member.memory = {"resident": made["resident"], "build": made["peak"]}
             self.on_step(f"{name}: first pass, {case}", 1)
             member.prepare(case)
-            if name in SAVED and isinstance(member.worker, Worker):
+            if name in SAVED and not isinstance(member.worker, Turn):
                 member.memory["loaded"], member.loaded = self._peak_when_loaded(member.worker, case), case
         except WorkerError as error:
             self._close([member])

@@ -89,6 +89,8 @@ def bench(
     channels-last and compiled). A GPU's clocks and power are kept, and passes are timed as they are called and as CUDA
     graphs.
     """
+    import torch
+
     from vpd_fast.bench import catalog
     from vpd_fast.bench.runner import Bench
     from vpd_fast.bench.variants import Case
@@ -96,6 +98,8 @@ def bench(
     random_weights = 0 if checkpoint is None and random_weights is None else random_weights
     if device not in ("cpu", "cuda") or (device == "cuda" and not in_process):
         raise InputError(f"--device must be cpu, or cuda with --in-process, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no NVIDIA GPU here")
     model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, None)
     precisions = None if precision is None else [name for name in _names(precision) if name != "none"]
     if in_process:
