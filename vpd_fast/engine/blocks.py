@@ -37,7 +37,7 @@ def call(layer: GemmLayer, memory: Workspace, x: Tensor, norm_follows: bool = Fa
 
 def group_norm(
     layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None, consumer: GemmLayer | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Options for the layer that applies the norm, which is `consumer` if that may round whole images to 8 bits."""
     norm, ranges = layers.norm(name), {}
     statistics = {"statistics": memory.statistics(x), "statistics2": memory.statistics(x2)}

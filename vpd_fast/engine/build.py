@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.engine.layers import Conv2d, GroupNorm, Layer, Linear, Winograd
+from vpd_fast.engine.layers import Conv2d, GemmLayer, GroupNorm, Layer, Linear, Winograd
 from vpd_fast.engine.policy import NAMES, Policy
 from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.engine.specs import Spec
@@ -48,9 +48,10 @@ def build_layer(
     out_dtype: of the activations. scale: (c,) factors of the input's channels; the weight is divided by them. device:
     "cpu" or "cuda", the kind of device that it is for; None: that of the weight.
     """
-    weight, bias = (None if t is None else t.detach() for t in spec.make())
-    if spec.kind == "group_norm":
-        layer: Layer = GroupNorm(weight.float().clone(), bias.float().clone(), **spec.settings)
+    weight, bias = spec.make()
+    weight, bias = weight.detach(), None if bias is None else bias.detach().float().clone()
+    if bias is not None and spec.kind == "group_norm":
+        layer: Layer = GroupNorm(weight.float().clone(), bias, **spec.settings)
         return layer, LayerInfo(spec.name, GroupNorm.kind, "fp32", tuple(weight.shape), "statistics", 2 * weight.nbytes)
     dtype, reason = policy.precision(spec.name, precision)
     shape = tuple(weight.shape)
@@ -58,7 +59,8 @@ def build_layer(
         weight = weight / scale.view(1, -1, *[1] * (weight.dim() - 2))
     settings: dict[str, Any] = dict(spec.settings)
     if spec.kind == "linear":
-        kind, packed, algorithm = Linear, PackedWeight.pack(weight[None].float(), dtype), "matrix product"
+        kind: type[GemmLayer] = Linear
+        packed, algorithm = PackedWeight.pack(weight[None].float(), dtype), "matrix product"
     else:
         matrices, choice = 0, f"stride {settings['stride']}"
         if spec.upsample or (settings["stride"] == 1 and shape[2:] == (3, 3) and spec.side):
@@ -67,7 +69,6 @@ def build_layer(
         kind, packed, settings = _convolution(weight, matrices, dtype, settings, spec.upsample)
         algorithm = PHASES if spec.upsample and not matrices else ALGORITHMS[matrices]
         reason = "; ".join(filter(None, (choice if spec.side else "", reason)))
-    bias = None if bias is None else bias.float().clone()
     layer = kind(packed.for_device(weight.device), bias, out_dtype, scale, **settings)
     info = LayerInfo(
         spec.name, kind.kind, NAMES[dtype], shape, algorithm, sum(t.nbytes for t in layer.tensors().values()),
@@ -78,7 +79,7 @@ def build_layer(
 
 def _convolution(
     weight: Tensor, matrices: int, dtype: torch.dtype, settings: dict[str, Any], upsample: bool
-) -> tuple[type[Layer], PackedWeight, dict[str, Any]]:
+) -> tuple[type[GemmLayer], PackedWeight, dict[str, Any]]:
     if matrices or upsample:
         del settings["stride"], settings["padding"]
     if matrices:

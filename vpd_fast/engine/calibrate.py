@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
-from vpd_fast.engine.layers import GemmLayer, Layer
+from vpd_fast.engine.layers import GemmLayer, Layer, Linear
+from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import Policy
 from vpd_fast.engine.specs import Spec
 from vpd_fast.errors import InputError
@@ -43,7 +44,7 @@ def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) ->
     batches = []
     for i, item in enumerate(items):
         name, sentences = f"calibration[{i}]", None
-        images = item
+        images: Any = item
         if referring and isinstance(item, tuple) and len(item) == 2:
             images, sentences = item
         if isinstance(images, Tensor) and images.dim() == 3:
@@ -101,7 +102,7 @@ class _Recorder:
             rows = torch.addcmul(shift, rows, scale)
         if getattr(self._layer, "silu", False):
             rows = F.silu(rows)
-        if getattr(self._layer, "norm", None):
+        if isinstance(self._layer, Linear) and self._layer.norm:
             rows = F.layer_norm(rows, rows.shape[-1:], eps=self._layer.eps)
         largest = rows.abs().flatten(0, -2).amax(0)
         inputs = self._inputs.get(self._name)
@@ -132,13 +133,13 @@ class Calibration:
 
     @classmethod
     @torch.no_grad()
-    def run(cls, model: VPD, batches: Sequence[Batch], policy: Policy, precision: str) -> Calibration:
+    def run(cls, model: FastVPD, batches: Sequence[Batch], policy: Policy, precision: str) -> Calibration:
         """Run a fast model of high precision on the images, for one of `precision`."""
         inputs: dict[str, _LayerInput] = {}
         layers = model.layers
         for name, layer in layers.items():
             if isinstance(layer, GemmLayer):
-                layers[name] = _Recorder(layer, inputs, name)
+                layers[name] = cast("Layer", _Recorder(layer, inputs, name))
         for batch in batches:
             model(*batch)
         return cls(inputs, policy, precision)
@@ -169,7 +170,7 @@ class Calibration:
     def snr_db(self, spec: Spec, layer: Layer) -> float | None:
         """Signal-to-noise ratio in decibels of the 8-bit layer's products on what was kept of its input."""
         inputs = self._inputs.get(spec.name)
-        if inputs is None or not self._rounded(spec):
+        if inputs is None or not self._rounded(spec) or not isinstance(layer, GemmLayer):
             return None
         weight = spec.make()[0]
         plain = {"bias": None, "activation": None, "out_dtype": torch.float32}

@@ -20,6 +20,7 @@ class Graph(Protocol):
 
     def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What the stage returns for other inputs of the same shapes, in memory of its own."""
+        ...
 
 
 class CudaGraph:

@@ -23,17 +23,19 @@ def segmentation(layers: Layers, features: list[Tensor]) -> Tensor:
     for i in range(len(laterals) - 1, 0, -1):
         laterals[i - 1] = laterals[i - 1] + _resized(laterals[i], laterals[i - 1].shape[1:3], "nearest")
     pyramid = [layers.gemm(f"head.fpn.{i}")(x) for i, x in enumerate(laterals)]
-    total: Tensor | None = None
-    for level, x in enumerate(pyramid):
-        for i in range(max(1, level)):
-            x = layers.gemm(f"head.scale.{level}.{i}")(x)
-            if level:
-                size = (x.shape[1] * 2, x.shape[2] * 2)
-                x = _resized(x, size, "bilinear", align_corners=False)
-        if total is not None:
-            x = total + _resized(x, total.shape[1:3], "bilinear", align_corners=False)
-        total = x
+    total = _scaled(layers, 0, pyramid[0])
+    for level, x in enumerate(pyramid[1:], start=1):
+        total = total + _resized(_scaled(layers, level, x), total.shape[1:3], "bilinear", align_corners=False)
     return layers.gemm("head.conv_seg")(total)
+
+
+def _scaled(layers: Layers, level: int, x: Tensor) -> Tensor:
+    """A level of the pyramid, convolved and enlarged step by step to the highest resolution."""
+    for i in range(max(1, level)):
+        x = layers.gemm(f"head.scale.{level}.{i}")(x)
+        if level:
+            x = _resized(x, (x.shape[1] * 2, x.shape[2] * 2), "bilinear", align_corners=False)
+    return x
 
 
 def referring(layers: Layers, features: list[Tensor]) -> Tensor:

@@ -117,7 +117,9 @@ class Linear(GemmLayer):
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
         """(B,...,k) -> (B,...,n); options: x2, affine, residual, out, statistics."""
         shape = x.shape[:-1]
-        rows = {name: _rows(t) if name in ("x2", "residual", "out") else t for name, t in options.items()}
+        for name in ("x2", "residual", "out"):
+            if options.get(name) is not None:
+                options[name] = _rows(options[name])
         out = ops.linear(
             _rows(x),
             self.weight,
@@ -127,13 +129,13 @@ class Linear(GemmLayer):
             scale=self.scale,
             activation=self.activation,
             out_dtype=self.out_dtype,
-            **rows,
+            **options,
         )
         return out.view(*shape, out.shape[-1])
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() == 3 else x.flatten(1, 2)
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 3 else x.flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class EngineReport:
         """One dict per layer, least accurate first if sensitivity was asked for."""
         layers = self.layers
         if self.sensitivity:
-            layers = tuple(sorted((i for i in layers if i.snr_db is not None), key=lambda info: info.snr_db))
+            layers = tuple(sorted((i for i in layers if i.snr_db is not None), key=lambda info: info.snr_db or 0.0))
         return [asdict(info) for info in layers]
 
     def __str__(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from vpd_fast.config import LATENT_STRIDE
 from vpd_fast.engine import rewrites
-from vpd_fast.models.attention import BasicTransformerBlock
-from vpd_fast.models.autoencoder import AttnBlock, Encoder
-from vpd_fast.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
-from vpd_fast.models.vpd import VPD
+from vpd_fast.models.attention import GEGLU, BasicTransformerBlock
+from vpd_fast.models.autoencoder import AttnBlock, Encoder, ResnetBlock
+from vpd_fast.models.segmentation_head import ConvModule
+from vpd_fast.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, UNetBlock, Upsample
+from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
 
 Weight = tuple[Tensor, "Tensor | None"]
 
@@ -39,21 +40,25 @@ class Spec:
 
 
 def _parameters(module: nn.Module) -> Weight:
-    return module.weight, module.bias
+    return module.get_parameter("weight"), None if module.bias is None else module.get_parameter("bias")
 
 
-def _matrix(conv: nn.Conv2d) -> Weight:
-    return conv.weight[:, :, 0, 0], conv.bias
+def _matrix(conv: nn.Module) -> Weight:
+    weight, bias = _parameters(conv)
+    return weight[:, :, 0, 0], bias
 
 
-def _norm(name: str, norm: nn.GroupNorm) -> Spec:
+def _norm(name: str, norm: nn.Module) -> Spec:
+    assert isinstance(norm, nn.GroupNorm)
     settings = {"groups": norm.num_groups, "eps": norm.eps}
     return Spec(name, "group_norm", partial(_parameters, norm), settings)
 
 
-def _conv(name: str, conv: nn.Conv2d, side: int, make: Callable[[], Weight] | None = None, **options: Any) -> Spec:
+def _conv(name: str, conv: nn.Module, side: int, make: Callable[[], Weight] | None = None, **options: Any) -> Spec:
     """A convolution with its own kernel size, stride and padding."""
-    (pad_y, pad_x) = conv.padding
+    assert isinstance(conv, nn.Conv2d)
+    assert not isinstance(conv.padding, str)
+    pad_y, pad_x = conv.padding
     settings = {"stride": conv.stride[0], "padding": (pad_y, pad_x, pad_y, pad_x)} | options.pop("settings", {})
     return Spec(name, "conv", make or partial(_parameters, conv), settings, side=side, **options)
 
@@ -81,7 +86,7 @@ def _encoder(encoder: Encoder, side: int) -> Iterator[Spec]:
     for i, down in enumerate(encoder.down):
         for j, block in enumerate(down.block):
             yield from _kl_block(f"encoder.down.{i}.{j}", block, side)
-        if hasattr(down, "downsample"):
+        if down.downsample is not None:
             side //= 2
             settings = {"padding": (0, 0, 1, 1)}
             name = f"encoder.down.{i}.downsample"
@@ -102,7 +107,7 @@ def _block(
         yield _conv(f"{name}.conv{i}", conv, side, make, settings={"silu": True}, rewrites=applied)
 
 
-def _kl_block(name: str, block: nn.Module, side: int) -> Iterator[Spec]:
+def _kl_block(name: str, block: ResnetBlock, side: int) -> Iterator[Spec]:
     if hasattr(block, "nin_shortcut"):
         yield Spec(f"{name}.shortcut", "linear", partial(_matrix, block.nin_shortcut))
     yield from _block(name, (block.norm1, block.norm2), (block.conv1, block.conv2), side)
@@ -141,7 +146,7 @@ def _unet(unet: UNet, side: int, tokens: int) -> Iterator[Spec]:
                 yield _conv("unet.conv_in", layer, size)
 
 
-def _numbered(name: str, blocks: nn.ModuleList, levels: list[int]) -> list[tuple[str, nn.Module, int]]:
+def _numbered(name: str, blocks: Iterable[UNetBlock], levels: Sequence[int]) -> list[tuple[str, UNetBlock, int]]:
     return [(f"{name}.{i}", block, level) for i, (block, level) in enumerate(zip(blocks, levels, strict=True))]
 
 
@@ -151,7 +156,7 @@ def _res_block(name: str, block: ResBlock, embedding: Tensor, side: int) -> Iter
 
     def first() -> Weight:
         conv = block.in_layers[2]
-        return conv.weight, rewrites.fold_time(conv.bias, block.emb_layers, embedding)
+        return conv.get_parameter("weight"), rewrites.fold_time(conv.get_parameter("bias"), block.emb_layers, embedding)
 
     norms, convs = (block.in_layers[0], block.out_layers[0]), (block.in_layers[2], block.out_layers[3])
     yield from _block(name, norms, convs, side, first)
@@ -163,16 +168,20 @@ def _transformer(name: str, transformer: SpatialTransformer, tokens: int) -> Ite
     yield Spec(f"{name}.proj_in", "linear", partial(_matrix, transformer.proj_in))
     yield from _attention(name, block, tokens)
 
+    gate, _, out = block.ff.net
+    assert isinstance(gate, GEGLU)
+    assert isinstance(out, nn.Linear)
+
     def ff1() -> Weight:
         from vpd_fast.ops import geglu_rows
 
-        weight, bias = rewrites.fold_layer_norm(*_parameters(block.ff.net[0].proj), block.norm3)
+        weight, bias = rewrites.fold_layer_norm(*_parameters(gate.proj), block.norm3)
         order = geglu_rows(weight.shape[0] // 2)
         return weight[order], bias[order]
 
     settings = {"norm": "layer", "eps": block.norm3.eps, "activation": "geglu"}
     yield Spec(f"{name}.ff1", "linear", ff1, settings, ("layer norm",))
-    ff2 = partial(rewrites.merge_feed_forward, block.ff.net[2], transformer.proj_out)
+    ff2 = partial(rewrites.merge_feed_forward, out, transformer.proj_out)
     yield Spec(f"{name}.ff2", "linear", ff2, rewrites=("feed-forward", "concatenation"))
 
 
@@ -198,29 +207,30 @@ def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator
     yield Spec(f"{name}.attn2.out", "linear", partial(_parameters, block.attn2.to_out[0]))
 
 
-def _bn_conv(name: str, conv: nn.Conv2d, bn: nn.BatchNorm2d, side: int) -> Spec:
+def _bn_conv(name: str, conv: nn.Module, bn: nn.Module, side: int) -> Spec:
     """Convolution, batch norm, ReLU."""
     make = partial(_folded, conv, bn)
     return _conv(name, conv, side, make, settings={"activation": "relu"}, rewrites=("batch norm",))
 
 
-def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Weight:
-    return rewrites.fold_batch_norm(conv.weight, conv.bias, bn)
+def _folded(conv: nn.Module, bn: nn.Module) -> Weight:
+    assert isinstance(bn, nn.BatchNorm2d)
+    return rewrites.fold_batch_norm(*_parameters(conv), bn)
 
 
-def _segmentation_head(model: VPD) -> Iterator[Spec]:
+def _segmentation_head(model: VPDSegmentation) -> Iterator[Spec]:
     side = model.config.base_size // LATENT_STRIDE
     for i, conv in enumerate(model.neck.lateral_convs):
         yield Spec(f"head.lateral.{i}", "linear", partial(_matrix, conv.conv))
     for i, conv in enumerate(model.neck.fpn_convs):
         yield _conv(f"head.fpn.{i}", conv.conv, side >> i)
     for level, layers in enumerate(model.decode_head.scale_heads):
-        for i, module in enumerate(m for m in layers if hasattr(m, "conv")):
+        for i, module in enumerate(m for m in layers if isinstance(m, ConvModule)):
             yield _bn_conv(f"head.scale.{level}.{i}", module.conv, module.bn, side >> max(level - i, 0))
     yield Spec("head.conv_seg", "linear", partial(_matrix, model.decode_head.conv_seg))
 
 
-def _referring_head(model: VPD) -> Iterator[Spec]:
+def _referring_head(model: VPDReferring) -> Iterator[Spec]:
     side, head = model.config.base_size // LATENT_STRIDE, model.classifier
     for stage in (4, 3, 2):
         for i in (1, 2):
@@ -229,7 +239,7 @@ def _referring_head(model: VPD) -> Iterator[Spec]:
     yield Spec("head.conv1_1", "linear", partial(_matrix, head.conv1_1))
 
 
-def _depth_head(model: VPD) -> Iterator[Spec]:
+def _depth_head(model: VPDDepth) -> Iterator[Spec]:
     merge, side = model.encoder, model.config.base_size // LATENT_STRIDE
     yield _conv("head.layer1.0", merge.layer1[0], side // 2)
     yield _norm("head.layer1.norm", merge.layer1[1])
@@ -248,9 +258,15 @@ def _depth_head(model: VPD) -> Iterator[Spec]:
     yield _conv("head.last.1", last, 0)
 
 
-def _deconvolution(deconv: nn.ConvTranspose2d, bn: nn.BatchNorm2d) -> Weight:
-    weight, bias = rewrites.fold_batch_norm(deconv.weight.transpose(0, 1), deconv.bias, bn)
+def _deconvolution(deconv: nn.Module, bn: nn.Module) -> Weight:
+    assert isinstance(bn, nn.BatchNorm2d)
+    weight, bias = _parameters(deconv)
+    weight, bias = rewrites.fold_batch_norm(weight.transpose(0, 1), bias, bn)
     return rewrites.deconvolution_as_linear(weight.transpose(0, 1), bias)
 
 
-_HEADS = {"segmentation": _segmentation_head, "referring": _referring_head, "depth": _depth_head}
+_HEADS: dict[str, Callable[[Any], Iterator[Spec]]] = {
+    "segmentation": _segmentation_head,
+    "referring": _referring_head,
+    "depth": _depth_head,
+}

@@ -100,13 +100,13 @@ def _require_layers(config: VPDConfig, layers: dict[str, Layer]) -> None:
         raise ValueError(f"the layers are not those of the configuration; {different}, ...")
     for name, spec in specs.items():
         layer, shape = layers[name], tuple(spec.make()[0].shape)
-        if isinstance(layer, GroupNorm):
-            sizes = tuple(layer.weight.shape)
-        elif isinstance(layer, Conv2d):
-            positions = 4 if layer.upsample else math.prod(shape[2:])
+        if isinstance(layer, GemmLayer):
+            positions = 1
+            if isinstance(layer, Conv2d):
+                positions = 4 if layer.upsample else math.prod(shape[2:])
             shape, sizes = (shape[0], positions * shape[1]), (layer.weight.n, layer.weight.k)
         else:
-            shape, sizes = shape[:2], (layer.weight.n, layer.weight.k)
+            sizes = tuple(layer.tensors()["weight"].shape)
         if (spec.kind == "group_norm") != isinstance(layer, GroupNorm) or sizes != shape:
             raise ValueError(f"layer {name} is {layer.kind} {sizes}, expected {spec.kind} {shape}")
 

@@ -15,12 +15,12 @@ from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
     from vpd_fast.inference.results import Result
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 PREDICTORS = {"segmentation": SegmentationPredictor, "referring": ReferringPredictor, "depth": DepthPredictor}
 
 
-def make_predictor(model: VPD, **options: Any) -> SegmentationPredictor | ReferringPredictor | DepthPredictor:
+def make_predictor(model: Perceiver, **options: Any) -> SegmentationPredictor | ReferringPredictor | DepthPredictor:
     """The predictor of the model's task, its options checked, its texts embedded; call it on arrays from `read_image`.
 
     Raises InputError for options that the task does not have.
@@ -35,7 +35,7 @@ def make_predictor(model: VPD, **options: Any) -> SegmentationPredictor | Referr
 
 
 def predict(
-    model: VPD, source: Any, *, on_error: str = "raise", **options: Any
+    model: Perceiver, source: Any, *, on_error: str = "raise", **options: Any
 ) -> Result | list[Result] | list[Result | Exception]:
     """Predict on one image, or on each of a list or tuple of images: a result, or a list of results.
 
@@ -52,7 +52,7 @@ def predict(
 
 
 def predict_each(
-    model: VPD, sources: Iterable[Any], *, on_error: str = "raise", **options: Any
+    model: Perceiver, sources: Iterable[Any], *, on_error: str = "raise", **options: Any
 ) -> Iterator[Result | Exception]:
     """`predict` on any iterable, one result after the other, for more images than fit into memory."""
     _check_on_error(on_error)

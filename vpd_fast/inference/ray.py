@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from vpd_fast.inference.results import Result
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 _FIELDS = {"segmentation": ("labels", 2, np.int64), "referring": ("masks", 3, bool), "depth": ("depth", 2, np.float32)}
 
@@ -123,7 +123,7 @@ def _ray_data() -> Any:
     return ray.data
 
 
-def _load(checkpoint: Any, make: Any, task: str | None, precision: str | None, device: str | None) -> VPD:
+def _load(checkpoint: Any, make: Any, task: str | None, precision: str | None, device: str | None) -> Perceiver:
     import torch
 
     from vpd_fast.checkpoints import load_checkpoint

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 _lock = threading.Lock()
 _in_use: dict[nn.Module, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
@@ -46,7 +46,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
-def named_encoder(model: VPD) -> Any:
+def named_encoder(model: Perceiver) -> Any:
     """The text encoder that the model's configuration names, None where it names none."""
     name = model.config.text_encoder
     return None if name is None else _encoder(name, model.device)
@@ -59,7 +59,7 @@ def _encoder(name: str, device: torch.device) -> Any:
     return TextEncoder(name, device=device)
 
 
-def batch_size_for(model: VPD, batch_size: int | None) -> int:
+def batch_size_for(model: Perceiver, batch_size: int | None) -> int:
     """`batch_size`, or the default for the model's device. Raises InputError."""
     if batch_size is None:
         return 1 if model.device.type == "cpu" else GPU_BATCH
@@ -69,7 +69,7 @@ def batch_size_for(model: VPD, batch_size: int | None) -> int:
 
 
 def run_batches(
-    model: VPD, batches: Iterable[Tensor], forward: Callable[[Tensor], list[Tensor]], with_maps: bool
+    model: Perceiver, batches: Iterable[Tensor], forward: Callable[[Tensor], list[Tensor]], with_maps: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Decode the features `forward` returns for each batch.
 

@@ -68,13 +68,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from xformers.ops import memory_efficient_attention
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
     return memory_efficient_attention(q, k, v, scale=scale)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_func(q, k, v, softmax_scale=scale)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vpd_fast.config import BackboneConfig
 from vpd_fast.models.attention_backends import PLAIN, attention
+from vpd_fast.models.modules import ModuleList
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -74,6 +75,35 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+class EncoderLevel(nn.Module):
+    """Residual blocks of one width; all levels but the last end with a downsampling convolution."""
+
+    def __init__(self, in_channels: int, width: int, blocks: int, downsample: bool) -> None:
+        super().__init__()
+        self.block = ModuleList(ResnetBlock(width if i else in_channels, width) for i in range(blocks))
+        self.downsample = Downsample(width) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,in,h,w) -> (B,width,h/2,w/2), or (B,width,h,w) from the last level."""
+        for block in self.block:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class EncoderMiddle(nn.Module):
+    """Attention between two residual blocks."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,C,h,w)."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
 class Encoder(nn.Module):
     """Image -> moments (mean and log-variance) of the latents, before `quant_conv`."""
 
@@ -81,21 +111,12 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.vae_ch * m for m in config.vae_ch_mult]
         self.conv_in = nn.Conv2d(3, config.vae_ch, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: ModuleList[EncoderLevel] = ModuleList()
         channels = config.vae_ch
         for level, width in enumerate(widths):
-            down = nn.Module()
-            down.block = nn.ModuleList()
-            for _ in range(config.vae_num_res_blocks):
-                down.block.append(ResnetBlock(channels, width))
-                channels = width
-            if level < len(widths) - 1:
-                down.downsample = Downsample(channels)
-            self.down.append(down)
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(channels, channels)
-        self.mid.attn_1 = AttnBlock(channels)
-        self.mid.block_2 = ResnetBlock(channels, channels)
+            self.down.append(EncoderLevel(channels, width, config.vae_num_res_blocks, level < len(widths) - 1))
+            channels = width
+        self.mid = EncoderMiddle(channels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, 2 * config.in_channels, 3, padding=1)
 
@@ -103,12 +124,8 @@ class Encoder(nn.Module):
         """(B,3,H,W) in [-1,1] -> (B,8,H/8,W/8)."""
         h = self.conv_in(x)
         for down in self.down:
-            for block in down.block:
-                h = block(h)
-            if hasattr(down, "downsample"):
-                h = down.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = down(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class AutoencoderKL(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,10 +29,7 @@ class FeatureMerge(Backbone):
         )
         self.layer2 = nn.Sequential(nn.Conv2d(c1, c1, 3, stride=2, padding=1))
         self.out_layer = nn.Sequential(nn.Conv2d(c0 + c1 + c2, 8 * WIDTH, 1), nn.GroupNorm(16, 8 * WIDTH), nn.ReLU())
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        _initialize(self, partial(nn.init.trunc_normal_, std=0.02))
 
     def merge(self, features: list[Tensor]) -> Tensor:
         """Four features, high resolution first -> (B,1536,H/32,W/32)."""
@@ -50,7 +50,7 @@ class DepthDecoder(nn.Module):
             channels = width
         self.deconv_layers = nn.Sequential(*layers)
         self.conv_layers = nn.Sequential(nn.Conv2d(channels, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU())
-        _init_small(self)
+        _initialize(self, partial(nn.init.normal_, std=0.001))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,1536,h,w) -> (B,192,32h,32w)."""
@@ -63,13 +63,13 @@ class DepthDecoder(nn.Module):
 def last_layer_depth() -> nn.Sequential:
     """(B,192,H,W) -> (B,1,H,W), before the sigmoid."""
     layers = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(WIDTH, 1, 3, padding=1))
-    _init_small(layers)
+    _initialize(layers, partial(nn.init.normal_, std=0.001))
     return layers
 
 
-def _init_small(module: nn.Module) -> None:
+def _initialize(module: nn.Module, init: Callable[[Tensor], Tensor]) -> None:
     for child in module.modules():
         if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(child.weight, std=0.001)
+            init(child.weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)

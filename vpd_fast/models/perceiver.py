@@ -117,7 +117,8 @@ class SegmentationPerceiver(Perceiver):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> logits (B,num_classes,H,W)."""
-        return self.decode(self.extract_feat(images), images.shape[2:])
+        height, width = images.shape[2:]
+        return self.decode(self.extract_feat(images), (height, width))
 
 
 class ReferringPerceiver(Perceiver):
@@ -139,7 +140,8 @@ class ReferringPerceiver(Perceiver):
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64, tokens (B,T,context_dim) -> logits (B,2,H,W)."""
-        return self.decode(self.extract_feat(images, tokens), images.shape[2:])
+        height, width = images.shape[2:]
+        return self.decode(self.extract_feat(images, tokens), (height, width))
 
 
 class DepthPerceiver(Perceiver):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpd_fast.models.modules import ModuleList
+
 
 class ConvModule(nn.Module):
     """Convolution (`conv`), or convolution without bias, batch norm (`bn`) and ReLU."""
@@ -18,7 +20,7 @@ class ConvModule(nn.Module):
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         else:
             nn.init.xavier_uniform_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+            nn.init.zeros_(self.conv.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,in,h,w) -> (B,out,h,w)."""
@@ -31,8 +33,8 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(ConvModule(c, channels, 1, norm_relu=False) for c in in_channels)
-        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, norm_relu=False) for _ in in_channels)
+        self.lateral_convs = ModuleList(ConvModule(c, channels, 1, norm_relu=False) for c in in_channels)
+        self.fpn_convs = ModuleList(ConvModule(channels, channels, 3, norm_relu=False) for _ in in_channels)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Four features, high resolution first -> as many of `channels` channels, same sizes."""
@@ -48,7 +50,7 @@ class FPNHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, levels: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
-        self.scale_heads = nn.ModuleList()
+        self.scale_heads: ModuleList[nn.Sequential] = ModuleList()
         for level in range(levels):
             layers: list[nn.Module] = []
             for _ in range(max(1, level)):
@@ -59,7 +61,7 @@ class FPNHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        nn.init.zeros_(self.conv_seg.get_parameter("bias"))
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """Four maps of `channels` channels, high resolution first -> logits (B,num_classes,h,w) at the highest one."""

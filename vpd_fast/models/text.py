@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vpd_fast.config import VPDConfig
+    from vpd_fast.models.perceiver import Perceiver
 
 DEFAULT_ENCODER = "openai/clip-vit-large-patch14"  # the encoder Stable Diffusion 1.x was trained with
 TEMPLATE_TOKENS = 20  # what VPD padded its prompts to; it only cuts off class names longer than about 12 words
@@ -129,8 +130,9 @@ class TextEncoder:
         self, texts: list[str], settings: dict[str, Any], batch_size: int, embed: Callable[[list[str]], Tensor]
     ) -> Tensor:
         paths = {text: self._cache_path(settings, text) for text in texts}
-        results = {text: _read_cached(path) if self.remember else None for text, path in paths.items()}
-        missing = [text for text, found in results.items() if found is None]
+        cached = {text: _read_cached(path) for text, path in paths.items()} if self.remember else {}
+        results = {text: embedding for text, embedding in cached.items() if embedding is not None}
+        missing = [text for text in paths if text not in results]
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             for text, result in zip(batch, embed(batch).float().cpu(), strict=True):
@@ -162,7 +164,7 @@ class TextEncoder:
                 self._loaded_tokenizer = _load_tokenizer(self._folder())
             return self._loaded_tokenizer
 
-    def _model(self) -> nn.Module:
+    def _model(self) -> Any:
         with self._lock:
             if self._loaded_model is None:
                 model = _load_model(self._folder(), len(self._tokenizer()))
@@ -208,7 +210,7 @@ def encoder_name(given: str | None, config: VPDConfig | None = None) -> str:
     return given or (config.text_encoder if config is not None else None) or DEFAULT_ENCODER
 
 
-def set_classes(model: nn.Module, names: Sequence[str], encoder: TextEncoder) -> None:
+def set_classes(model: Perceiver, names: Sequence[str], encoder: TextEncoder) -> None:
     """Give a segmentation or depth model other classes or scenes, in place: embeddings from `encoder`, and the names.
 
     The number of names is fixed by the model, whose layers are sized by it; build the model with another
@@ -286,7 +288,8 @@ def _load_model(folder: Path, vocabulary: int) -> nn.Module:
         from transformers import CLIPTextModel
 
         with bundled.unpacked_folder(_subfolders(folder)[0]) as place:
-            model, info = CLIPTextModel.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
+            loaded: Any = CLIPTextModel.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
+    model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of a CLIP text encoder, e.g. {missing[0]}")
@@ -320,7 +323,8 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _subfolders(folder: Path) -> tuple[Path, Path]:
     """Where weights and tokenizer are."""
-    return tuple(folder / sub if (folder / sub).is_dir() else folder for sub in ("text_encoder", "tokenizer"))
+    weights, tokenizer = (folder / sub if (folder / sub).is_dir() else folder for sub in ("text_encoder", "tokenizer"))
+    return weights, tokenizer
 
 
 def _read_words(folder: Path | None) -> tuple[str, ...]:

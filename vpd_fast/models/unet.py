@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.models.attention import BasicTransformerBlock, MapSum
 from vpd_fast.models.attention_backends import PLAIN
+from vpd_fast.models.modules import ModuleList
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -55,7 +56,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, context_dim, heads)])
+        self.transformer_blocks = ModuleList([BasicTransformerBlock(channels, context_dim, heads)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
         self.gradient_checkpointing = False
 
@@ -199,7 +200,7 @@ class UNet(nn.Module):
         self.input_levels, self.output_levels = layout.input_levels, layout.output_levels
         self.outputs_at = layout.outputs_at
         channels = config.model_channels
-        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
+        self.input_blocks = ModuleList([UNetBlock(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -215,7 +216,7 @@ class UNet(nn.Module):
             SpatialTransformer(channels, config.context_dim, config.num_heads),
             ResBlock(channels, emb_channels, channels),
         )
-        self.output_blocks = nn.ModuleList()
+        self.output_blocks: ModuleList[UNetBlock] = ModuleList()
         for i, level in enumerate(self.output_levels):
             layers = block(channels + skips.pop(), level)
             channels = widths[level]
@@ -267,13 +268,20 @@ class UNet(nn.Module):
         return [features[level] for level in sorted(features)], maps
 
 
+class DiffusionModel(nn.Module):
+    """The UNet under the name that it has in latent diffusion's checkpoints."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.diffusion_model = UNet(config)
+
+
 class UNetWrapper(nn.Module):
     """UNet at t = 1 whose features carry the averaged maps (VPD, section 3.2). Keys `unet.diffusion_model.*`."""
 
     def __init__(self, config: VPDConfig) -> None:
         super().__init__()
-        self.unet = nn.Module()
-        self.unet.diffusion_model = UNet(config.backbone)
+        self.unet = DiffusionModel(config.backbone)
         self.map_grad = config.map_grad
         self.map_weights = map_weights(config)
 
