@@ -23,13 +23,13 @@ def to_nchw(x: Tensor) -> Tensor:
 
 
 def apply_scale_shift(x: Tensor, scale_shift: Tensor) -> Tensor:
-    """x times scale plus shift of a GroupNorm layer, where no product follows that could do it on the way."""
+    """x * scale + shift of a GroupNorm layer (B,2,C), where no GEMM follows that could do it in its prologue."""
     scale, shift = scale_shift[:, :, None, None].unbind(1)
     return torch.addcmul(shift, x.float(), scale).to(x.dtype)
 
 
 def call(layer: GemmLayer, memory: Workspace, x: Tensor, norm_follows: bool = False, **options: Any) -> Tensor:
-    """layer(x) in memory of the workspace. norm_follows: a group norm reads the result, maybe among others."""
+    """Returns layer(x) in memory of the workspace. norm_follows: a group norm is among the readers of the result."""
     out = memory.take(layer.shape(x), layer.out_dtype)
     statistics = memory.take_statistics(out, layer.parts) if norm_follows else None
     return layer(x, out=out, **options, **({} if statistics is None else {"statistics": statistics}))
@@ -38,7 +38,7 @@ def call(layer: GemmLayer, memory: Workspace, x: Tensor, norm_follows: bool = Fa
 def group_norm(
     layers: Layers, name: str, memory: Workspace, x: Tensor, x2: Tensor | None = None, consumer: GemmLayer | None = None
 ) -> dict[str, Any]:
-    """Options for the layer that applies the norm, which is `consumer` if that may round whole images to 8 bits."""
+    """Options of the layer that applies the norm; `consumer` is that layer if it may round whole images to 8 bits."""
     norm, ranges = layers.norm(name), {}
     statistics = {"statistics": memory.statistics(x), "statistics2": memory.statistics(x2)}
     options: dict[str, Any] = {key: value for key, value in statistics.items() if value is not None}
@@ -49,7 +49,7 @@ def group_norm(
 
 
 def convolve(layers: Layers, name: str, memory: Workspace, x: Tensor) -> Tensor:
-    """The layer of that name alone, which resamples."""
+    """Run the layer of that name, a convolution that halves or doubles the image."""
     return call(layers.gemm(name), memory, x, norm_follows=True)
 
 

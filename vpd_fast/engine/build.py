@@ -21,17 +21,21 @@ ALGORITHMS = {0: "direct", 9: "Winograd F(2x2), upsampling", 16: "Winograd F(2x2
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What a layer became: a row of the report."""
+    """A row of the report: precision, algorithm and rewrites of a layer, and the reason.
+
+    shape: that of the weight before it was packed. snr_db: signal-to-noise ratio of the layer's result in this
+    precision on the calibration images.
+    """
 
     name: str
     kind: str
     precision: str
-    shape: tuple[int, ...]  # of the weight, before it was packed
+    shape: tuple[int, ...]
     algorithm: str
     bytes: int
     rewrites: tuple[str, ...] = ()
     reason: str = ""
-    snr_db: float | None = None  # of the layer's result in this precision, on the calibration images
+    snr_db: float | None = None
 
 
 @torch.no_grad()
@@ -43,10 +47,10 @@ def build_layer(
     scale: Tensor | None = None,
     device: str | None = None,
 ) -> tuple[Layer, LayerInfo]:
-    """The layer of `spec` in an engine of `precision`, where its weight is.
+    """The layer of `spec` in an engine of `precision`, on the device of its weight.
 
-    out_dtype: of the activations. scale: (c,) factors of the input's channels; the weight is divided by them. device:
-    "cpu" or "cuda", the kind of device that it is for; None: that of the weight.
+    out_dtype: dtype of the activations. scale: (c,) factors of the input's channels; the weight is divided by them.
+    device: "cpu" or "cuda", the kind of device that the layer is for; None: that of the weight.
     """
     weight, bias = spec.make()
     weight, bias = weight.detach(), None if bias is None else bias.detach().float().clone()

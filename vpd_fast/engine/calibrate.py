@@ -28,14 +28,12 @@ from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
 from vpd_fast.ops.rounding import rounded_rows
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # candidates; 0 leaves the channels as they are
-SAMPLE_SIDE = 16  # of the square of positions that is kept of each layer's input
-
-
-Batch = tuple[Tensor, ...]  # what a model is called with
+SAMPLE_SIDE = 16  # side of the square of positions kept of each layer's input
+Batch = tuple[Tensor, ...]  # arguments of one call of a model
 
 
 def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) -> list[Batch]:
-    """Batches of calibration images, and of sentences of a referring model. Raises InputError for bad ones."""
+    """Calibration images as arguments of calls, a referring model's with sentences. Raises InputError for bad ones."""
     items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not items:
         raise InputError("calibration has no images")
@@ -73,14 +71,14 @@ def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) ->
 
 
 def _sentences(config: VPDConfig, batch: int) -> Tensor:
-    """Stands in for the text encoder's last layer, whose layer norm leaves numbers of about this size."""
+    """Random sentences in place of the text encoder's, whose last layer norm leaves numbers of about this size."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, config.tokens, config.backbone.context_dim, generator=generator)
 
 
 @dataclass
 class _LayerInput:
-    """What a layer saw: the largest magnitude of each input channel, and a square of positions of the first batch."""
+    """The input of a layer: the largest magnitude of each channel, and a square of positions of the first batch."""
 
     largest: Tensor
     sample: Tensor  # (1,h,w,c) float32, or (1,n,c) of a linear layer
@@ -113,7 +111,7 @@ class _Recorder:
         return self._layer(x, x2=x2, affine=affine, **options)
 
     def with_bias(self, bias: Tensor) -> _Recorder:
-        """Of a layer with another bias, which counts as the same."""
+        """The recorder of the layer with another bias; both add to the same record."""
         return _Recorder(self._layer.with_bias(bias), self._inputs, self._name)
 
 
@@ -145,13 +143,13 @@ class Calibration:
         return cls(inputs, policy, precision)
 
     def _rounded(self, spec: Spec) -> torch.dtype | None:
-        """The 8-bit type of the layer, or None."""
+        """The 8-bit dtype of the layer's weight; None if it has more bits or no weight."""
         dtype = None if spec.kind == "group_norm" else self._policy.precision(spec.name, self._precision)[0]
         return dtype if dtype in MAX_8_BITS else None
 
     @torch.no_grad()
     def scale(self, spec: Spec) -> Tensor | None:
-        """Factors of the layer's input channels with the smallest error, or None: 1 is best, or it is not 8-bit."""
+        """Factors (c,) of the layer's input channels with the smallest error; None if 1 is best or it is not 8-bit."""
         inputs, dtype = self._inputs.get(spec.name), self._rounded(spec)
         if inputs is None or not self._policy.smoothing or dtype is None:
             return None
@@ -168,7 +166,7 @@ class Calibration:
 
     @torch.no_grad()
     def snr_db(self, spec: Spec, layer: Layer) -> float | None:
-        """Signal-to-noise ratio in decibels of the 8-bit layer's products on what was kept of its input."""
+        """Signal-to-noise ratio in decibels of the 8-bit layer's products on the kept sample of its input."""
         inputs = self._inputs.get(spec.name)
         if inputs is None or not self._rounded(spec) or not isinstance(layer, GemmLayer):
             return None
@@ -192,7 +190,7 @@ def _product(spec: Spec, weight: Tensor, sample: Tensor) -> Tensor:
 
 
 def _as_product(spec: Spec, weight: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, taps*c) and (positions, taps*c) of what is a matrix product, channels last."""
+    """The layer as a matrix product (im2col): weight (n, taps*c) and rows (positions, taps*c), channels last."""
     if spec.kind == "linear":
         return weight, sample.flatten(0, -2)
     height, width = weight.shape[2:]

@@ -24,7 +24,7 @@ def encode(layers: Layers, images: Tensor, memory: Workspace) -> Tensor:
 
 
 def _steps(layers: Layers) -> Iterator[Callable[..., Tensor]]:
-    """What happens between conv_in and conv_out, one tensor in and one out."""
+    """The layers between conv_in and conv_out as functions, one tensor in and one out."""
     for level in itertools.count():
         for block in itertools.count():
             name = f"encoder.down.{level}.{block}"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-MAX_GRAPHS = 12  # of one model: three stages of four shapes
+MAX_GRAPHS = 12  # per model: three stages of four shapes
 Stage = Callable[..., "list[Tensor]"]
 
 
@@ -19,7 +19,7 @@ class Graph(Protocol):
     """A captured stage."""
 
     def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What the stage returns for other inputs of the same shapes, in memory of its own."""
+        """The stage's results for other inputs of the same shapes, in new memory."""
         ...
 
 
@@ -39,9 +39,9 @@ class CudaGraph:
             self._done.record(stream)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What the stage returns for other inputs of the same shapes, in memory of its own."""
+        """The stage's results for other inputs of the same shapes, in new memory."""
         stream = torch.cuda.current_stream(inputs[0].device)
-        stream.wait_event(self._done)  # of an earlier call, perhaps on another stream
+        stream.wait_event(self._done)  # an earlier call may have been on another stream
         for static, value in zip(self._inputs, inputs, strict=True):
             static.copy_(value)
         self._graph.replay()
@@ -72,7 +72,7 @@ class GraphCache:
     def run(self, name: str, stage: Stage, *inputs: Tensor, state: Any = None) -> list[Tensor]:
         """stage(*inputs), which returns tensors that nothing else writes to.
 
-        state: what else the stage depends on; it is kept as long as the graph, so it is the same if its id is.
+        state: the object the stage depends on besides; it lives as long as the graph, so its id identifies it.
         """
         if not self.enabled or not self.wanted(inputs[0]):
             return stage(*inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,53 +14,46 @@ from vpd_fast.ops.packing import PackedWeight
 
 @dataclass(frozen=True)
 class Layer:
-    """Tensors and settings of one layer; activations are (B,H,W,C) or (B,N,C).
-
-    out_dtype: of what it returns.
-    """
+    """Tensors and settings of one layer; activations are (B,H,W,C) or (B,N,C)."""
 
     kind: ClassVar[str]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that has to be stored, by field name."""
-        found: dict[str, Tensor] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
+        """The tensors of the layer by the names they are stored under."""
+        tensors: dict[str, Tensor] = {}
+        for field, value in vars(self).items():
             if isinstance(value, PackedWeight):
                 parts = {"weight": value.data, "weight_scales": value.scales, "weight_sums": value.weight_sums}
-                found |= {name: x for name, x in parts.items() if x is not None}
+                tensors |= {name: x for name, x in parts.items() if x is not None}
             elif isinstance(value, Tensor):
-                found[f.name] = value
-        return found
+                tensors[field] = value
+        return tensors
 
     def for_device(self, device: torch.device) -> Layer:
-        """The same layer with its tensors on that device, weights in the layout for it."""
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, PackedWeight):
-                moved[f.name] = value.for_device(device)
-            elif isinstance(value, Tensor):
-                moved[f.name] = value.to(device)
+        """The same layer with its tensors on that device, its weight in the layout that kernels read there."""
+        moved = {
+            name: value.for_device(device) if isinstance(value, PackedWeight) else value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, PackedWeight | Tensor)
+        }
         return replace(self, **moved)
 
     def settings(self) -> dict[str, Any]:
-        """Everything else, as plain values."""
-        found: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
+        """The settings of the layer and the sizes of its weight as plain values, for a JSON file."""
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
             if isinstance(value, PackedWeight):
-                found |= {"n": value.n, "k": value.k}
+                values |= {"n": value.n, "k": value.k}
             elif isinstance(value, torch.dtype):
-                found[f.name] = str(value).removeprefix("torch.")
+                values[name] = str(value).removeprefix("torch.")
             elif not isinstance(value, Tensor):
-                found[f.name] = value
-        return found
+                values[name] = value
+        return values
 
 
 @dataclass(frozen=True)
 class GroupNorm(Layer):
-    """Scale and shift per channel that a group norm amounts to; the next layer applies them."""
+    """Computes the scale and shift per channel that a group norm amounts to; the next layer applies them."""
 
     kind: ClassVar[str] = "group_norm"
     weight: Tensor
@@ -75,12 +68,16 @@ class GroupNorm(Layer):
 
 @dataclass(frozen=True)
 class GemmLayer(Layer):
-    """What all layers with a weight have in common."""
+    """Base of the layers that multiply by a packed weight, with what surrounds the product fused into it.
+
+    out_dtype: dtype of the results. scale: (c,) factors of the input's channels (smoothing), whose inverses are in the
+    weight. activation: None, "relu", "silu" or "geglu", applied to the product plus bias.
+    """
 
     weight: PackedWeight
     bias: Tensor | None
     out_dtype: torch.dtype
-    scale: Tensor | None = None  # of the input's channels: smoothing, whose inverse is in the weight
+    scale: Tensor | None = None
     activation: str | None = None
 
     @property
@@ -105,6 +102,10 @@ class GemmLayer(Layer):
         """(B,...,k) -> (B,...,n); options: x2, affine, residual, out and, where a kind takes them, further ones."""
         raise NotImplementedError
 
+    def _fused(self) -> dict[str, Any]:
+        """The arguments that all fused operators take."""
+        return {"scale": self.scale, "activation": self.activation, "out_dtype": self.out_dtype}
+
 
 @dataclass(frozen=True)
 class Linear(GemmLayer):
@@ -126,9 +127,7 @@ class Linear(GemmLayer):
             self.bias,
             norm=self.norm,
             eps=self.eps,
-            scale=self.scale,
-            activation=self.activation,
-            out_dtype=self.out_dtype,
+            **self._fused(),
             **options,
         )
         return out.view(*shape, out.shape[-1])
@@ -140,7 +139,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Conv2d(GemmLayer):
-    """Direct convolution; see `vpd_fast.ops.conv2d`. With `upsample` of the enlarged image, by four phases."""
+    """Direct convolution, see `vpd_fast.ops.conv2d`; `upsample` convolves the enlarged image, by four phases."""
 
     kind: ClassVar[str] = "conv2d"
     kernel: tuple[int, int] = (3, 3)
@@ -172,9 +171,7 @@ class Conv2d(GemmLayer):
             padding=tuple(self.padding),
             upsample=self.upsample,
             silu=self.silu,
-            scale=self.scale,
-            activation=self.activation,
-            out_dtype=self.out_dtype,
+            **self._fused(),
             **options,
         )
 
@@ -199,9 +196,7 @@ class Winograd(GemmLayer):
             self.bias,
             upsample=self.upsample,
             silu=self.silu,
-            scale=self.scale,
-            activation=self.activation,
-            out_dtype=self.out_dtype,
+            **self._fused(),
             **options,
         )
 

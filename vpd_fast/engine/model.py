@@ -40,7 +40,7 @@ _REFUSED = {
 
 
 class FastVPD(Engine, Perceiver):
-    """What the fast models of all tasks have in common. Inference only; several threads may call one at once.
+    """A fast model of any task, for inference only; several threads may call one at once.
 
     Images, features, maps and results are float32 whatever the precision of the layers. It is no torch.nn.Module, but
     `eval()`, `parameters()`, `state_dict()` and the like work, on the text adapter and the embeddings, which are not
@@ -141,7 +141,7 @@ class FastVPD(Engine, Perceiver):
             raise InputError("a fast model has attention kernels of its own; attention_backend is for plain models")
 
     def __getattr__(self, name: str) -> Any:
-        """What a plain model has and this one takes from its conditioning, or refuses."""
+        """Attributes of a plain model: some are those of the conditioning, others raise InputError when called."""
         if name in _OF_CONDITIONING:
             return getattr(self.conditioning, name)
         if name in _CONVERSIONS:

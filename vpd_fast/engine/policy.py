@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "fp32": {},
 }
 EXCEPTIONS["fp8"] = EXCEPTIONS["int8"]
-MIN_WINOGRAD_SIDE = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # side in positions
+MIN_WINOGRAD_SIDE = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # positions a side of the output
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Policy:
     def winograd_matrices(
         self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str
     ) -> tuple[int, str]:
-        """Products of a Winograd tile for a 3x3 convolution of stride 1, or 0 for a direct one, and the reason.
+        """Matrices of the Winograd weight of a 3x3 convolution of stride 1, 0 if it runs directly, and the reason.
 
         side: height of the output at the model's image size. device: "cpu" or "cuda".
         """

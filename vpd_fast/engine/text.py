@@ -1,4 +1,4 @@
-"""What the UNet needs of a text: keys and values of every cross-attention, computed once per text."""
+"""Keys and values of every cross-attention of the UNet, computed once per text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TextMemo:
         self._lock = threading.Lock()
 
     def __call__(self, context: Tensor) -> Projected:
-        """Context (B or 1,L,context_dim), the same for all images if 1 -> per transformer what its attn2 needs."""
+        """Context (B,L,context_dim), or (1,L,context_dim) for all images -> operands of each transformer's attn2."""
         with self._lock:
             recent = list(self._recent)
         entry = next((k for k in recent if k[0].shape == context.shape and torch.equal(k[0], context)), None)
@@ -34,7 +34,7 @@ class TextMemo:
 
 
 def _project(layers: Layers, context: Tensor) -> Projected:
-    """{transformer: (keys, values)}; with one token {transformer: attn1.out with the result in its bias, per text}."""
+    """{transformer: (keys, values)}; of one token {transformer: [attn1.out with attn2 in its bias] per text}."""
     projected: Projected = {}
     for name in layers:
         transformer, _, role = name.rpartition(".attn2.")

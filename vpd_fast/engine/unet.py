@@ -21,7 +21,7 @@ from vpd_fast.models.unet import UNetLayout, map_weights
 
 @dataclass(frozen=True)
 class Structure:
-    """Which blocks the UNet has, where features are taken, and whose maps are averaged."""
+    """The blocks of the UNet, the features taken from them, and the weights of their attention maps."""
 
     blocks: tuple[tuple[str, str, int], ...]  # name, place ("down", "mid", "up"), level
     outputs_at: Mapping[str, int]  # name of the block after which a feature is taken: level
@@ -47,18 +47,18 @@ class MapSums:
         self.sums: dict[tuple[int, str], Tensor] = {}
 
     def attend(self, kind: str, place: tuple[str, int], q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor | None:
-        """Attention with its maps added to the sum, or None if nobody wants maps of this layer."""
+        """Attention, with its maps added to the sum; None if maps of this layer are not wanted."""
         weight = self._weights.get(place, {}).get(kind)
         if weight is None:
             return None
         key = place[1], kind
-        known = key in self.sums
-        if not known:
+        accumulate = key in self.sums
+        if not accumulate:
             self.sums[key] = q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
-        return ops.cross_attention_maps_into(q, k, v, self.sums[key], heads, weight=weight, accumulate=known)
+        return ops.cross_attention_maps_into(q, k, v, self.sums[key], heads, weight=weight, accumulate=accumulate)
 
     def add_single_token(self, place: tuple[str, int], q: Tensor) -> None:
-        """The probability of the only token is 1, and so is its mean over layers."""
+        """Set the cross-attention maps of one token to 1, which is the probability of an only token."""
         if "cross" in self._weights.get(place, {}):
             self.sums[place[1], "cross"] = q.new_ones(q.shape[0], q.shape[1], 1, dtype=torch.float32)
 
@@ -98,7 +98,7 @@ def _steps(
     place: tuple[str, int],
     heads: int,
 ) -> Iterator[Callable[..., Tensor]]:
-    """What a block of the UNet does, one tensor in and one out."""
+    """The layers of a block of the UNet as functions, one tensor in and one out."""
     for i in itertools.count():
         name = f"{block}.{i}"
         if f"{name}.conv1" in layers:
@@ -128,17 +128,17 @@ def _transformer(
     if attended is None:
         attended = ops.self_attention(q, k, v, heads)
     memory.give(qkv)
-    attended, known = attended.view(x.shape), text[name]
-    if isinstance(known, tuple):
+    attended, context = attended.view(x.shape), text[name]
+    if isinstance(context, tuple):
         t = _replaced(memory, t, call(layers.gemm(f"{name}.attn1.out"), memory, attended, residual=t))
         q = call(layers.gemm(f"{name}.attn2.q"), memory, t)
-        attended = maps.attend("cross", place, q.flatten(1, 2), *known, heads)
+        attended = maps.attend("cross", place, q.flatten(1, 2), *context, heads)
         if attended is None:
-            attended, _ = ops.cross_attention_maps(q.flatten(1, 2), *known, heads, need_maps=False)
+            attended, _ = ops.cross_attention_maps(q.flatten(1, 2), *context, heads, need_maps=False)
         memory.give(q)
         t = _replaced(memory, t, call(layers.gemm(f"{name}.attn2.out"), memory, attended.view(x.shape), residual=t))
     else:
-        t = _replaced(memory, t, _for_each_text(known, attended, t))
+        t = _replaced(memory, t, _for_each_text(context, attended, t))
         maps.add_single_token(place, q)
     hidden = call(layers.gemm(f"{name}.ff1"), memory, t)
     out = call(layers.gemm(f"{name}.ff2"), memory, hidden, x2=t, residual=x, norm_follows=True)
@@ -153,7 +153,7 @@ def _replaced(memory: Workspace, old: Tensor, new: Tensor) -> Tensor:
 
 
 def _for_each_text(outs: list[GemmLayer], attended: Tensor, t: Tensor) -> Tensor:
-    """The output of self-attention, which has that of cross-attention in its bias: one for all images, or one each."""
+    """Output projection of self-attention with that of cross-attention in its bias: one for all images, or one each."""
     if len(outs) == 1:
         return outs[0](attended, residual=t)
     images = zip(outs, attended.split(1), t.split(1), strict=True)

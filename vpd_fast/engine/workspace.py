@@ -14,14 +14,14 @@ from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
 
 class Workspace:
-    """Buffers of one call at a time. Who takes a tensor gives it back when nobody needs its contents any more."""
+    """Buffers of one call at a time. A tensor that is taken is given back when its contents are no longer needed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[Tensor] = []
         self._taken: dict[int, Tensor] = {}  # address: buffer
-        self._statistics: dict[int, Statistics] = {}  # of what is at the address
-        self.finds_statistics = device.type == "cuda"  # whether kernels find those of their result on the way
+        self._statistics: dict[int, Statistics] = {}  # address: statistics of the tensor there
+        self.finds_statistics = device.type == "cuda"  # GPU kernels compute those of their results
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor, not initialised."""
@@ -39,7 +39,7 @@ class Workspace:
         return buffer[:size].view(dtype).view(shape)
 
     def take_statistics(self, tensor: Tensor, parts: int) -> Statistics | None:
-        """What to fill with statistics of a tensor (B,H,W,C) of `take`, which is made in equal parts; None: do not."""
+        """Memory for the statistics of a tensor (B,H,W,C) of `take` computed in equal parts; None: compute none."""
         positions = tensor.shape[1] * tensor.shape[2] // parts
         run = run_length(positions)
         if not self.finds_statistics or (parts > 1 and positions % run):
@@ -50,7 +50,7 @@ class Workspace:
         return self._statistics[tensor.data_ptr()]
 
     def statistics(self, tensor: Tensor | None) -> Statistics | None:
-        """Of a tensor that is not given back yet, if they were found."""
+        """The statistics of a tensor that is not given back yet, if its layer computed them."""
         return None if tensor is None else self._statistics.get(tensor.data_ptr())
 
     def give(self, tensor: Tensor) -> None:
@@ -68,7 +68,7 @@ class Workspace:
 
 
 class WorkspacePool:
-    """As many workspaces as calls run at once."""
+    """Holds as many workspaces as calls ran at once; each call leases one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

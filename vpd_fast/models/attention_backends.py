@@ -46,7 +46,7 @@ def check_backend(name: str) -> None:
 
 
 def _why_not(backend: str, q: Tensor, heads: int) -> str | None:
-    """Why the library cannot take such queries; None if it can."""
+    """The reason why the library cannot take such queries; None if it can."""
     if backend == "sdpa":
         return None
     if q.device.type != "cuda":

@@ -29,7 +29,7 @@ def _place(name: str, value: Tensor, device: torch.device, dtype: torch.dtype | 
 
 
 def images(value: Tensor, device: torch.device, dtype: torch.dtype, multiple: int) -> None:
-    """(B,3,H,W), floating, H and W positive multiples of `multiple`."""
+    """Raises InputError unless images are (B,3,H,W) on device, of dtype, H and W positive multiples of `multiple`."""
     _tensor("images", value)
     if value.dim() != 4 or value.shape[1] != 3:
         raise InputError(f"images must have shape (B, 3, H, W), got {tuple(value.shape)}")
@@ -43,7 +43,7 @@ def images(value: Tensor, device: torch.device, dtype: torch.dtype, multiple: in
 
 
 def tokens(value: Tensor, expected: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
-    """(B,T,C) with (T,C) as expected."""
+    """Raises InputError unless tokens are (B,T,C) with (T,C) as expected, on device and of dtype."""
     _tensor("tokens", value)
     if value.dim() != 3 or tuple(value.shape[1:]) != expected:
         raise InputError(f"tokens must have shape (B, {expected[0]}, {expected[1]}), got {tuple(value.shape)}")
@@ -51,7 +51,7 @@ def tokens(value: Tensor, expected: tuple[int, int], device: torch.device, dtype
 
 
 def class_ids(value: Tensor, num_scenes: int, device: torch.device) -> None:
-    """(B,) int64 in [0, num_scenes)."""
+    """Raises InputError unless class_ids are (B,) int64 in [0, num_scenes), on device."""
     _tensor("class_ids", value)
     if value.dim() != 1 or value.dtype != torch.long:
         raise InputError(
@@ -63,13 +63,16 @@ def class_ids(value: Tensor, num_scenes: int, device: torch.device) -> None:
 
 
 def same_batch(images: Tensor, value: Tensor, name: str) -> None:
-    """`value` has one row per image."""
+    """Raises InputError unless `value` has one row per image."""
     if _tensor(name, value).shape[:1] != _tensor("images", images).shape[:1]:
         raise InputError(f"{name} must have one row per image ({images.shape[0]}), got shape {tuple(value.shape)}")
 
 
 def feature_channels(features: Sequence[Tensor], expected: tuple[int, ...]) -> None:
-    """The head was built for these channels; self-attention maps have one per position, whatever the image size is."""
+    """Raises InputError unless features have the channels that the head was built for.
+
+    Self-attention maps have one channel per position, so they depend on the image's size.
+    """
     got = tuple(f.shape[1] for f in features)
     if got != expected:
         raise InputError(

@@ -40,7 +40,7 @@ _FORMAT = "1"  # part of every cache key: change it when the same input should g
 
 WORDS = "words.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-_HASHED = 2**24  # bytes: of larger files only size and time count
+MAX_HASHED = 2**24  # bytes; larger files count by size and time
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -94,8 +94,8 @@ class TextEncoder:
             prompts = [template.replace("{}", name) for name in batch for template in templates]
             ids, hidden = self._encode(prompts, TEMPLATE_TOKENS)
             # CLIP's pooled output: the hidden state at the first end-of-text token (padding is end-of-text as well).
-            end = (ids == self._tokenizer().eos_token_id).int().argmax(dim=1)
-            pooled = hidden[torch.arange(len(prompts), device=hidden.device), end]
+            last = (ids == self._tokenizer().eos_token_id).int().argmax(dim=1)
+            pooled = hidden[torch.arange(len(prompts), device=hidden.device), last]
             return pooled.reshape(len(batch), len(templates), -1).mean(dim=1)
 
         # One class at a time: its numbers then do not depend on which others are asked for with it.
@@ -118,8 +118,10 @@ class TextEncoder:
         return self._embed(sentences, {"kind": "sentence", "tokens": tokens}, SENTENCE_BATCH, embed)
 
     def token_names(self, sentence: str, tokens: int = 40) -> list[str]:
-        """What each of the `tokens` rows of `embed_sentences` stands for: "<start>", words or parts of words, "<end>",
-        and "<pad>" behind it. Errors as there."""
+        """Names of the `tokens` rows of `embed_sentences`: "<start>", words or parts of words, "<end>", then "<pad>".
+
+        Raises the errors of `embed_sentences`.
+        """
         tokenizer = self._tokenizer()
         ids = self._ids(_texts("sentence", [sentence]), tokens)[0].tolist()
         end = ids.index(tokenizer.eos_token_id)
@@ -322,7 +324,7 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def _subfolders(folder: Path) -> tuple[Path, Path]:
-    """Where weights and tokenizer are."""
+    """The folders of weights and tokenizer in a CLIP or Stable Diffusion folder."""
     weights, tokenizer = (folder / sub if (folder / sub).is_dir() else folder for sub in ("text_encoder", "tokenizer"))
     return weights, tokenizer
 
@@ -337,7 +339,7 @@ def _read_words(folder: Path | None) -> tuple[str, ...]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """What makes a local encoder itself: hashing large weights on each call would cost more than encoding."""
+    """Identity of a local encoder: a hash of its files. Large weights count by size and time; hashing them is slow."""
     weights, words = _subfolders(folder)
     digest = hashlib.sha256()
     for path in (weights / "config.json", *(words / name for name in _TOKENIZER_FILES)):
@@ -345,7 +347,7 @@ def _fingerprint(folder: Path) -> str:
             digest.update(f"{path.name}:".encode() + path.read_bytes())
     for path in sorted({p for pattern in _WEIGHT_FILES for p in weights.glob(pattern)}):
         stat = path.stat()
-        if stat.st_size <= _HASHED:
+        if stat.st_size <= MAX_HASHED:
             digest.update(f"{path.name}:".encode() + path.read_bytes())
             continue
         digest.update(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())

@@ -120,7 +120,7 @@ class VPD(Backbone, Perceiver):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> torch.nn.modules.module._IncompatibleKeys:
-        """As torch's, but what VPD never runs (`sd_model.*`, the UNet's `out.*`) is left out first."""
+        """Load a state dict as torch.nn.Module does, without what VPD never runs (`sd_model.*`, the UNet's `out.*`)."""
         used = {key: value for key, value in state_dict.items() if not key.startswith(UNUSED_KEYS)}
         return super().load_state_dict(used, strict=strict, assign=assign)
 
