@@ -1,0 +1,259 @@
+"""Deliberate bugs, each of which some test must notice. Old texts occur exactly once in their files."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A bug: `old` becomes `new` in `file`, and one of the tests chosen by pytest's arguments `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the CPU's native module has to be compiled again."""
+        return self.file.startswith("csrc/cpu/")
+
+
+_CPU = "-k cpu"
+_TRITON = "-k triton"
+
+MUTANTS = {
+    # Triton kernels
+    "triton zero point rounds down": Mutant(
+        "kernels/_prologue.py",
+        "tl.floor(tl.maximum(-low, 0.0) * inverse + 0.5)",
+        "tl.floor(tl.maximum(-low, 0.0) * inverse)",
+        f"tests/ops/test_linear.py {_TRITON}",
+    ),
+    "triton rounds half up": Mutant(
+        "kernels/_prologue.py",
+        "number = (number + 12582912.0) - 12582912.0",
+        "number = tl.floor(number + 0.5)",
+        f"tests/ops/test_linear.py tests/ops/test_linear_gpu_formats.py tests/ops/test_conv2d.py {_TRITON}",
+    ),
+    "triton variance counts columns beyond the row": Mutant(
+        "kernels/_prologue.py",
+        "difference = tl.where(own[None, :], a - mean[:, None], 0.0)",
+        "difference = a - mean[:, None]",
+        f"tests/ops/test_linear.py {_TRITON}",
+    ),
+    "triton shift moves the border": Mutant(
+        "kernels/_prologue.py",
+        "a = tl.where(there[:, None] & own[None, :], a, 0.0)",
+        "a = tl.where(own[None, :], a, 0.0)",
+        f"tests/ops/test_conv2d.py {_TRITON}",
+    ),
+    "triton merge of statistics forgets distances of means": Mutant(
+        "kernels/group_norm_affine.py",
+        "within + count * difference * difference",
+        "within",
+        f"tests/ops/test_group_norm_affine.py {_TRITON}",
+    ),
+    "triton ranges forget the minimum of silu": Mutant(
+        "kernels/group_norm_affine.py",
+        "around = (least < SILU_BOTTOM) & (most > SILU_BOTTOM)",
+        "around = (least < SILU_BOTTOM) & (most < SILU_BOTTOM)",
+        f"tests/ops/test_group_norm_affine.py {_TRITON}",
+    ),
+    "triton argmax takes the last of equals": Mutant(
+        "kernels/upsample_argmax.py",
+        "better = (value > best) |",
+        "better = (value >= best) |",
+        "tests/ops/test_upsample_argmax.py tests/kernels/test_upsample_argmax.py",
+    ),
+    # CUDA kernels, emulated
+    "cuda epilogue without the zero point": Mutant(
+        "csrc/cuda/gemm_epilogue.cuh",
+        "float(sum - row.zero * weight_sums[i])",
+        "float(sum)",
+        "tests/native/test_cuda_gemm.py -k sizes",
+    ),
+    "cuda relu drops NaN": Mutant(
+        "csrc/cuda/gemm_epilogue.cuh",
+        "return x < 0.0f ? 0.0f : x;",
+        "return x > 0.0f ? x : 0.0f;",
+        "tests/native/test_cuda_gemm.py",
+    ),
+    "cuda softmax counts padded tokens": Mutant(
+        "csrc/cuda/cross_attention_maps.cuh",
+        "lane % 4 * 2 + i % 2 >= tokens) x",
+        "lane % 4 * 2 + i % 2 > tokens) x",
+        "tests/native/test_cuda_emulation.py",
+    ),
+    "cuda output position with rows and columns swapped": Mutant(
+        "csrc/cuda/gemm_epilogue.cuh",
+        "at.image * p.out.image + at.y * p.out.row + at.x * p.out.column",
+        "at.image * p.out.image + at.x * p.out.row + at.y * p.out.column",
+        "tests/native/test_cuda_gemm.py -k 'sizes or geometry'",
+    ),
+    "tma box one row short": Mutant(
+        "csrc/cuda/gemm_wgmma.cu",
+        "stride << plan.log_y,",
+        "(stride << plan.log_y) - 1,",
+        "tests/native/test_cuda_gemm.py -k 'sizes or geometry'",
+    ),
+    # CPU kernels
+    "cpu normalised tail keeps lanes beyond the row": Mutant(
+        "csrc/cpu/row_prologue.h",
+        "if (t.norm && left < LANES) {",
+        "if (t.norm && left < 0) {",
+        f"tests/ops/test_linear.py {_CPU}",
+    ),
+    "cpu range forgets numbers that are not finite": Mutant(
+        "csrc/cpu/row_prologue.h",
+        "(high - low) / 255.0f + reduce_sum(range.unusual)",
+        "(high - low) / 255.0f",
+        f"tests/ops/test_linear.py {_CPU}",
+    ),
+    "cpu argmax lets padded channels win": Mutant(
+        "csrc/cpu/upsample_argmax.cpp",
+        "to[s * channels + c] = -INFINITY;",
+        "to[s * channels + c] = 0.0f;",
+        f"tests/ops/test_upsample_argmax.py {_CPU}",
+    ),
+    "cpu argmax mixes infinities with weights of zero": Mutant(
+        "csrc/cpu/upsample_argmax.cpp",
+        "if (special) return argmax_of_row<0, true>;",
+        "",
+        f"tests/ops/test_upsample_argmax.py {_CPU}",
+    ),
+    # Operators' references and weights
+    "statistics of the sample": Mutant(
+        "vpd_fast/ops/statistics.py", "correction=0)", "correction=1)", "tests/ops/test_group_norm_affine.py -k triton"
+    ),
+    "int8 weights truncate": Mutant(
+        "vpd_fast/ops/packing.py", "weight.round_()", "weight.trunc_()", "tests/engine/test_optimize.py"
+    ),
+    "geglu runs of another length": Mutant(
+        "vpd_fast/ops/packing.py",
+        "torch.arange(n).split(PANEL // 2)",
+        "torch.arange(n).split(PANEL)",
+        f"tests/ops/test_linear.py {_CPU}",
+    ),
+    "taps beyond the image": Mutant(
+        "vpd_fast/ops/taps.py", "np.minimum(low + 1, n_in - 1)", "np.minimum(low + 1, n_in)", "tests/ops/test_taps.py"
+    ),
+    # Engine
+    "phases of upsampling in another order": Mutant(
+        "vpd_fast/engine/rewrites.py",
+        "return both.permute(2, 0, 4, 5, 3, 1)",
+        "return both.permute(0, 2, 4, 5, 3, 1)",
+        "tests/engine/test_rewrites.py",
+    ),
+    "bias of values lost": Mutant(
+        "vpd_fast/engine/rewrites.py", "wo @ v.bias + out.bias", "out.bias", "tests/engine/test_rewrites.py"
+    ),
+    "batch norm without eps": Mutant(
+        "vpd_fast/engine/rewrites.py",
+        "torch.sqrt(norm.running_var + norm.eps)",
+        "torch.sqrt(norm.running_var)",
+        "tests/engine/test_rewrites.py",
+    ),
+    "defaults win over the user's policy": Mutant(
+        "vpd_fast/engine/policy.py",
+        'return PRECISIONS[precision], f"policy: {pattern}"',
+        "break",
+        "tests/engine/test_optimize.py",
+    ),
+    "graphs ignore strides": Mutant(
+        "vpd_fast/engine/graphs.py",
+        "(x.shape, x.stride(), x.dtype)",
+        "(x.shape, x.dtype)",
+        "tests/engine/test_graphs.py",
+    ),
+    "the newest graph is dropped": Mutant(
+        "vpd_fast/engine/graphs.py",
+        "self._graphs.popitem(last=False)",
+        "self._graphs.popitem()",
+        "tests/engine/test_graphs.py",
+    ),
+    "layers without settings are ignored": Mutant(
+        "vpd_fast/engine/storage.py",
+        "        if parts:\n            raise ValueError(",
+        "        if parts and not layers:\n            raise ValueError(",
+        "tests/engine/test_storage.py",
+    ),
+    # Files
+    "a pickle opcode that is not known is skipped": Mutant(
+        "vpd_fast/checkpoints/pickles.py",
+        "            if operation is None:\n                raise PickleError(",
+        "            if operation is None:\n                return\n                raise PickleError(",
+        "tests/checkpoints/test_reader.py tests/checkpoints/test_hostile_files.py",
+    ),
+    "keys of pickled dictionaries nest without end": Mutant(
+        "vpd_fast/checkpoints/pickles.py",
+        "        if depth == 0:\n",
+        "        if depth == -(10**9):\n",
+        "tests/checkpoints/test_reader.py tests/checkpoints/test_hostile_files.py",
+    ),
+    "files are written in place": Mutant(
+        "vpd_fast/files.py",
+        'temporary[path] = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")',
+        "temporary[path] = path",
+        "tests/checkpoints tests/engine/test_storage.py",
+    ),
+    # Training
+    "a checkpoint has its name before it is whole": Mutant(
+        "vpd_fast/training/checkpoint.py",
+        'temporary = self.folder / f".{path.name}.{secrets.token_hex(8)}.tmp"',
+        "temporary = path",
+        "tests/training/test_checkpoint.py",
+    ),
+    "warm-up a step too long": Mutant(
+        "vpd_fast/training/schedules.py",
+        "(1 - (1 - step / warmup_steps) * (1 - warmup_ratio))",
+        "(1 - (1 - (step - 1) / warmup_steps) * (1 - warmup_ratio))",
+        "tests/training/test_schedules.py",
+    ),
+    "depth's schedule counts from 0": Mutant(
+        "vpd_fast/training/schedules.py",
+        "done = (step + 1) / half",
+        "done = step / half",
+        "tests/training/test_schedules.py",
+    ),
+    "silog without its variance": Mutant(
+        "vpd_fast/training/losses.py", "lambda_: float = 0.5", "lambda_: float = 1.0", "tests/training/test_losses.py"
+    ),
+    "ignored pixels leave the mean": Mutant(
+        "vpd_fast/training/losses.py",
+        "return total / target.numel()",
+        "return total / (target != ignore_index).sum()",
+        "tests/training/test_losses.py",
+    ),
+    "a UNet's norms always train slowly": Mutant(
+        "vpd_fast/training/groups.py",
+        '0.1 if "unet" in name and not quirks else 1.0',
+        '0.1 if "unet" in name else 1.0',
+        "tests/training/test_groups.py",
+    ),
+    "accumulated losses are not averaged": Mutant(
+        "vpd_fast/training/trainer.py",
+        "loss = self.train_step(ahead) / count",
+        "loss = self.train_step(ahead)",
+        "tests/training/test_trainer.py",
+    ),
+    "ranks read the same samples": Mutant(
+        "vpd_fast/data/loading.py",
+        "(first + i) * self.world_size + self.rank",
+        "(first + i) * self.world_size",
+        "tests/data/test_loading.py",
+    ),
+    # Inference
+    "the last window starts beyond the image": Mutant(
+        "vpd_fast/inference/windows.py",
+        "max(min(i * stride, length - crop), 0)",
+        "max(i * stride, 0)",
+        "tests/inference/test_windows.py",
+    ),
+    "one window too many": Mutant(
+        "vpd_fast/inference/windows.py",
+        "max(length - crop + stride - 1, 0) // stride + 1",
+        "max(length - crop + stride, 0) // stride + 1",
+        "tests/inference/test_windows.py",
+    ),
+}
