@@ -38,14 +38,14 @@ MUTANTS = {
     ),
     "triton variance counts columns beyond the row": Mutant(
         "kernels/_prologue.py",
-        "difference = tl.where(own[None, :], a - mean[:, None], 0.0)",
+        "difference = tl.where(in_row[None, :], a - mean[:, None], 0.0)",
         "difference = a - mean[:, None]",
         f"tests/ops/test_linear.py {_TRITON}",
     ),
     "triton shift moves the border": Mutant(
         "kernels/_prologue.py",
-        "a = tl.where(there[:, None] & own[None, :], a, 0.0)",
-        "a = tl.where(own[None, :], a, 0.0)",
+        "a = tl.where(in_image[:, None] & in_row[None, :], a, 0.0)",
+        "a = tl.where(in_row[None, :], a, 0.0)",
         f"tests/ops/test_conv2d.py {_TRITON}",
     ),
     "triton merge of statistics forgets distances of means": Mutant(
@@ -136,7 +136,10 @@ MUTANTS = {
         f"tests/ops/test_linear.py {_CPU}",
     ),
     "taps beyond the image": Mutant(
-        "vpd_fast/ops/taps.py", "np.minimum(low + 1, n_in - 1)", "np.minimum(low + 1, n_in)", "tests/ops/test_taps.py"
+        "vpd_fast/ops/resampling.py",
+        "np.minimum(low + 1, n_in - 1)",
+        "np.minimum(low + 1, n_in)",
+        "tests/ops/test_taps.py",
     ),
     # Engine
     "phases of upsampling in another order": Mutant(
