@@ -89,7 +89,7 @@ def run_demo(
             model = VPD.from_pretrained(name)
             fast = optimize(model, precision)
             report(f"{task}: {scenes} scenes")
-            each = OBJECTS if task == "referring" else 1  # samples of a scene, of which the first is taken
+            each = OBJECTS if TASKS[task].takes_text else 1  # samples of a scene, of which the first is taken
             # In one folder, so that scenes are drawn once for all tasks.
             data = ShapesDataset(folder, split, task=task, length=(first + scenes) * each)
             samples = [_with_one_sentence(data.load((first + i) * each), i) for i in range(scenes)]
@@ -110,10 +110,10 @@ def _run(
     metrics = [make_metrics(model.config, crop="none") for _ in range(2)]
     agreements = []
     for i, sample in enumerate(samples):
-        results = [_predict(m, sample, with_maps=task != "depth" and i < len(shown)) for m in (model, fast)]
+        results = [_predict(m, sample, with_maps=TASKS[task].maps and i < len(shown)) for m in (model, fast)]
         found = [_found(result) for result in results]
         for metric, values in zip(metrics, found, strict=True):
-            metric.update(values, sample.target.astype(bool) if task == "referring" else sample.target)
+            metric.update(values, sample.target)
         agreements.append(_agreement(task, *found))
         if i < len(shown):
             shown[i][task] = sample, results[1]
@@ -125,7 +125,7 @@ def _run(
 
 def _predict(model: Any, sample: Sample, with_maps: bool) -> Result:
     options: dict[str, Any] = {"with_maps": True} if with_maps else {}
-    if model.config.task == "referring":
+    if sample.sentences:
         options["text"] = sample.sentences[0]
     return make_predictor(model, **options)(sample.image)
 
@@ -150,7 +150,7 @@ def _times(models: list[Any], samples: list[Sample]) -> list[float]:
     inputs: tuple[Tensor, ...] = (images * 2 - 1,)
     if models[0].config.task == "depth":
         inputs = (images, torch.zeros(BATCH, dtype=torch.long))
-    elif models[0].config.task == "referring":
+    elif TASKS[models[0].config.task].takes_text:
         predictor = make_predictor(models[0], text=[sample.sentences[0] for sample in batch])
         inputs = (*inputs, predictor.tokens)
     seconds: list[list[float]] = [[] for _ in models]
