@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +59,44 @@ def test_the_checkout_hides_no_other_package_called_kernels(tmp_path: Path) -> N
 def test_kernels_are_part_of_the_package() -> None:
     (folder,) = importlib.util.find_spec("vpd_fast.kernels").submodule_search_locations
     assert Path(folder).samefile(ROOT / "kernels")
+
+
+# Who may use another package's private names: operators share the helpers of their kernels, and `bench` looks inside.
+INSIDERS = {
+    ("vpd_fast.ops", "vpd_fast.kernels"),
+    ("vpd_fast.bench", "vpd_fast.ops._dispatch.registry"),
+    ("vpd_fast.bench", "vpd_fast.kernels._common.multiprocessors"),
+}
+
+
+def private_imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(importing module, imported name) of each name in `path` that is private to a package `path` does not lie in."""
+    module = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vpd_fast"):
+            continue
+        for alias in node.names:
+            name = (*node.module.split("."), alias.name)
+            private = (i for i, part in enumerate(name) if part.startswith("_") and not part.startswith("__"))
+            if any(name[:i] != module[:i] for i in private):
+                yield ".".join(module), ".".join(name)
+
+
+def test_private_names_stay_in_their_package() -> None:
+    paths = [*(ROOT / "vpd_fast").rglob("*.py"), *(ROOT / "vpd_fast" / "kernels").glob("*.py")]
+    found = {pair for path in paths for pair in private_imports(path)}
+    assert not {
+        (module, name)
+        for module, name in found
+        if not any(f"{module}.".startswith(f"{insider}.") and name.startswith(of) for insider, of in INSIDERS)
+    }
+
+
+def test_kernels_import_no_operator() -> None:
+    """`lint-imports` does not see kernels/, which has no __init__.py; arguments are named for types alone."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("from vpd_fast"):  # at the start of a line: not below `if TYPE_CHECKING:`
+                assert line.startswith(
+                    ("from vpd_fast.kernels", "from vpd_fast.errors", "from vpd_fast import _native")
+                )
