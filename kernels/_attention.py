@@ -1,4 +1,4 @@
-"""What the forward and backward Triton kernels of cross_attention_maps share: splitting, tiles, launching.
+"""Helpers of the Triton kernels of attention, forward and backward: splitting, tiles, launching.
 
 Triton's tiles have power-of-two sides. A side of 150 is covered by tiles of 128 and 32, one of 40 by 32 and 16: the
 second tile is None where one is enough. A matrix product over a split side is the sum of two.
@@ -25,23 +25,23 @@ def split(size: int) -> tuple[int, int]:
 
 
 def tile_config(dtype: torch.dtype, dim: int, tokens: int) -> dict[str, int]:
-    """Rows and tokens of a tile of the forward kernels, chosen so that no register spills, and how to run it."""
-    run = {"num_warps": 4, "num_stages": 2}
+    """Rows and tokens of a tile of the forward kernels, chosen so that no register spills, and launch options."""
+    options = {"num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:  # no tensor cores: operands live in registers
         side = 32 if dim <= 128 else 16
-        return {"ROWS": side, "L_BLOCK": side, **run}
+        return {"ROWS": side, "L_BLOCK": side, **options}
     # Blocks of 64 tokens, or 32 where that leaves less of the last block empty.
     few = dim > 128 or -tokens % 64 != -tokens % 32
-    return {"ROWS": 64, "L_BLOCK": 32 if few else 64, **run}
+    return {"ROWS": 64, "L_BLOCK": 32 if few else 64, **options}
 
 
 def batch_stride(x: torch.Tensor) -> int:
-    """Elements from one image to the next, 0 if all share one."""
+    """Stride of the images in elements, 0 if all share one."""
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def attention_arguments(q: torch.Tensor, k: torch.Tensor, heads: int, scale: float) -> dict[str, Any]:
-    """The arguments that all kernels have."""
+    """Arguments that all kernels of attention take: tensors, strides and sizes of queries and keys."""
     dim = q.shape[2] // heads
     d0, d1 = split(dim)
     return {
@@ -53,7 +53,7 @@ def attention_arguments(q: torch.Tensor, k: torch.Tensor, heads: int, scale: flo
 
 
 def map_arguments(name: str, x: torch.Tensor | None) -> dict[str, Any]:
-    """A map (B, N, M) or (B, heads, N, M) and its strides, or None."""
+    """Arguments of a map (B, N, M) or (B, heads, N, M): the tensor, or None, and its strides."""
     strides = (0, 0, 0, 0) if x is None else x.stride() if x.dim() == 4 else (x.stride(0), 0, *x.stride()[1:])
     return {name: x, **{f"{name}_{axis}": stride for axis, stride in zip("bhnm", strides, strict=True)}}
 

@@ -36,8 +36,8 @@ from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
 from vpd_fast.kernels._limits import OFFSETS, row_stride
 
 MAX_HEAD_DIM = 256
-MOST_TOKENS = 1 << 20  # blocks of 32 of them are an axis of a grid, of which CUDA has 65535
-FAR = 2**25  # 64 rows so far apart are 2**31 elements
+MAX_TOKENS = 1 << 20  # blocks of 32 of them are an axis of a grid, of which CUDA has 65535
+MAX_ROW_STRIDE = 2**25  # 64 rows so far apart are 2**31 elements
 ONE_PASS_WIDTH = 128  # tokens + head dimension, both rounded up as `split` does: more does not fit the registers
 
 
@@ -256,9 +256,9 @@ def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str
         return f"a head has {q.shape[2] // heads} channels; this takes at most {MAX_HEAD_DIM}"
     if k.shape[1] * max(row_stride(k), row_stride(v)) >= OFFSETS:
         return "k or v of one image spans more than 2**31 elements"
-    if k.shape[1] > MOST_TOKENS:
-        return f"there are {k.shape[1]} tokens; this takes at most {MOST_TOKENS}"
-    if max(row_stride(q), q.shape[2]) >= FAR:
+    if k.shape[1] > MAX_TOKENS:
+        return f"there are {k.shape[1]} tokens; this takes at most {MAX_TOKENS}"
+    if max(row_stride(q), q.shape[2]) >= MAX_ROW_STRIDE:
         return "rows of q are more than 2**25 elements apart"
     if heads * q.shape[1] >= OFFSETS:
         return "heads and rows of one image are more than 2**31"

@@ -27,11 +27,11 @@ from vpd_fast.kernels._attention import (
     zero_rows,
 )
 from vpd_fast.kernels._common import launch, multiprocessors, rounded
-from vpd_fast.kernels.cross_attention_maps import FAR
+from vpd_fast.kernels.cross_attention_maps import MAX_ROW_STRIDE
 from vpd_fast.kernels.cross_attention_maps import refuse as refuse_forward
 
 REDUCE_BLOCK = 1024
-MOST_TEXTS = 65535  # an axis of a CUDA grid
+MAX_TEXTS = 65535  # an axis of a CUDA grid
 
 
 def _tile_configs(dtype: torch.dtype, dim: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -221,8 +221,8 @@ def _reduce_kernel(partials, dk, dv, scale, size, chunks, BLOCK: tl.constexpr):
 
 def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str | None:
     """Why these kernels cannot run the operator (arguments as for `backward`), or None if they can."""
-    if k.shape[0] > MOST_TEXTS:
-        return f"there are {k.shape[0]} texts; this takes at most {MOST_TEXTS}"
+    if k.shape[0] > MAX_TEXTS:
+        return f"there are {k.shape[0]} texts; this takes at most {MAX_TEXTS}"
     return refuse_forward(q, k, v, heads)
 
 
@@ -254,9 +254,9 @@ def backward(
             gradient.zero_()
         return
     # Within a tile rows are counted with 32 bits.
-    if grad_out is not None and grad_out.stride(1) >= FAR:
+    if grad_out is not None and grad_out.stride(1) >= MAX_ROW_STRIDE:
         grad_out = grad_out.contiguous()
-    if grad_maps is not None and grad_maps.stride(-2) >= FAR:
+    if grad_maps is not None and grad_maps.stride(-2) >= MAX_ROW_STRIDE:
         grad_maps = grad_maps.contiguous()
     batch, rows, _ = q.shape
     texts, tokens, width = k.shape

@@ -16,10 +16,10 @@ import triton.language as tl
 from vpd_fast.kernels._common import launch, multiprocessors
 from vpd_fast.kernels._statistics import CHANNELS, PLANES, POSITIONS, partial
 
-MERGED = 512  # partial results at a time
-WIDEST_GROUP = 8192  # channels, which a program has in registers
-SILU_BOTTOM = tl.constexpr(-1.2784645)  # where SiLU is least
-SILU_LEAST = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
+MAX_MERGED = 512  # partial results at a time
+MAX_GROUP_CHANNELS = 8192  # channels, which a program has in registers
+SILU_ARGMIN = tl.constexpr(-1.2784645)  # where SiLU is least
+SILU_MIN = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 
 
 @triton.jit
@@ -96,8 +96,8 @@ def _merge_kernel(
         least, most = tl.minimum(first_end, second_end), tl.maximum(first_end, second_end)
         if SILU:
             first_end, second_end = least / (1.0 + tl.exp(-least)), most / (1.0 + tl.exp(-most))
-            around = (least < SILU_BOTTOM) & (most > SILU_BOTTOM)
-            least = tl.where(around, SILU_LEAST, tl.minimum(first_end, second_end))
+            spans_minimum = (least < SILU_ARGMIN) & (most > SILU_ARGMIN)
+            least = tl.where(spans_minimum, SILU_MIN, tl.minimum(first_end, second_end))
             most = tl.maximum(first_end, second_end)
         if next_scale is not None:
             factor = tl.load(next_scale + columns, mask=inside, other=0.0)
@@ -114,8 +114,10 @@ def _merge_kernel(
 
 def refuse(channels: int, groups: int) -> str | None:
     """Why these kernels cannot run the operator, or None if they can."""
-    own = channels // groups
-    return f"a group has {own} channels; this takes at most {WIDEST_GROUP}" if own > WIDEST_GROUP else None
+    width = channels // groups
+    return (
+        f"a group has {width} channels; this takes at most {MAX_GROUP_CHANNELS}" if width > MAX_GROUP_CHANNELS else None
+    )
 
 
 def forward(
@@ -138,7 +140,7 @@ def forward(
     """
     batch, positions, _ = sources[0].shape
     channels = weight.numel()
-    # Four programs for each multiprocessor, of at least a few steps.
+    # Four programs for each SM, of at least a few steps.
     programs = batch * triton.cdiv(channels, CHANNELS)
     runs = min(triton.cdiv(4 * multiprocessors(out.device), programs), triton.cdiv(positions, 4 * POSITIONS))
     run = triton.cdiv(triton.cdiv(positions, runs), POSITIONS) * POSITIONS
@@ -161,5 +163,5 @@ def forward(
         **arguments,
         **{"positions": positions, "weight": weight, "bias": bias, "out": out, "ranges": ranges, "eps": eps},
         **{"next_scale": scale, "groups": groups, "SILU": silu, "num_warps": 4, "WIDTH": width},
-        **{"RUNS": max(1, min(MERGED // width, triton.next_power_of_2(most)))},
+        **{"RUNS": max(1, min(MAX_MERGED // width, triton.next_power_of_2(most)))},
     )

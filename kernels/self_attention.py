@@ -2,8 +2,8 @@
 
 Two matrix products with the probabilities between them in memory, few enough to stay in the second-level cache. As
 FlashAttention, with tiles of 64 queries (whose sums alone are 128 registers per thread), 4096 positions would be 64
-programs for 132 multiprocessors, which read 0.5 GB of keys and values from that cache; here 1024 and then 128 programs
-read 0.5 GB of operands and write 34 MB of probabilities, and all multiprocessors have work.
+programs for 132 SMs, which read 0.5 GB of keys and values from that cache; here 1024 and then 128 programs
+read 0.5 GB of operands and write 34 MB of probabilities, and all SMs have work.
 
 The probabilities of a tile are relative to the tile's highest score of each row, so the scores never leave float32, no
 kernel comes between the products, and a probability is rounded once. The second product multiplies what a tile adds by
@@ -20,11 +20,9 @@ from vpd_fast.kernels._attention import LOG2_E, batch_stride
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
 from vpd_fast.kernels._limits import row_stride
 
-PROBABILITIES = (
-    1 << 24
-)  # in memory at a time: 32 MiB of 16 bits; the second-level caches of A100 and H200 have 40 and 50
-
-MOST_KEYS = PROBABILITIES // 2  # a row of them must fit, rounded up to a tile
+# Probabilities in memory at a time: 32 MiB of 16 bits; the second-level caches of A100 and H200 have 40 and 50.
+MAX_PROBABILITIES = 1 << 24
+MAX_KEYS = MAX_PROBABILITIES // 2  # a row of probabilities must fit, rounded up to a tile
 
 
 @triton.jit
@@ -121,8 +119,8 @@ def tile_config(dtype: torch.dtype, tiles: int, processors: int) -> dict[str, in
 
 def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why these kernels cannot run the operator, or None if they can."""
-    if k.shape[1] > MOST_KEYS:
-        return f"there are {k.shape[1]} keys; this takes at most {MOST_KEYS}"
+    if k.shape[1] > MAX_KEYS:
+        return f"there are {k.shape[1]} keys; this takes at max_probabilities {MAX_KEYS}"
     if max(q.shape[2], *(row_stride(x) for x in (q, k, v))) >= 2**24:
         return "rows of q, k or v are more than 2**24 elements apart"  # 128 of which are a tile
     return None
@@ -136,12 +134,12 @@ def forward(
     *,
     heads: int,
     scale: float,
-    most: int = PROBABILITIES,
+    max_probabilities: int = MAX_PROBABILITIES,
 ) -> None:
     """Fills out (B, N, heads * D) with the attention of q (B, N, heads * D) to k and v (B or 1, M, heads * D).
 
-    All float32, bfloat16 or float16, of one dtype, last stride 1. most: probabilities that may be in memory at a time,
-    at least those of one row, M rounded up to 128.
+    All float32, bfloat16 or float16, of one dtype, last stride 1. max_probabilities: how many may be in memory at
+    a time, at least those of one row, M rounded up to 128.
     """
     batch, length, width = q.shape
     tokens, dim = k.shape[1], width // heads
@@ -152,10 +150,10 @@ def forward(
     second = tile_config(q.dtype, blocks * triton.cdiv(dim, 128), processors)
     tiles = triton.cdiv(tokens, first["BN"])
     row = tiles * first["BN"]
-    chunk = min(length, max(1, most // row))
+    chunk = min(length, max(1, max_probabilities // row))
     if chunk < length and chunk > first["BM"]:
         chunk -= chunk % first["BM"]
-    at_once = min(places, max(1, most // (chunk * row))) if chunk == length else 1
+    at_once = min(places, max(1, max_probabilities // (chunk * row))) if chunk == length else 1
     probabilities = q.new_empty((at_once, chunk, row))
     highest, total = q.new_empty((2, at_once, tiles, chunk), dtype=torch.float32)
     shared: dict[str, Any] = {"chunk": chunk, "rows_end": length, "tokens": tokens, "heads": heads, "D": dim}

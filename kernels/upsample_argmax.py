@@ -100,9 +100,9 @@ def _upsample_argmax_kernel(
     tl.store(places, label.to(tl.int64), mask=inside)
 
 
-def taps_for(most: int) -> int:
-    """Taps per pixel and axis that the tables of `forward` must have, for an axis whose pixels have up to `most`."""
-    return next((taps for taps in UNROLLED_TAPS if taps >= most), most)
+def taps_for(max_taps: int) -> int:
+    """Taps per pixel and axis of the tables of `forward`, for an axis whose pixels have up to `max_taps`."""
+    return next((taps for taps in UNROLLED_TAPS if taps >= max_taps), max_taps)
 
 
 def forward(

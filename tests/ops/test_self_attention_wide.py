@@ -57,7 +57,7 @@ def test_chunks_do_not_change_a_bit(device: str, dtype: torch.dtype) -> None:
     whole = run(q, k, v, 2)
     check(whole, q, k, v, 2)
     for rows in (3 * 70, 70, 69, 40):  # in memory at a time, of 64 probabilities
-        assert torch.equal(run(q, k, v, 2, most=rows * 64), whole), rows
+        assert torch.equal(run(q, k, v, 2, max_probabilities=rows * 64), whole), rows
     assert torch.equal(run(q, k, v, 2), whole)
 
 

@@ -158,7 +158,10 @@ def _resample(x: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor, dim
     """Replaces dimension `dim`, 2 or 3, of (B, C, rows, columns) by weighted sums; sources, weights: (n_out, taps)."""
     if dim == 2:
         weights = weights[:, :, None]
-    return sum(x.index_select(dim, sources[:, tap]) * weights[:, tap] for tap in range(sources.shape[1]))
+    result = x.index_select(dim, sources[:, 0]) * weights[:, 0]
+    for tap in range(1, sources.shape[1]):
+        result = result + x.index_select(dim, sources[:, tap]) * weights[:, tap]
+    return result
 
 
 def _cpu_refuses(call: Arguments) -> str | None:
