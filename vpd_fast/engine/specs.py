@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from vpd_fast.engine import rewrites
 from vpd_fast.models.attention import GEGLU, BasicTransformerBlock
 from vpd_fast.models.autoencoder import AttnBlock, Encoder, ResnetBlock
 from vpd_fast.models.segmentation_head import ConvModule
-from vpd_fast.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, UNetBlock, Upsample
+from vpd_fast.models.unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
 from vpd_fast.models.vpd import VPD, VPDDepth, VPDReferring, VPDSegmentation
 
 Weight = tuple[Tensor, "Tensor | None"]
@@ -125,14 +125,9 @@ def _kl_attention(name: str, block: AttnBlock) -> Iterator[Spec]:
 def _unet(unet: UNet, side: int, tokens: int) -> Iterator[Spec]:
     with torch.no_grad():
         embedding = rewrites.time_embedding(unet)
-    blocks = [
-        *_numbered("input_blocks", unet.input_blocks, unet.input_levels),
-        ("middle_block", unet.middle_block, unet.input_levels[-1]),
-        *_numbered("output_blocks", unet.output_blocks, unet.output_levels),
-    ]
-    for block_name, block, level in blocks:
+    for place, block in unet.blocks():
         for i, layer in enumerate(block):
-            name, size = f"unet.{block_name}.{i}", side >> level
+            name, size = f"unet.{place.name}.{i}", side >> place.level
             if isinstance(layer, ResBlock):
                 yield from _res_block(name, layer, embedding, size)
             elif isinstance(layer, SpatialTransformer):
@@ -144,10 +139,6 @@ def _unet(unet: UNet, side: int, tokens: int) -> Iterator[Spec]:
                 yield _conv(name, layer.op, size)
             else:
                 yield _conv("unet.conv_in", layer, size)
-
-
-def _numbered(name: str, blocks: Iterable[UNetBlock], levels: Sequence[int]) -> list[tuple[str, UNetBlock, int]]:
-    return [(f"{name}.{i}", block, level) for i, (block, level) in enumerate(zip(blocks, levels, strict=True))]
 
 
 def _res_block(name: str, block: ResBlock, embedding: Tensor, side: int) -> Iterator[Spec]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,27 +16,21 @@ from vpd_fast.engine.blocks import call, convolve, group_norm, res_block
 from vpd_fast.engine.layers import GemmLayer, Layers
 from vpd_fast.engine.text import Projected
 from vpd_fast.engine.workspace import Workspace
-from vpd_fast.models.unet import UNetLayout, map_weights
+from vpd_fast.models.unet import BlockPlace, map_weights, unet_places
 
 
 @dataclass(frozen=True)
 class Structure:
     """The blocks of the UNet, the features taken from them, and the weights of their attention maps."""
 
-    blocks: tuple[tuple[str, str, int], ...]  # name, place ("down", "mid", "up"), level
-    outputs_at: Mapping[str, int]  # name of the block after which a feature is taken: level
+    blocks: Sequence[BlockPlace]
     map_weights: Mapping[tuple[str, int], Mapping[str, float]]  # (place, level): {kind: weight}
     heads: int
 
     @classmethod
     def of(cls, config: VPDConfig) -> Structure:
         """The structure of a model of this configuration."""
-        layout = UNetLayout.of(config.backbone)
-        blocks = [(f"unet.input_blocks.{i}", "down", level) for i, level in enumerate(layout.input_levels)]
-        blocks.append(("unet.middle_block", "mid", layout.input_levels[-1]))
-        blocks += [(f"unet.output_blocks.{i}", "up", level) for i, level in enumerate(layout.output_levels)]
-        outputs_at = {f"unet.output_blocks.{i}": level for i, level in layout.outputs_at.items()}
-        return cls(tuple(blocks), outputs_at, map_weights(config), config.backbone.num_heads)
+        return cls(unet_places(config.backbone), map_weights(config), config.backbone.num_heads)
 
 
 class MapSums:
@@ -74,9 +68,9 @@ def run_unet(
     features: dict[int, Tensor] = {}
     x = call(layers.gemm("unet.conv_in"), memory, latents, norm_follows=True)
     skips = [x]
-    for name, place, level in structure.blocks[1:]:
+    for name, place, level, gives_feature in structure.blocks[1:]:
         skip = skips.pop() if place == "up" else None
-        for step in _steps(layers, name, skip, text, maps, (place, level), structure.heads):
+        for step in _steps(layers, f"unet.{name}", skip, text, maps, (place, level), structure.heads):
             last, x = x, step(layers=layers, memory=memory, x=x)
             if not any(last is kept for kept in (*skips, *features.values())):
                 memory.give(last)
@@ -84,8 +78,8 @@ def run_unet(
             memory.give(skip)
         if place == "down":
             skips.append(x)
-        if name in structure.outputs_at:
-            features[structure.outputs_at[name]] = x
+        if gives_feature:
+            features[level] = x
     return [features[level] for level in sorted(features)], maps
 
 

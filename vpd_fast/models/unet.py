@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,25 +136,29 @@ class UNetBlock(nn.Sequential):
         return x, maps
 
 
-@dataclass(frozen=True)
-class UNetLayout:
-    """The level of each block of the UNet, which follows from the configuration; 0 is the latents' resolution."""
+class BlockPlace(NamedTuple):
+    """Where a block of the UNet is; level 0 has the latents' resolution, level 3 an eighth of it."""
 
-    input_levels: tuple[int, ...]
-    output_levels: tuple[int, ...]
-    outputs_at: Mapping[int, int]  # output block after which a feature is taken: its level
+    name: str
+    place: str  # "down", "mid" or "up"
+    level: int
+    gives_feature: bool = False
 
-    @classmethod
-    def of(cls, config: BackboneConfig) -> UNetLayout:
-        """The layout of a UNet of this configuration."""
-        lowest, blocks = len(config.channel_mult) - 1, config.num_res_blocks
-        inputs = [0]
-        for level in range(lowest + 1):
-            inputs += [level] * blocks + [level + 1] * (level < lowest)  # the last one downsamples
-        outputs = [level for level in range(lowest, -1, -1) for _ in range(blocks + 1)]
-        # The last block of each level before its upsampling one, and the very last block.
-        outputs_at = {(blocks + 1) * n - 2: lowest - n + 1 for n in range(1, lowest + 1)} | {len(outputs) - 1: 0}
-        return cls(tuple(inputs), tuple(outputs), outputs_at)
+
+def unet_places(config: BackboneConfig) -> list[BlockPlace]:
+    """The places of all blocks in the order in which they run; they follow from the configuration alone."""
+    lowest, count = len(config.channel_mult) - 1, config.num_res_blocks
+    downs = [0]
+    for level in range(lowest + 1):
+        downs += [level] * count + [level + 1] * (level < lowest)  # the last one downsamples
+    ups = [level for level in range(lowest, -1, -1) for _ in range(count + 1)]
+    # The last block of each level before its upsampling one, and the very last block.
+    features = {(count + 1) * n - 2 for n in range(1, lowest + 1)} | {len(ups) - 1}
+    return [
+        *(BlockPlace(f"input_blocks.{i}", "down", level) for i, level in enumerate(downs)),
+        BlockPlace("middle_block", "mid", lowest),
+        *(BlockPlace(f"output_blocks.{i}", "up", level, i in features) for i, level in enumerate(ups)),
+    ]
 
 
 def map_weights(config: VPDConfig) -> dict[tuple[str, int], dict[str, float]]:
@@ -196,9 +200,7 @@ class UNet(nn.Module):
                 layers.append(SpatialTransformer(widths[level], config.context_dim, config.num_heads))
             return layers
 
-        layout = UNetLayout.of(config)
-        self.input_levels, self.output_levels = layout.input_levels, layout.output_levels
-        self.outputs_at = layout.outputs_at
+        self.places = unet_places(config)
         channels = config.model_channels
         self.input_blocks = ModuleList([UNetBlock(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
         skips = [channels]
@@ -217,18 +219,17 @@ class UNet(nn.Module):
             ResBlock(channels, emb_channels, channels),
         )
         self.output_blocks: ModuleList[UNetBlock] = ModuleList()
-        for i, level in enumerate(self.output_levels):
-            layers = block(channels + skips.pop(), level)
-            channels = widths[level]
-            if level and i % (config.num_res_blocks + 1) == config.num_res_blocks:
-                layers.append(Upsample(channels))
-            self.output_blocks.append(UNetBlock(*layers))
+        for level in range(lowest, -1, -1):
+            for i in range(config.num_res_blocks + 1):
+                layers = block(channels + skips.pop(), level)
+                channels = widths[level]
+                if level and i == config.num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(UNetBlock(*layers))
 
-    def blocks(self) -> Iterator[tuple[UNetBlock, int]]:
-        """All blocks in the order they run, and the level each is at."""
-        yield from zip(self.input_blocks, self.input_levels, strict=True)
-        yield self.middle_block, self.input_levels[-1]
-        yield from zip(self.output_blocks, self.output_levels, strict=True)
+    def blocks(self) -> Iterator[tuple[BlockPlace, UNetBlock]]:
+        """All blocks in the order in which they run, and where each is."""
+        yield from zip(self.places, [*self.input_blocks, self.middle_block, *self.output_blocks], strict=True)
 
     def forward(
         self,
@@ -247,24 +248,19 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))
         maps: dict[tuple[int, str], Tensor] = {}
 
-        def run(block: UNetBlock, x: Tensor, place: str, level: int) -> Tensor:
-            weights = map_weights.get((place, level), {})
-            x, sums = block(x, emb, context, {kind: (w, maps.get((level, kind))) for kind, w in weights.items()})
-            for kind, m in sums.items():
-                maps[level, kind] = m
-            return x
-
-        skips = []
-        h = latents
-        for block, level in zip(self.input_blocks, self.input_levels, strict=True):
-            h = run(block, h, "down", level)
-            skips.append(h)
-        h = run(self.middle_block, h, "mid", self.input_levels[-1])
         features: dict[int, Tensor] = {}
-        for i, (block, level) in enumerate(zip(self.output_blocks, self.output_levels, strict=True)):
-            h = run(block, torch.cat([h, skips.pop()], dim=1), "up", level)
-            if i in self.outputs_at:
-                features[self.outputs_at[i]] = h
+        skips: list[Tensor] = []
+        h = latents
+        for (_, place, level, gives_feature), block in self.blocks():
+            if place == "up":
+                h = torch.cat([h, skips.pop()], dim=1)
+            weights = map_weights.get((place, level), {})
+            h, sums = block(h, emb, context, {kind: (w, maps.get((level, kind))) for kind, w in weights.items()})
+            maps |= {(level, kind): total for kind, total in sums.items()}
+            if place == "down":
+                skips.append(h)
+            if gives_feature:
+                features[level] = h
         return [features[level] for level in sorted(features)], maps
 
 
@@ -298,7 +294,7 @@ class UNetWrapper(nn.Module):
 
     def set_gradient_checkpointing(self, levels: Collection[int]) -> None:
         """Keep only the inputs of residual and transformer blocks of these levels for backward; 0 is the finest."""
-        for block, level in self.unet.diffusion_model.blocks():
+        for place, block in self.unet.diffusion_model.blocks():
             for module in block.modules():
                 if isinstance(module, (UNetBlock, SpatialTransformer)):
-                    module.gradient_checkpointing = level in levels
+                    module.gradient_checkpointing = place.level in levels
