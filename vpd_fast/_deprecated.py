@@ -19,6 +19,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "vpd_fast.checkpoints.bundled": ("vpd_fast.bundled", "vpd_fast.checkpoints.save", "vpd_fast.checkpoints.formats"),
     "vpd_fast.ops._packing": ("vpd_fast.ops.packing",),
     "vpd_fast.ops._statistics": ("vpd_fast.ops.statistics",),
+    "vpd_fast.inference.shards": (
+        "vpd_fast.inference.listing",
+        "vpd_fast.inference.records",
+        "vpd_fast.inference.predict_images",
+    ),
 }
 
 
@@ -50,6 +55,6 @@ def _new_names(name: str) -> tuple[str, ...]:
 
 
 def install() -> None:
-    """Let the old names be imported; they are looked for after all others. Calling it again changes nothing."""
+    """Let the old names be imported, before a file that an older version left behind. Again, it changes nothing."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(_MovedModules())
+        sys.meta_path.insert(0, _MovedModules())

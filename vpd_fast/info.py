@@ -19,7 +19,6 @@ REQUIRED = (
     "pillow",
     "opencv-python-headless",
     "transformers",
-    "tqdm",
     "rich",
     "typer",
 )

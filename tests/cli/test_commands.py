@@ -180,7 +180,11 @@ def test_folders_globs_and_equal_names(small, tmp_path):
     ]  # fmt: skip
     written = [name for record in records for name in record["files"]]
     assert len(written) == len(set(written)) == 10
-    assert _names(output) == {*written, "results.json"}
+    assert written[:2] == ["a/cat.jpg.png", "a/cat.jpg_overlay.png"]
+    assert {p.relative_to(output).as_posix() for p in output.rglob("*.*")} == {*written, "results.json"}
+    # In one folder, but cat_overlay.png would be written twice.
+    assert run(["predict", str(tmp_path / "b" / "deep"), *small("segmentation"), "-o", str(tmp_path / "deep")]) == 0
+    assert "cat_overlay.png.png" in _names(tmp_path / "deep")
 
 
 def test_broken_images_do_not_stop_a_run(small, photo, tmp_path, capsys):

@@ -106,10 +106,44 @@ def test_broken_images_and_resuming(model, images, tmp_path, capsys) -> None:
     (images / "a.png").write_bytes(good)
     before = files(tmp_path / "out")
     assert run([*command, "--resume"]) == 0
-    assert "1 images" in (out := capsys.readouterr().out)
-    assert "(4 done before)" in out
+    assert "1 image (4 done before), " in capsys.readouterr().out
     assert {name: content for name, content in files(tmp_path / "out").items() if name in before} == before
     assert not (tmp_path / "out" / "failed.txt").exists()
+
+
+def test_names_are_the_same_with_and_without_options_of_scale(model, images, tmp_path) -> None:
+    (images / "a.png").unlink()
+    for name, options in (("few", []), ("many", ["--prefetch", "2"])):
+        assert run(["predict", str(images), *model, "-o", str(tmp_path / name), *options]) == 0
+    assert files(tmp_path / "few") == files(tmp_path / "many")
+    assert files(tmp_path / "few").keys() == {"a.png", "a_overlay.png", "z.png", "z_overlay.png"}
+    for name, options in (("tree", [str(images / "*"), str(images / "sub" / "*")]), ("folder", [str(images), "-r"])):
+        assert run(["predict", *options, *model, "-o", str(tmp_path / name)]) == 0
+    assert {f"{name}.png" for name in ("a.jpg", "sub/a.jpg", "z.jpg")} < files(tmp_path / "tree").keys()
+    assert files(tmp_path / "tree").items() <= files(tmp_path / "folder").items()
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_its_names(model, images, tmp_path) -> None:
+    """Its header does not say how results are named: they had folders and endings, also where all are in one folder."""
+    (images / "a.png").unlink()
+    command = ["predict", str(images), *model, "--prefetch", "1", "-o", str(tmp_path / "out")]
+    assert run(command) == 0
+    path = tmp_path / "out" / "results.jsonl"
+    header, first, _ = map(json.loads, path.read_text().splitlines())
+    assert header["header"].pop("names") == "short"
+    path.write_text(f"{json.dumps(header)}\n{json.dumps(first)}\n")
+    assert run([*command, "--resume"]) == 0
+    assert records(path)["z.jpg"]["files"] == ["z.jpg.png", "z.jpg_overlay.png"]
+
+
+def test_new_images_of_equal_names_do_not_mix_with_an_earlier_run(model, images, tmp_path, capsys) -> None:
+    picture = (images / "a.png").read_bytes()
+    (images / "a.png").unlink()
+    command = ["predict", str(images), *model, "--resume", "-o", str(tmp_path / "out")]
+    assert run(command) == 0
+    (images / "a.png").write_bytes(picture)
+    assert run(command) == 2
+    assert "(names was 'short', is 'full'); resume with the same options, or choose" in capsys.readouterr().err
 
 
 def test_killed_in_the_middle(model, images, tmp_path) -> None:
@@ -144,6 +178,7 @@ def test_killed_in_the_middle(model, images, tmp_path) -> None:
         (["IMAGES", "--shard", "x"], "a shard is I/N, part I (from 0) of N, got 'x'"),
         (["IMAGES", "--prefetch", "0"], "--prefetch must be at least 1, got 0"),
         (["IMAGES", "-r", "-o", "IMAGES/out"], "where images are looked for; choose another folder"),
+        (["images/z.jpg", "--resume", "-o", "IMAGES"], "has the images, which results could overwrite"),
         (["IMAGES", "-r", "--root", "EMPTY"], "results keep the folders below it, so choose another root"),
         (["IMAGES", "-r", "--root", "nowhere"], "nowhere: not a folder"),
         (["--list", "nowhere.txt"], "--list nowhere.txt: cannot be read"),

@@ -31,6 +31,10 @@ class StandIn(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.mix.dtype
 
+    @property
+    def conditioning(self) -> StandIn:
+        return self
+
     def text_adapter(self, texts: Tensor, gamma: Tensor) -> Tensor:
         return texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -113,9 +114,11 @@ def _serve(connection: Connection, make: Callable[[Source], Variant], source: So
 
 def _make(make: Callable[[Source], Variant], source: Source) -> Variant:
     import torch
-    from tqdm import tqdm
 
-    tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind when one is killed
+    with contextlib.suppress(ImportError):  # transformers and diffusers bring it
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind when one is killed
     torch.set_num_threads(source.threads)
     return make(source)
 

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vpd_fast.cli import files, options, running
+from vpd_fast.cli import files, options
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
 from vpd_fast.files import write_json
+from vpd_fast.progress import ProgressBar, error_console
 
 if TYPE_CHECKING:
     from vpd_fast.bench.runner import Bench
     from vpd_fast.bench.variants import Source
     from vpd_fast.config import VPDConfig
 
-MEASURING, IN_PROCESS, OUTPUT = "Measuring", "In one process", "Output"
+measuring_option, output_option = options.in_panel("Measuring"), options.in_panel("Output")
+in_process_option = options.in_panel("In one process")
 
 
 def bench(
@@ -32,52 +34,37 @@ def bench(
     config: options.Config = None,
     precision: Annotated[
         str | None,
-        typer.Option(
+        measuring_option(
             metavar="NAME,...",
             help="Of the fast models: fp32, bf16, int8, on a GPU also fp16, fp8; or none. [default: all]",
-            rich_help_panel=MEASURING,
         ),
     ] = None,
     peers: Annotated[
         str,
-        typer.Option(
+        measuring_option(
             metavar="NAME,...",
             help="all, none, diffusers, openvino, or one such as openvino-int8; what is not installed is left out.",
-            rich_help_panel=MEASURING,
         ),
     ] = "all",
     in_process: Annotated[
-        bool, typer.Option("--in-process", help="All variants in this process, no peers.", rich_help_panel=IN_PROCESS)
+        bool, in_process_option("--in-process", help="All variants in this process, no peers.")
     ] = False,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu or cuda, with --in-process.", rich_help_panel=IN_PROCESS)
-    ] = "cpu",
+    device: Annotated[str, in_process_option(metavar="NAME", help="cpu or cuda, with --in-process.")] = "cpu",
     backends: Annotated[
-        str,
-        typer.Option(metavar="NAME,...", help="Attention of plain models, besides plain.", rich_help_panel=IN_PROCESS),
+        str, in_process_option(metavar="NAME,...", help="Attention of plain models, besides plain.")
     ] = "sdpa",
-    compile: Annotated[
-        bool, typer.Option(help="With torch.compile on a GPU, which takes minutes.", rich_help_panel=IN_PROCESS)
-    ] = True,
-    size: Annotated[
-        str, typer.Option(metavar="N,...", help="Height and width in pixels.", rich_help_panel=MEASURING)
-    ] = "512",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Images per pass.", rich_help_panel=MEASURING)] = "1",
-    rounds: Annotated[int, typer.Option(min=1, help="Passes of each variant.", rich_help_panel=MEASURING)] = 10,
+    compile: Annotated[bool, in_process_option(help="With torch.compile on a GPU, which takes minutes.")] = True,
+    size: Annotated[str, measuring_option(metavar="N,...", help="Height and width in pixels.")] = "512",
+    batch: Annotated[str, measuring_option(metavar="N,...", help="Images per pass.")] = "1",
+    rounds: Annotated[int, measuring_option(min=1, help="Passes of each variant.")] = 10,
     seconds: Annotated[
-        float,
-        typer.Option(min=0, help="Stop a case after this time, if three rounds are done.", rich_help_panel=MEASURING),
+        float, measuring_option(min=0, help="Stop a case after this time, if three rounds are done.")
     ] = 600,
     threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of each variant. [default: as PyTorch chooses]", rich_help_panel=MEASURING),
+        int | None, measuring_option(min=1, help="Of each variant. [default: as PyTorch chooses]")
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all numbers there.", rich_help_panel=OUTPUT)
-    ] = None,
-    chart: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw them there, as PNG.", rich_help_panel=OUTPUT)
-    ] = None,
+    json: Annotated[Path | None, output_option(metavar="FILE", help="Write all numbers there.")] = None,
+    chart: Annotated[Path | None, output_option(metavar="FILE", help="Draw them there, as PNG.")] = None,
 ) -> None:
     """Measure time, memory and agreement of the plain model, its fast forms and other libraries on this CPU.
 
@@ -152,13 +139,14 @@ def _prepare(
     import torch
 
     from vpd_fast.bench.variants import Source
+    from vpd_fast.models import VPD
 
     if in_process and threads is not None:
         torch.set_num_threads(threads)
-    with running.error_console().status("preparing the weights"):
+    with error_console().status("preparing the weights"):
         model = model_options.load()
         path = model_options.checkpoint
-        if model.is_fast:
+        if not isinstance(model, VPD):
             raise InputError(f"--checkpoint {path} is a fast model; give the weights it was made from")
         threads = threads or torch.get_num_threads()
         if in_process:
@@ -173,13 +161,8 @@ def _prepare(
 
 def _run(run: Bench) -> None:
     """Run it with a progress bar on stderr, if that is a terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = running.error_console()
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=run.steps)
-        run.on_step = lambda text, done: progress.update(bar, description=text, advance=done)
+    with ProgressBar(run.steps) as bar:
+        run.on_step = lambda text, done: bar.update(description=text, advance=done)
         run.run()
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from vpd_fast.cli import options, running
+from vpd_fast.cli import options
 from vpd_fast.errors import InputError
+from vpd_fast.progress import error_console
 
 DEVICES = ("cpu", "cuda")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -65,7 +66,8 @@ def convert(
     if to not in TARGETS:
         raise InputError(f"--to must be one of {', '.join([*TARGETS, 'engine'])}, got {to!r}")
 
-    report = convert_checkpoint(source, destination, to=to, dtype=dtype and getattr(torch, DTYPES[dtype]))
+    stored = None if dtype is None else getattr(torch, DTYPES[dtype])
+    report = convert_checkpoint(source, destination, to=to, dtype=stored)
     typer.echo(str(report))
 
 
@@ -81,6 +83,6 @@ def _to_engine(source: Path, destination: Path, precision: str, device: str) -> 
 
     # GPUs have no Winograd kernels; what a CPU has no instructions for, it can still pack.
     policy = Policy() if device == "cpu" else Policy(winograd=False, emulate=True)
-    fast = optimize(load_checkpoint(source), precision, policy=policy, progress=running.error_console().is_terminal)
+    fast = optimize(load_checkpoint(source), precision, policy=policy, progress=error_console().is_terminal)
     fast.save(destination)
     typer.echo(str(fast.report()))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vpd_fast.cli import files, options, running
+from vpd_fast.cli import files, options
 from vpd_fast.files import write_json
+from vpd_fast.progress import error_console
 
 if TYPE_CHECKING:
     from vpd_fast.demo import Demo
@@ -36,7 +37,7 @@ def demo(
     miniatures and their images are tiny: at full size the fast models gain much more.
     """
     files.prepare_output(output)
-    console = running.error_console()
+    console = error_console()
     with console.status("starting") as status:
         from vpd_fast.demo import contact_sheet, run_demo
 

@@ -13,12 +13,13 @@ import typer
 
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
+from vpd_fast.progress import error_console
 from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset
     from vpd_fast.evaluation import Evaluation
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 # Kinds of vpd_fast.data, which would import PyTorch, and the split that results are published for.
 ANY_TASK = ("folder", "shapes")  # of vpd_fast.data, which would import PyTorch
@@ -28,105 +29,65 @@ SPLITS = {
     "shapes": "test",
 }  # fmt: skip
 SHOWN_CLASSES = 10  # best and worst
-DATA = "Data"
+data_option = options.in_panel("Data")
 
 
 def evaluate(
-    data: Annotated[str, typer.Option(metavar="KIND", help=f"{', '.join(SPLITS)}.", rich_help_panel=DATA)],
-    root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the data set lies.", rich_help_panel=DATA)],
+    data: Annotated[str, data_option(metavar="KIND", help=f"{', '.join(SPLITS)}.")],
+    root: Annotated[Path, data_option(metavar="FOLDER", help="Where the data set lies.")],
     split: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="[default: validation for ade20k, test for nyu and shapes, val for the others]",
-            rich_help_panel=DATA,
+        data_option(
+            metavar="NAME", help="[default: validation for ade20k, test for nyu and shapes, val for the others]"
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first N samples.", rich_help_panel=DATA)
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first broken sample.", rich_help_panel=DATA)
-    ] = False,
+    limit: Annotated[int | None, data_option(metavar="N", help="Only the first N samples.")] = None,
+    strict: Annotated[bool, data_option("--strict", help="Stop at the first broken sample.")] = False,
     checkpoint: options.Checkpoint = None,
     random_weights: options.RandomWeights = None,
     task: options.Task = None,
     config: options.Config = None,
     mode: options.Mode = None,
-    scales: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S,S,...",
-            help="Average over these relative sizes; published: 1,1.125,1.25,1.375,1.5 with --flip. [default: 1]",
-            rich_help_panel=options.SEGMENTATION,
-        ),
-    ] = None,
+    scales: options.Scales = None,
     text_encoder: options.TextEncoderName = None,
     resolution: Annotated[
         str | None,
-        typer.Option(
+        options.referring_option(
             metavar="NAME",
             help="Compare masks at the model's size (resized, as published, the default) or at the image's (original).",
-            rich_help_panel=options.REFERRING,
         ),
     ] = None,
     split_by: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Who split it: unc, umd, google.", rich_help_panel=options.REFERRING),
+        str | None, options.referring_option(metavar="NAME", help="Who split it: unc, umd, google.")
     ] = None,
     crop: Annotated[
         str | None,
-        typer.Option(
+        options.depth_option(
             metavar="NAME",
             help="What is measured: eigen (of 480x640 images), garg, kitti_eigen, none. [default: eigen for nyu]",
-            rich_help_panel=options.DEPTH,
         ),
     ] = None,
     shift_window: Annotated[
         bool | None,
-        typer.Option(
+        options.depth_option(
             "--shift-window/--whole",
             help="Square windows along the long side, or the image as a whole. [default: windows]",
-            rich_help_panel=options.DEPTH,
         ),
     ] = None,
     scene_rule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RULE", help="nyu's scenes: substring (as published) or fixed.", rich_help_panel=options.DEPTH
-        ),
+        str | None, options.depth_option(metavar="RULE", help="nyu's scenes: substring (as published) or fixed.")
     ] = None,
     filenames: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="nyu's list of images and depths as published. [default: all in the folder]",
-            rich_help_panel=options.DEPTH,
+        options.depth_option(
+            metavar="FILE", help="nyu's list of images and depths as published. [default: all in the folder]"
         ),
     ] = None,
-    flip: Annotated[
-        bool | None,
-        typer.Option(
-            "--flip/--no-flip",
-            help="Average with the mirror image. [default: yes for depth, no for segmentation]",
-            rich_help_panel=options.RUNNING,
-        ),
-    ] = None,
+    flip: options.Flip = None,
     output: options.Output = Path("vpd_evaluation"),
-    worst: Annotated[
-        int, typer.Option(metavar="N", help="Draw the N worst cases.", rich_help_panel=options.RUNNING)
-    ] = 24,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Windows or sentences per forward. [default: 1 on a CPU, 8 on a GPU]",
-            rich_help_panel=options.RUNNING,
-        ),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(metavar="N", help="Threads that read ahead.", rich_help_panel=options.RUNNING)
-    ] = 2,
+    worst: Annotated[int, options.running_option(metavar="N", help="Draw the N worst cases.")] = 24,
+    batch_size: options.BatchSize = None,
+    workers: Annotated[int, options.running_option(metavar="N", help="Threads that read ahead.")] = 2,
     device: options.Device = "cpu",
     precision: options.Precision = None,
     attention_backend: options.AttentionBackend = "plain",
@@ -161,7 +122,7 @@ def evaluate(
         )
         if rank == 0:
             files.prepare_output(output)
-        with running.error_console().status("loading the model"):
+        with error_console().status("loading the model"):
             model = model_options.load()
         if dataset is None:
             dataset = _open(data, root, split, model.config.task, data_options)
@@ -187,7 +148,7 @@ def evaluate(
 
 
 def _data_options(data: str, split_by: str | None, scene_rule: str | None, filenames: Path | None) -> dict[str, Any]:
-    """The options given that the data set has. Raises InputError for those it does not have."""
+    """Return the options given that the data set has. Raises InputError for those it does not have."""
     given = {
         "split_by": (split_by, data.startswith("ref")), "scene_rule": (scene_rule, data == "nyu"),
         "filenames": (None if filenames is None else str(filenames), data == "nyu"),
@@ -204,8 +165,8 @@ def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str,
     return open_dataset(kind, root, split, **({"task": task} if kind in ANY_TASK else {}), **chosen)
 
 
-def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> tuple[Any, list[str]]:
-    """What turns sentences into token features, None for other tasks; and notes about it."""
+def _text_encoder(model: Perceiver, name: str | None, random_weights: int | None) -> tuple[Any, list[str]]:
+    """Return what turns sentences into token features (None for other tasks), and notes about it."""
     config = model.config
     if not TASKS[config.task].takes_text:
         if name is not None:
@@ -221,7 +182,7 @@ def _text_encoder(model: VPD, name: str | None, random_weights: int | None) -> t
 
 @contextmanager
 def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
-    """(rank, processes, device of this process), with torch.distributed initialised under torchrun."""
+    """Yield (rank, processes, device of this process), with torch.distributed initialised under torchrun."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or "RANK" not in os.environ:
         yield 0, 1, device
@@ -242,7 +203,7 @@ def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _wait_for_all(world_size: int) -> None:
-    """A process that leaves with an exit code of 1 makes torchrun end the others: let them finish first."""
+    """Wait until all processes are here: one that leaves with exit code 1 makes torchrun end the others."""
     if world_size > 1:
         from torch import distributed
 
@@ -270,7 +231,7 @@ def _finish(found: Evaluation, header: dict[str, Any], output: Path, print_json:
 
 
 def _print_tables(found: Evaluation) -> None:
-    """The metrics, and the best and worst classes."""
+    """Print the metrics, and the best and worst classes."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

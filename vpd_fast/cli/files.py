@@ -1,66 +1,42 @@
-"""Which images to read, where to write, and under which names."""
+"""Where to write: checks before a run, and files that appear when they are complete."""
 
 from __future__ import annotations
 
-import glob
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
-from vpd_fast.pictures import IMAGE_SUFFIXES
 
 
-def collect_images(sources: Sequence[str]) -> list[Path]:
-    """The image files that files, folders (not their subfolders) and globs name, each once, in the order given.
-
-    Raises InputError for a path that does not exist, and for a glob or folder without images.
-    """
-    found: dict[Path, Path] = {}
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            files = _images(path.iterdir())
-            problem = f"no images ({' '.join(IMAGE_SUFFIXES)}) in the folder {source}"
-        elif path.exists():
-            files, problem = [path], ""
-        elif glob.has_magic(source):
-            files = _images(Path(match) for match in glob.iglob(source, recursive=True))
-            problem = f"no images ({' '.join(IMAGE_SUFFIXES)}) match {source}"
-        else:
-            files, problem = [], f"{source} does not exist; expected image files, folders or globs"
-        if not files:
-            raise InputError(problem)
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+def check_output(folder: Path, sources: Iterable[str], images: str | None) -> None:
+    """Raise InputError where results would land in a folder among the sources, or in the one that has the images."""
+    place = folder.resolve()
+    for source in map(Path, sources):
+        if source.is_dir() and (place == source.resolve() or source.resolve() in place.parents):
+            raise InputError(f"--output {folder}: is in {source}, where images are looked for; choose another folder")
+    if images is not None and place == Path(images).resolve():
+        raise InputError(f"--output {folder}: has the images, which results could overwrite; choose another folder")
 
 
-def _images(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def check_not_overwritten(folder: Path, stems: Iterable[str], suffixes: Sequence[str], images: Iterable[str]) -> None:
+    """Raise InputError if a file that would be written, a stem with a suffix, is one of the images."""
+    inputs = {Path(image).resolve() for image in images}
+    for stem in stems:
+        for suffix in suffixes:
+            if (folder / (stem + suffix)).resolve() in inputs:
+                raise InputError(
+                    f"--output {folder}: {stem + suffix} there is one of the images; choose another folder"
+                )
 
 
-def output_stems(images: Sequence[Path], output: Path, suffixes: Sequence[str]) -> list[str]:
-    """A name without extension for each image such that no two write the same file, nor overwrite an image.
-
-    suffixes: what is written for cat.jpg, as "cat" + suffix: (".png", "_overlay.png") for example. An image whose name
-    is taken becomes "cat_2", "cat_3", ... Raises InputError if a file to be written is one of the images.
-    """
-    inputs = {image.resolve() for image in images}
-    taken: set[str] = set()
-    stems = []
-    for image in images:
-        number, stem = 1, image.stem
-        while taken & (names := {(stem + suffix).casefold() for suffix in suffixes}):  # some file systems fold case
-            number += 1
-            stem = f"{image.stem}_{number}"
-        overwritten = [stem + suffix for suffix in suffixes if (output / (stem + suffix)).resolve() in inputs]
-        if overwritten:
-            raise InputError(f"--output {output}: {overwritten[0]} there is one of the images; choose another folder")
-        taken |= names
-        stems.append(stem)
-    return stems
+def make_folder(folder: Path) -> None:
+    """Make a folder for results. Raises ImageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"{folder}: cannot make the folder ({error.strerror or error})") from error
 
 
 def prepare_output(folder: Path, option: str = "--output") -> None:
@@ -75,8 +51,5 @@ def prepare_output(folder: Path, option: str = "--output") -> None:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` make a file, which appears when it is complete. Raises ImageError when that fails."""
-    try:
-        write_files({path: write})
-    except OSError as error:
-        raise ImageError(f"{path}: cannot write the file ({error.strerror or error})") from error
+    write_files({path: write}, ImageError)
     return path

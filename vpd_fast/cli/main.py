@@ -62,9 +62,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         # Usage errors are click's ClickException, or typer's copy of it where it brings its own click.
-        if not hasattr(error, "format_message"):
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
             raise
-        message = error.format_message()
+        message = format_message()
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text
             typer.echo(message)
             return 2

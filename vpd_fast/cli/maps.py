@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from vpd_fast.cli import files, options, running
-from vpd_fast.errors import ImageError, InputError
+from vpd_fast.cli.listing import Listing, Naming
+from vpd_fast.errors import InputError
+from vpd_fast.inference.listing import Shard
+from vpd_fast.inference.records import ResultsFile
 from vpd_fast.labels import default_names, find_name
+from vpd_fast.progress import error_console
 
 if TYPE_CHECKING:
     from vpd_fast.inference import AttentionMaps, Result
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 
 def maps(
@@ -25,25 +27,14 @@ def maps(
     task: options.Task = None,
     config: options.Config = None,
     classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,NAME,...", help="These instead of the strongest ones.", rich_help_panel=options.SEGMENTATION
-        ),
+        str | None, options.segmentation_option(metavar="NAME,NAME,...", help="These instead of the strongest ones.")
     ] = None,
-    top: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="N", help="How many of the strongest to draw.", rich_help_panel=options.SEGMENTATION
-        ),
-    ] = 8,
+    top: Annotated[int, options.segmentation_option(min=1, metavar="N", help="How many of the strongest to draw.")] = 8,
     mode: options.Mode = None,
     text: options.Text = None,
     text_encoder: options.TextEncoderName = None,
     separate: Annotated[
-        bool,
-        typer.Option(
-            "--separate", help="Also write each map alone, into the folder cat_maps.", rich_help_panel=options.RUNNING
-        ),
+        bool, options.running_option("--separate", help="Also write each map alone, into the folder cat_maps.")
     ] = False,
     output: options.Output = Path("vpd_results"),
     device: options.Device = "cpu",
@@ -55,14 +46,17 @@ def maps(
 
     An image cat.jpg gives cat_maps.png, a grid of heat maps: of the classes with the largest mean attention, or of a
     sentence's words (cat_maps_1.png, cat_maps_2.png, ... if there are several sentences). maps.json has the numbers.
+    Images of several folders, or of equal names, give a/cat.jpg_maps.png, as `predict` names them.
     """
     model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision, attention_backend)
-    paths = files.collect_images(images)
-    several = [f"_maps_{i}{end}" for i in range(1, len(text or []) + 1) for end in (".png", "")]
-    stems = files.output_stems(paths, output, ["_maps.png", "_maps", *several])
+    listing = Listing(images)
+    naming = listing.naming([])
+    paths = list(listing.paths())
+    several = [f"_maps_{i}{ending}" for i in range(1, len(text or []) + 1) for ending in (".png", "")]
+    files.check_not_overwritten(output, map(naming.stem, paths), ["_maps.png", "_maps", *several], paths)
     files.prepare_output(output)
 
-    with running.error_console().status("loading the model"):
+    with error_console().status("loading the model"):
         model = model_options.load()
         chosen = _find_classes(model, classes)
         predictor_options: dict[str, Any] = {"with_maps": True} | ({} if mode is None else {"mode": mode})
@@ -70,14 +64,17 @@ def maps(
         from vpd_fast.inference import make_predictor
 
         predictor = make_predictor(model, **predictor_options)
-    notes = options.notes(random_weights, predictor_options)
-    header = model_options.header(model, notes)
-    write = partial(_write, output, chosen, top, separate)
-    running.run_images(paths, stems, predictor, write, header, output / "maps.json", json)
+    header = model_options.header(model, options.notes(random_weights, predictor_options))
+    footer = partial(running.peak_memory, header["device"])
+    sink = ResultsFile(output / "maps.json", header, only=naming.total == 1, footer=footer)
+    write = partial(_write, output, naming, chosen, top, separate)
+    running.run(
+        listing.images(naming, Shard()), naming.total, predictor, write, sink, header, prefetch=0, print_json=json
+    )
 
 
-def _find_classes(model: VPD, classes: str | None) -> list[int] | None:
-    """Numbers of the classes asked for. Raises InputError for a model without maps and for unknown classes."""
+def _find_classes(model: Perceiver, classes: str | None) -> list[int] | None:
+    """Return the numbers of the classes asked for. Raises InputError for models without maps and unknown classes."""
     config = model.config
     if config.task == "depth":
         raise InputError(
@@ -96,42 +93,41 @@ def _find_classes(model: VPD, classes: str | None) -> list[int] | None:
 
 
 def _write(
-    output: Path, chosen: list[int] | None, top: int, separate: bool, result: Result, stem: str
+    output: Path, naming: Naming, chosen: list[int] | None, top: int, separate: bool, result: Any, name: str
 ) -> running.Record:
-    """Write a result's maps and tell what is in them."""
-    from vpd_fast.inference import SegmentationResult
-
-    if isinstance(result, SegmentationResult):
+    """Write the maps of a result of segmentation or referring. Returns what is in them, and the files' names."""
+    path = output / f"{naming.stem(name)}_maps.png"
+    files.make_folder(path.parent)
+    if not isinstance(result.maps, tuple):  # segmentation's
         keys = result.maps.strongest(top) if chosen is None else [result.maps.names[i] for i in chosen]
-        drawn, written = _draw(result, result.maps, keys, output / f"{stem}_maps.png", separate)
-        return {"maps": drawn, "files": written}
+        drawn, written = _draw(result, result.maps, keys, path, separate)
+        return {"maps": drawn, "files": [file.relative_to(output).as_posix() for file in written]}
     sentences, all_written = [], []
     for i, (sentence, maps) in enumerate(zip(result.sentences, result.maps, strict=True), 1):
-        name = f"{stem}_maps.png" if len(result.maps) == 1 else f"{stem}_maps_{i}.png"
-        drawn, written = _draw(result, maps, _words(maps, top), output / name, separate)
+        place = path if len(result.maps) == 1 else path.with_stem(f"{path.stem}_{i}")
+        drawn, written = _draw(result, maps, _words(maps, top), place, separate)
         sentences.append({"text": sentence, "maps": drawn})
         all_written += written
-    return {"sentences": sentences, "files": all_written}
+    return {"sentences": sentences, "files": [file.relative_to(output).as_posix() for file in all_written]}
 
 
 def _words(maps: AttentionMaps, top: int) -> list[str | int]:
-    """The sentence's words in order, without start, end and padding; the strongest tokens where words are not known."""
+    """Return the sentence's words in order, or the strongest tokens where words are not known."""
     marks = ("<start>", "<end>", "<pad>")
-    words = [name for name in maps.names if isinstance(name, str) and not name.startswith(marks)]
+    words: list[str | int] = [name for name in maps.names if isinstance(name, str) and not name.startswith(marks)]
     return words or maps.strongest(top)
 
 
 def _draw(
     result: Result, maps: AttentionMaps, keys: list[str | int], path: Path, separate: bool
-) -> tuple[list[running.Record], list[str]]:
-    """Write the grid and, if asked for, single maps. Returns a record per map, and the files' names."""
+) -> tuple[list[running.Record], list[Path]]:
+    """Write the grid and, if asked for, single maps. Returns a record per map, and the files."""
     from vpd_fast.inference import heatmap_grid, heatmap_overlay, save_png
 
-    save_png(heatmap_grid(result.image, maps, keys), path)
-    written = [path.name]
+    written = [save_png(heatmap_grid(result.image, maps, keys), path)]
     folder = path.with_suffix("")
     if separate:
-        _make_folder(folder)
+        files.make_folder(folder)
     drawn = []
     for key in keys:
         heat = maps[key]
@@ -139,13 +135,5 @@ def _draw(
         if separate:
             number = maps.names.index(key)
             single = folder / f"{number:03d}_{re.sub('[^0-9A-Za-z-]+', '_', str(key))}.png"
-            save_png(heatmap_overlay(result.image, heat, title=str(key)), single)
-            written.append(f"{folder.name}/{single.name}")
+            written.append(save_png(heatmap_overlay(result.image, heat, title=str(key)), single))
     return drawn, written
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ImageError(f"{folder}: cannot make the folder ({error.strerror or error})") from error

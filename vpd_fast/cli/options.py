@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,94 +18,94 @@ if TYPE_CHECKING:
     import torch
 
     from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 ENGINE_FILE = "engine.json"  # what makes a folder one of a fast model, see vpd_fast.engine.storage
 
-# Panels of --help.
-MODEL, SEGMENTATION, REFERRING, DEPTH, RUNNING = "Model", "Segmentation", "Referring", "Depth", "Running"
-AT_SCALE = "At scale"
+
+def in_panel(name: str) -> Callable[..., Any]:
+    """Return `typer.Option` for the options of one panel of --help."""
+    return partial(typer.Option, rich_help_panel=name)
+
+
+model_option, segmentation_option, referring_option = in_panel("Model"), in_panel("Segmentation"), in_panel("Referring")
+depth_option, running_option, at_scale_option = in_panel("Depth"), in_panel("Running"), in_panel("At scale")
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMAGES", help="Files, folders (the images in them) and quoted globs.")
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(
+    model_option(
         metavar="PATH",
         help="A released VPD file, a file or folder (also of a fast model) written by this project, or a bundled "
         "miniature: shapes-segmentation, shapes-referring, shapes-depth. Its task is recognised.",
-        rich_help_panel=MODEL,
     ),
 ]
 RandomWeights = Annotated[
     int | None,
-    typer.Option(
-        metavar="SEED",
-        help="Instead of a checkpoint: random weights, at the size of Stable Diffusion 1.5.",
-        rich_help_panel=MODEL,
-    ),
+    model_option(metavar="SEED", help="Instead of a checkpoint: random weights, at the size of Stable Diffusion 1.5."),
 ]
 Task = Annotated[
     str | None,
-    typer.Option(
-        metavar="TASK",
-        help=f"{', '.join(TASKS)}: what to build with --random-weights, what a checkpoint must hold.",
-        rich_help_panel=MODEL,
+    model_option(
+        metavar="TASK", help=f"{', '.join(TASKS)}: what to build with --random-weights, what a checkpoint must hold."
     ),
 ]
 Config = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="With --random-weights: other sizes, a VPDConfig as JSON.", rich_help_panel=MODEL
-    ),
+    Path | None, model_option(metavar="FILE", help="With --random-weights: other sizes, a VPDConfig as JSON.")
 ]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="FOLDER", help="Where results go; made if needed.", rich_help_panel=RUNNING),
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", rich_help_panel=RUNNING)]
+Output = Annotated[Path, running_option("--output", "-o", metavar="FOLDER", help="Where results go; made if needed.")]
+Device = Annotated[str, running_option(metavar="NAME", help="cpu, cuda or cuda:N.")]
 Precision = Annotated[
     str | None,
-    typer.Option(
+    running_option(
         metavar="NAME",
         help="Run the fast form of the model: fp32, bf16 or int8, on GPUs also fp16 or fp8. "
         "[default: the plain model, in fp32]",
-        rich_help_panel=RUNNING,
     ),
 ]
 AttentionBackend = Annotated[
     str,
-    typer.Option(
+    running_option(
         metavar="NAME",
         help="How attention is computed: plain, sdpa, or with their package on a GPU xformers or flash-attn.",
-        rich_help_panel=RUNNING,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=RUNNING)]
+Json = Annotated[bool, running_option("--json", help="Print the results as JSON.")]
 Mode = Annotated[
+    str | None, segmentation_option(metavar="MODE", help="slide (windows, as published, the default) or whole.")
+]
+Scales = Annotated[
     str | None,
-    typer.Option(
-        metavar="MODE", help="slide (windows, as published, the default) or whole.", rich_help_panel=SEGMENTATION
+    segmentation_option(
+        metavar="S,S,...",
+        help="Average over these relative sizes; published: 1,1.125,1.25,1.375,1.5 with --flip. [default: 1]",
     ),
 ]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(metavar="SENTENCE", help="What to look for; repeat it for more.", rich_help_panel=REFERRING),
+Flip = Annotated[
+    bool | None,
+    running_option(
+        "--flip/--no-flip", help="Average with the mirror image. [default: yes for depth, no for segmentation]"
+    ),
 ]
+BatchSize = Annotated[
+    int | None, running_option(metavar="N", help="Windows or sentences per forward. [default: 1 on a CPU, 8 on a GPU]")
+]
+Text = Annotated[list[str] | None, referring_option(metavar="SENTENCE", help="What to look for; repeat it for more.")]
 TextEncoderName = Annotated[
     str | None,
-    typer.Option(
+    referring_option(
         metavar="ID|FOLDER",
         help="CLIP from the Hugging Face hub or a local folder. "
         "[default: what the checkpoint names, or openai/clip-vit-large-patch14]",
-        rich_help_panel=REFERRING,
     ),
 ]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model to run, where and how; checked when made. Raises InputError."""
+    """The options that say which model to run, where and how; checked when made. Raises InputError."""
 
     checkpoint: Path | None
     random_weights: int | None
@@ -126,8 +128,8 @@ class ModelOptions:
         if self.checkpoint is not None and self.config is not None:
             raise InputError("--config goes with --random-weights; a checkpoint's sizes are found in the file")
 
-    def load(self) -> VPD:
-        """The model on its device, in evaluation mode. Raises InputError, CheckpointError, MissingDependencyError."""
+    def load(self) -> Perceiver:
+        """Load the model for evaluation. Raises InputError, CheckpointError, MissingDependencyError."""
         import torch
 
         from vpd_fast.models.attention_backends import check_backend
@@ -136,9 +138,10 @@ class ModelOptions:
         check_backend(self.attention_backend)  # before the weights are read
         place = torch.device("cpu") if self.precision else device  # where layers are converted one by one
         if self.checkpoint is None:
+            assert self.random_weights is not None  # checked when made
             model = _random_model(self.random_weights, self.task, self.config).to(place).eval()
         elif (self.checkpoint / ENGINE_FILE).exists():
-            return self._load_engine(device)
+            return self._load_engine(self.checkpoint, device)
         else:
             from vpd_fast.checkpoints import load_checkpoint
 
@@ -150,20 +153,20 @@ class ModelOptions:
         model.attention_backend = self.attention_backend
         return model
 
-    def _load_engine(self, device: torch.device) -> VPD:
+    def _load_engine(self, folder: Path, device: torch.device) -> Perceiver:
         from vpd_fast.engine import load_engine
 
         if self.attention_backend != "plain":
-            raise InputError(f"--attention-backend is for plain models; {self.checkpoint} is a fast model")
-        model = load_engine(self.checkpoint, device)
+            raise InputError(f"--attention-backend is for plain models; {folder} is a fast model")
+        model = load_engine(folder, device)
         if self.precision not in (None, model.precision):
-            raise InputError(f"--precision {self.precision}: {self.checkpoint} is a fast model in {model.precision}")
+            raise InputError(f"--precision {self.precision}: {folder} is a fast model in {model.precision}")
         if self.task not in (None, model.config.task):
-            raise InputError(f"--task {self.task}: {self.checkpoint} is a {model.config.task} model")
+            raise InputError(f"--task {self.task}: {folder} is a {model.config.task} model")
         return model
 
-    def header(self, model: VPD, notes: list[str]) -> dict[str, Any]:
-        """What the results file says about the model."""
+    def header(self, model: Perceiver, notes: list[str]) -> dict[str, Any]:
+        """Return what a results file says about the model."""
         from vpd_fast import __version__
 
         weights = (
@@ -177,15 +180,17 @@ class ModelOptions:
 
 
 def scales_of(text: str) -> list[float]:
-    """The numbers of --scales. Raises InputError."""
+    """Parse the numbers of --scales. Raises InputError."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--scales must be numbers separated by commas, like 1.0,1.25, got {text!r}") from None
 
 
-def text_options(model: VPD, text: list[str] | None, encoder: str | None, random_weights: int | None) -> dict[str, Any]:
-    """Options of the predictor for a referring model's sentences, {} for other models.
+def text_options(
+    model: Perceiver, text: list[str] | None, encoder: str | None, random_weights: int | None
+) -> dict[str, Any]:
+    """Return options of the predictor for a referring model's sentences, {} for other models.
 
     A model with random weights and no encoder named gets random tokens, so that it can be tried without CLIP.
     """
@@ -203,7 +208,7 @@ def text_options(model: VPD, text: list[str] | None, encoder: str | None, random
 
 
 def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor:
-    """(sentences, tokens, width) numbers that stand in for CLIP's: N(0, 1), the same for the same sentence."""
+    """Return numbers (sentences, tokens, width) in place of CLIP's: N(0, 1), the same for the same sentence."""
     import hashlib
 
     import torch
@@ -216,7 +221,7 @@ def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor
 
 
 def notes(random_weights: int | None, options: dict[str, Any]) -> list[str]:
-    """What whoever sees the results must know."""
+    """Return what whoever sees the results must know."""
     found = []
     if random_weights is not None:
         found.append(f"the weights are random (seed {random_weights}): the pictures mean nothing")

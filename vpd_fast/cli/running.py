@@ -1,138 +1,108 @@
-"""Going through many images: progress, time, peak memory, and carrying on when one is broken."""
+"""Going through images: notes, progress, the summary, and the exit code."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vpd_fast.cli.files import write_file
-from vpd_fast.errors import ImageError
-from vpd_fast.files import write_json
+from vpd_fast.errors import VPDFastError
+from vpd_fast.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
 
+    from vpd_fast.inference.records import Sink
+
 Record = dict[str, Any]
+LOG_EVERY = 60.0  # seconds between lines of progress where stderr is no terminal, as in a cluster's log
 
 
-def run_images(
-    images: Sequence[Path],
-    stems: Sequence[str],
+def run(
+    images: Iterable[tuple[str, str]],
+    total: int | None,
     predictor: Callable[[Any], Any],
     write: Callable[[Any, str], Record],
+    sink: Sink,
     header: Record,
-    results_path: Path,
+    *,
+    prefetch: int,
+    label: str = "",
     print_json: bool,
 ) -> None:
-    """Predict on each image, write its files, and write `results_path`: `header`, one record per image, peak memory.
+    """Predict on images (name, path), write their files, and put a record for each into the sink.
 
-    predictor: array -> result. write: (result, stem) -> what to record, {"files": [...], ...}.
-    Prints the header's notes and a summary (or the JSON) on stdout, a progress bar on stderr if that is a terminal.
-    Images that fail (unreadable, too large for the memory, results not writable) are reported at the end, and the exit
-    code is 1; the error of an only image is raised as ImageError.
+    write: (result, name) -> what to record, {"files": [...], ...}. label: what a bar or a log says of this process.
+    Prints the header's notes and a summary (or JSON) on stdout, progress on stderr. Images that fail are reported at
+    the end, and the exit code is 1. Raises ImageError for a run that cannot go on.
     """
-    from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from vpd_fast.inference.predict_images import predict_images
+    from vpd_fast.inference.records import Records
 
+    at_once = isinstance(sink, Records)
     if not print_json:
         for note in header["notes"]:
             typer.echo(f"note: {note}")
-    records: list[Record] = []
-    console = error_console()
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=len(images))
-            for path, stem in zip(images, stems, strict=True):
-                progress.update(bar, description=escape(path.name))
-                try:
-                    record = _run_image(path, stem, predictor, write)
-                except ImageError as error:
-                    if len(images) == 1:
-                        raise
-                    record = {"image": str(path), "error": str(error)}
-                records.append(record)
-                progress.advance(bar)
-    finally:
-        # Also after an interruption: what is finished is worth having.
-        if records:
-            values = {**header, "images": records, **peak_memory(header["device"])}
-            write_file(results_path, partial(write_json, values=values))
-    failed = [record for record in records if "error" in record]
-    for record in failed:
-        typer.echo(f"failed: {' '.join(record['error'].split())}", err=True)
-    typer.echo(json.dumps(values, indent=2) if print_json else _summary(values, results_path))
-    if failed:
+    start = last = time.monotonic()
+    with sink, ProgressBar(total, label) as bar:
+        try:
+            for record in predict_images(predictor, images, write, sink, prefetch=prefetch):
+                seen = sink.done + sink.failed + sink.skipped
+                failed = f", {sink.failed} failed" if sink.failed else ""
+                bar.update(seen, f"{label} {record['image']}{failed}".strip())
+                if not bar.visible and time.monotonic() - last > LOG_EVERY:
+                    last = time.monotonic()
+                    of = "" if total is None else f" of {total}"
+                    typer.echo(f"{label} {seen}{of} images, {sink.failed} failed".strip(), err=True)
+        except (VPDFastError, KeyboardInterrupt):
+            if at_once:
+                typer.echo(f"stopped: {sink.done} images done, {sink.failed} failed; go on with --resume", err=True)
+            raise
+    seconds = time.monotonic() - start
+    memory = peak_memory(header["device"])
+    if isinstance(sink, Records):
+        values = {
+            "done": sink.done, "failed": sink.failed, "skipped": sink.skipped, "seconds": round(seconds, 3),
+            "results": str(sink.path), **({"failed_list": str(sink.failed_path)} if sink.failed else {}), **memory,
+        }  # fmt: skip
+        failures = [f"failed images and their reasons: {sink.failed_path}"]
+    else:
+        values = sink.values
+        failures = [f"failed: {' '.join(r['error'].split())}" for r in values["images"] if "error" in r]
+    typer.echo(json.dumps(values, indent=2) if print_json else _summary(sink, seconds, memory))
+    if sink.failed:
+        for line in failures:
+            typer.echo(line, err=True)
         raise typer.Exit(1)
 
 
-def _run_image(path: Path, stem: str, predictor: Callable[[Any], Any], write: Callable[[Any, str], Record]) -> Record:
-    import torch
-
-    from vpd_fast.inference import read_image
-
-    try:
-        start = time.perf_counter()
-        image = read_image(path)
-        result = predictor(image)
-        seconds = time.perf_counter() - start
-        size = {"width": image.shape[1], "height": image.shape[0]}
-        return {"image": str(path), **size, "seconds": round(seconds, 4), **write(result, stem)}
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ImageError(f"{path}: not enough memory for an image of this size") from error
-
-
-def error_console() -> Any:
-    """A rich console on stderr."""
-    from rich.console import Console
-
-    return Console(file=sys.stderr)
-
-
 def peak_memory(device: str | torch.device) -> Record:
-    """Most bytes this process ever had in memory, where the system tells, and on the GPU if it used one."""
+    """Return the most bytes this process has had in memory, where the system tells, and on the GPU it used."""
     import torch
 
-    found: Record = {}
+    memory: Record = {}
     try:
         import resource
     except ImportError:  # Windows
         pass
     else:
         unit = 1 if sys.platform == "darwin" else 1024
-        found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.device(device).type == "cuda":
-        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    return found
+        memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return memory
 
 
-def _summary(values: Record, path: Path) -> str:
-    done = [record["seconds"] for record in values["images"] if "error" not in record]
-    failed = len(values["images"]) - len(done)
-    parts = [f"{len(done)} image{'' if len(done) == 1 else 's'}" + (f" ({failed} failed)" if failed else "")]
-    if done:
-        parts.append(f"{sum(done) / len(done):.2f} s per image")
+def _summary(sink: Sink, seconds: float, memory: Record) -> str:
+    counts = [f"{sink.failed} failed"] * bool(sink.failed) + [f"{sink.skipped} done before"] * bool(sink.skipped)
+    parts = [f"{sink.done} image{'' if sink.done == 1 else 's'}" + (f" ({', '.join(counts)})" if counts else "")]
+    if sink.done:
+        parts.append(f"{seconds / sink.done:.2f} s per image")
     for key, name in (("peak_memory_bytes", "peak memory"), ("peak_gpu_memory_bytes", "on the GPU")):
-        if key in values:
-            parts.append(f"{name} {values[key] / 2**30:.2f} GiB")
-    return f"{', '.join(parts)}; written to {path.parent}"
+        if key in memory:
+            parts.append(f"{name} {memory[key] / 2**30:.2f} GiB")
+    return f"{', '.join(parts)}; written to {sink.path.parent}"

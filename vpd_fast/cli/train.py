@@ -85,7 +85,7 @@ def train(
 
 
 def _sentences(settings: TrainConfig) -> Any:
-    """Random weights and no encoder named: random tokens, so that it can be tried without CLIP."""
+    """Return what makes random tokens for a model with random weights and no encoder named: it needs no CLIP."""
     if not TASKS[settings.task].takes_text or settings.init.random is None or settings.init.text_encoder is not None:
         return None
     from vpd_fast.cli.options import random_tokens

@@ -20,7 +20,7 @@ from vpd_fast.data.shapes.dataset import OBJECTS
 from vpd_fast.engine import optimize
 from vpd_fast.errors import InputError
 from vpd_fast.evaluation.metrics import PRIMARY, make_metrics
-from vpd_fast.inference import Result, make_predictor
+from vpd_fast.inference import ReferringPredictor, Result, make_predictor
 from vpd_fast.models import VPD
 from vpd_fast.pictures.reading import to_tensor
 from vpd_fast.tasks import TASKS
@@ -33,8 +33,12 @@ ROUNDS, BATCH = 5, 8
 
 @dataclass(frozen=True)
 class TaskReport:
-    """metric: its name; plain, fast: its values. agreement: share of pixels with the same label, IoU of the masks, or 1
-    minus the mean relative difference of depths, between plain and fast. *_ms: median milliseconds per image."""
+    """How accurate, equal and fast a task's plain and fast models are.
+
+    metric: the metric's name; plain, fast: its values. agreement: share of pixels with the same label, IoU of the
+    masks, or 1 minus the mean relative difference of depths, between plain and fast. plain_ms, fast_ms: median
+    milliseconds per image.
+    """
 
     task: str
     metric: str
@@ -52,7 +56,7 @@ class TaskReport:
 
 @dataclass
 class Demo:
-    """reports: one per task. shown: for some scenes {task: (sample, result of the fast model)}."""
+    """A finished demo. reports: one per task. shown: for some scenes {task: (sample, result of the fast model)}."""
 
     precision: str
     scenes: int
@@ -98,7 +102,7 @@ def run_demo(
 
 
 def _with_one_sentence(sample: Sample, turn: int) -> Sample:
-    """The sample with one of its sentences: in turn, as the first are of the easiest kind."""
+    """Return the sample with one of its sentences: in turn, as the first are of the easiest kind."""
     if not sample.sentences:
         return sample
     return replace(sample, sentences=(sample.sentences[turn % len(sample.sentences)],))
@@ -111,16 +115,16 @@ def _run(
     agreements = []
     for i, sample in enumerate(samples):
         results = [_predict(m, sample, with_maps=TASKS[task].maps and i < len(shown)) for m in (model, fast)]
-        found = [_found(result) for result in results]
-        for metric, values in zip(metrics, found, strict=True):
+        outputs = [result.values.reshape(sample.target.shape) for result in results]  # one sentence, so one mask
+        for metric, values in zip(metrics, outputs, strict=True):
             metric.update(values, sample.target)
-        agreements.append(_agreement(task, *found))
+        agreements.append(_agreement(task, *outputs))
         if i < len(shown):
             shown[i][task] = sample, results[1]
     name = PRIMARY[task][0]
     plain_ms, fast_ms = _times([model, fast], samples)
-    values = [metric.compute()[name] for metric in metrics]
-    return TaskReport(task, name, *values, float(np.mean(agreements)), plain_ms, fast_ms)
+    plain_value, fast_value = (metric.compute()[name] for metric in metrics)
+    return TaskReport(task, name, plain_value, fast_value, float(np.mean(agreements)), plain_ms, fast_ms)
 
 
 def _predict(model: Any, sample: Sample, with_maps: bool) -> Result:
@@ -128,10 +132,6 @@ def _predict(model: Any, sample: Sample, with_maps: bool) -> Result:
     if sample.sentences:
         options["text"] = sample.sentences[0]
     return make_predictor(model, **options)(sample.image)
-
-
-def _found(result: Result) -> np.ndarray:
-    return next(getattr(result, name) for name in ("labels", "mask", "depth") if hasattr(result, name))
 
 
 def _agreement(task: str, plain: np.ndarray, fast: np.ndarray) -> float:
@@ -144,15 +144,17 @@ def _agreement(task: str, plain: np.ndarray, fast: np.ndarray) -> float:
 
 
 def _times(models: list[Any], samples: list[Sample]) -> list[float]:
-    """Milliseconds per image of each model's forward pass on batches, taking turns; the median of the rounds."""
+    """Measure milliseconds per image of each model's forward pass on batches, taking turns; median of the rounds."""
     batch = [samples[i % len(samples)] for i in range(BATCH)]
     images = torch.cat([to_tensor(sample.image) for sample in batch])
     inputs: tuple[Tensor, ...] = (images * 2 - 1,)
     if models[0].config.task == "depth":
         inputs = (images, torch.zeros(BATCH, dtype=torch.long))
     elif TASKS[models[0].config.task].takes_text:
-        predictor = make_predictor(models[0], text=[sample.sentences[0] for sample in batch])
-        inputs = (*inputs, predictor.tokens)
+        text = [sample.sentences[0] for sample in batch]
+        tokens = ReferringPredictor(model=models[0], text=text).tokens
+        assert tokens is not None  # the texts have been embedded
+        inputs = (*inputs, tokens)
     seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for round_ in range(ROUNDS + 1):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vpd_fast.data.shapes import CLASSES
 from vpd_fast.evaluation import panels
+from vpd_fast.inference import SegmentationResult
 from vpd_fast.pictures import canvas
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _BACKGROUND_CLASSES = ("floor", "wall")
 
 
 def contact_sheet(demo: Demo) -> Image.Image:
-    """RGB picture of the scenes in `demo.shown`."""
+    """Draw the scenes in `demo.shown` as one RGB picture."""
     rows = [_tiles(results) for results in demo.shown]
     columns = len(rows[0])
     bar = canvas.FONT_SIZE + 14
@@ -41,8 +42,8 @@ def contact_sheet(demo: Demo) -> Image.Image:
     return sheet
 
 
-def _fitting_font(text: str, width: int) -> ImageFont.FreeTypeFont:
-    """As large as usual, or smaller where the text would not fit; never too small to read."""
+def _fitting_font(text: str, width: int) -> canvas.Font:
+    """Return the usual font, or a smaller one where the text would not fit; never too small to read."""
     sizes = (size for size in range(canvas.FONT_SIZE, 11, -1) if canvas.load_font(size).getlength(text) <= width)
     return canvas.load_font(next(sizes, 11))
 
@@ -51,12 +52,14 @@ def _tiles(results: dict[str, tuple[Sample, Result]]) -> list[tuple[str, Image.I
     sample, labelled = results["segmentation"]
     depth_sample, depth = results["depth"]
     spoken, masked = results["referring"]
-    image = sample.image
+    assert isinstance(labelled, SegmentationResult)
+    assert labelled.maps is not None
+    image, maps = sample.image, labelled.maps
     segmentation = panels.segmentation(image, labelled.labels, sample.target, CLASSES).panels
     valid = np.ones_like(depth_sample.target, bool)
-    metres = panels.depth(image, depth.depth, depth_sample.target, valid).panels
+    metres = panels.depth(image, depth.values, depth_sample.target, valid).panels
     # Scenes that no sentence fits are replaced by others, for this task alone.
-    referring = panels.referring(spoken.image, masked.mask, spoken.target.astype(bool), spoken.sentences[0]).panels
+    referring = panels.referring(spoken.image, masked.values[0], spoken.target.astype(bool), spoken.sentences[0]).panels
     chosen = [name for name in labelled.shares() if name not in _BACKGROUND_CLASSES][:MAPS]
     chosen += [name for name in _BACKGROUND_CLASSES if len(chosen) < MAPS][: MAPS - len(chosen)]
     photo = canvas.display_photo(image, longest=panels.LONGEST)
@@ -65,5 +68,5 @@ def _tiles(results: dict[str, tuple[Sample, Result]]) -> list[tuple[str, Image.I
         ("labels", segmentation[1][1]),
         (f"depth, {metres[1][0].removeprefix('prediction, ')}", metres[1][1]),
         (f"\u201c{spoken.sentences[0]}\u201d", referring[1][1]),
-        *((f"attention to {name}", canvas.heatmap(photo, labelled.maps[name])) for name in chosen),
+        *((f"attention to {name}", canvas.heatmap(photo, maps[name])) for name in chosen),
     ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vpd_fast.engine.build import LayerInfo, build_layer
 from vpd_fast.engine.calibrate import Batch, Calibration, check_batches
@@ -17,6 +16,7 @@ from vpd_fast.engine.policy import ACTIVATIONS, PRECISIONS, Policy
 from vpd_fast.engine.specs import Spec, layer_specs
 from vpd_fast.errors import InputError
 from vpd_fast.models.vpd import VPD
+from vpd_fast.progress import ProgressBar
 
 
 def optimize(
@@ -84,7 +84,7 @@ def _assemble(
 
 
 def build_layers(
-    specs: Iterable[Spec],
+    specs: Sequence[Spec],
     precision: str,
     policy: Policy,
     device: torch.device,
@@ -93,12 +93,14 @@ def build_layers(
 ) -> tuple[Layers, tuple[LayerInfo, ...]]:
     """The layers of `specs` by name, on the device, and what became of each."""
     layers, infos = Layers(), []
-    for spec in tqdm(specs, desc=f"optimize to {precision}", unit="layer", disable=not progress):
-        scale = measured.scale(spec) if measured else None
-        layer, info = build_layer(spec, precision, policy, ACTIVATIONS[precision], scale, device.type)
-        snr = measured.snr_db(spec, layer) if measured else None
-        layers[spec.name] = layer.for_device(device)
-        infos.append(replace(info, snr_db=snr))
+    with ProgressBar(len(specs), f"layers to {precision}", visible=progress) as bar:
+        for spec in specs:
+            scale = measured.scale(spec) if measured else None
+            layer, info = build_layer(spec, precision, policy, ACTIVATIONS[precision], scale, device.type)
+            snr = measured.snr_db(spec, layer) if measured else None
+            layers[spec.name] = layer.for_device(device)
+            infos.append(replace(info, snr_db=snr))
+            bar.update(advance=1)
     return layers, tuple(infos)
 
 

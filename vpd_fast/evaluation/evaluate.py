@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +15,15 @@ from vpd_fast.errors import DatasetError, ImageError, InputError
 from vpd_fast.evaluation.distributed import check_group, gather
 from vpd_fast.evaluation.gallery import Case, Worst
 from vpd_fast.evaluation.metrics import PRIMARY
-from vpd_fast.evaluation.progress import progress_bar
-from vpd_fast.evaluation.reading import read_ahead
 from vpd_fast.evaluation.results import Evaluation, show
 from vpd_fast.evaluation.tasks import Segmentation, check_sample, make_task
+from vpd_fast.inference.predict_images import read_ahead
+from vpd_fast.progress import ProgressBar
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset, Sample
     from vpd_fast.evaluation.tasks import Depth, Referring
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 # (samples done, samples in all, metrics so far) of this process.
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -44,7 +45,7 @@ class _Part:
 
 
 def evaluate(
-    model: VPD,
+    model: Perceiver,
     dataset: Dataset,
     *,
     limit: int | None = None,
@@ -89,7 +90,7 @@ def evaluate(
     error: Exception | None = None
     try:
         indices = range(rank, total, world_size)
-        with progress_bar(len(indices), PRIMARY[model.config.task][0], progress) as report:
+        with _reporting(len(indices), PRIMARY[model.config.task][0], progress) as report:
             _run(dataset, task, indices, part, cases, report, strict, workers)
     except Exception as raised:  # the others wait for this process: tell them before it is raised
         error, part.error = raised, f"{type(raised).__name__}: {raised}"
@@ -102,6 +103,24 @@ def evaluate(
     if stopped is not None:
         raise DatasetError(f"the evaluation stopped in process {stopped[0]} of {world_size}: {stopped[1]}")
     return _merged(model, dataset, task, parts, _worst_of_all(cases, world_size), total)
+
+
+def _load(dataset: Dataset, index: int) -> Sample | Exception:
+    """Read a sample in a thread. Returns the error where that fails."""
+    try:
+        return dataset.load(index)
+    except SAMPLE_ERRORS as error:
+        return error
+
+
+@contextmanager
+def _reporting(total: int, metric: str, progress: bool | Progress) -> Iterator[Progress]:
+    """Yield the function to call after each sample: the caller's, or one that moves a bar with the metric so far."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    with ProgressBar(total, metric, visible=None if progress else False) as bar:
+        yield lambda done, _, metrics: bar.update(done, f"{metric} {show(metric, metrics[metric])}")
 
 
 def _run(
@@ -118,7 +137,7 @@ def _run(
     start = time.perf_counter()
     primary = PRIMARY[dataset.task][0]
     score = "IoU" if primary == "oIoU" else primary  # of one image or sentence
-    with closing(read_ahead(dataset, indices, workers)) as samples:
+    with closing(read_ahead(indices, partial(_load, dataset), workers, workers)) as samples:
         for done, (index, sample) in enumerate(samples, 1):
             try:
                 findings = _measure(task, sample)
@@ -161,7 +180,7 @@ def _worst_of_all(cases: Worst, world_size: int) -> list[Case]:
 
 
 def _merged(
-    model: VPD,
+    model: Perceiver,
     dataset: Dataset,
     task: Segmentation | Referring | Depth,
     parts: list[_Part],

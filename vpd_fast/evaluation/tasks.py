@@ -19,7 +19,7 @@ from vpd_fast.pictures.resizing import resize_antialiased
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset, Sample
-    from vpd_fast.models import VPD
+    from vpd_fast.models.perceiver import Perceiver
 
 RESOLUTIONS = ("resized", "original")
 
@@ -36,7 +36,7 @@ class Finding:
 class Segmentation:
     """Compares labels of the predictor, the reference's test pipeline, with the labels at the image's own size."""
 
-    def __init__(self, model: VPD, dataset: Dataset, text_encoder: Any, **options: Any) -> None:
+    def __init__(self, model: Perceiver, dataset: Dataset, text_encoder: Any, **options: Any) -> None:
         self.names = tuple(dataset.class_names) or default_names(model.config)
         if len(self.names) != model.config.num_classes:
             raise InputError(
@@ -76,7 +76,7 @@ class Referring:
     """
 
     def __init__(
-        self, model: VPD, dataset: Dataset, text_encoder: Any, resolution: str = "resized", **options: Any
+        self, model: Perceiver, dataset: Dataset, text_encoder: Any, resolution: str = "resized", **options: Any
     ) -> None:
         if resolution not in RESOLUTIONS:
             raise InputError(f"resolution must be one of {', '.join(RESOLUTIONS)}, got {resolution!r}")
@@ -137,7 +137,7 @@ class Depth:
 
     def __init__(
         self,
-        model: VPD,
+        model: Perceiver,
         dataset: Dataset,
         text_encoder: Any,
         scene: str | int | None = "sample",
@@ -197,7 +197,7 @@ _TASKS = {"segmentation": Segmentation, "referring": Referring, "depth": Depth}
 
 
 def make_task(
-    model: VPD, dataset: Dataset, *, text_encoder: Any = None, batch_size: int | None = None, **options: Any
+    model: Perceiver, dataset: Dataset, *, text_encoder: Any = None, batch_size: int | None = None, **options: Any
 ) -> Segmentation | Referring | Depth:
     """Make the task of `model`, its options checked. Raises InputError if the data set is of another task."""
     task = model.config.task

@@ -16,7 +16,7 @@ from vpd_fast.pictures.reading import to_tensor
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_area
 
 if TYPE_CHECKING:
-    from vpd_fast.models.vpd import VPDDepth
+    from vpd_fast.models.perceiver import DepthPerceiver
 
 DEPTH_MULTIPLE = 32
 RELEASED_SIZE, RELEASED_BASE = 480, 512  # pixels a side in training, and the next size that has whole latents
@@ -24,7 +24,7 @@ MID_GREY = 0.5  # 0 in the encoder's [-1, 1], which the reference pads with
 
 
 def shifted_axis(length: int, side: int) -> WindowAxis:
-    """Windows of `side` pixels along one axis: the fewest that overlap by half, the first and last at the borders.
+    """Return windows of `side` pixels along an axis: the fewest that overlap by half, from border to border.
 
     640 pixels and windows of 480 give the reference's two windows, at 0 and 160. An axis of at most `side` pixels is
     one window.
@@ -37,7 +37,7 @@ def shifted_axis(length: int, side: int) -> WindowAxis:
 
 @dataclass(kw_only=True)
 class DepthPredictor:
-    """Depth options, checked, and the call that predicts on one image.
+    """Predictor of depth: its options, checked, and the call that predicts on one image.
 
     scene: name or number of the scene; None: the mean of all scene embeddings.
     resize_to: the image is resized, ratio kept, to this short side (long side at most four times that); default
@@ -50,7 +50,7 @@ class DepthPredictor:
     Shift window and flip are on by default, as in the published evaluation: four forwards for a 4:3 image.
     """
 
-    model: VPDDepth
+    model: DepthPerceiver
     scene: str | int | None = None
     resize_to: int | None = None
     shift_window: bool = True
@@ -59,16 +59,17 @@ class DepthPredictor:
 
     def __post_init__(self) -> None:
         config = self.model.config
-        self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
         default = RELEASED_SIZE if config.base_size == RELEASED_BASE else config.base_size
-        self.resize_to = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]
+        self._short = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]
+        self.resize_to = self._short
         self.scene_id = None if self.scene is None else find_name(self.scene, default_names(config), "scene")
 
     def __call__(self, image: np.ndarray) -> DepthResult:
         """Predict on an RGB image (H,W,3) as `read_image` returns it."""
-        size = image.shape[:2]
-        height, width = fit_size(*size, self.resize_to, LONG_OVER_SHORT * self.resize_to)
-        side = self.resize_to if self.shift_window else max(height, width)
+        size = image.shape[0], image.shape[1]
+        height, width = fit_size(*size, self._short, LONG_OVER_SHORT * self._short)
+        side = self._short if self.shift_window else max(height, width)
         grid = WindowGrid(shifted_axis(height, side), shifted_axis(width, side))
         resized = to_tensor(resize_area(image, (height, width))).to(self.model.device, self.model.dtype)
         with evaluating(self.model):
@@ -79,7 +80,7 @@ class DepthPredictor:
 
     def _field(self, image: torch.Tensor, grid: WindowGrid, size: tuple[int, int], flip: str | None) -> WindowField:
         windows = []
-        for batch in grid.batches(image, self.batch_size, fill=MID_GREY):
+        for batch in grid.batches(image, self._batch, fill=MID_GREY):
             class_ids = None
             if self.scene_id is not None:
                 class_ids = torch.full((len(batch),), self.scene_id, dtype=torch.long, device=batch.device)

@@ -21,7 +21,7 @@ PREDICTORS = {"segmentation": SegmentationPredictor, "referring": ReferringPredi
 
 
 def make_predictor(model: Perceiver, **options: Any) -> SegmentationPredictor | ReferringPredictor | DepthPredictor:
-    """The predictor of the model's task, its options checked, its texts embedded; call it on arrays from `read_image`.
+    """Return the predictor of the model's task, options checked, texts embedded; call it on arrays of `read_image`.
 
     Raises InputError for options that the task does not have.
     """
@@ -54,7 +54,7 @@ def predict(
 def predict_each(
     model: Perceiver, sources: Iterable[Any], *, on_error: str = "raise", **options: Any
 ) -> Iterator[Result | Exception]:
-    """`predict` on any iterable, one result after the other, for more images than fit into memory."""
+    """Yield what `predict` returns for each of any iterable, which may be more images than fit into memory."""
     _check_on_error(on_error)
     return _results(make_predictor(model, **options), sources, on_error)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,14 +16,13 @@ from vpd_fast.errors import ImageError, InputError, MissingDependencyError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from vpd_fast.inference.results import Result
     from vpd_fast.models.perceiver import Perceiver
 
 _FIELDS = {"segmentation": ("labels", 2, np.int64), "referring": ("masks", 3, bool), "depth": ("depth", 2, np.float32)}
 
 
 class Predictor:
-    """What `map_batches` makes once per worker: it loads the model, then turns batches of images into results.
+    """Ray's worker, made once by `map_batches`: it loads the model, then turns batches of images into results.
 
     checkpoint: what `vpd-fast predict --checkpoint` takes, fast models included; every machine must find it there.
     model: in place of a checkpoint, a function that makes the model. precision: of the fast model to make, None for
@@ -52,41 +51,30 @@ class Predictor:
         self._field, self._dimensions, self._dtype = _FIELDS[self.model.config.task]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Column "image" (arrays (H,W,3) uint8) or "path" -> the same columns without "image", and the results.
+        """Take columns with "image" (arrays (H,W,3) uint8) or "path"; return them without "image", and the results:
 
         "labels" (H,W) int64, "masks" (sentences,H,W) bool or "depth" (H,W) float32 metres, by the model's task, and
         "error", "" where all went well. An image that fails has an empty array and does not end the job.
         """
+        from vpd_fast.inference.predict_images import within_memory
+        from vpd_fast.pictures.reading import read_image
+
         source = "image" if "image" in batch else "path"
         if source not in batch:
             raise InputError(f'a batch needs a column "image" or "path", got {", ".join(batch) or "none"}')
-        found, errors = [], []
-        for value in batch[source]:
+        column = np.empty(len(batch[source]), object)  # filled one by one: NumPy would try to stack arrays
+        errors = []
+        for i, value in enumerate(batch[source]):
+            image = str(value) if isinstance(value, str | Path) else np.asarray(value)
             try:
-                found.append(self._array(self._one(value)))
+                result = within_memory(lambda image: self._predict(read_image(image)), image)
+                column[i] = np.ascontiguousarray(result.values, dtype=self._dtype)
                 errors.append("")
-            except (ImageError, InputError, MemoryError) as error:
-                found.append(np.empty((0,) * self._dimensions, self._dtype))
-                errors.append(" ".join(str(error).split()) or "not enough memory for an image of this size")
-        column = np.empty(len(found), object)
-        for i, array in enumerate(found):  # at once, NumPy would try to stack them
-            column[i] = array
+            except (ImageError, InputError) as error:
+                column[i] = np.empty((0,) * self._dimensions, self._dtype)
+                errors.append(" ".join(str(error).split()))
         kept = {name: values for name, values in batch.items() if name != "image"}
         return {**kept, self._field: column, "error": np.array(errors, dtype=object)}
-
-    def _one(self, value: Any) -> Result:
-        import torch
-
-        from vpd_fast.pictures.reading import read_image
-
-        try:
-            return self._predict(read_image(str(value) if isinstance(value, str | Path) else np.asarray(value)))
-        except torch.OutOfMemoryError as error:
-            raise ImageError("not enough memory for an image of this size") from error
-
-    def _array(self, result: Result) -> np.ndarray:
-        value = getattr(result, self._field)
-        return np.ascontiguousarray(np.stack(value) if isinstance(value, list | tuple) else value, dtype=self._dtype)
 
 
 def predict_dataset(
@@ -99,7 +87,7 @@ def predict_dataset(
     num_gpus: float | None = None,
     **predictor: Any,
 ) -> Dataset:
-    """A Ray dataset of results, computed when it is read: `.write_parquet(...)`, `.iter_rows()`.
+    """Return a Ray dataset of results, computed when it is read: `.write_parquet(...)`, `.iter_rows()`.
 
     images: a dataset with a column "image" or "path" (`ray.data.read_images(folder, include_paths=True)`), or paths.
     workers: how many, or (least, most). batch_size: images a worker gets at a time; memory grows with it.
@@ -107,7 +95,9 @@ def predict_dataset(
 
     Raises MissingDependencyError without Ray.
     """
-    data = images if hasattr(images, "map_batches") else _ray_data().from_items([{"path": str(p)} for p in images])
+    data: Any = images
+    if not hasattr(images, "map_batches"):
+        data = _ray_data().from_items([{"path": str(path)} for path in cast("Iterable[str | Path]", images)])
     resources = {name: n for name, n in (("num_cpus", num_cpus), ("num_gpus", num_gpus)) if n is not None}
     return data.map_batches(
         Predictor, fn_constructor_kwargs={"checkpoint": checkpoint, **predictor}, batch_size=batch_size,
@@ -131,10 +121,10 @@ def _load(checkpoint: Any, make: Any, task: str | None, precision: str | None, d
     from vpd_fast.engine.storage import SETTINGS
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if checkpoint is not None and (Path(checkpoint) / SETTINGS).exists():
-        return load_engine(checkpoint, place)
     if make is not None:
         model = make().eval()
+    elif (Path(checkpoint) / SETTINGS).exists():
+        return load_engine(checkpoint, place)
     else:
         model = load_checkpoint(checkpoint, task=task, device="cpu" if precision else place)
     return optimize(model, precision, device=place) if precision else model.to(place)

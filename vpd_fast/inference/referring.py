@@ -20,12 +20,12 @@ from vpd_fast.pictures.resizing import resize_antialiased
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vpd_fast.models.vpd import VPDReferring
+    from vpd_fast.models.perceiver import ReferringPerceiver
 
 
 @dataclass(kw_only=True)
 class ReferringPredictor:
-    """Referring options, checked, and the call that predicts on one image.
+    """Predictor of referring segmentation: its options, checked, and the call that predicts on one image.
 
     text: one sentence or several. text_encoder: a vpd_fast.models.text.TextEncoder that embeds them; None: the one that
     the model's configuration names.
@@ -39,7 +39,7 @@ class ReferringPredictor:
     they are compared.
     """
 
-    model: VPDReferring
+    model: ReferringPerceiver
     text: str | Sequence[str] | None = None
     text_encoder: Any = None
     tokens: Tensor | None = None
@@ -48,12 +48,14 @@ class ReferringPredictor:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
         sentences = (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
         if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
             raise InputError(f"text must be a sentence or a list of sentences, none empty, got {self.text!r}")
-        self.tokens = self._embed(sentences) if self.tokens is None else self._given_tokens(sentences)
-        self.sentences = sentences or tuple(f"sentence {i + 1}" for i in range(len(self.tokens)))
+        given = self.tokens
+        self._tokens = self._embed(sentences) if given is None else self._given_tokens(given, sentences)
+        self.tokens = self._tokens
+        self.sentences = sentences or tuple(f"sentence {i + 1}" for i in range(len(self._tokens)))
         self.token_names = self._token_names(sentences)
 
     def _embed(self, sentences: tuple[str, ...]) -> Tensor:
@@ -67,8 +69,8 @@ class ReferringPredictor:
         tokens = self.text_encoder.embed_sentences(list(sentences), tokens=self.model.config.tokens)
         return self._checked(tokens, "text_encoder gave token features")
 
-    def _given_tokens(self, sentences: tuple[str, ...]) -> Tensor:
-        tokens = self._checked(self.tokens, "tokens has")
+    def _given_tokens(self, given: Tensor, sentences: tuple[str, ...]) -> Tensor:
+        tokens = self._checked(given, "tokens has")
         if sentences and len(sentences) != len(tokens):
             raise InputError(
                 f"text has {len(sentences)} sentences, but tokens has {len(tokens)}; expected one row each"
@@ -84,9 +86,9 @@ class ReferringPredictor:
         return tokens.to(self.model.device, self.model.dtype)
 
     def _token_names(self, sentences: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Words of each sentence's tokens where the encoder can tell, else no names."""
+        """Return the words of each sentence's tokens where the encoder can tell, else no names."""
         if not (self.with_maps and sentences and hasattr(self.text_encoder, "token_names")):
-            return [()] * len(self.tokens)
+            return [()] * len(self._tokens)
         return [tuple(self.text_encoder.token_names(s, tokens=self.model.config.tokens)) for s in sentences]
 
     def __call__(self, image: np.ndarray) -> ReferringResult:
@@ -100,14 +102,14 @@ class ReferringPredictor:
             def forward(tokens: Tensor) -> list[Tensor]:
                 return self.model.features(latents.expand(len(tokens), -1, -1, -1), self.model.context(tokens))
 
-            batches = self.tokens.split(self.batch_size)
+            batches = self._tokens.split(self._batch)
             logits, levels = run_batches(self.model, batches, forward, self.with_maps)
             logits = F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=True)
             masks, probabilities = self._masks(logits[:, 1:] - logits[:, :1], size)
         return ReferringResult(image, masks, self.sentences, probabilities, self._maps(levels, size))
 
     def _masks(self, margins: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """margins (S,1,side,side): by how much the mask's logit is the larger one."""
+        """Return masks, and probabilities if asked for. margins (S,1,side,side): the mask's logit minus the other."""
         masks = np.empty((len(margins), *size), bool)
         probabilities = np.empty(masks.shape, np.float32) if self.probabilities else None
         for i, margin in enumerate(margins):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
@@ -52,8 +54,8 @@ class AttentionMaps(Mapping[str | int, np.ndarray]):
         index = self._index.get(key, key if isinstance(key, int) else None)
         if index is None or not 0 <= index < len(self.names):
             raise KeyError(key)
-        heat = sum(field.select(index).picture()[0] for field in self._fields) / len(self._fields)
-        return heat.numpy()
+        heat = reduce(torch.add, (field.select(index).picture()[0] for field in self._fields))
+        return (heat / len(self._fields)).numpy()
 
     def __iter__(self) -> Iterator[str | int]:
         return iter(self.names)
@@ -62,8 +64,8 @@ class AttentionMaps(Mapping[str | int, np.ndarray]):
         return len(self.names)
 
     def strongest(self, count: int) -> list[str | int]:
-        """Names of the `count` maps with the largest mean attention, largest first."""
-        strength = sum(field.values.mean((1, 2)) for field in self._fields)
+        """Return the names of the `count` maps with the largest mean attention, largest first."""
+        strength = reduce(torch.add, (field.values.mean((1, 2)) for field in self._fields))
         return [self.names[i] for i in strength.argsort(descending=True, stable=True)[:count].tolist()]
 
 
@@ -78,7 +80,10 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass
 class SegmentationResult:
-    """image (H,W,3) RGB; labels (H,W) int64; probabilities (C,H,W) float32 and maps if asked for."""
+    """Result of segmentation: image (H,W,3) RGB; labels (H,W) int64.
+
+    probabilities (C,H,W) float32 and maps if asked for.
+    """
 
     image: np.ndarray
     labels: np.ndarray
@@ -87,10 +92,24 @@ class SegmentationResult:
     maps: AttentionMaps | None = None
 
     def shares(self) -> dict[str, float]:
-        """Fraction of the image that each class covers, largest first, classes that do not occur left out."""
+        """Return the fraction of the image that each class covers, largest first, without those that do not occur."""
         counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
         order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
         return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
+
+    @property
+    def values(self) -> np.ndarray:
+        """The labels (H,W) int64."""
+        return self.labels
+
+    def record(self) -> dict[str, Any]:
+        """Return what results files say: {"classes": [{"name", "label", "percent"}, ...]}, the largest class first."""
+        return {
+            "classes": [
+                {"name": name, "label": self.class_names.index(name), "percent": round(100 * share, 3)}
+                for name, share in self.shares().items()
+            ]
+        }
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the labels as PNG: a colour palette with label = palette index up to 256 classes, else 16-bit grey."""
@@ -106,7 +125,7 @@ class SegmentationResult:
         return [save_png(image, path)]
 
     def overlay(self) -> Image.Image:
-        """The photo with the classes in colour and a legend."""
+        """Draw the photo with the classes in colour and a legend."""
         from vpd_fast.pictures.canvas import segmentation_overlay
 
         return segmentation_overlay(self.image, self.labels, self.class_names, self.shares())
@@ -114,7 +133,10 @@ class SegmentationResult:
 
 @dataclass
 class ReferringResult:
-    """image (H,W,3) RGB; masks (S,H,W) bool, one per sentence; probabilities (S,H,W) float32 and maps if asked for."""
+    """Result of referring segmentation: image (H,W,3) RGB; masks (S,H,W) bool, one per sentence.
+
+    probabilities (S,H,W) float32 and maps if asked for.
+    """
 
     image: np.ndarray
     masks: np.ndarray
@@ -127,6 +149,20 @@ class ReferringResult:
         """The mask (H,W) of the only, or the first, sentence."""
         return self.masks[0]
 
+    @property
+    def values(self) -> np.ndarray:
+        """The masks (S,H,W) bool."""
+        return self.masks
+
+    def record(self) -> dict[str, Any]:
+        """Return what results files say: {"masks": [{"text", "pixels", "percent"}, ...]}, one per sentence."""
+        return {
+            "masks": [
+                {"text": sentence, "pixels": int(mask.sum()), "percent": round(100 * float(mask.mean()), 3)}
+                for sentence, mask in zip(self.sentences, self.masks, strict=True)
+            ]
+        }
+
     def save(self, path: str | Path) -> list[Path]:
         """Write the masks as PNG, 255 inside and 0 outside; several as name_1.png, name_2.png, ..."""
         path = Path(path)
@@ -136,7 +172,7 @@ class ReferringResult:
         return [save_png(image, path.with_stem(f"{path.stem}_{i}")) for i, image in enumerate(images, 1)]
 
     def overlay(self) -> Image.Image:
-        """The photo with each mask in colour and outlined, and the sentences."""
+        """Draw the photo with each mask in colour and outlined, and the sentences."""
         from vpd_fast.pictures.canvas import referring_overlay
 
         return referring_overlay(self.image, self.masks, self.sentences)
@@ -144,11 +180,21 @@ class ReferringResult:
 
 @dataclass
 class DepthResult:
-    """image (H,W,3) RGB; depth (H,W) float32 in metres, at most max_depth."""
+    """Result of depth: image (H,W,3) RGB; depth (H,W) float32 in metres, at most max_depth."""
 
     image: np.ndarray
     depth: np.ndarray
     max_depth: float
+
+    @property
+    def values(self) -> np.ndarray:
+        """The depth (H,W) float32 in metres."""
+        return self.depth
+
+    def record(self) -> dict[str, Any]:
+        """Return what results files say: {"metres": {"min", "mean", "max"}}."""
+        depth = self.depth
+        return {"metres": {"min": float(depth.min()), "mean": float(depth.mean()), "max": float(depth.max())}}
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the depth as 16-bit PNG in millimetres, clipped to 65535."""
@@ -158,7 +204,7 @@ class DepthResult:
         return [save_png(Image.fromarray(millimetres.astype(np.uint16)), path)]
 
     def overlay(self) -> Image.Image:
-        """The photo beside the depth in colour, with a scale in metres."""
+        """Draw the photo beside the depth in colour, with a scale in metres."""
         from vpd_fast.pictures.canvas import depth_overlay
 
         return depth_overlay(self.image, self.depth)

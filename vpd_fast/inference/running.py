@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from vpd_fast.models.perceiver import Perceiver
 
 _lock = threading.Lock()
-_in_use: dict[nn.Module, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
+_in_use: dict[Perceiver, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation and inference mode; when the last of several threads is done, each module is in the mode it had."""
+def evaluating(model: Perceiver) -> Iterator[None]:
+    """Set evaluation and inference mode; when the last of several threads is done, modules get their modes back."""
     with _lock:
         training, users = _in_use.get(model, ([], 0))
         if not users:
-            training = [module for module in model.modules() if module.training]
+            modules = model.modules() if isinstance(model, torch.nn.Module) else ()  # a fast model has no modes
+            training = [module for module in modules if module.training]
             for module in training:
                 module.training = False
         _in_use[model] = training, users + 1
@@ -47,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def named_encoder(model: Perceiver) -> Any:
-    """The text encoder that the model's configuration names, None where it names none."""
+    """Return the text encoder that the model's configuration names, None where it names none."""
     name = model.config.text_encoder
     return None if name is None else _encoder(name, model.device)
 
@@ -60,7 +61,7 @@ def _encoder(name: str, device: torch.device) -> Any:
 
 
 def batch_size_for(model: Perceiver, batch_size: int | None) -> int:
-    """`batch_size`, or the default for the model's device. Raises InputError."""
+    """Return `batch_size`, or the default for the model's device. Raises InputError."""
     if batch_size is None:
         return 1 if model.device.type == "cpu" else GPU_BATCH
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

@@ -22,11 +22,11 @@ from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_bilinea
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vpd_fast.models.vpd import VPDSegmentation
+    from vpd_fast.models.perceiver import SegmentationPerceiver
 
 
 def slide_inference(
-    model: VPDSegmentation,
+    model: SegmentationPerceiver,
     image: Tensor,
     crop_size: int | tuple[int, int],
     stride: int | tuple[int, int],
@@ -34,7 +34,7 @@ def slide_inference(
     flip: str | None = None,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Class probabilities (B, num_classes, *out_size) by sliding windows: the reference's `inference`, mode "slide".
+    """Return class probabilities (B, num_classes, *out_size) by sliding windows, as the reference's mode "slide" does.
 
     image: (B,3,H,W) in [-1,1], any size, on the model's device and of its dtype. crop_size, stride: int or (height,
     width). Windows are averaged as logits at the image's size, resized bilinearly to out_size (default: the image's
@@ -73,7 +73,7 @@ def slide_inference(
 
 @dataclass(kw_only=True)
 class SegmentationPredictor:
-    """Segmentation options, checked, and the call that predicts on one image.
+    """Predictor of segmentation: its options, checked, and the call that predicts on one image.
 
     mode: "slide" is the reference's test pipeline: the image resized, ratio kept, to fit 4 x `resize_to` by `resize_to`
         pixels, windows of base_size every two thirds of it. "whole": one forward, both sides resized to multiples of
@@ -88,7 +88,7 @@ class SegmentationPredictor:
     batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
     """
 
-    model: VPDSegmentation
+    model: SegmentationPerceiver
     mode: str = "slide"
     resize_to: int | None = None
     scales: Sequence[float] = (1.0,)
@@ -103,34 +103,35 @@ class SegmentationPredictor:
         config = self.model.config
         if self.mode not in ("slide", "whole"):
             raise InputError(f'mode must be "slide" or "whole", got {self.mode!r}')
-        self.resize_to = check_pair("resize_to", config.base_size if self.resize_to is None else self.resize_to)[0]
+        self._short = check_pair("resize_to", config.base_size if self.resize_to is None else self.resize_to)[0]
+        self.resize_to = self._short
         scales = [self.scales] if isinstance(self.scales, int | float) else list(self.scales)
         if not scales or not all(isinstance(s, int | float) and 0 < s <= 16 for s in scales):
             raise InputError(f"scales must be numbers in (0, 16], at least one, got {self.scales!r}")
         self.scales = scales
-        self.batch_size = batch_size_for(self.model, self.batch_size)
-        self.class_names = default_names(config) if self.classes is None else self._own_classes()
-        self._embeddings = self.model.class_embeddings if self.classes is None else self._embed_classes()
+        self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
+        self.class_names = default_names(config) if self.classes is None else self._checked_classes(self.classes)
+        self._embeddings = self.model.conditioning.class_embeddings if self.classes is None else self._embed_classes()
 
-    def _own_classes(self) -> tuple[str, ...]:
+    def _checked_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
         count = self.model.config.num_classes
-        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
-            raise InputError(f"classes must be a list of names, got {self.classes!r}")
-        if len(set(self.classes)) < len(self.classes):
-            raise InputError(f"classes must not repeat a name, got {self.classes!r}")
-        if len(self.classes) != count:
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise InputError(f"classes must be a list of names, got {classes!r}")
+        if len(set(classes)) < len(classes):
+            raise InputError(f"classes must not repeat a name, got {classes!r}")
+        if len(classes) != count:
             raise InputError(
-                f"classes has {len(self.classes)} names, but the model's head was trained for {count} classes; "
+                f"classes has {len(classes)} names, but the model's head was trained for {count} classes; "
                 f"expected {count} names"
             )
         self.text_encoder = self.text_encoder or named_encoder(self.model)
         if self.text_encoder is None:
             raise InputError("classes needs text_encoder=, a vpd_fast.models.text.TextEncoder, to embed the names")
-        return tuple(self.classes)
+        return tuple(classes)
 
     def _embed_classes(self) -> Tensor:
         embeddings = self.text_encoder.embed_classes(list(self.class_names))
-        expected = tuple(self.model.class_embeddings.shape)
+        expected = tuple(self.model.conditioning.class_embeddings.shape)
         if tuple(embeddings.shape) != expected:
             raise InputError(
                 f"text_encoder gave class embeddings {tuple(embeddings.shape)}, the model needs {expected}"
@@ -154,9 +155,10 @@ class SegmentationPredictor:
     def _views(
         self, image: np.ndarray, size: tuple[int, int]
     ) -> tuple[list[tuple[WindowGrid, Tensor, str | None]], list[WindowField]]:
-        """Windows, logits and flip of every view; their maps as fields at the image's size, one per view and level."""
+        """Return grid, logits and flip of every view, and the maps as fields, one per view and level."""
         views, maps = [], []
-        context = self.model.text_adapter(self._embeddings, self.model.gamma)
+        conditioning = self.model.conditioning
+        context = conditioning.text_adapter(self._embeddings, conditioning.gamma)
         forward = partial(_features, self.model, context)
         for scale in self.scales:
             grid = self._grid(size, scale)
@@ -164,13 +166,13 @@ class SegmentationPredictor:
             resized = resized.to(self.model.device, self.model.dtype)
             for flip in (None, "horizontal") if self.flip else (None,):
                 view = resized if flip is None else resized.flip(3)
-                logits, levels = run_batches(self.model, grid.batches(view, self.batch_size), forward, self.with_maps)
+                logits, levels = run_batches(self.model, grid.batches(view, self._batch), forward, self.with_maps)
                 views.append((grid, logits, flip))
                 maps += [grid.field(level, size, flip).cpu() for level in levels]
         return views, maps
 
     def _grid(self, size: tuple[int, int], scale: float) -> WindowGrid:
-        height, width = fit_size(*size, int(self.resize_to * scale), int(LONG_OVER_SHORT * self.resize_to * scale))
+        height, width = fit_size(*size, int(self._short * scale), int(LONG_OVER_SHORT * self._short * scale))
         if self.mode == "whole":
             height, width = (max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for side in (height, width))
             return WindowGrid.sliding((height, width), (height, width), (height, width))
@@ -178,7 +180,7 @@ class SegmentationPredictor:
         return WindowGrid.sliding((height, width), (crop, crop), (crop * 2 // 3, crop * 2 // 3))
 
     def _average(self, views: list[WindowField], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Labels of the mean of the views' probabilities, and that mean if it was asked for."""
+        """Return the labels of the mean of the views' probabilities, and that mean if it was asked for."""
         labels = np.empty(size, np.int64)
         probabilities = np.empty((views[0].channels, *size), np.float32) if self.probabilities else None
         for first, last in strips(views[0].channels, size):
@@ -192,5 +194,5 @@ class SegmentationPredictor:
         return labels, probabilities
 
 
-def _features(model: VPDSegmentation, context: Tensor, images: Tensor) -> list[Tensor]:
+def _features(model: SegmentationPerceiver, context: Tensor, images: Tensor) -> list[Tensor]:
     return model.features(model.encode(images), context.expand(images.shape[0], -1, -1))

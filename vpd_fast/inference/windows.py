@@ -26,7 +26,7 @@ STRIP_BYTES = 64 * 2**20  # rows are merged in strips of about this size
 
 
 def window_starts(length: int, crop: int, stride: int) -> tuple[int, ...]:
-    """First pixels of the windows along one axis: every `stride`, the last one shifted back to end with the image."""
+    """Return the first pixels of windows along an axis: every `stride`, the last shifted back to end with the image."""
     count = max(length - crop + stride - 1, 0) // stride + 1
     return tuple(max(min(i * stride, length - crop), 0) for i in range(count))
 
@@ -42,14 +42,14 @@ class WindowAxis:
 
     @classmethod
     def sliding(cls, length: int, crop: int, stride: int, multiple: int = SIZE_MULTIPLE) -> WindowAxis:
-        """The reference's grid. Windows whose size is not a multiple of `multiple` will be padded to the next one."""
+        """Return the reference's grid, whose windows will be padded to the next multiple of `multiple`."""
         size = min(crop, length)
         return cls(length, window_starts(length, crop, stride), size, -(-size // multiple) * multiple)
 
     def matrix(self, cells: int, out: int) -> torch.Tensor:
-        """(out, len(starts) * cells): what each of the `cells` low-resolution values of a window gives each output."""
-        taps = window_weights(cells, self.starts, self.padded, self.size, self.length, out)
-        return taps.dense(len(self.starts) * cells)
+        """Return weights (out, len(starts) * cells): what each of a window's `cells` values gives to each output."""
+        weights = window_weights(cells, self.starts, self.padded, self.size, self.length, out)
+        return weights.dense(len(self.starts) * cells)
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class WindowGrid:
 
     @classmethod
     def sliding(cls, size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> WindowGrid:
-        """The reference's grid for an image of `size` (height, width)."""
+        """Return the reference's grid for an image of `size` (height, width)."""
         return cls(*(WindowAxis.sliding(*axis) for axis in zip(size, crop, stride, strict=True)))
 
     def __len__(self) -> int:
         return len(self.y.starts) * len(self.x.starts)
 
     def batches(self, image: torch.Tensor, batch_size: int, fill: float = 0.0) -> Iterator[torch.Tensor]:
-        """Windows of image (1,C,H,W) as batches (<= batch_size, C, padded height, padded width), padded with `fill`."""
+        """Yield windows of image (1,C,H,W), padded with `fill`, in batches (<= batch_size, C, padded height, width)."""
         margins = (0, self.x.padded - self.x.size, 0, self.y.padded - self.y.size)
         corners = [(top, left) for top in self.y.starts for left in self.x.starts]
         for first in range(0, len(corners), batch_size):
@@ -79,7 +79,7 @@ class WindowGrid:
             yield pad(torch.cat(windows), margins, value=fill)
 
     def labels(self, windows: torch.Tensor, out_size: tuple[int, int]) -> torch.Tensor:
-        """(H, W) int64: argmax over the channels of `field(windows, out_size)`."""
+        """Return labels (H, W) int64: the argmax over the channels of `field(windows, out_size)`."""
         return upsample_argmax_windows(
             (windows.float() if windows.dtype == torch.float64 else windows)[None],
             self.y.starts,
@@ -91,7 +91,7 @@ class WindowGrid:
         )[0]
 
     def field(self, windows: torch.Tensor, out_size: tuple[int, int], flip: str | None = None) -> WindowField:
-        """The merged picture of values (len(self), C, h, w) predicted on the windows, at out_size (height, width)."""
+        """Merge values (len(self), C, h, w) predicted on the windows into a picture of out_size (height, width)."""
         n, channels, height, width = windows.shape
         grid = windows.view(len(self.y.starts), len(self.x.starts), channels, height, width)
         values = grid.permute(2, 0, 3, 1, 4).reshape(channels, -1, n // len(self.y.starts) * width)
@@ -120,27 +120,27 @@ class WindowField:
         return self.rows.shape[0], self.columns.shape[0]
 
     def cpu(self) -> WindowField:
-        """The same picture, kept in the computer's memory."""
+        """Return the same picture, kept in the computer's memory."""
         return WindowField(self.values.cpu(), self.rows.cpu(), self.columns.cpu())
 
     def select(self, channel: int) -> WindowField:
-        """One channel of the picture."""
+        """Return one channel of the picture."""
         return WindowField(self.values[channel : channel + 1], self.rows, self.columns)
 
     def strip(self, first: int, last: int) -> torch.Tensor:
-        """Rows first..last-1 of the picture, (C, last - first, W)."""
+        """Return rows first..last-1 of the picture, (C, last - first, W)."""
         rows = self.rows[first:last]
         used = rows.any(0).nonzero()
         low, high = int(used[0]), int(used[-1]) + 1
         return (rows[:, low:high] @ self.values[:, low:high]) @ self.columns.T
 
     def picture(self) -> torch.Tensor:
-        """The whole picture (C, H, W)."""
+        """Return the whole picture (C, H, W)."""
         return self.strip(0, self.size[0])
 
 
 def strips(channels: int, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(first, last) row ranges that cut a float32 picture (channels, *size) into pieces of about STRIP_BYTES."""
+    """Yield row ranges (first, last) that cut a float32 picture (channels, *size) into pieces of about STRIP_BYTES."""
     height, width = size
     step = max(STRIP_BYTES // (4 * channels * width), 1)
     for first in range(0, height, step):
@@ -148,9 +148,10 @@ def strips(channels: int, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def check_pair(name: str, value: object) -> tuple[int, int]:
-    """A positive int or a pair of them as a pair (height, width). Raises InputError."""
+    """Return a positive int, or a pair of them, as a pair (height, width). Raises InputError."""
     pair = (value, value) if isinstance(value, int) else value
-    valid = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(v, int) and v > 0 for v in pair)
-    if not valid or isinstance(value, bool):
-        raise InputError(f"{name} must be a positive int or (height, width), got {value!r}")
-    return pair[0], pair[1]
+    if isinstance(pair, tuple | list) and len(pair) == 2 and not isinstance(value, bool):
+        height, width = pair
+        if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+            return height, width
+    raise InputError(f"{name} must be a positive int or (height, width), got {value!r}")

@@ -15,6 +15,7 @@ from vpd_fast.pictures.resizing import resize_area
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter where Pillow has no FreeType
 LONGEST, SHORTEST = 1280, 480  # the photo's longer side is brought into this range
 BACKGROUND, TEXT, FAINT = (24, 26, 31), (236, 238, 242), (150, 156, 168)
 MARGIN = 16
@@ -27,7 +28,7 @@ SMALLEST_NAMED = 0.01  # of the image: smaller regions get no name drawn on them
 def segmentation_overlay(
     image: np.ndarray, labels: np.ndarray, names: Sequence[str], shares: Mapping[str, float]
 ) -> Image.Image:
-    """The photo with classes in colour, their borders and names, and a legend of the largest ones."""
+    """Draw the photo with classes in colour, their borders and names, and a legend of the largest ones."""
     photo = display_photo(image)
     small = sample_nearest(labels, photo.shape[:2])
     colours = palette(len(names))
@@ -42,7 +43,7 @@ def segmentation_overlay(
 
 
 def referring_overlay(image: np.ndarray, masks: np.ndarray, sentences: Sequence[str]) -> Image.Image:
-    """The photo darkened outside the masks, each mask tinted and outlined in its colour, the sentences below."""
+    """Draw the photo darkened outside the masks, each mask tinted and outlined in its colour, the sentences below."""
     photo = display_photo(image)
     size = photo.shape[:2]
     small = [sample_nearest(mask, size) for mask in masks]
@@ -63,7 +64,7 @@ def referring_overlay(image: np.ndarray, masks: np.ndarray, sentences: Sequence[
 
 
 def depth_overlay(image: np.ndarray, depth: np.ndarray) -> Image.Image:
-    """The photo beside the depth (near is bright) and a scale in metres."""
+    """Draw the photo beside the depth (near is bright) and a scale in metres."""
     photo = display_photo(image)
     near, far = float(depth.min()), float(depth.max())
     small = resize_area(depth.astype(np.float32), photo.shape[:2])
@@ -78,7 +79,7 @@ def depth_overlay(image: np.ndarray, depth: np.ndarray) -> Image.Image:
 
 
 def heatmap_overlay(image: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
-    """The photo under a heat map (H, W): dark where it has its lowest values, coloured where it has its highest.
+    """Draw the photo under a heat map (H, W): dark at its lowest values, coloured at its highest.
 
     title: written above, with the lowest and the highest value.
     """
@@ -86,7 +87,7 @@ def heatmap_overlay(image: np.ndarray, heat: np.ndarray, title: str | None = Non
 
 
 def heatmap_grid(image: np.ndarray, maps: Mapping[str | int, np.ndarray], keys: Sequence[str | int]) -> Image.Image:
-    """The photo and `heatmap_overlay`s of the maps named by `keys`, in a nearly square grid."""
+    """Draw the photo and `heatmap_overlay`s of the maps named by `keys`, in a nearly square grid."""
     columns = int(np.ceil(np.sqrt(len(keys) + 1)))
     photo = display_photo(image, longest=max(LONGEST * 3 // 2 // columns, 160))
     tiles = [titled(Image.fromarray(photo), "photo", "")]
@@ -100,7 +101,7 @@ def heatmap_grid(image: np.ndarray, maps: Mapping[str | int, np.ndarray], keys: 
 
 
 def display_photo(image: np.ndarray, longest: int = LONGEST) -> np.ndarray:
-    """The photo (H,W,3) as uint8, resized so that its longer side has SHORTEST to `longest` pixels."""
+    """Return the photo (H,W,3) as uint8, resized so that its longer side has SHORTEST to `longest` pixels."""
     height, width = image.shape[:2]
     side = max(height, width)
     scale = min(max(side, min(SHORTEST, longest)), longest) / side
@@ -108,18 +109,18 @@ def display_photo(image: np.ndarray, longest: int = LONGEST) -> np.ndarray:
 
 
 def sample_nearest(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Values (H,W) at the centres of the pixels of a picture of `size` (height, width), without interpolation."""
+    """Return values (H,W) at the centres of the pixels of a picture of `size` (height, width): no interpolation."""
     rows, columns = ((np.arange(n) + 0.5) * whole / n for n, whole in zip(size, values.shape, strict=True))
     return values[rows.astype(int)[:, None], columns.astype(int)]
 
 
 def tint(photo: np.ndarray, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The photo (H,W,3) blended with colours of the same shape, or one colour (3,); alpha (H,W,1) is their share."""
+    """Blend the photo (H,W,3) with colours of its shape, or one colour (3,), of which alpha (H,W,1) is the share."""
     return np.rint(photo * (1 - alpha) + colours * alpha).astype(np.uint8)
 
 
 def label_borders(labels: np.ndarray) -> np.ndarray:
-    """Where labels (H,W) differ from the pixel to the left or above, (H,W) bool."""
+    """Return where labels (H,W) differ from the pixel to the left or above, (H,W) bool."""
     borders = np.zeros(labels.shape, bool)
     borders[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     borders[1:] |= labels[1:] != labels[:-1]
@@ -136,12 +137,13 @@ def name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str])
         distance = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
         y, x = np.unravel_index(distance.argmax(), distance.shape)
         font = load_font(FONT_SIZE)
-        if distance[y, x] > 0.35 * draw.textlength(names[label], font):
-            draw.text((int(x), int(y)), names[label], TEXT, font, anchor="mm", stroke_width=2, stroke_fill=(0, 0, 0))
+        name = str(names[label])
+        if distance[y, x] > 0.35 * draw.textlength(name, font):
+            draw.text((int(x), int(y)), name, TEXT, font, anchor="mm", stroke_width=2, stroke_fill=(0, 0, 0))
 
 
 def heatmap(photo: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
-    """`heatmap_overlay` on a photo that already has the size of the picture."""
+    """Draw `heatmap_overlay` on a photo that already has the size of the picture."""
     small = resize_area(heat.astype(np.float32), photo.shape[:2])
     low, high = float(heat.min()), float(heat.max())
     strength = np.clip((small - low) / max(high - low, 1e-12), 0, 1)
@@ -153,18 +155,18 @@ def heatmap(photo: np.ndarray, heat: np.ndarray, title: str | None = None) -> Im
 
 
 def dark_grey(photo: np.ndarray) -> np.ndarray:
-    """The photo (H,W,3) in grey at 55 % of its brightness, as floats, to lay colours over."""
+    """Return the photo (H,W,3) in grey at 55 % of its brightness, as floats, to lay colours over."""
     return np.repeat(photo.mean(2, keepdims=True) * 0.55, 3, axis=2)
 
 
 def apply_colour_map(values: np.ndarray, colours: int) -> np.ndarray:
-    """Values (H,W) in [0, 1] as RGB (H,W,3) uint8 in one of OpenCV's colour maps (cv2.COLORMAP_*)."""
+    """Return values (H,W) in [0, 1] as RGB (H,W,3) uint8 in one of OpenCV's colour maps (cv2.COLORMAP_*)."""
     indices = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
     return cv2.cvtColor(cv2.applyColorMap(indices, colours), cv2.COLOR_BGR2RGB)
 
 
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font at a size in pixels."""
+def load_font(size: int) -> Font:
+    """Return Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -173,7 +175,7 @@ def _percent(share: float) -> str:
 
 
 def _legend(rows: Sequence[tuple[tuple[int, int, int], str, str]], footer: str) -> Image.Image:
-    """Swatches with names and values."""
+    """Draw swatches with names and values."""
     font = load_font(FONT_SIZE)
     line = FONT_SIZE + 10
     names = max(font.getlength(name) for _, name, _ in rows)
@@ -192,7 +194,7 @@ def _legend(rows: Sequence[tuple[tuple[int, int, int], str, str]], footer: str) 
 
 
 def _captions(rows: Sequence[tuple[Sequence[int], str, str]], width: int) -> Image.Image:
-    """Sentences with swatches, wrapped to `width`."""
+    """Draw sentences with swatches, wrapped to `width`."""
     font = load_font(FONT_SIZE + 2)
     width = max(width, 320)
     line = FONT_SIZE + 12
@@ -208,7 +210,7 @@ def _captions(rows: Sequence[tuple[Sequence[int], str, str]], width: int) -> Ima
     return panel
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -220,7 +222,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _scale(near: float, far: float, height: int) -> Image.Image:
-    """A colour bar, near at the bottom, with about six round numbers of metres."""
+    """Draw a colour bar, near at the bottom, with about six round numbers of metres."""
     font = load_font(FONT_SIZE)
     panel = Image.new("RGB", (112, height), BACKGROUND)
     top, bottom = MARGIN + 32, height - MARGIN - 12
@@ -241,13 +243,13 @@ def _scale(near: float, far: float, height: int) -> Image.Image:
 
 
 def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 5, 10, ... times a power of ten that is at least `least`."""
+    """Return the smallest of 1, 2, 5, 10, ... times a power of ten that is at least `least`."""
     power = 10 ** np.floor(np.log10(least))
     return next(float(factor * power) for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def titled(tile: Image.Image, title: str, note: str) -> Image.Image:
-    """The picture with a title above it, and a note at the right where there is room."""
+    """Draw a title above the picture, and a note at the right where there is room."""
     bar = Image.new("RGB", (tile.width, FONT_SIZE + 14), BACKGROUND)
     draw = ImageDraw.Draw(bar)
     font = load_font(FONT_SIZE)
@@ -258,7 +260,7 @@ def titled(tile: Image.Image, title: str, note: str) -> Image.Image:
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures beside each other, aligned at the top."""
+    """Put two pictures beside each other, aligned at the top."""
     both = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), BACKGROUND)
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))
@@ -266,7 +268,7 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def above(top: Image.Image, bottom: Image.Image) -> Image.Image:
-    """Two pictures below each other, aligned at the left."""
+    """Put two pictures below each other, aligned at the left."""
     both = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), BACKGROUND)
     both.paste(top, (0, 0))
     both.paste(bottom, (0, top.height))

@@ -24,7 +24,7 @@ _LMS_TO_OKLAB = np.array(
 
 
 def palette(count: int) -> np.ndarray:
-    """(count, 3) uint8 RGB colours; always the same, and palette(n) is the start of palette(m) for n < m.
+    """Return RGB colours (count, 3) uint8; always the same, and palette(n) is the start of palette(m) for n < m.
 
     Each colour is the one farthest in Oklab from all before it, and from black, white and grey, which photos are full
     of.
@@ -51,6 +51,6 @@ def _palette() -> np.ndarray:
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] to Oklab (Ottosson 2020), whose distances fit perception better than CIELAB's in the blues."""
+    """Convert sRGB in [0, 1] to Oklab (Ottosson 2020), whose distances fit perception better than CIELAB's in blues."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ _LINEAR_TO_LMS.T) @ _LMS_TO_OKLAB.T

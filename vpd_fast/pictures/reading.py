@@ -26,7 +26,7 @@ _pillow_limit_lock = threading.Lock()
 
 
 def read_image(source: Any, name: str | None = None) -> np.ndarray:
-    """The image as an RGB array (H, W, 3): uint8 where the source has 8 bits, float32 in [0, 1] where it has more.
+    """Return the image as an RGB array (H, W, 3): uint8 for a source of 8 bits, float32 in [0, 1] for more.
 
     source: a path (str or Path), a PIL image, an array (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16 or floats in
     [0, 1], or a tensor (3,H,W) or (1,H,W) of uint8 or floats in [0, 1]. The EXIF orientation of files and PIL images is
@@ -48,14 +48,14 @@ def read_image(source: Any, name: str | None = None) -> np.ndarray:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """An image from `read_image` with 8 bits, for display."""
+    """Return an image from `read_image` with 8 bits, for display."""
     if image.dtype == np.uint8:
         return image
     return np.rint(image * 255).astype(np.uint8)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """An image from `read_image` as a float32 tensor (1, 3, H, W) in [0, 1]."""
+    """Return an image from `read_image` as a float32 tensor (1, 3, H, W) in [0, 1]."""
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     return tensor.float() / 255 if image.dtype == np.uint8 else tensor
 

@@ -12,7 +12,7 @@ LONG_OVER_SHORT = 4  # images are fitted into 4 x short by short pixels (2048 x 
 
 
 def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) scaled, ratio kept, as large as `short` allows for its short side and `long` for its long side.
+    """Scale (height, width), ratio kept, as large as `short` allows for the short side and `long` for the long one.
 
     Rounds as mmcv does (half up), but never to zero.
     """

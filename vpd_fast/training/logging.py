@@ -6,10 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpd_fast.errors import MissingDependencyError, VPDFastError
+from vpd_fast.progress import ProgressBar
 from vpd_fast.training.checkpoint import write_text
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class RunLog:
         self.folder = folder
         self.steps = steps
         self._writer: Any = None
-        self._progress: Any = None
+        self._bar = ProgressBar(steps, completed=start, visible=False if folder is None else bar)
+        self._loss = self._speed = ""
         self._started = time.monotonic()
         self._start = start
         if folder is None:
@@ -50,23 +53,16 @@ class RunLog:
                     'log.tensorboard needs TensorBoard: pip install "vpd_fast[train]", or set log.tensorboard=false'
                 ) from error
             self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=start + 1)
-        if sys.stderr.isatty() if bar is None else bar:
-            self._progress = _progress_bar(start, steps)
 
     def message(self, text: str) -> None:
         """Print a line for people, on stderr."""
-        if self.folder is None:
-            return
-        if self._progress is not None:
-            self._progress[0].console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if self.folder is not None:
+            self._bar.message(text)
 
     def advance(self, step: int, loss: float, rate: float) -> None:
         """Move the bar to `step`."""
-        if self._progress is not None:
-            progress, bar = self._progress
-            progress.update(bar, completed=step, description=f"loss {loss:.4g}  lr {rate:.2e}")
+        self._loss = f"loss {loss:.4g}  lr {rate:.2e}"
+        self._bar.update(step, f"{self._loss} {self._speed}")
 
     def scalars(self, step: int, **values: float) -> None:
         """Log losses and the like at `step`; on no terminal a plain line as well."""
@@ -76,12 +72,12 @@ class RunLog:
         for name, value in values.items():
             if self._writer is not None:
                 self._writer.add_scalar(f"train/{name}", value, step)
-        if self._progress is None:
+        self._speed = f"{values.get('images_per_second', 0):.3g} images/s"
+        if self._bar.visible:
+            self._bar.update(description=f"{self._loss} {self._speed}")
+        else:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             print(f"step {step}/{self.steps}  {shown}  {self._remaining(step)}", file=sys.stderr, flush=True)
-        else:
-            progress, bar = self._progress
-            progress.update(bar, speed=f"{values.get('images_per_second', 0):.3g} images/s")
 
     def evaluation(self, step: int, metrics: dict[str, float], best: bool) -> None:
         """Log metrics of the validation data after `step` steps."""
@@ -104,9 +100,7 @@ class RunLog:
         """Write out what is buffered and leave the terminal in order."""
         if self._writer is not None:
             self._writer.close()
-        if self._progress is not None:
-            self._progress[0].stop()
-            self._progress = None
+        self._bar.close()
 
     def _append(self, values: dict[str, Any]) -> None:
         assert self.folder is not None
@@ -141,26 +135,6 @@ class Window:
         """Return the mean loss of the finite steps (none: left out) and images per second."""
         speed = {"images_per_second": self.images / max(time.monotonic() - self.start, 1e-9)}
         return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
-
-
-def _progress_bar(start: int, steps: int) -> tuple[Any, Any]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    progress = Progress(
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.description}"), TextColumn("{task.fields[speed]}"), console=Console(file=sys.stderr),
-    )  # fmt: skip
-    bar = progress.add_task("", total=steps, completed=start, speed="")
-    progress.start()
-    return progress, bar
 
 
 def _drop_later(path: Path, step: int) -> None:
@@ -219,14 +193,11 @@ def _picture(model: VPD, sample: Any, sentences: Callable | None) -> np.ndarray:
 
 def _side_by_side(images: Sequence[Image.Image]) -> np.ndarray:
     import numpy as np
-    from PIL import Image
+
+    from vpd_fast.pictures.canvas import beside
 
     height = max(image.height for image in images)
     scaled = [image.resize((round(image.width * height / image.height), height)) for image in images]
-    row = Image.new("RGB", (sum(image.width for image in scaled), height))
-    left = 0
-    for image in scaled:
-        row.paste(image, (left, 0))
-        left += image.width
+    row = reduce(beside, scaled)
     row.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
     return np.asarray(row)

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
-from vpd_fast.inference import shards
-from vpd_fast.inference.shards import Records, Shard, predict_shard, read_list, relative_name, walk_images
+from vpd_fast.inference import predict_images as loop
+from vpd_fast.inference.listing import Shard, read_list, relative_name, walk_images
+from vpd_fast.inference.predict_images import predict_images
+from vpd_fast.inference.records import FULL, Records, ResultsFile, _drop_cut_line, recorded_names
 
 HEADER = {"task": "segmentation", "options": {"flip": True}}
 
@@ -100,7 +102,7 @@ def test_records_in_order_and_failures_apart(tmp_path, pictures) -> None:
     images = pictures(5)
     Path(images[2][1]).write_bytes(b"no image")
     with Records(tmp_path, Shard(), HEADER) as records:
-        found = list(predict_shard(grey, images, note, records, prefetch=2))
+        found = list(predict_images(grey, images, note, records, prefetch=2))
     assert [record.get("grey") for record in found] == [0, 1, None, 3, 4]
     assert (records.done, records.failed) == (4, 1)
     header, *written = lines(tmp_path / "results.jsonl")
@@ -116,13 +118,13 @@ def test_resume_does_what_is_left(tmp_path, pictures) -> None:
     good = Path(images[1][1]).read_bytes()
     Path(images[1][1]).write_bytes(b"broken")
     with Records(tmp_path, Shard(), HEADER) as records:
-        list(predict_shard(grey, images[:4], note, records))
+        list(predict_images(grey, images[:4], note, records))
     path = tmp_path / "results.jsonl"
     # Killed while it wrote a record: the last line has no end.
     path.write_text(path.read_text()[:-20])
     Path(images[1][1]).write_bytes(good)
     with Records(tmp_path, Shard(), HEADER, resume=True) as records:
-        found = list(predict_shard(grey, images, note, records))
+        found = list(predict_images(grey, images, note, records))
     assert [record["image"] for record in found] == ["1.png", "3.png", "4.png", "5.png"]
     assert records.skipped == 2
     done = [record["image"] for record in lines(path)[1:] if "error" not in record]
@@ -134,9 +136,9 @@ def test_resume_with_another_number_of_shards(tmp_path, pictures) -> None:
     images = pictures(7)
     for i in range(3):
         with Records(tmp_path, Shard(i, 3), HEADER) as records:
-            list(predict_shard(grey, list(Shard(i, 3).take(images))[:2], note, records))
+            list(predict_images(grey, list(Shard(i, 3).take(images))[:2], note, records))
     with Records(tmp_path, Shard(), HEADER, resume=True) as records:
-        assert [record["image"] for record in predict_shard(grey, images, note, records)] == ["6.png"]
+        assert [record["image"] for record in predict_images(grey, images, note, records)] == ["6.png"]
 
 
 def test_another_run_in_the_folder(tmp_path) -> None:
@@ -154,6 +156,61 @@ def test_another_run_in_the_folder(tmp_path) -> None:
         Records(tmp_path, Shard(), HEADER, resume=True)
 
 
+def test_names_of_the_results_of_an_earlier_run(tmp_path) -> None:
+    """Files that do not say how results are named are of a run that kept folders and endings."""
+    assert recorded_names(tmp_path) is None
+    with Records(tmp_path, Shard(), HEADER):
+        pass
+    assert recorded_names(tmp_path) == FULL
+    with Records(tmp_path, Shard(), {**HEADER, "names": FULL}, resume=True):
+        pass
+    with pytest.raises(InputError, match=r"is of another run \(names was 'full', is 'short'\)"):
+        Records(tmp_path, Shard(), {**HEADER, "names": "short"}, resume=True)
+    (tmp_path / "results.jsonl").write_text("[1]\n")
+    assert recorded_names(tmp_path) is None
+
+
+def test_one_file_at_the_end(tmp_path, pictures) -> None:
+    images = pictures(4)
+    Path(images[2][1]).write_bytes(b"no image")
+    path = tmp_path / "results.json"
+    with ResultsFile(path, HEADER, footer=lambda: {"peak": 5}) as results:
+        found = list(predict_images(grey, images, note, results, prefetch=0))
+        assert not path.exists()
+    assert json.loads(path.read_text()) == results.values == {**HEADER, "images": found, "peak": 5}
+    assert (results.done, results.failed, results.skipped) == (3, 1, 0)
+    with ResultsFile(path, HEADER), pytest.raises(KeyboardInterrupt):
+        raise KeyboardInterrupt
+    assert json.loads(path.read_text())["images"] == found  # nothing was recorded, nothing is lost
+
+
+def test_the_file_has_what_was_done_before_an_interruption(tmp_path, pictures) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt), ResultsFile(path, HEADER) as results:  # noqa: PT012
+        for record in predict_images(grey, pictures(4), note, results):
+            if record["grey"] == 1:
+                raise KeyboardInterrupt
+    assert [record["grey"] for record in json.loads(path.read_text())["images"]] == [0, 1]
+
+
+def test_the_error_of_an_only_image_is_raised(tmp_path) -> None:
+    with (
+        pytest.raises(ImageError, match="nowhere.png: cannot read"),
+        ResultsFile(tmp_path / "a", {}, only=True) as only,
+    ):
+        list(predict_images(grey, [("x", "nowhere.png")], note, only))
+    assert not (tmp_path / "a").exists()
+
+
+def test_too_little_memory_while_writing(tmp_path, pictures) -> None:
+    def write(result: int, name: str) -> dict:
+        raise MemoryError
+
+    with ResultsFile(tmp_path / "a", {}) as results:
+        (record,) = predict_images(grey, pictures(1), write, results)
+    assert record == {"image": "0.png", "error": "0.png: not enough memory for an image of this size"}
+
+
 def test_a_file_that_cannot_be_made(tmp_path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         Records(tmp_path / "missing", Shard(), HEADER)
@@ -163,10 +220,10 @@ def test_a_file_that_cannot_be_made(tmp_path) -> None:
 def test_lines_cut_anywhere(tmp_path, size: int) -> None:
     path = tmp_path / "r"
     path.write_bytes(b"first\n" + b"x" * size)
-    shards._drop_cut_line(path)
+    _drop_cut_line(path)
     assert path.read_bytes() == b"first\n"
     path.write_bytes(b"x" * size)
-    shards._drop_cut_line(path)
+    _drop_cut_line(path)
     assert path.read_bytes() == b""
 
 
@@ -184,7 +241,7 @@ def test_errors_of_single_images(tmp_path, pictures) -> None:
         return {}
 
     with Records(tmp_path, Shard(), HEADER) as records:
-        found = list(predict_shard(predictor, pictures(4), write, records))
+        found = list(predict_images(predictor, pictures(4), write, records))
     assert [record.get("error") for record in found] == [
         "0.png: not enough memory for an image of this size", "1.png: too small", "2.png: cannot write the file", None
     ]  # fmt: skip
@@ -199,7 +256,7 @@ def test_a_full_disk_ends_the_run(tmp_path, pictures) -> None:
         return {"grey": result}
 
     with Records(tmp_path, Shard(), HEADER) as records, pytest.raises(ImageError, match="No space left"):
-        list(predict_shard(grey, pictures(40), write, records, prefetch=2))
+        list(predict_images(grey, pictures(40), write, records, prefetch=2))
     assert [record["grey"] for record in lines(tmp_path / "results.jsonl")[1:]] == [0, 1, 2]
 
 
@@ -210,7 +267,7 @@ def test_an_interruption_keeps_what_is_predicted(tmp_path, pictures) -> None:
         return grey(image)
 
     with Records(tmp_path, Shard(), HEADER) as records, pytest.raises(KeyboardInterrupt):
-        list(predict_shard(predictor, pictures(8), note, records, prefetch=8))
+        list(predict_images(predictor, pictures(8), note, records, prefetch=8))
     assert [record["grey"] for record in lines(tmp_path / "results.jsonl")[1:]] == [0, 1, 2, 3]
 
 
@@ -218,14 +275,14 @@ def test_reading_goes_ahead_but_not_far(tmp_path, pictures, monkeypatch) -> None
     read: list[str] = []
     seen: list[int] = []
     lock = threading.Lock()
-    actual = shards.read_image
+    actual = loop.read_image
 
     def counted(path: str) -> np.ndarray:
         with lock:
             read.append(path)
         return actual(path)
 
-    monkeypatch.setattr(shards, "read_image", counted)
+    monkeypatch.setattr(loop, "read_image", counted)
 
     def predictor(image: np.ndarray) -> int:
         deadline = time.monotonic() + 5
@@ -235,19 +292,19 @@ def test_reading_goes_ahead_but_not_far(tmp_path, pictures, monkeypatch) -> None
         return 0
 
     with Records(tmp_path, Shard(), HEADER) as records:
-        list(predict_shard(predictor, pictures(20), note, records, prefetch=3))
+        list(predict_images(predictor, pictures(20), note, records, prefetch=3))
     assert seen == [min(i + 4, 20) for i in range(20)]  # this one, and three more
 
 
 def test_memory_does_not_grow_with_images(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "read_image", lambda path: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(loop, "read_image", lambda path: np.zeros((1, 1, 3), np.uint8))
 
     def used(count: int, folder: Path) -> int:
         folder.mkdir()
         names = ((f"{i:09d}.jpg", f"/images/{i:09d}.jpg") for i in range(count))
         tracemalloc.start()
         with Records(folder, Shard(), HEADER) as records:
-            for _ in predict_shard(grey, names, note, records):
+            for _ in predict_images(grey, names, note, records):
                 pass
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -1,0 +1,81 @@
+"""Which images a command lists, and the one rule for the names of their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vpd_fast.cli.listing import Listing
+from vpd_fast.errors import InputError
+from vpd_fast.inference.listing import Shard
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """`tree(*names)` makes files in a folder, which becomes the current one."""
+
+    def make(*names: str) -> Path:
+        for name in names:
+            path = tmp_path / "here" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        monkeypatch.chdir(tmp_path / "here")
+        return tmp_path / "here"
+
+    return make
+
+
+def stems(listing: Listing, marks: tuple[str, ...] = ("_overlay", "_1")) -> list[str]:
+    naming = listing.naming(marks)
+    return [naming.stem(name) for name, _ in listing.images(naming, Shard())]
+
+
+@pytest.mark.parametrize("at_scale", [False, True])
+@pytest.mark.parametrize(
+    ("files", "sources", "expected"),
+    [
+        (["photos/cat.jpg", "photos/dog.png", "photos/x.txt"], ["photos"], ["cat", "dog"]),
+        (["photos/cat.jpg"], ["photos/cat.jpg"], ["cat"]),
+        (["photos/cat.jpg", "photos/cat.png"], ["photos"], ["cat.jpg", "cat.png"]),
+        (["photos/cat.jpg", "photos/CAT.png"], ["photos/*"], ["photos/CAT.png", "photos/cat.jpg"]),
+        (["photos/cat.jpg", "photos/cat_overlay.jpg"], ["photos"], ["cat.jpg", "cat_overlay.jpg"]),
+        (["photos/cat.jpg", "photos/cat_1.jpg"], ["photos"], ["cat.jpg", "cat_1.jpg"]),
+        (["photos/cat.jpg", "photos/cat_2.jpg"], ["photos"], ["cat", "cat_2"]),
+        (["a/cat.jpg", "b/dog.jpg"], ["a", "b"], ["a/cat.jpg", "b/dog.jpg"]),
+        (["a/cat.jpg", "a/b/dog.jpg"], ["a/**/*.jpg"], ["a/b/dog.jpg", "a/cat.jpg"]),
+    ],
+)
+def test_names_of_results(tree, files, sources, expected, at_scale) -> None:
+    tree(*files)
+    assert stems(Listing(sources, at_scale=at_scale)) == expected
+
+
+def test_folders_below_the_root(tree, monkeypatch) -> None:
+    here = tree("a/cat.jpg", "a/b/dog.jpg")
+    assert stems(Listing(["a"], recursive=True, at_scale=True)) == ["cat.jpg", "b/dog.jpg"]
+    assert stems(Listing(["a"], recursive=True, root=here, at_scale=True)) == ["a/cat.jpg", "a/b/dog.jpg"]
+    assert stems(Listing(["a"], root=here, at_scale=True)) == ["a/cat.jpg"]  # asked for
+    assert stems(Listing(["a"], root=here / "a", at_scale=True)) == ["cat"]
+    monkeypatch.chdir(here / "a" / "b")  # where not all images are
+    assert stems(Listing([str(here / "a" / "cat.jpg"), "dog.jpg"])) == ["cat.jpg", "b/dog.jpg"]
+    with pytest.raises(InputError, match="choose another root"):
+        stems(Listing([str(here / "a")], root=here / "a" / "b", at_scale=True))
+
+
+def test_each_image_once_and_none_missing(tree) -> None:
+    here = tree("a/cat.jpg", "a/.hidden.jpg", "empty/x.txt")
+    again = str(here / "empty" / ".." / "a" / "cat.jpg")
+    assert list(Listing(["a", again, "a/*.jpg"]).paths()) == ["a/cat.jpg"]
+    for source, message in (("empty", "in empty"), ("b/*.jpg", r"in b/\*.jpg"), ("nowhere", "does not exist")):
+        with pytest.raises(InputError, match=message):
+            list(Listing(["a", source]).paths())
+
+
+def test_names_of_images(tree) -> None:
+    tree("a/cat.jpg", "a/dog.jpg", "a/emu.jpg")
+    few, many = Listing(["a"]), Listing(["a"], at_scale=True)
+    assert [name for name, _ in few.images(few.naming([]), Shard())] == ["a/cat.jpg", "a/dog.jpg", "a/emu.jpg"]
+    assert [name for name, _ in many.images(many.naming([]), Shard(1, 2))] == ["dog.jpg"]
+    assert many.naming([]).total == 3
+    assert Listing([], list_file="-", at_scale=True).naming([]).total is None
