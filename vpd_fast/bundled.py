@@ -50,10 +50,13 @@ def asset(name: str) -> Path:
     return path
 
 
-def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack(tensors: Mapping[str, Tensor], step: float | None = None) -> dict[str, Tensor]:
     """Quantise weights of two and more dimensions to int8, one scale per index of the first; others become float16.
 
     Integers stay as they are, and running means and variances stay in float32, which they may need.
+
+    step: the scale relative to the root mean square of its weights. Larger steps make a file that a wheel or a zip
+        archive compresses further. None: the smallest scale that 8 bits allow, 1/127 of the largest weight.
     """
     packed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -61,12 +64,22 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             small = tensor.is_floating_point() and "running" not in key
             packed[key] = (tensor.half() if small else tensor).contiguous()
             continue
-        largest = tensor.float().flatten(1).abs().amax(1).clamp(min=1e-12)
-        scale = largest / 127
+        rows = tensor.float().flatten(1)
+        scale = rows.abs().amax(1).clamp(min=1e-12) / 127
+        if step is not None:
+            scale = torch.maximum(scale, rows.square().mean(1).sqrt() * step)
         shape = (-1, *[1] * (tensor.dim() - 1))
         packed[key] = (tensor.float() / scale.view(shape)).round().clamp(-127, 127).to(torch.int8)
         packed[key + _SCALE] = scale
     return packed
+
+
+def pack_model(
+    tensors: Mapping[str, Tensor], root: str, step: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Pack the shared encoder (keys without their `root`) with all 8 bits, and the rest of a model with `step`."""
+    shared = {key[len(root) :]: tensor for key, tensor in tensors.items() if key.startswith(root)}
+    return pack(shared), pack({key: tensor for key, tensor in tensors.items() if not key.startswith(root)}, step)
 
 
 @contextmanager

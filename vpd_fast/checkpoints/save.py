@@ -47,13 +47,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: VPDConf
 
 
 def write_bundled(
-    folder: Path, name: str, tensors: Mapping[str, Tensor], config: VPDConfig, record: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    config: VPDConfig,
+    record: Mapping[str, Any],
+    step: float | None = None,
 ) -> None:
-    """Write a model's file and, from its encoder, the shared one. Raises CheckpointError if that would change."""
+    """Write a model's file, with the `step` of `bundled.pack_model`, and, from its encoder, the shared one.
+
+    Raises CheckpointError if the shared file is there and would change.
+    """
     from safetensors.torch import save_file
 
     root = config.key_prefix + ENCODER
-    shared = bundled.pack({key[len(root) :]: tensor for key, tensor in tensors.items() if key.startswith(root)})
+    shared, others = bundled.pack_model(tensors, root, step)
     path = folder / f"{bundled.SHARED}.safetensors"
     if path.exists():
         present = reader.read_file(path).tensors
@@ -62,12 +70,11 @@ def write_bundled(
             torch.allclose(present[key].float(), shared[key].float(), rtol=1e-6, atol=0) for key in shared
         ):
             raise CheckpointError(f"{path}: is the encoder of other weights than {name}; remove it to write a new set")
-    own = bundled.pack({key: tensor for key, tensor in tensors.items() if not key.startswith(root)})
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict()), bundled.RECORD: json.dumps(record)}
     write_files(
         {
             path: lambda temporary: save_file(shared, temporary, metadata={"format": "pt"}),
-            folder / f"{name}.safetensors": lambda temporary: save_file(own, temporary, metadata=metadata),
+            folder / f"{name}.safetensors": lambda temporary: save_file(others, temporary, metadata=metadata),
         }
     )
 
