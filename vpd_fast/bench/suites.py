@@ -21,12 +21,17 @@ def some_of(cases: Iterable[str], typical: Iterable[str]) -> list:
     return [case if case in chosen else pytest.param(case, marks=EXHAUSTIVE) for case in cases]
 
 
+def emulates_bfloat16(device: str) -> bool:
+    """Whether the device is a CPU without instructions for bfloat16."""
+    return device == "cpu" and "avx512_bf16" not in _native.load("_C").usable_isas()
+
+
 def on_devices(cpu: Iterable[str], cuda: Iterable[str]) -> list:
     """Pairs (device, precision or dtype) for `parametrize(("device", ...), ..., indirect=["device"])`.
 
     bfloat16 is exhaustive on CPUs without instructions for it, where PyTorch needs up to 80 times as long.
     """
-    emulated = () if "avx512_bf16" in _native.load("_C").usable_isas() else BFLOAT16
+    emulated = BFLOAT16 if emulates_bfloat16("cpu") else ()
     on_cpu = [
         pytest.param("cpu", name, id=f"cpu-{name}", marks=[EXHAUSTIVE] if name in emulated else []) for name in cpu
     ]
