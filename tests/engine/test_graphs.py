@@ -40,6 +40,12 @@ def test_a_shape_is_captured_once(cache: GraphCache) -> None:
     assert Recorded.captured == [((3,),), ((4,),)]
 
 
+def test_each_layout_is_captured(cache: GraphCache) -> None:
+    for x in (torch.randn(3, 4), torch.randn(4, 3).T):
+        assert torch.equal(cache.run("double", double, x)[0], 2 * x)
+    assert len(Recorded.captured) == 2
+
+
 def test_the_least_recently_used_goes(cache: GraphCache) -> None:
     for size in (1, 2, 1, 3, 1, 2):  # 3 drops 2, and 2 drops 3
         cache.run("double", double, torch.randn(size))

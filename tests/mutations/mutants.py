@@ -56,8 +56,8 @@ MUTANTS = {
     ),
     "triton ranges forget the minimum of silu": Mutant(
         "kernels/group_norm_affine.py",
-        "around = (least < SILU_BOTTOM) & (most > SILU_BOTTOM)",
-        "around = (least < SILU_BOTTOM) & (most < SILU_BOTTOM)",
+        "(most > SILU_ARGMIN)",
+        "(most < SILU_ARGMIN)",
         f"tests/ops/test_group_norm_affine.py {_TRITON}",
     ),
     "triton argmax takes the last of equals": Mutant(
