@@ -14,12 +14,10 @@ import typer
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
 from vpd_fast.progress import error_console
-from vpd_fast.tasks import TASKS
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset
     from vpd_fast.evaluation import Evaluation
-    from vpd_fast.models.perceiver import Perceiver
 
 # Kinds of vpd_fast.data, which would import PyTorch, and the split that results are published for.
 ANY_TASK = ("folder", "shapes")  # of vpd_fast.data, which would import PyTorch
@@ -129,8 +127,7 @@ def evaluate(
         if model.config.task != "depth" and crop is None:
             del chosen["crop"]  # a default, which other tasks do not know
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        encoder, notes = _text_encoder(model, text_encoder, random_weights)
-        notes = options.notes(random_weights, {}) + notes
+        encoder = options.text_encoder(model, text_encoder, random_weights)
         from vpd_fast.evaluation import evaluate as run
 
         found = run(
@@ -138,11 +135,14 @@ def evaluate(
             text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
         )  # fmt: skip
         if rank == 0:
-            header = model_options.header(model, notes + found.notes)
+            header = model_options.header(model, options.notes(random_weights, encoder) + found.notes)
             header["data"] = {"kind": data, "root": str(root), "split": split, "samples": len(dataset), **data_options}
             header["processes"] = world_size
             _finish(found, header, output, json)
-        _wait_for_all(world_size)
+        if world_size > 1:  # a process that leaves with exit code 1 makes torchrun end the others
+            from torch import distributed
+
+            distributed.barrier()
     if rank == 0 and found.failed:
         raise typer.Exit(1)
 
@@ -165,21 +165,6 @@ def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str,
     return open_dataset(kind, root, split, **({"task": task} if kind in ANY_TASK else {}), **chosen)
 
 
-def _text_encoder(model: Perceiver, name: str | None, random_weights: int | None) -> tuple[Any, list[str]]:
-    """Return what turns sentences into token features (None for other tasks), and notes about it."""
-    config = model.config
-    if not TASKS[config.task].takes_text:
-        if name is not None:
-            raise InputError(f"--text-encoder is for referring models, this is a {config.task} model")
-        return None, []
-    if random_weights is not None and name is None:
-        width = config.backbone.context_dim
-        return lambda texts: options.random_tokens(texts, config.tokens, width), options.notes(None, {"tokens": True})
-    from vpd_fast.models.text import TextEncoder, encoder_name
-
-    return TextEncoder(encoder_name(name, config), device=model.device), []
-
-
 @contextmanager
 def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
     """Yield (rank, processes, device of this process), with torch.distributed initialised under torchrun."""
@@ -200,14 +185,6 @@ def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
         yield distributed.get_rank(), distributed.get_world_size(), device
     finally:
         distributed.destroy_process_group()
-
-
-def _wait_for_all(world_size: int) -> None:
-    """Wait until all processes are here: one that leaves with exit code 1 makes torchrun end the others."""
-    if world_size > 1:
-        from torch import distributed
-
-        distributed.barrier()
 
 
 def _finish(found: Evaluation, header: dict[str, Any], output: Path, print_json: bool) -> None:

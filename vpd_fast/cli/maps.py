@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vpd_fast.cli import files, options, running
-from vpd_fast.cli.listing import Listing, Naming
 from vpd_fast.errors import InputError
-from vpd_fast.inference.listing import Shard
+from vpd_fast.inference.listing import Listing, Naming, Shard
 from vpd_fast.inference.records import ResultsFile
 from vpd_fast.labels import default_names, find_name
 from vpd_fast.progress import error_console
@@ -64,7 +63,7 @@ def maps(
         from vpd_fast.inference import make_predictor
 
         predictor = make_predictor(model, **predictor_options)
-    header = model_options.header(model, options.notes(random_weights, predictor_options))
+    header = model_options.header(model, options.notes(random_weights, predictor_options.get("text_encoder")))
     footer = partial(running.peak_memory, header["device"])
     sink = ResultsFile(output / "maps.json", header, only=naming.total == 1, footer=footer)
     write = partial(_write, output, naming, chosen, top, separate)

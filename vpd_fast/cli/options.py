@@ -187,24 +187,43 @@ def scales_of(text: str) -> list[float]:
         raise InputError(f"--scales must be numbers separated by commas, like 1.0,1.25, got {text!r}") from None
 
 
-def text_options(
-    model: Perceiver, text: list[str] | None, encoder: str | None, random_weights: int | None
-) -> dict[str, Any]:
-    """Return options of the predictor for a referring model's sentences, {} for other models.
+class RandomEncoder:
+    """A stand-in for CLIP, so that models with random weights can be tried without it. width: of its token features."""
 
-    A model with random weights and no encoder named gets random tokens, so that it can be tried without CLIP.
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def embed_sentences(self, sentences: list[str], tokens: int) -> torch.Tensor:
+        """Return `random_tokens` (sentences, tokens, width)."""
+        return random_tokens(sentences, tokens, self.width)
+
+
+def text_encoder(model: Perceiver, name: str | None, random_weights: int | None) -> Any:
+    """Return what embeds a referring model's sentences, None for other models.
+
+    A model with random weights and no encoder named gets random tokens.
     """
-    if not TASKS[model.config.task].takes_text:
-        if text or encoder:
-            raise InputError(f"--text and --text-encoder are for referring models, this is a {model.config.task} model")
-        return {}
-    if not text:
-        raise InputError('referring segmentation needs --text "what to look for"')
-    if random_weights is not None and encoder is None:
-        return {"text": text, "tokens": random_tokens(text, model.config.tokens, model.config.backbone.context_dim)}
+    config = model.config
+    if not TASKS[config.task].takes_text:
+        if name is not None:
+            raise InputError(f"--text-encoder is for referring models, this is a {config.task} model")
+        return None
+    if random_weights is not None and name is None:
+        return RandomEncoder(config.backbone.context_dim)
     from vpd_fast.models.text import TextEncoder, encoder_name
 
-    return {"text": text, "text_encoder": TextEncoder(encoder_name(encoder, model.config), device=model.device)}
+    return TextEncoder(encoder_name(name, config), device=model.device)
+
+
+def text_options(model: Perceiver, text: list[str] | None, name: str | None, weights: int | None) -> dict[str, Any]:
+    """Return options of the predictor for a referring model's sentences, {} for other models."""
+    if TASKS[model.config.task].takes_text and not text:
+        raise InputError('referring segmentation needs --text "what to look for"')
+    if not TASKS[model.config.task].takes_text:
+        if text or name:
+            raise InputError(f"--text and --text-encoder are for referring models, this is a {model.config.task} model")
+        return {}
+    return {"text": text, "text_encoder": text_encoder(model, name, weights)}
 
 
 def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor:
@@ -220,12 +239,12 @@ def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor
     return torch.stack(rows)
 
 
-def notes(random_weights: int | None, options: dict[str, Any]) -> list[str]:
+def notes(random_weights: int | None, encoder: Any) -> list[str]:
     """Return what whoever sees the results must know."""
     found = []
     if random_weights is not None:
         found.append(f"the weights are random (seed {random_weights}): the pictures mean nothing")
-    if "tokens" in options:
+    if isinstance(encoder, RandomEncoder):
         found.append("no text encoder: each sentence is turned into random numbers made from its letters")
     return found
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vpd_fast.cli import files, options, running
-from vpd_fast.cli.listing import Listing
 from vpd_fast.errors import InputError
-from vpd_fast.inference.listing import Shard
+from vpd_fast.inference.listing import Listing, Shard
 from vpd_fast.inference.records import FULL, NAMES, SHORT, Records, ResultsFile, Sink, recorded_names
 from vpd_fast.progress import error_console
 
@@ -131,9 +130,9 @@ def predict(
         from vpd_fast.inference import make_predictor
 
         predictor = make_predictor(model, **chosen)
-    header = model_options.header(model, options.notes(random_weights, chosen))
+    header = model_options.header(model, options.notes(random_weights, chosen.get("text_encoder")))
     if at_scale:
-        shown = {name: value for name, value in chosen.items() if name not in ("tokens", "text_encoder")}
+        shown = {name: value for name, value in chosen.items() if name != "text_encoder"}
         header["options"] = shown | ({"text_encoder": text_encoder} if text_encoder else {})
         header[NAMES] = SHORT if naming.short else FULL
         kept = {**header, "device": header["device"].partition(":")[0]}  # whichever GPU a process has

@@ -1,14 +1,21 @@
-"""Which images a run predicts on and how they are called: walks of folders, lists, and the shard of a process."""
+"""Which images a run predicts on, how they and their results are called, and the shard of a process."""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from vpd_fast.errors import InputError
+from vpd_fast.pictures import IMAGE_SUFFIXES
+
+STDIN = "-"
+NO_IMAGES = f"no images ({' '.join(IMAGE_SUFFIXES)})"
 
 
 @dataclass(frozen=True)
@@ -80,3 +87,131 @@ def relative_name(path: str, root: str) -> str:
     if inside == os.pardir or inside.startswith(os.pardir + os.sep) or os.path.isabs(inside):
         raise InputError(f"{path} is not in {root}; results keep the folders below it, so choose another root")
     return inside.replace(os.sep, "/")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The one rule for names of results: `cat` for cat.jpg, or `a/cat.jpg` for a/cat.jpg below the root.
+
+    short: the images are all in one folder, and no two of them would write the same file without their endings.
+    base: the folder that names of images are relative to. total: how many images there are, None if not known. folder:
+    the one that images are in where names are short.
+    """
+
+    short: bool
+    root: str
+    base: str
+    total: int | None
+    folder: str = ""
+
+    def stem(self, name: str) -> str:
+        """Return the path of an image's results below the output folder, to which endings such as ".png" are added."""
+        if self.short:
+            return os.path.splitext(os.path.basename(name))[0]
+        return relative_name(os.path.join(self.base, name), self.root)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images that files, folders, quoted globs and the lines of a list name; listed anew each time.
+
+    list_file: "-" for standard input. root: results keep the folders below it; None: the only folder given, else the
+    current one, or where that does not hold them all, the one that does.
+    at_scale: for any number of images: nothing is kept of one when the next is listed. Otherwise an image that is named
+    twice is listed once, and each folder must have images.
+    """
+
+    sources: Sequence[str]
+    list_file: str | None = None
+    recursive: bool = False
+    root: Path | None = None
+    at_scale: bool = False
+
+    @property
+    def base(self) -> str:
+        """The absolute path of the root, as far as it is known before images are listed."""
+        only_folder = len(self.sources) == 1 and os.path.isdir(self.sources[0])
+        return os.path.abspath(self.root or (self.sources[0] if only_folder else "."))
+
+    def paths(self) -> Iterator[str]:
+        """Yield the paths of the images, as given or below what is given. Raises InputError where there is none."""
+        listed = False
+        seen: set[str] = set()
+        for path in self._paths():
+            listed = True
+            if not self.at_scale:
+                actual = os.path.realpath(path)
+                if actual in seen:
+                    continue
+                seen.add(actual)
+            yield path
+        if not listed:
+            raise InputError(f"{NO_IMAGES} in {self.list_file or ' '.join(self.sources)}")
+
+    def _paths(self) -> Iterator[str]:
+        if self.list_file is not None:
+            yield from (os.path.join(self.base, line) for line in self._lines(self.list_file))
+        for source in self.sources:
+            listed = False
+            for path in self._below(source):
+                listed = True
+                yield path
+            if not listed and not self.at_scale:
+                raise InputError(f"{NO_IMAGES} in {source}")
+
+    @staticmethod
+    def _lines(list_file: str) -> Iterator[str]:
+        if list_file == STDIN:
+            yield from read_list(sys.stdin)
+            return
+        try:
+            with open(list_file, encoding="utf-8", errors="surrogateescape") as file:
+                yield from read_list(file)
+        except OSError as error:
+            raise InputError(f"--list {list_file}: cannot be read ({error.strerror})") from error
+
+    def _below(self, source: str) -> Iterator[str]:
+        if os.path.isdir(source):
+            yield from walk_images(os.path.normpath(source), IMAGE_SUFFIXES, self.recursive)
+        elif os.path.exists(source):
+            yield source
+        elif glob.has_magic(source):
+            for path in sorted(glob.iglob(source, recursive=True)):
+                if path.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path):
+                    yield path
+        else:
+            raise InputError(f"{source} does not exist; expected image files, folders or globs")
+
+    def naming(self, marks: Sequence[str]) -> Naming:
+        """Look at all images once and choose the names of their results.
+
+        marks: what is put between an image's name and the ending of a file, such as "_overlay": cat_overlay.jpg must
+        not write the overlay of cat.jpg. Raises InputError where there is no image, or one is not below the root.
+        """
+        base = self.base
+        if not os.path.isdir(base):
+            raise InputError(f"--root {base}: not a folder")
+        if self.list_file == STDIN:
+            return Naming(False, base, base, None)
+        total, short, stems = 0, True, set[str]()
+        first = common = ""
+        for path in self.paths():
+            folder, file = os.path.split(os.path.abspath(path))
+            first, common = first or folder, os.path.commonpath((common or folder, folder))
+            total += 1
+            stem = os.path.splitext(file)[0].casefold()  # some file systems fold case
+            short = short and folder == first and stem not in stems
+            if short:
+                stems.add(stem)
+        inside = os.path.commonpath((base, common)) == base
+        if not inside and self.root is not None:
+            relative_name(common, base)  # which says that it is outside
+        root = base if inside else common
+        short = short and (self.root is None or first == base)
+        short = short and not any(stem + mark in stems for stem in stems for mark in marks)
+        return Naming(short, root, root if self.at_scale else os.getcwd(), total, first)
+
+    def images(self, naming: Naming, shard: Shard) -> Iterator[tuple[str, str]]:
+        """Yield (name, path) of the shard's images; the name is the path as given, at scale that below the root."""
+        for path in shard.take(self.paths()):
+            yield (relative_name(os.path.abspath(path), naming.base) if self.at_scale else path), path

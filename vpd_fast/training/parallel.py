@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vpd_fast.errors import MissingDependencyError
+from vpd_fast.evaluation.distributed import gather
 
 
 class Processes:
@@ -73,11 +74,7 @@ class Processes:
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return gather(value, self.count)
 
     @contextlib.contextmanager
     def first_only(self) -> Iterator[None]:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vpd_fast.cli.listing import Listing
 from vpd_fast.errors import InputError
-from vpd_fast.inference.listing import Shard
+from vpd_fast.inference.listing import Listing, Shard
 
 
 @pytest.fixture
