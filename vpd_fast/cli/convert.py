@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from vpd_fast.checkpoints import convert as convert_checkpoint
+from vpd_fast.checkpoints import load_checkpoint
+from vpd_fast.checkpoints.convert import TARGETS
 from vpd_fast.cli import options
+from vpd_fast.engine import Policy, optimize
 from vpd_fast.errors import InputError
 from vpd_fast.progress import error_console
 
@@ -58,14 +63,8 @@ def convert(
         raise InputError(f"--precision is for --to engine, not --to {to}; --dtype says in what a checkpoint is stored")
     if device is not None:
         raise InputError(f"--device is for --to engine, not --to {to}; checkpoints are the same for all devices")
-    import torch
-
-    from vpd_fast.checkpoints import convert as convert_checkpoint
-    from vpd_fast.checkpoints.convert import TARGETS
-
     if to not in TARGETS:
         raise InputError(f"--to must be one of {', '.join([*TARGETS, 'engine'])}, got {to!r}")
-
     stored = None if dtype is None else getattr(torch, DTYPES[dtype])
     report = convert_checkpoint(source, destination, to=to, dtype=stored)
     typer.echo(str(report))
@@ -78,9 +77,6 @@ def _to_engine(source: Path, destination: Path, precision: str, device: str) -> 
         raise InputError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
     if destination.exists() and not destination.is_dir():
         raise InputError(f"{destination} is a file; an engine is a folder")
-    from vpd_fast.checkpoints import load_checkpoint
-    from vpd_fast.engine import Policy, optimize
-
     # GPUs have no Winograd kernels; what a CPU has no instructions for, it can still pack.
     policy = Policy() if device == "cpu" else Policy(winograd=False, emulate=True)
     fast = optimize(load_checkpoint(source), precision, policy=policy, progress=error_console().is_terminal)

@@ -6,16 +6,16 @@ from dataclasses import asdict
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from vpd_fast import __version__
 from vpd_fast.cli import files, options
+from vpd_fast.demo import Demo, contact_sheet, run_demo
 from vpd_fast.files import write_json
+from vpd_fast.inference import save_png
 from vpd_fast.progress import error_console
-
-if TYPE_CHECKING:
-    from vpd_fast.demo import Demo
 
 SHEET, REPORT = "sheet.png", "demo.json"
 
@@ -37,31 +37,20 @@ def demo(
     miniatures and their images are tiny: at full size the fast models gain much more.
     """
     files.prepare_output(output)
-    console = error_console()
-    with console.status("starting") as status:
-        from vpd_fast.demo import contact_sheet, run_demo
-
+    with error_console().status("starting") as status:
         done = run_demo(scenes, split=split, first=first, precision=precision, report=status.update)
         status.update("drawing")
-        from vpd_fast.inference import save_png
-
         save_png(contact_sheet(done), output / SHEET)
-    record = _record(done, split, first)
+    record = {
+        "vpd_fast": __version__, "precision": done.precision, "split": split, "first": first, "scenes": done.scenes,
+        "tasks": [asdict(report) | {"speedup": report.speedup} for report in done.reports],
+    }  # fmt: skip
     files.write_file(output / REPORT, partial(write_json, values=record))
     if json:
         typer.echo(dumps(record, indent=2))
     else:
         _print(done)
         typer.echo(f"wrote {output / SHEET} and {output / REPORT}")
-
-
-def _record(done: Demo, split: str, first: int) -> dict[str, Any]:
-    from vpd_fast import __version__
-
-    return {
-        "vpd_fast": __version__, "precision": done.precision, "split": split, "first": first, "scenes": done.scenes,
-        "tasks": [asdict(report) | {"speedup": report.speedup} for report in done.reports],
-    }  # fmt: skip
 
 
 def _print(done: Demo) -> None:

@@ -7,20 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import distributed
 
 from vpd_fast.cli import files, options, running
+from vpd_fast.data import ANY_TASK, Dataset, open_dataset
 from vpd_fast.errors import InputError
+from vpd_fast.evaluation import Evaluation
+from vpd_fast.evaluation import evaluate as run
+from vpd_fast.evaluation.results import show
 from vpd_fast.progress import error_console
 
-if TYPE_CHECKING:
-    from vpd_fast.data import Dataset
-    from vpd_fast.evaluation import Evaluation
-
-# Kinds of vpd_fast.data, which would import PyTorch, and the split that results are published for.
-ANY_TASK = ("folder", "shapes")  # of vpd_fast.data, which would import PyTorch
+# Kinds of vpd_fast.data, and the split that results are published for.
 SPLITS = {
     "ade20k": "validation", "refcoco": "val", "refcoco+": "val", "refcocog": "val", "refclef": "val", "nyu": "test",
     "folder": "val",
@@ -128,8 +132,6 @@ def evaluate(
             del chosen["crop"]  # a default, which other tasks do not know
         chosen = {name: value for name, value in chosen.items() if value is not None}
         encoder = options.text_encoder(model, text_encoder, random_weights)
-        from vpd_fast.evaluation import evaluate as run
-
         found = run(
             model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank, world_size=world_size,
             text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
@@ -140,8 +142,6 @@ def evaluate(
             header["processes"] = world_size
             _finish(found, header, output, json)
         if world_size > 1:  # a process that leaves with exit code 1 makes torchrun end the others
-            from torch import distributed
-
             distributed.barrier()
     if rank == 0 and found.failed:
         raise typer.Exit(1)
@@ -160,8 +160,6 @@ def _data_options(data: str, split_by: str | None, scene_rule: str | None, filen
 
 
 def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str, Any]) -> Dataset:
-    from vpd_fast.data import open_dataset
-
     return open_dataset(kind, root, split, **({"task": task} if kind in ANY_TASK else {}), **chosen)
 
 
@@ -172,9 +170,6 @@ def _process_group(device: str) -> Iterator[tuple[int, int, str]]:
     if world_size == 1 or "RANK" not in os.environ:
         yield 0, 1, device
         return
-    import torch
-    from torch import distributed
-
     gpu = device.startswith("cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -209,12 +204,6 @@ def _finish(found: Evaluation, header: dict[str, Any], output: Path, print_json:
 
 def _print_tables(found: Evaluation) -> None:
     """Print the metrics, and the best and worst classes."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from vpd_fast.evaluation.results import show
-
     console = Console()
     classes = sorted((row for row in found.per_class if row["IoU"] is not None), key=lambda row: -row["IoU"])
     if classes:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
+from vpd_fast.inference import AttentionMaps, Result, heatmap_grid, heatmap_overlay, make_predictor, save_png
 from vpd_fast.inference.listing import Listing, Naming, Shard
 from vpd_fast.inference.records import ResultsFile
 from vpd_fast.labels import default_names, find_name
 from vpd_fast.progress import error_console
 
 if TYPE_CHECKING:
-    from vpd_fast.inference import AttentionMaps, Result
     from vpd_fast.models.perceiver import Perceiver
 
 
@@ -60,8 +60,6 @@ def maps(
         chosen = _find_classes(model, classes)
         predictor_options: dict[str, Any] = {"with_maps": True} | ({} if mode is None else {"mode": mode})
         predictor_options |= options.text_options(model, text, text_encoder, random_weights)
-        from vpd_fast.inference import make_predictor
-
         predictor = make_predictor(model, **predictor_options)
     header = model_options.header(model, options.notes(random_weights, predictor_options.get("text_encoder")))
     footer = partial(running.peak_memory, header["device"])
@@ -121,8 +119,6 @@ def _draw(
     result: Result, maps: AttentionMaps, keys: list[str | int], path: Path, separate: bool
 ) -> tuple[list[running.Record], list[Path]]:
     """Write the grid and, if asked for, single maps. Returns a record per map, and the files."""
-    from vpd_fast.inference import heatmap_grid, heatmap_overlay, save_png
-
     written = [save_png(heatmap_grid(result.image, maps, keys), path)]
     folder = path.with_suffix("")
     if separate:

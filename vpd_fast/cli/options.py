@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 
-from vpd_fast.config import PRECISIONS
+from vpd_fast import __version__
+from vpd_fast.checkpoints import load_checkpoint
+from vpd_fast.checkpoints.reader import read_json
+from vpd_fast.config import PRECISIONS, VPDConfig
+from vpd_fast.engine import load_engine, optimize
+from vpd_fast.engine.storage import SETTINGS
 from vpd_fast.errors import InputError
+from vpd_fast.models import VPD
+from vpd_fast.models.attention_backends import check_backend
+from vpd_fast.models.perceiver import Perceiver
+from vpd_fast.models.random_weights import randomize
 from vpd_fast.tasks import TASKS
-
-if TYPE_CHECKING:
-    import torch
-
-    from vpd_fast.models import VPD
-    from vpd_fast.models.perceiver import Perceiver
-
-ENGINE_FILE = "engine.json"  # what makes a folder one of a fast model, see vpd_fast.engine.storage
 
 
 def in_panel(name: str) -> Callable[..., Any]:
@@ -130,32 +133,22 @@ class ModelOptions:
 
     def load(self) -> Perceiver:
         """Load the model for evaluation. Raises InputError, CheckpointError, MissingDependencyError."""
-        import torch
-
-        from vpd_fast.models.attention_backends import check_backend
-
         device = _device(self.device)
         check_backend(self.attention_backend)  # before the weights are read
         place = torch.device("cpu") if self.precision else device  # where layers are converted one by one
         if self.checkpoint is None:
             assert self.random_weights is not None  # checked when made
             model = _random_model(self.random_weights, self.task, self.config).to(place).eval()
-        elif (self.checkpoint / ENGINE_FILE).exists():
+        elif (self.checkpoint / SETTINGS).exists():
             return self._load_engine(self.checkpoint, device)
         else:
-            from vpd_fast.checkpoints import load_checkpoint
-
             model = load_checkpoint(self.checkpoint, task=self.task, device=place)
         if self.precision is not None:
-            from vpd_fast.engine import optimize
-
             return optimize(model, self.precision, device=device)
         model.attention_backend = self.attention_backend
         return model
 
     def _load_engine(self, folder: Path, device: torch.device) -> Perceiver:
-        from vpd_fast.engine import load_engine
-
         if self.attention_backend != "plain":
             raise InputError(f"--attention-backend is for plain models; {folder} is a fast model")
         model = load_engine(folder, device)
@@ -167,8 +160,6 @@ class ModelOptions:
 
     def header(self, model: Perceiver, notes: list[str]) -> dict[str, Any]:
         """Return what a results file says about the model."""
-        from vpd_fast import __version__
-
         weights = (
             {"random_weights": self.random_weights} if self.checkpoint is None else {"checkpoint": str(self.checkpoint)}
         )
@@ -228,10 +219,6 @@ def text_options(model: Perceiver, text: list[str] | None, name: str | None, wei
 
 def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor:
     """Return numbers (sentences, tokens, width) in place of CLIP's: N(0, 1), the same for the same sentence."""
-    import hashlib
-
-    import torch
-
     rows = []
     for sentence in sentences:
         seed = int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:7], "big")
@@ -250,8 +237,6 @@ def notes(random_weights: int | None, encoder: Any) -> list[str]:
 
 
 def _device(name: str) -> torch.device:
-    import torch
-
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -264,15 +249,9 @@ def _device(name: str) -> torch.device:
 
 
 def _random_model(seed: int, task: str | None, path: Path | None) -> VPD:
-    from vpd_fast.config import VPDConfig
-    from vpd_fast.models import VPD
-    from vpd_fast.models.random_weights import randomize
-
     if path is None:
         config = VPDConfig(task=task or "segmentation")
     else:
-        from vpd_fast.checkpoints.reader import read_json
-
         config = VPDConfig.from_dict(read_json(path))
         if task not in (None, config.task):
             raise InputError(f"--task is {task}, but {path} is the configuration of a {config.task} model")

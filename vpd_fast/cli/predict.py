@@ -6,20 +6,17 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
+from vpd_fast.inference import Result, make_predictor, save_png
 from vpd_fast.inference.listing import Listing, Shard
 from vpd_fast.inference.records import FULL, NAMES, SHORT, Records, ResultsFile, Sink, recorded_names
 from vpd_fast.progress import error_console
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vpd_fast.inference import Result
 
 
 def predict(
@@ -127,8 +124,6 @@ def predict(
     with error_console().status("loading the model"):
         model = model_options.load()
         chosen |= options.text_options(model, text, text_encoder, random_weights)
-        from vpd_fast.inference import make_predictor
-
         predictor = make_predictor(model, **chosen)
     header = model_options.header(model, options.notes(random_weights, chosen.get("text_encoder")))
     if at_scale:
@@ -150,8 +145,6 @@ def predict(
 
 def _write(output: Path, stem: str, result: Result) -> running.Record:
     """Write a result's files. Returns what is in them, and their names."""
-    from vpd_fast.inference import save_png
-
     files.make_folder((output / stem).parent)
     written = result.save(output / f"{stem}.png")
     written.append(save_png(result.overlay(), output / f"{stem}_overlay.png"))
@@ -163,7 +156,5 @@ def _write(output: Path, stem: str, result: Result) -> running.Record:
 
 
 def _save_array(array: np.ndarray, path: Path) -> None:
-    import numpy as np
-
     with path.open("wb") as file:  # given a name, numpy would append ".npy" to it
         np.save(file, array)

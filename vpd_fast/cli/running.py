@@ -6,19 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import typer
 
 from vpd_fast.errors import VPDFastError
+from vpd_fast.inference.predict_images import predict_images
+from vpd_fast.inference.records import Record, Records, Sink
 from vpd_fast.progress import ProgressBar
 
-if TYPE_CHECKING:
-    import torch
-
-    from vpd_fast.inference.records import Sink
-
-Record = dict[str, Any]
 LOG_EVERY = 60.0  # seconds between lines of progress where stderr is no terminal, as in a cluster's log
 
 
@@ -40,9 +37,6 @@ def run(
     Prints the header's notes and a summary (or JSON) on stdout, progress on stderr. Images that fail are reported at
     the end, and the exit code is 1. Raises ImageError for a run that cannot go on.
     """
-    from vpd_fast.inference.predict_images import predict_images
-    from vpd_fast.inference.records import Records
-
     at_once = isinstance(sink, Records)
     if not print_json:
         for note in header["notes"]:
@@ -82,8 +76,6 @@ def run(
 
 def peak_memory(device: str | torch.device) -> Record:
     """Return the most bytes this process has had in memory, where the system tells, and on the GPU it used."""
-    import torch
-
     memory: Record = {}
     try:
         import resource

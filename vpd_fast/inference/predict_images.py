@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.pictures.reading import read_image
 
@@ -31,8 +33,6 @@ _STOPPING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # no later ima
 
 def within_memory(call: Callable[..., T], *arguments: Any) -> T:
     """Return `call(*arguments)`. Raises ImageError where the memory, or a GPU's, does not suffice for the image."""
-    import torch
-
     try:
         return call(*arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 
+from vpd_fast.checkpoints import load_checkpoint
+from vpd_fast.engine import load_engine, optimize
+from vpd_fast.engine.storage import SETTINGS
 from vpd_fast.errors import ImageError, InputError, MissingDependencyError
+from vpd_fast.inference.predict import make_predictor
+from vpd_fast.inference.predict_images import within_memory
+from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -42,8 +49,6 @@ class Predictor:
         device: str | None = None,
         **options: Any,
     ) -> None:
-        from vpd_fast.inference.predict import make_predictor
-
         if (checkpoint is None) == (model is None):
             raise InputError("Predictor needs either a checkpoint or a function that makes the model")
         self.model = _load(checkpoint, model, task, precision, device)
@@ -56,9 +61,6 @@ class Predictor:
         "labels" (H,W) int64, "masks" (sentences,H,W) bool or "depth" (H,W) float32 metres, by the model's task, and
         "error", "" where all went well. An image that fails has an empty array and does not end the job.
         """
-        from vpd_fast.inference.predict_images import within_memory
-        from vpd_fast.pictures.reading import read_image
-
         source = "image" if "image" in batch else "path"
         if source not in batch:
             raise InputError(f'a batch needs a column "image" or "path", got {", ".join(batch) or "none"}')
@@ -114,12 +116,6 @@ def _ray_data() -> Any:
 
 
 def _load(checkpoint: Any, make: Any, task: str | None, precision: str | None, device: str | None) -> Perceiver:
-    import torch
-
-    from vpd_fast.checkpoints import load_checkpoint
-    from vpd_fast.engine import load_engine, optimize
-    from vpd_fast.engine.storage import SETTINGS
-
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if make is not None:
         model = make().eval()

@@ -15,6 +15,8 @@ from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
+from vpd_fast.pictures import canvas
+from vpd_fast.pictures.palette import palette
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,8 +115,6 @@ class SegmentationResult:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the labels as PNG: a colour palette with label = palette index up to 256 classes, else 16-bit grey."""
-        from vpd_fast.pictures.palette import palette
-
         count = len(self.class_names)
         if count > LARGEST_16_BIT + 1:
             raise InputError(f"labels of {count} classes do not fit into a PNG; expected at most {LARGEST_16_BIT + 1}")
@@ -126,9 +126,7 @@ class SegmentationResult:
 
     def overlay(self) -> Image.Image:
         """Draw the photo with the classes in colour and a legend."""
-        from vpd_fast.pictures.canvas import segmentation_overlay
-
-        return segmentation_overlay(self.image, self.labels, self.class_names, self.shares())
+        return canvas.segmentation_overlay(self.image, self.labels, self.class_names, self.shares())
 
 
 @dataclass
@@ -173,9 +171,7 @@ class ReferringResult:
 
     def overlay(self) -> Image.Image:
         """Draw the photo with each mask in colour and outlined, and the sentences."""
-        from vpd_fast.pictures.canvas import referring_overlay
-
-        return referring_overlay(self.image, self.masks, self.sentences)
+        return canvas.referring_overlay(self.image, self.masks, self.sentences)
 
 
 @dataclass
@@ -205,9 +201,7 @@ class DepthResult:
 
     def overlay(self) -> Image.Image:
         """Draw the photo beside the depth in colour, with a scale in metres."""
-        from vpd_fast.pictures.canvas import depth_overlay
-
-        return depth_overlay(self.image, self.depth)
+        return canvas.depth_overlay(self.image, self.depth)
 
 
 Result = SegmentationResult | ReferringResult | DepthResult
