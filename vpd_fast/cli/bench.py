@@ -8,22 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
 import typer
-from rich.console import Console
 
-from vpd_fast.bench import catalog, report
-from vpd_fast.bench.environment import environment
-from vpd_fast.bench.runner import Bench
-from vpd_fast.bench.variants import Case, Source
 from vpd_fast.cli import files, options
-from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
+from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
-from vpd_fast.files import write_files, write_json
-from vpd_fast.models import VPD
+from vpd_fast.files import write_json
 from vpd_fast.progress import ProgressBar, error_console
+
+if TYPE_CHECKING:
+    from vpd_fast.bench.runner import Bench
+    from vpd_fast.bench.variants import Source
+    from vpd_fast.config import VPDConfig
 
 measuring_option, output_option = options.in_panel("Measuring"), options.in_panel("Output")
 in_process_option = options.in_panel("In one process")
@@ -80,6 +78,10 @@ def bench(
     """
     import torch
 
+    from vpd_fast.bench import catalog
+    from vpd_fast.bench.runner import Bench
+    from vpd_fast.bench.variants import Case
+
     random_weights = 0 if checkpoint is None and random_weights is None else random_weights
     if device not in ("cpu", "cuda") or (device == "cuda" and not in_process):
         raise InputError(f"--device must be cpu, or cuda with --in-process, got {device!r}")
@@ -134,6 +136,11 @@ def _prepare(
     model_options: options.ModelOptions, scratch: Path, threads: int | None, in_process: bool
 ) -> tuple[Source, VPDConfig]:
     """The source of models, whose weights are in a file for all processes or in this process, and what they are."""
+    import torch
+
+    from vpd_fast.bench.variants import Source
+    from vpd_fast.models import VPD
+
     if in_process and threads is not None:
         torch.set_num_threads(threads)
     with error_console().status("preparing the weights"):
@@ -168,6 +175,11 @@ def _report(
     chart: Path | None,
 ) -> list[dict[str, Any]]:
     """Print the tables and write the files; the rows of all runs, which are named after how they were timed."""
+    from rich.console import Console
+
+    from vpd_fast.bench import report
+    from vpd_fast.bench.environment import environment
+
     source, model_config = next((run.source, run.config) for run in runs.values())
     threads, rows = source.threads, []
     for timed, run in runs.items():
@@ -203,6 +215,7 @@ def _report(
         files.write_file(json, partial(write_json, values=values))
     if chart is not None and rows:
         from vpd_fast.bench import plots
+        from vpd_fast.files import write_files
 
         footer = f"{about['device']}, {threads} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
         figure = plots.stage_bars(rows, footer)
