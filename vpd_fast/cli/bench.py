@@ -14,8 +14,8 @@ import typer
 
 from vpd_fast.cli import files, options
 from vpd_fast.config import SIZE_MULTIPLE
-from vpd_fast.errors import InputError
-from vpd_fast.files import write_json
+from vpd_fast.errors import ImageError, InputError
+from vpd_fast.files import write_files, write_json
 from vpd_fast.progress import ProgressBar, error_console
 
 if TYPE_CHECKING:
@@ -212,10 +212,9 @@ def _report(
             "left_out": left_out,
             "rows": rows,
         }
-        files.write_file(json, partial(write_json, values=values))
+        write_files({json: partial(write_json, values=values)}, ImageError)
     if chart is not None and rows:
         from vpd_fast.bench import plots
-        from vpd_fast.files import write_files
 
         footer = f"{about['device']}, {threads} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
         figure = plots.stage_bars(rows, footer)

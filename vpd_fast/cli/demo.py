@@ -13,7 +13,8 @@ import typer
 from vpd_fast import __version__
 from vpd_fast.cli import files, options
 from vpd_fast.demo import Demo, contact_sheet, run_demo
-from vpd_fast.files import write_json
+from vpd_fast.errors import ImageError
+from vpd_fast.files import write_files, write_json
 from vpd_fast.inference import save_png
 from vpd_fast.progress import error_console
 
@@ -45,7 +46,7 @@ def demo(
         "vpd_fast": __version__, "precision": done.precision, "split": split, "first": first, "scenes": done.scenes,
         "tasks": [asdict(report) | {"speedup": report.speedup} for report in done.reports],
     }  # fmt: skip
-    files.write_file(output / REPORT, partial(write_json, values=record))
+    write_files({output / REPORT: partial(write_json, values=record)}, ImageError)
     if json:
         typer.echo(dumps(record, indent=2))
     else:

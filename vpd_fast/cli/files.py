@@ -1,13 +1,12 @@
-"""Where to write: checks before a run, and files that appear when they are complete."""
+"""Where results go: folders, and checks before a run."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vpd_fast.errors import ImageError, InputError
-from vpd_fast.files import write_files
 
 
 def check_output(folder: Path, sources: Iterable[str], images: str | None) -> None:
@@ -47,9 +46,3 @@ def prepare_output(folder: Path, option: str = "--output") -> None:
             pass
     except OSError as error:
         raise InputError(f"{option} {folder}: cannot write there ({error.strerror or error})") from error
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` make a file, which appears when it is complete. Raises ImageError when that fails."""
-    write_files({path: write}, ImageError)
-    return path

@@ -12,7 +12,8 @@ import numpy as np
 import typer
 
 from vpd_fast.cli import files, options, running
-from vpd_fast.errors import InputError
+from vpd_fast.errors import ImageError, InputError
+from vpd_fast.files import write_files
 from vpd_fast.inference import Result, make_predictor, save_png
 from vpd_fast.inference.listing import Listing, Shard
 from vpd_fast.inference.records import FULL, NAMES, SHORT, Records, ResultsFile, Sink, recorded_names
@@ -151,7 +152,8 @@ def _write(output: Path, stem: str, result: Result) -> running.Record:
     probabilities = getattr(result, "probabilities", None)  # depth has none
     if probabilities is not None:
         path = output / f"{stem}_probabilities.npy"
-        written.append(files.write_file(path, partial(_save_array, probabilities)))
+        write_files({path: partial(_save_array, probabilities)}, ImageError)
+        written.append(path)
     return {**result.record(), "files": [path.relative_to(output).as_posix() for path in written]}
 
 

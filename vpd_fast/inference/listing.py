@@ -137,27 +137,34 @@ class Listing:
         """Yield the paths of the images, as given or below what is given. Raises InputError where there is none."""
         listed = False
         seen: set[str] = set()
-        for path in self._paths():
-            listed = True
-            if not self.at_scale:
-                actual = os.path.realpath(path)
-                if actual in seen:
-                    continue
-                seen.add(actual)
-            yield path
+        for source, paths in self._groups():
+            group = False
+            for path in paths:
+                listed = group = True
+                if self.at_scale:
+                    yield path
+                elif (actual := os.path.realpath(path)) not in seen:
+                    seen.add(actual)
+                    yield path
+            if not group and not self.at_scale:
+                raise InputError(f"{NO_IMAGES} in {source}")
         if not listed:
             raise InputError(f"{NO_IMAGES} in {self.list_file or ' '.join(self.sources)}")
 
-    def _paths(self) -> Iterator[str]:
+    def _groups(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """Yield (what was given, the paths of its images)."""
         if self.list_file is not None:
-            yield from (os.path.join(self.base, line) for line in self._lines(self.list_file))
+            yield self.list_file, (os.path.join(self.base, line) for line in self._lines(self.list_file))
         for source in self.sources:
-            listed = False
-            for path in self._below(source):
-                listed = True
-                yield path
-            if not listed and not self.at_scale:
-                raise InputError(f"{NO_IMAGES} in {source}")
+            if os.path.isdir(source):
+                yield source, walk_images(os.path.normpath(source), IMAGE_SUFFIXES, self.recursive)
+            elif os.path.exists(source):
+                yield source, [source]
+            elif glob.has_magic(source):
+                matches = sorted(glob.iglob(source, recursive=True))
+                yield source, [p for p in matches if p.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(p)]
+            else:
+                raise InputError(f"{source} does not exist; expected image files, folders or globs")
 
     @staticmethod
     def _lines(list_file: str) -> Iterator[str]:
@@ -169,18 +176,6 @@ class Listing:
                 yield from read_list(file)
         except OSError as error:
             raise InputError(f"--list {list_file}: cannot be read ({error.strerror})") from error
-
-    def _below(self, source: str) -> Iterator[str]:
-        if os.path.isdir(source):
-            yield from walk_images(os.path.normpath(source), IMAGE_SUFFIXES, self.recursive)
-        elif os.path.exists(source):
-            yield source
-        elif glob.has_magic(source):
-            for path in sorted(glob.iglob(source, recursive=True)):
-                if path.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path):
-                    yield path
-        else:
-            raise InputError(f"{source} does not exist; expected image files, folders or globs")
 
     def naming(self, marks: Sequence[str]) -> Naming:
         """Look at all images once and choose the names of their results.

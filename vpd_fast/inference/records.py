@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from vpd_fast.errors import ImageError, InputError
-from vpd_fast.files import json_text, write_files
+from vpd_fast.files import write_files, write_json
 from vpd_fast.inference.listing import Shard
 
 Record = dict[str, Any]
@@ -61,8 +62,7 @@ class ResultsFile:
     ) -> None:
         if self.values["images"]:
             self.values |= self._footer()
-            text = json_text(self.values)
-            write_files({self.path: lambda path: path.write_text(text, encoding="utf-8")}, ImageError)
+            write_files({self.path: partial(write_json, values=self.values)}, ImageError)
 
 
 class Records:
