@@ -63,13 +63,14 @@ class GroupNorm(Layer):
 
     def __call__(self, x: Tensor, x2: Tensor | None = None, **options: Any) -> Tensor:
         """(B,H,W,C1) [and (B,H,W,C2)] -> (B,2,C1+C2) float32; options: statistics, ranges and what belongs to them."""
-        return ops.group_norm_affine(x, self.weight, self.bias, self.groups, self.eps, x2=x2, **options)
+        return ops.group_norm_affine(x, x2=x2, **vars(self), **options)
 
 
 @dataclass(frozen=True)
 class GemmLayer(Layer):
     """Base of the layers that multiply by a packed weight, with what surrounds the product fused into it.
 
+    The fields of a kind of layer are arguments of its operator, by the same names.
     out_dtype: dtype of the results. scale: (c,) factors of the input's channels (smoothing), whose inverses are in the
     weight. activation: None, "relu", "silu" or "geglu", applied to the product plus bias.
     """
@@ -102,10 +103,6 @@ class GemmLayer(Layer):
         """(B,...,k) -> (B,...,n); options: x2, affine, residual, out and, where a kind takes them, further ones."""
         raise NotImplementedError
 
-    def _fused(self) -> dict[str, Any]:
-        """The arguments that all fused operators take."""
-        return {"scale": self.scale, "activation": self.activation, "out_dtype": self.out_dtype}
-
 
 @dataclass(frozen=True)
 class Linear(GemmLayer):
@@ -121,15 +118,7 @@ class Linear(GemmLayer):
         for name in ("x2", "residual", "out"):
             if options.get(name) is not None:
                 options[name] = _rows(options[name])
-        out = ops.linear(
-            _rows(x),
-            self.weight,
-            self.bias,
-            norm=self.norm,
-            eps=self.eps,
-            **self._fused(),
-            **options,
-        )
+        out = ops.linear(_rows(x), **vars(self), **options)
         return out.view(*shape, out.shape[-1])
 
 
@@ -162,18 +151,7 @@ class Conv2d(GemmLayer):
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
         """(B,H,W,C) -> (B,H',W',n); options: x2, affine, ranges, residual, out, statistics."""
-        return ops.conv2d(
-            x,
-            self.weight,
-            self.bias,
-            kernel=tuple(self.kernel),
-            stride=self.stride,
-            padding=tuple(self.padding),
-            upsample=self.upsample,
-            silu=self.silu,
-            **self._fused(),
-            **options,
-        )
+        return ops.conv2d(x, **vars(self), **options)
 
 
 @dataclass(frozen=True)
@@ -190,15 +168,7 @@ class Winograd(GemmLayer):
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
         """(B,H,W,C) -> (B,H,W,n), or (B,2H,2W,n) if it upsamples; options: x2, affine, residual, out."""
-        return ops.winograd_conv2d(
-            x,
-            self.weight,
-            self.bias,
-            upsample=self.upsample,
-            silu=self.silu,
-            **self._fused(),
-            **options,
-        )
+        return ops.winograd_conv2d(x, **vars(self), **options)
 
 
 class Layers(dict[str, Layer]):
@@ -223,9 +193,8 @@ def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) 
     if kind != GroupNorm.kind:
         data = tensors.pop("weight")
         sizes = settings.pop("n"), settings.pop("k")
-        settings["weight"] = PackedWeight(
-            data, tensors.pop("weight_scales", None), tensors.pop("weight_sums", None), *sizes
-        )
-        settings["weight"].require_consistent()
+        weight = PackedWeight(data, tensors.pop("weight_scales", None), tensors.pop("weight_sums", None), *sizes)
+        weight.require_consistent()
+        settings["weight"] = weight
         settings["out_dtype"] = OUT_DTYPES[settings["out_dtype"]]
     return KINDS[kind](**{"bias": None, **settings, **tensors})

@@ -82,7 +82,7 @@ def load_engine(folder: str | Path, device: torch.device | str = "cpu") -> FastV
         if parts:
             raise ValueError(f"{TENSORS} has layers that {SETTINGS} does not know: {', '.join(list(parts)[:3])}")
         _require_layers(config, layers)
-        infos = tuple(LayerInfo(**_with_tuples(row)) for row in settings["report"])
+        infos = tuple(LayerInfo(**row) for row in settings["report"])
         device = torch.device(device)
         _require_device(layers, device)
         layers = {name: layer.for_device(device) for name, layer in layers.items()}
@@ -121,14 +121,14 @@ def _require_device(layers: dict[str, Layer], device: torch.device) -> None:
             raise ValueError(f"layer {name} is {NAMES[dtype]}, which CPUs have no kernels for")
 
 
-def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=_with_tuples)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder} is no saved engine: it has no {SETTINGS}; save one with fast.save()"
