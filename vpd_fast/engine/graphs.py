@@ -6,21 +6,14 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_GRAPHS = 12  # per model: three stages of four shapes
 Stage = Callable[..., "list[Tensor]"]
-
-
-class Graph(Protocol):
-    """A captured stage."""
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """The stage's results for other inputs of the same shapes, in new memory."""
-        ...
+Graph = Callable[[tuple[Tensor, ...]], "list[Tensor]"]  # a captured stage
 
 
 class CudaGraph:
@@ -38,7 +31,7 @@ class CudaGraph:
             self._done = torch.cuda.Event()
             self._done.record(stream)
 
-    def replay(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def __call__(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The stage's results for other inputs of the same shapes, in new memory."""
         stream = torch.cuda.current_stream(inputs[0].device)
         stream.wait_event(self._done)  # an earlier call may have been on another stream
@@ -92,7 +85,7 @@ class GraphCache:
                 while len(self._graphs) > self._max_graphs:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
-            return self._graphs[key][0].replay(inputs)
+            return self._graphs[key][0](inputs)
 
     @staticmethod
     def wanted(x: Tensor) -> bool:

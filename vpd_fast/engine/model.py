@@ -17,7 +17,7 @@ from vpd_fast.engine.build import LayerInfo
 from vpd_fast.engine.heads import HEADS
 from vpd_fast.engine.layers import Layer, Layers
 from vpd_fast.engine.report import EngineReport
-from vpd_fast.engine.unet import Structure, run_unet
+from vpd_fast.engine.unet import run_unet
 from vpd_fast.errors import InputError
 from vpd_fast.models.attention_backends import PLAIN
 from vpd_fast.models.backbone import Conditioning
@@ -67,7 +67,6 @@ class FastVPD(Engine, Perceiver):
         """
         parts = {name.removeprefix(config.key_prefix): tensor for name, tensor in conditioning.items()}
         self.config, self._conditioning = config, Conditioning.frozen(config, parts)
-        self._structure = Structure.of(config)
         super().__init__(Layers(layers), infos, precision, self._conditioning.gamma.device)
 
     @staticmethod
@@ -90,7 +89,7 @@ class FastVPD(Engine, Perceiver):
 
         def stage(latents: Tensor) -> list[Tensor]:
             with self._workspaces.lease() as memory:
-                features, maps = run_unet(self.layers, self._structure, to_nhwc(latents), text, memory)
+                features, maps = run_unet(self.layers, self.config, to_nhwc(latents), text, memory)
                 parts = [[x.float()] for x in features]
                 for level, kind in sorted(maps.sums):
                     parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -145,7 +146,8 @@ class BlockPlace(NamedTuple):
     gives_feature: bool = False
 
 
-def unet_places(config: BackboneConfig) -> list[BlockPlace]:
+@functools.cache
+def unet_places(config: BackboneConfig) -> tuple[BlockPlace, ...]:
     """The places of all blocks in the order in which they run; they follow from the configuration alone."""
     lowest, count = len(config.channel_mult) - 1, config.num_res_blocks
     downs = [0]
@@ -154,14 +156,15 @@ def unet_places(config: BackboneConfig) -> list[BlockPlace]:
     ups = [level for level in range(lowest, -1, -1) for _ in range(count + 1)]
     # The last block of each level before its upsampling one, and the very last block.
     features = {(count + 1) * n - 2 for n in range(1, lowest + 1)} | {len(ups) - 1}
-    return [
+    return (
         *(BlockPlace(f"input_blocks.{i}", "down", level) for i, level in enumerate(downs)),
         BlockPlace("middle_block", "mid", lowest),
         *(BlockPlace(f"output_blocks.{i}", "up", level, i in features) for i, level in enumerate(ups)),
-    ]
+    )
 
 
-def map_weights(config: VPDConfig) -> dict[tuple[str, int], dict[str, float]]:
+@functools.cache
+def map_weights(config: VPDConfig) -> Mapping[tuple[str, int], Mapping[str, float]]:
     """{(place, level): {kind: weight}} of the transformer blocks whose maps are wanted: 1 / how many share a mean.
 
     place: "down", "mid" or "up". kind: "cross" or "self".
