@@ -10,8 +10,20 @@ from torch import Tensor, nn
 from vpd_fast.config import VPDConfig
 from vpd_fast.models.autoencoder import AutoencoderKL
 from vpd_fast.models.meta import on_meta_device
-from vpd_fast.models.text_adapter import TextAdapter
 from vpd_fast.models.unet import UNetWrapper
+
+
+class TextAdapter(nn.Module):
+    """texts + gamma * MLP(texts) (VPD, equation 4): one module for all three tasks, which differ in shapes only."""
+
+    def __init__(self, text_dim: int, hidden_dim: int | None = None) -> None:
+        super().__init__()
+        hidden_dim = hidden_dim or text_dim
+        self.fc = nn.Sequential(nn.Linear(text_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, text_dim))
+
+    def forward(self, texts: Tensor, gamma: Tensor) -> Tensor:
+        """texts (..., text_dim), gamma (text_dim,) -> (..., text_dim)."""
+        return texts + gamma * self.fc(texts)
 
 
 class Conditioning(nn.Module):
