@@ -1,8 +1,7 @@
 """The fast form of a model: exact rewrites, fused layers, and fewer bits."""
 
-from vpd_fast.engine.encoder_only import FastEncoder
 from vpd_fast.engine.model import FastVPD
-from vpd_fast.engine.optimize import optimize
+from vpd_fast.engine.optimize import FastEncoder, optimize
 from vpd_fast.engine.policy import Policy
 from vpd_fast.engine.report import EngineReport
 from vpd_fast.engine.storage import load_engine

@@ -1,13 +1,15 @@
-"""`optimize`: from a plain model to a fast one."""
+"""`optimize`: from a plain model to a fast one; `FastEncoder`: to a fast KL encoder alone, for training behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from vpd_fast.engine.base import Engine
 from vpd_fast.engine.build import LayerInfo, build_layer
 from vpd_fast.engine.calibrate import Batch, Calibration, check_batches
 from vpd_fast.engine.layers import Layers
@@ -49,11 +51,11 @@ def optimize(
     Raises InputError for another model or precision, one in training mode, on another device or not in float32, and for
     calibration images of a wrong shape, not finite or constant.
     """
-    check_model(model, precision)
+    _check_model(model, precision)
     if any(module.training for module in model.modules()):
         raise InputError("model is in training mode, and a fast model is for inference; call model.eval() first")
     specs = list(layer_specs(model))
-    policy, target = check_choices(policy, specs, precision, device, model)
+    policy, target = _check_choices(policy, specs, precision, device, model)
     measured = None
     if calibration is not None:
         if PRECISIONS[precision].itemsize > 1:
@@ -76,14 +78,14 @@ def _assemble(
     measured: Calibration | None,
     progress: bool,
 ) -> FastVPD:
-    layers, infos = build_layers(specs, precision, policy, device, measured, progress)
+    layers, infos = _build_layers(specs, precision, policy, device, measured, progress)
     kept = {
         k: v.to(device, copy=True) for k, v in model.state_dict().items() if FastVPD.is_conditioning(model.config, k)
     }
     return FastVPD(model.config, kept, layers, infos, precision)
 
 
-def build_layers(
+def _build_layers(
     specs: Sequence[Spec],
     precision: str,
     policy: Policy,
@@ -104,7 +106,7 @@ def build_layers(
     return layers, tuple(infos)
 
 
-def check_choices(
+def _check_choices(
     policy: Policy | None,
     specs: Sequence[Spec],
     precision: str,
@@ -121,7 +123,7 @@ def check_choices(
     return policy, target
 
 
-def check_model(model: VPD, precision: str) -> None:
+def _check_model(model: VPD, precision: str) -> None:
     """Raises InputError unless it is a plain float32 model on a device that we know, and a precision."""
     if isinstance(model, FastVPD):
         raise InputError("model is a fast model already; optimize the plain model")
@@ -147,3 +149,28 @@ def _device(device: torch.device | str | None, model: VPD) -> torch.device:
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+class FastEncoder(Engine):
+    """`encode` of the fast form of a model, and nothing else of it. No gradients; several threads may call it at once.
+
+    model: a plain float32 model, in training mode or not; its encoder's weights are copied, so later changes to them
+    are not seen. precision, policy, device, graphs: as in `vpd_fast.optimize`. Raises InputError as that does.
+    """
+
+    def __init__(
+        self,
+        model: VPD,
+        precision: str = "fp32",
+        policy: Policy | None = None,
+        *,
+        device: torch.device | str | None = None,
+        graphs: bool = True,
+    ) -> None:
+        _check_model(model, precision)
+        # The encoder comes first, and the weights of what follows need not be looked at.
+        specs = list(takewhile(lambda spec: spec.name.startswith("encoder."), layer_specs(model)))
+        policy, target = _check_choices(policy, specs, precision, device, model)
+        layers, infos = _build_layers(specs, precision, policy, target)
+        super().__init__(layers, infos, precision, target)
+        self.graphs = graphs
