@@ -8,6 +8,7 @@ mask, so that padding tokens are ordinary tokens.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -74,8 +75,6 @@ class TextEncoder:
         self._lock = threading.RLock()
         self._loaded_tokenizer: Any = None
         self._loaded_model: nn.Module | None = None
-        self._identity: str | None = None
-        self._words: tuple[str, ...] | None = None
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> Tensor:
         """Class or scene names -> (n, C) float32: the mean of the pooled outputs over all templates.
@@ -181,11 +180,12 @@ class TextEncoder:
             return bundled.asset(self.name)
         return Path(self.name) if Path(self.name).is_dir() else None
 
+    @functools.cached_property
+    def _words(self) -> tuple[str, ...]:
+        return _read_words(self._local_folder())
+
     def _check_words(self, texts: Sequence[str]) -> None:
         """Raise InputError for words that the encoder has never seen, if it says which it has."""
-        with self._lock:
-            if self._words is None:
-                self._words = _read_words(self._local_folder())
         for text in texts if self._words else ():
             unknown = [word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in self._words]
             if unknown:
@@ -193,13 +193,11 @@ class TextEncoder:
                     f"{text!r}: {self.name} does not know {', '.join(unknown)}; its words are {', '.join(self._words)}"
                 )
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Stands for the encoder in the keys of caches."""
-        if self._identity is None:
-            folder = self._local_folder()
-            self._identity = f"hub:{self.name}" if folder is None else _fingerprint(folder)
-        return self._identity
+        folder = self._local_folder()
+        return f"hub:{self.name}" if folder is None else _fingerprint(folder)
 
     def _cache_path(self, settings: dict[str, Any], text: str) -> Path:
         content = {"encoder": self.identity, "dtype": str(self.dtype), "format": _FORMAT, "text": text, **settings}
