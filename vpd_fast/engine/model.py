@@ -66,8 +66,8 @@ class FastVPD(Engine, Perceiver):
         conditioning: entries of the plain model's state dict that no layer replaces: text adapter and embeddings.
         """
         parts = {name.removeprefix(config.key_prefix): tensor for name, tensor in conditioning.items()}
-        self.config, self._conditioning = config, Conditioning.frozen(config, parts)
-        super().__init__(Layers(layers), infos, precision, self._conditioning.gamma.device)
+        self.config, self.conditioning = config, Conditioning.frozen(config, parts)
+        super().__init__(Layers(layers), infos, precision, self.conditioning.gamma.device)
 
     @staticmethod
     def is_conditioning(config: VPDConfig, key: str) -> bool:
@@ -76,10 +76,8 @@ class FastVPD(Engine, Perceiver):
         return key.startswith(tuple(config.key_prefix + name for name in names))
 
     @property
-    def conditioning(self) -> Conditioning:
-        return self._conditioning
-
-    backbone = conditioning
+    def backbone(self) -> Conditioning:
+        return self.conditioning
 
     @torch.no_grad()
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:

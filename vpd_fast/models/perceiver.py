@@ -27,15 +27,11 @@ class Perceiver:
     is_fast: ClassVar[bool]
     align_corners: ClassVar[bool] = False  # how logits are resized to the image
     config: VPDConfig
+    conditioning: Conditioning  # holds text_adapter, gamma and, but for referring models, class_embeddings
     precision: str  # "fp32", "bf16", ...: what a plain model's weights are in, or a fast one was made for
 
     def __call__(self, *inputs: Any) -> Any:
         """What `forward` returns; a torch.nn.Module has its own, which also runs hooks."""
-        raise NotImplementedError
-
-    @property
-    def conditioning(self) -> Conditioning:
-        """The module that holds text_adapter, gamma and, but for referring models, class_embeddings."""
         raise NotImplementedError
 
     @property
