@@ -154,10 +154,6 @@ class _Labelled:
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self._owner.around(self._label(*args, **options), lambda: self._inner(*args, **options))
 
-    def with_bias(self, bias: Tensor) -> _Labelled:
-        """The same layer with another bias, under the same label."""
-        return _Labelled(self._inner.with_bias(bias), self._label, self._owner)
-
 
 @contextmanager
 def labelled(model: FastVPD) -> Iterator[LabelledPass]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
+from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
 from vpd_fast.engine.layers import GemmLayer, Layer, Linear
 from vpd_fast.engine.model import FastVPD
@@ -63,17 +63,11 @@ def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) ->
             raise InputError(f"{name} has values in [{low:.3g}, {high:.3g}]; images must be in [{least:g}, {most:g}]")
         if low == high:
             raise InputError(f"{name} is constant ({low:.3g}): it says nothing about ranges")
-        if referring:
-            batches.append((images, _sentences(model.config, len(images)) if sentences is None else sentences))
-        else:
-            batches.append((images,))
+        if referring and sentences is None:  # the text encoder's last layer norm leaves numbers of about this size
+            shape = len(images), model.config.tokens, model.config.backbone.context_dim
+            sentences = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        batches.append((images,) if sentences is None else (images, sentences))
     return batches
-
-
-def _sentences(config: VPDConfig, batch: int) -> Tensor:
-    """Random sentences in place of the text encoder's, whose last layer norm leaves numbers of about this size."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, config.tokens, config.backbone.context_dim, generator=generator)
 
 
 @dataclass
@@ -109,10 +103,6 @@ class _Recorder:
         else:
             inputs.largest = torch.maximum(inputs.largest, largest)
         return self._layer(x, x2=x2, affine=affine, **options)
-
-    def with_bias(self, bias: Tensor) -> _Recorder:
-        """The recorder of the layer with another bias; both add to the same record."""
-        return _Recorder(self._layer.with_bias(bias), self._inputs, self._name)
 
 
 def _center(rows: Tensor) -> Tensor:

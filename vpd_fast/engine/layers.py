@@ -95,10 +95,6 @@ class GemmLayer(Layer):
         n = self.weight.n // 2 if self.activation == "geglu" else self.weight.n
         return x.shape[0], *self.size(*x.shape[1:3]), n
 
-    def with_bias(self, bias: Tensor) -> GemmLayer:
-        """The same layer with another bias (n,) float32."""
-        return replace(self, bias=bias)
-
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
         """(B,...,k) -> (B,...,n); options: x2, affine, residual, out and, where a kind takes them, further ones."""
         raise NotImplementedError
@@ -113,12 +109,12 @@ class Linear(GemmLayer):
     eps: float = 1e-5
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out, statistics."""
+        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out, statistics, bias."""
         shape = x.shape[:-1]
         for name in ("x2", "residual", "out"):
             if options.get(name) is not None:
                 options[name] = _rows(options[name])
-        out = ops.linear(_rows(x), **vars(self), **options)
+        out = ops.linear(_rows(x), **{**vars(self), **options})
         return out.view(*shape, out.shape[-1])
 
 

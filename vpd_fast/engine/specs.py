@@ -181,9 +181,6 @@ def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator
         weights = [block.attn1.to_q.weight, block.attn1.to_k.weight, block.attn1.to_v.weight]
         return rewrites.fold_layer_norm(torch.cat(weights), None, block.norm1)
 
-    def q() -> Weight:
-        return rewrites.fold_layer_norm(block.attn2.to_q.weight, None, block.norm2)
-
     def kv() -> Weight:
         return torch.cat([block.attn2.to_k.weight, block.attn2.to_v.weight]), None
 
@@ -193,6 +190,7 @@ def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator
         values = partial(_parameters, block.attn2.to_v)
         yield Spec(f"{name}.attn2.v", "linear", values, rewrites=("one token",))
     else:
+        q = partial(rewrites.fold_layer_norm, block.attn2.to_q.weight, None, block.norm2)
         yield Spec(f"{name}.attn2.kv", "linear", kv, rewrites=("text",))
         yield Spec(f"{name}.attn2.q", "linear", q, {"norm": "layer", "eps": block.norm2.eps}, ("layer norm",))
     yield Spec(f"{name}.attn2.out", "linear", partial(_parameters, block.attn2.to_out[0]))
@@ -200,13 +198,9 @@ def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator
 
 def _bn_conv(name: str, conv: nn.Module, bn: nn.Module, side: int) -> Spec:
     """Convolution, batch norm, ReLU."""
-    make = partial(_folded, conv, bn)
-    return _conv(name, conv, side, make, settings={"activation": "relu"}, rewrites=("batch norm",))
-
-
-def _folded(conv: nn.Module, bn: nn.Module) -> Weight:
     assert isinstance(bn, nn.BatchNorm2d)
-    return rewrites.fold_batch_norm(*_parameters(conv), bn)
+    make = partial(rewrites.fold_batch_norm, *_parameters(conv), bn)
+    return _conv(name, conv, side, make, settings={"activation": "relu"}, rewrites=("batch norm",))
 
 
 def _segmentation_head(model: VPDSegmentation) -> Iterator[Spec]:

@@ -7,9 +7,9 @@ import threading
 import torch
 from torch import Tensor
 
-from vpd_fast.engine.layers import GemmLayer, Layers
+from vpd_fast.engine.layers import Layers
 
-Projected = dict[str, "tuple[Tensor, Tensor] | list[GemmLayer]"]  # by the transformer's name
+Projected = dict[str, "tuple[Tensor, Tensor] | Tensor"]  # by the transformer's name
 MAX_TEXTS = 8
 
 
@@ -34,7 +34,7 @@ class TextMemo:
 
 
 def _project(layers: Layers, context: Tensor) -> Projected:
-    """{transformer: (keys, values)}; of one token {transformer: [attn1.out with attn2 in its bias] per text}."""
+    """{transformer: (keys, values)}; of one token {transformer: biases (B,n) of attn1.out with attn2 in them}."""
     projected: Projected = {}
     for name in layers:
         transformer, _, role = name.rpartition(".attn2.")
@@ -43,7 +43,6 @@ def _project(layers: Layers, context: Tensor) -> Projected:
             projected[transformer] = keys, values
         elif role == "v":  # the probability of the only token is 1
             result = layers.gemm(f"{transformer}.attn2.out")(layers.gemm(name)(context)).float()
-            out = layers.gemm(f"{transformer}.attn1.out")
-            biases = result[:, 0] if out.bias is None else out.bias + result[:, 0]
-            projected[transformer] = [out.with_bias(bias) for bias in biases]
+            bias = layers.gemm(f"{transformer}.attn1.out").bias
+            projected[transformer] = result[:, 0] if bias is None else bias + result[:, 0]
     return projected

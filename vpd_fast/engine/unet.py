@@ -101,7 +101,7 @@ def _transformer(
         memory.give(q)
         t = _replaced(memory, t, call(layers.gemm(f"{name}.attn2.out"), memory, attended.view(x.shape), residual=t))
     else:
-        t = _replaced(memory, t, _for_each_text(context, attended, t))
+        t = _replaced(memory, t, _for_each_text(layers.gemm(f"{name}.attn1.out"), context, attended, t))
         maps.add_single_token(place, q)
     hidden = call(layers.gemm(f"{name}.ff1"), memory, t)
     out = call(layers.gemm(f"{name}.ff2"), memory, hidden, x2=t, residual=x, norm_follows=True)
@@ -115,9 +115,9 @@ def _replaced(memory: Workspace, old: Tensor, new: Tensor) -> Tensor:
     return new
 
 
-def _for_each_text(outs: list[GemmLayer], attended: Tensor, t: Tensor) -> Tensor:
+def _for_each_text(out: GemmLayer, biases: Tensor, attended: Tensor, t: Tensor) -> Tensor:
     """Output projection of self-attention with that of cross-attention in its bias: one for all images, or one each."""
-    if len(outs) == 1:
-        return outs[0](attended, residual=t)
-    images = zip(outs, attended.split(1), t.split(1), strict=True)
-    return torch.cat([out(a, residual=residual) for out, a, residual in images])
+    if len(biases) == 1:
+        return out(attended, residual=t, bias=biases[0])
+    images = zip(biases, attended.split(1), t.split(1), strict=True)
+    return torch.cat([out(a, residual=residual, bias=bias) for bias, a, residual in images])
