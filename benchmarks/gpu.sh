@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh [tests|ops|slow|e2e|layers|sanitizer|tune|train|all] ...
 #
-# It must have Python with torch (CUDA build), pybind11, cmake, ninja, setuptools, pytest and pytest-benchmark, and nvcc
+# It must have Python with torch (CUDA build), pybind11, cmake, ninja, setuptools and pytest, and nvcc
 # or a built vpd_fast._C_cuda. Results, logs and summary.json go to $OUT (default benchmarks/results). No command runs
 # longer than $LIMIT seconds (default 540). A command that succeeded is not run again unless FORCE=1, so an interrupted
 # run is continued by the same call. Exits non-zero if one failed. GPU_SH_DRY=1 prints the commands and runs nothing.

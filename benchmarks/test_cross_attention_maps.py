@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vpd_fast import _native, ops
-from vpd_fast.bench.suites import EXHAUSTIVE, on_devices
+from vpd_fast import ops
+from vpd_fast.bench.suites import EXHAUSTIVE, on_devices, variants_of
 from vpd_fast.bench.timing import copy_gb_per_s, extra_memory, matmul_gflop_per_s, measure, percentile, rows_of
 
 HEADS = 8
@@ -61,28 +61,7 @@ def inputs(shape: tuple[int, int, int], tokens: int, batch: int, dtype: torch.dt
     return [torch.randn(*size, HEADS * dim, generator=generator).to(dtype).to(device) for size in sizes]
 
 
-def kernels(device: str, dtype: torch.dtype, main: bool) -> dict[str, str]:
-    """Variant -> implementation: those for the device; on the CPU for the main case also per instruction set level."""
-    if device == "cuda":
-        return {name: name for name in ("cuda", "triton") if (name, dtype) != ("cuda", torch.float32)}
-    levels = _native.load("_C").usable_isas()
-    return {f"cpu {isa}": "cpu" for isa in (levels if main else levels[-1:])}
-
-
-def with_level(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with the instruction set level that the variant's name says."""
-    if not name.startswith("cpu "):
-        return function
-
-    def run() -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VPD_FAST_ISA", name.removeprefix("cpu "))
-            return function()
-
-    return run
-
-
-def forward_variants(tensors: list[Tensor], device: str, main: bool, refused: list[str]) -> Variants:
+def forward_variants(tensors: list[Tensor], device: str, main: bool) -> Variants:
     q, k, v = tensors
     wide = [x.expand(q.shape[0], -1, -1) for x in (k, v)]  # the others know no shared context
     variants: Variants = {
@@ -93,13 +72,9 @@ def forward_variants(tensors: list[Tensor], device: str, main: bool, refused: li
     if main:
         compiled = torch.compile(eager, fullgraph=True, dynamic=False)
         variants["compiled eager"] = lambda: compiled(q, k, v)
-    reasons = ops.explain("cross_attention_maps", q, k, v, HEADS)
-    for name, impl in kernels(device, q.dtype, main).items():
-        if reasons[impl] == "ok":
-            variants[name] = with_level(name, lambda impl=impl: ops.cross_attention_maps(q, k, v, HEADS, impl=impl))
-        else:
-            refused.append(f"{name}: {reasons[impl]}")
-    return variants
+    return variants | variants_of(
+        "cross_attention_maps", device, lambda impl: ops.cross_attention_maps(q, k, v, HEADS, impl=impl), main
+    )
 
 
 def require_parity(variants: Variants, tensors: list[Tensor]) -> None:
@@ -185,16 +160,13 @@ def test_forward(case: tuple[int, int, int, int], dtype: str, device: str, keep:
             "eager PyTorch would hold more than 6 GB of probabilities; the tests have the operator alone at such sizes"
         )
     tensors = inputs(SHAPES[side][index], tokens, batch, DTYPES[dtype], device)
-    refused: list[str] = []
-    variants = forward_variants(tensors, device, case == MAIN, refused)
+    variants = forward_variants(tensors, device, case == MAIN)
     if tokens == 1:  # a constant: no kernel
         variants = {name: f for name, f in variants.items() if name.partition(" ")[0] in ("eager", "sdpa")}
         variants["constant"] = lambda: ops.cross_attention_maps(*tensors, HEADS)
     require_parity(variants, tensors)
     facts = {"image": side, "shape": f"{batch}x{queries}x{HEADS}x{dim}", "tokens": tokens, "layers": layers}
     facts |= {"dtype": dtype, "threads": torch.get_num_threads()}
-    if refused:
-        facts["not run"] = "; ".join(refused)
     add_rows(keep, variants, device, tensors, 2.0 if case != MAIN else 10.0, 1, **facts)
 
 
@@ -271,26 +243,6 @@ def test_mean_of_five_layers_into_features(device: str, keep: Callable) -> None:
     times = measure({"eager": eagerly, "operator": on_the_fly}, device, seconds=3)
     facts = {"image": 512, "shape": "five layers into features", "tokens": 150}
     keep(rows_of(times, "eager", **facts, dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads()))
-
-
-@EXHAUSTIVE
-@pytest.mark.parametrize("variant", ["eager", "sdpa without maps", "sdpa and maps", "kernel"])
-def test_one_by_one(benchmark, variant: str, device: str) -> None:
-    """The main case under pytest-benchmark, for its statistics and comparison between commits."""
-    side, index, tokens, batch = MAIN
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tensors = inputs(SHAPES[side][index], tokens, batch, dtype, device)
-    variants = forward_variants(tensors, device, False, [])
-    variants["kernel"] = lambda: ops.cross_attention_maps(*tensors, HEADS)
-    require_parity({variant: variants[variant]}, tensors)
-    benchmark.group = f"cross_attention_maps, {device}"
-
-    def run() -> None:
-        variants[variant]()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(run)
 
 
 @EXHAUSTIVE

@@ -15,7 +15,7 @@ import torch
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.bench.parity import agreement, passes
-from vpd_fast.bench.suites import EXHAUSTIVE, on_devices
+from vpd_fast.bench.suites import on_devices
 from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.bench.variants import Case, ModelVariant, plain_labels
 from vpd_fast.engine.policy import PRECISIONS
@@ -71,19 +71,3 @@ def test_side_by_side(case: str, precision: str, device: str, keep: Callable[[li
     times = measure(calls, device, rounds=10, seconds=60, graphs=False)
     rows = rows_of(times, "plain", case=case, threads=torch.get_num_threads())
     keep([row for row in rows if row["variant"] == precision or precision == CPU_PRECISIONS[0]])
-
-
-@EXHAUSTIVE
-@SOME
-@SIDE_BY_SIDE
-def test_one_by_one(benchmark, case: str, precision: str, device: str) -> None:
-    """Under pytest-benchmark, for its statistics and comparison between commits."""
-    variant = variants_of(case, precision, device)[precision]
-    benchmark.group = f"{case}, {device}"
-
-    def run() -> None:
-        variant.run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import ops
-from vpd_fast.bench.suites import EXHAUSTIVE, on_devices, some_of, variants_of
+from vpd_fast.bench.suites import on_devices, some_of, variants_of
 from vpd_fast.bench.timing import extra_memory, matmul_gflop_per_s, measure, rows_of
 
 # Positions, heads, head dimension, layers of that kind in the segmentation model.
@@ -98,22 +98,3 @@ def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> Non
         row["of_peak"] = round(row["gflop_per_s"] / peak(device, DTYPES[dtype]), 3)
         row["extra_mib"] = round(memory[row["variant"]] / 2**20, 2)
     keep(rows)
-
-
-@EXHAUSTIVE
-@pytest.mark.parametrize("variant", ["sdpa", "kernel"])
-def test_one_by_one(benchmark, variant: str, device: str) -> None:
-    """The 32x32 level under pytest-benchmark, for its statistics and comparison between commits."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    (q, k, v), variants = all_variants("1024x8x80", dtype, device)
-    heads = SHAPES["1024x8x80"][1]
-    variants["kernel"] = lambda: ops.self_attention(q, k, v, heads)
-    require_parity({variant: variants[variant]}, [q, k, v], heads)
-    benchmark.group = f"self_attention, {device}"
-
-    def run() -> None:
-        variants[variant]()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(run)

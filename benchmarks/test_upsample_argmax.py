@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from vpd_fast import _native, ops
-from vpd_fast.bench.suites import EXHAUSTIVE, some_of
+from vpd_fast import ops
+from vpd_fast.bench.suites import some_of, variants_of
 from vpd_fast.bench.timing import measure, rows_of
 
 CASES = {  # batch, channels, (h, w), (H, W)
@@ -39,22 +39,6 @@ def make_logits(kind: str, *shape: int) -> torch.Tensor:
     return 4 * interpolate(coarse, (h, w), mode="bicubic") + 0.3 * torch.randn(shape, generator=generator)
 
 
-def implementations(call: Callable[[str], torch.Tensor], device: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """The native implementations for the device; the CPU kernel once per instruction set level."""
-    if device == "cuda":
-        return {name: lambda name=name: call(name) for name in ("cuda", "triton")}
-    variants = {}
-    for isa in _native.load("_C").usable_isas():
-
-        def run(isa: str = isa) -> torch.Tensor:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("VPD_FAST_ISA", isa)
-                return call("cpu")
-
-        variants[f"cpu {isa}"] = run
-    return variants
-
-
 def resize_variants(case: str, kind: str, device: str) -> dict[str, Callable[[], torch.Tensor]]:
     batch, channels, low, high = CASES[case]
     logits = make_logits(kind, batch, channels, *low).to(device)
@@ -65,7 +49,7 @@ def resize_variants(case: str, kind: str, device: str) -> dict[str, Callable[[],
     return {
         "pytorch": lambda: interpolate(logits, high, mode="bilinear").argmax(1),
         "reference": lambda: call("reference"),
-        **implementations(call, device),
+        **variants_of("upsample_argmax", device, call, all_levels=True),
     }
 
 
@@ -87,7 +71,9 @@ def window_variants(case: str, kind: str, device: str) -> dict[str, Callable[[],
     def call(impl: str) -> torch.Tensor:
         return ops.upsample_argmax_windows(logits, ys, xs, crop_size=crop, image_size=image, size=size, impl=impl)
 
-    return {"pytorch": lambda: merge_and_resize(logits, ys, xs, crop, image, size)} | implementations(call, device)
+    return {"pytorch": lambda: merge_and_resize(logits, ys, xs, crop, image, size)} | variants_of(
+        "upsample_argmax_windows", device, call, all_levels=True
+    )
 
 
 def require_parity(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
@@ -117,24 +103,3 @@ def test_side_by_side(case: str, kind: str, device: str, keep: Callable) -> None
     facts = {"case": case, "logits": kind, "dtype": "float32", "threads": torch.get_num_threads()}
     # The reference copies its taps from the host, which no graph can hold.
     keep(rows_of(measure(variants, device, seconds=5, graphs=False), "pytorch", gigabytes, **facts))
-
-
-@EXHAUSTIVE
-@pytest.mark.parametrize(
-    "variant", ["pytorch", "reference", "cpu baseline", "cpu avx2", "cpu avx512", "cpu avx512_bf16", "cuda", "triton"]
-)
-def test_one_by_one(benchmark, variant: str, device: str) -> None:
-    """The main case under pytest-benchmark, for its statistics and comparison between commits."""
-    case = next(iter(CASES))
-    variants = resize_variants(case, "smooth", device)
-    if variant not in variants:
-        pytest.skip(f"{variant} needs a device or an instruction set that is not the one measured here")
-    require_parity({"pytorch": variants["pytorch"], variant: variants[variant]})
-    benchmark.group = f"{case}, {device}"
-
-    def run() -> None:
-        variants[variant]()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(run)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast import _native, ops
+from vpd_fast import ops
 from vpd_fast.bench import onednn
-from vpd_fast.bench.suites import on_devices, some_of
+from vpd_fast.bench.suites import on_devices, some_of, variants_of
 from vpd_fast.bench.timing import measure, rows_of
 from vpd_fast.ops.packing import PackedWeight
 
@@ -35,7 +35,7 @@ MAIN = "320->320 at 64"
 TYPICAL = (MAIN, "1280->1280 at 16")
 
 
-def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
+def all_variants(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
     """Full: SiLU of an affine input, bias and residual. The level of the machine; for the main case every level."""
     side, channels, n, upsample = CASES[case]
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -48,22 +48,20 @@ def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
     taps = 9 if upsample else 36 if precision == "float32" else 16
     weight = PackedWeight.pack(ops.winograd_weight(kernel, taps), onednn.PRECISIONS[precision])
 
-    def native(isa: str, **options: Tensor | bool) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VPD_FAST_ISA", isa)
-            return ops.winograd_conv2d(x, weight, bias, x2=x2, upsample=upsample, impl="cpu", **options)
+    def native(impl: str, **options: Tensor | bool) -> Tensor:
+        return ops.winograd_conv2d(x, weight, bias, x2=x2, upsample=upsample, impl=impl, **options)
 
     joined = torch.cat([t for t in (x, x2) if t is not None], -1).permute(0, 3, 1, 2)
     joined = F.interpolate(joined.float(), scale_factor=2).to(joined) if upsample else joined
     rows = slice(0, 6)
     exact = F.conv2d(joined[:, :, :7].double(), kernel.double(), bias.double(), padding=1)[:, :, rows]
-    onednn.require_parity(native(_native.isa())[:, rows], exact.permute(0, 2, 3, 1), precision)
+    onednn.require_parity(native("cpu")[:, rows], exact.permute(0, 2, 3, 1), precision)
     full = {"affine": affine, "silu": True, "residual": residual}
-    levels = _native.load("_C").usable_isas()
+    ours = variants_of("winograd_conv2d", "cpu", lambda impl: native(impl, **full), all_levels=case == MAIN)
     return {
         "onednn": onednn.conv2d(joined, kernel, bias, 1, precision),
-        "cpu": lambda: native(levels[-1]),
-        **{f"cpu full {i}": lambda i=i: native(i, **full) for i in (levels if case == MAIN else levels[-1:])},
+        "cpu": lambda: native("cpu"),
+        **{name.replace("cpu", "cpu full"): variant for name, variant in ours.items()},
     }
 
 
@@ -71,7 +69,7 @@ def variants_of(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
 @pytest.mark.parametrize(("device", "precision"), on_devices(onednn.PRECISIONS, ()), indirect=["device"])
 @pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
-    variants = variants_of(case, precision)
+    variants = all_variants(case, precision)
     side, channels, n, upsample = CASES[case]
     gflop = 2 * 9 * sum(channels) * n * (side * (2 if upsample else 1)) ** 2 / 1e9
     facts = {"case": case, "precision": precision, "threads": torch.get_num_threads()}

@@ -34,7 +34,6 @@ OPTIONAL = {
     "nncf": "OpenVINO's INT8",
     "diffusers": "comparison in the tests; its folders load without it",
     "pytest": "the tests",
-    "pytest-benchmark": "the benchmarks",
 }
 
 
