@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +91,16 @@ def bench_table(rows: Iterable[Row]) -> str:
     return table(columns, lines)
 
 
-def bench(path: Path, title: str, command: str) -> str:
+def bench(path: Path, content: Row, title: str = "Whole passes", command: str = "--peers openvino --rounds 4") -> str:
     """A file of `vpd-fast bench --json`."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     stopped = [] if content["finished"] else ["Stopped before all variants had their turns.\n"]
     return section(
         title, f"vpd-fast bench --random-weights 0 {command}", path, content, *stopped, bench_table(content["rows"])
     )
 
 
-def plain_forms(path: Path) -> str:
+def plain_forms(path: Path, content: Row) -> str:
     """Plain models without `optimize`, in one process."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     rows = [(r["variant"], number(r["p50_ms"] / 1e3), f"{r['speedup']:.2f}x", f"{r['peak_gib']:.1f} GiB",
              f"{r['cosine']:.4f}") for r in content["rows"]]  # fmt: skip
     columns = ("variant", "seconds", "speed-up", "peak memory", "cosine of the logits")
@@ -109,9 +108,8 @@ def plain_forms(path: Path) -> str:
     return section("Plain models, without optimize", command, path, content, table(columns, rows))
 
 
-def train_step(path: Path) -> str:
+def train_step(path: Path, content: Row) -> str:
     """Training steps."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     columns = ("variant", "seconds", "speed-up", "peak memory", "kept for backward", "worst cosine of gradients")
     rows = []
     for r in content["rows"]:
@@ -129,9 +127,8 @@ what bf16 keeps, 1.6 GiB are its copies of the weights. Nothing is timed unless 
     return section("Training steps", command, path, content, note, table(columns, rows))
 
 
-def layers(path: Path) -> str:
+def layers(path: Path, content: Row) -> str:
     """Where the time goes: the largest parts of the int8 pass."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     peak = ", ".join(f"{number(rate)} in {name}" for name, rate in content["peak_gflop_per_s"].items())
     note = f"""\
 The largest parts of the fast int8 model's pass at 512x512. "Of peak" compares the products that are made, fewer
@@ -145,9 +142,8 @@ those: {peak}.
     return section("How far from the peak", "python benchmarks/layers.py", path, content, note, table(columns, rows))
 
 
-def roofline(path: Path) -> str:
+def roofline(path: Path, content: Row) -> str:
     """Floors beside measured times, by kind of layer."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     kinds = ("convolution", "linear", "self-attention")
     rows = []
     for precision in dict.fromkeys(row["precision"] for row in content["rows"]):
@@ -177,9 +173,8 @@ def best(rows: Iterable[Row]) -> Row:
     return min(rows, key=lambda row: row["p50_ms"])
 
 
-def operator(path: Path) -> str:
+def operator(path: Path, content: Row) -> str:
     """One operator beside the library: the fastest of our variants in every case; of labels, each instruction set."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     cases: dict[tuple, list[Row]] = {}
     for row in content["rows"]:
         words = (row.get("case") or row["shape"], row.get("precision") or row["dtype"], row.get("logits", ""))
@@ -198,9 +193,8 @@ def operator(path: Path) -> str:
     return section(f"`{path.stem}`", command, path, content, table(columns, lines))
 
 
-def attention_with_maps(path: Path) -> str:
+def attention_with_maps(path: Path, content: Row) -> str:
     """cross_attention_maps at 150 tokens."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     cases: dict[tuple, dict[str, Row]] = {}
     for row in content["rows"]:
         if row["tokens"] == 150 and "dtype" in row:
@@ -235,9 +229,8 @@ SDPA is faster.
     return section("`cross_attention_maps`", command, path, content, note, table(columns, lines))
 
 
-def first_gpu_pass(path: Path) -> str:
+def first_gpu_pass(path: Path, content: Row) -> str:
     """The first measurement on a GPU."""
-    content = json.loads(path.read_text(encoding="utf-8"))
     rows = [(r["case"], r["variant"], r.get("products", ""), r["timed"], number(r["p50_ms"]), number(r["ms_per_image"]))
             for r in content["rows"]]  # fmt: skip
     time = {(r["case"][0], r["variant"], r.get("products")): r["ms_per_image"] for r in content["rows"]}
@@ -270,10 +263,10 @@ int8 times include a preparation of images that a normal call does once and this
     )
 
 
-def larger_images(path: Path) -> str:
+def larger_images(path: Path, content: Row) -> str:
     """Whole passes by size."""
     options = "--precision bf16,int8 --peers none --size 512,768,1024 --rounds 3"
-    rows = {(r["case"], r["variant"]): r["p50_ms"] for r in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    rows = {(r["case"], r["variant"]): r["p50_ms"] for r in content["rows"]}
     growth = [rows["1x3x1024x1024", name] / rows["1x3x512x512", name] for name in ("fast bf16", "fast int8")]
     note = f"""\
 At 1024x1024 the plain model's probabilities do not fit into 24 GiB, so the ratio is to the plain model with
@@ -281,13 +274,13 @@ SDPA. Self-attention grows with the fourth power of an image's side, so a pass t
 one at 512x512 in bf16 and {growth[1]:.1f} times in int8. Counted by operations it is 5.0 times (154 of 1943
 GFLOP grow 16-fold, the rest 4-fold); Winograd's algorithm and 8 bits make all but attention faster.
 """
-    return "\n".join([bench(path, "Larger images", options), note])
+    return "\n".join([bench(path, content, "Larger images", options), note])
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {
-    "bench": lambda path: bench(path, "Whole passes", "--peers openvino --rounds 4"),
+SECTIONS: dict[str, Callable[[Path, Row], str]] = {
+    "bench": bench,
     "bench_sizes": larger_images,
-    "bench_diffusers": lambda path: bench(path, "Beside diffusers", "--peers all --rounds 6 --seconds 420"),
+    "bench_diffusers": partial(bench, title="Beside diffusers", command="--peers all --rounds 6 --seconds 420"),
     "e2e": plain_forms,
     "first_pass": first_gpu_pass,
     "train_step": train_step,
@@ -295,7 +288,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "roofline": roofline,
     "cross_attention_maps": attention_with_maps,
     **dict.fromkeys(OPERATORS, operator),
-}  # fmt: skip
+}
 
 
 def page() -> str:
@@ -305,7 +298,7 @@ def page() -> str:
         found = [(name, folder / f"{name}.json") for name in SECTIONS if (folder / f"{name}.json").is_file()]
         if found:
             parts.append(f"## {folder.name}\n")
-            parts += [SECTIONS[name](path) for name, path in found]
+            parts += [SECTIONS[name](path, json.loads(path.read_text(encoding="utf-8"))) for name, path in found]
     return "\n".join(parts)
 
 

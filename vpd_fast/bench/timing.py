@@ -26,6 +26,7 @@ __all__ = [
     "measure",
     "percentile",
     "rows_of",
+    "seconds_on_gpu",
     "table",
     "write_rows",
 ]
@@ -42,7 +43,7 @@ def _seconds_cpu(function: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _seconds_cuda(function: Callable[[], Any], flush: torch.Tensor | None) -> float:
+def seconds_on_gpu(function: Callable[[], Any], flush: torch.Tensor | None) -> float:
     """One call between two events, with a cold L2 cache; without `flush`, with what the call before left in it."""
     if flush is not None:
         flush.zero_()
@@ -107,7 +108,7 @@ def measure(
     if device == "cuda":
         variants = _as_graphs(variants) if graphs else variants
         flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
-        sample = {name: lambda f=variants[name]: _seconds_cuda(f, flush) for name in names}
+        sample = {name: lambda f=variants[name]: seconds_on_gpu(f, flush) for name in names}
         for _ in range(3):  # warm up
             for name in names:
                 sample[name]()

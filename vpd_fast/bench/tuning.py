@@ -14,6 +14,7 @@ import torch
 import vpd_fast
 from vpd_fast.bench.environment import environment
 from vpd_fast.bench.parity import make_images
+from vpd_fast.bench.timing import L2_FLUSH_BYTES, as_graph, seconds_on_gpu
 from vpd_fast.bench.variants import conditioning
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import MissingDependencyError
@@ -22,29 +23,15 @@ from vpd_fast.models import VPD
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.ops.availability import triton_missing
 
-L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 REPLAYS = 9
 Config = dict[str, int]
 
 
 def milliseconds(run: Callable[[], None]) -> float:
     """Time of one call in ms, with a cold L2 cache, as a CUDA graph, so that launching it does not count."""
-    run()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(REPLAYS):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times)
+    replay = as_graph(run)
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return 1e3 * median(seconds_on_gpu(replay, flush) for _ in range(REPLAYS))
 
 
 class Measurements:
