@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from vpd_fast.bench import timing
-from vpd_fast.bench.environment import kind_of_machine
+from vpd_fast.bench.environment import device_name, kind_of_machine
 from vpd_fast.bench.regression import NOISE, StoredRatios, gated
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     for (suite, device), rows in _ROWS.items():
         if rows:
             path = f": {timing.write_rows(suite, device, rows)}" if "VPD_FAST_RESULTS" in os.environ else ""
-            terminalreporter.section(f"{suite} on {timing.device_name(device)}{path}")
+            terminalreporter.section(f"{suite} on {device_name(device)}{path}")
             terminalreporter.write_line(timing.table(rows))
     if _VERDICTS:
         terminalreporter.section("speed-ups")

@@ -30,9 +30,11 @@ import vpd_fast
 from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench import peaks
 from vpd_fast.bench.engine_pass import MODELS, Label, LabelledPass, labelled
+from vpd_fast.bench.environment import device_name
 from vpd_fast.bench.operations import Operation, ValuesAreFine, empty_engine, trace
 from vpd_fast.bench.parity import make_images
-from vpd_fast.bench.timing import device_name, measure, percentile, table, write_rows
+from vpd_fast.bench.statistics import percentile
+from vpd_fast.bench.timing import measure, table, write_rows
 from vpd_fast.engine import Policy
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import ops
+from vpd_fast.bench.statistics import percentile, rows_of
 from vpd_fast.bench.suites import EXHAUSTIVE, on_devices, variants_of
-from vpd_fast.bench.timing import copy_gb_per_s, extra_memory, matmul_gflop_per_s, measure, percentile, rows_of
+from vpd_fast.bench.timing import copy_gb_per_s, extra_memory, matmul_gflop_per_s, measure
 
 HEADS = 8
 # Image side -> (queries, head dimension, layers) of the UNet's 16 cross-attentions.

@@ -15,8 +15,9 @@ import torch
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.bench.parity import agreement, passes
+from vpd_fast.bench.statistics import rows_of
 from vpd_fast.bench.suites import on_devices
-from vpd_fast.bench.timing import measure, rows_of
+from vpd_fast.bench.timing import measure
 from vpd_fast.bench.variants import Case, ModelVariant, plain_labels
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError

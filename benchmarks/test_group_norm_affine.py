@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import group_norm, silu
 
 from vpd_fast import ops
+from vpd_fast.bench.statistics import rows_of
 from vpd_fast.bench.suites import on_devices, some_of, variants_of
-from vpd_fast.bench.timing import measure, rows_of
+from vpd_fast.bench.timing import measure
 
 CASES = {  # height and width, channels of the sources; 32 groups as everywhere in Stable Diffusion 1.5
     "512x512x128": (512, (128,)),

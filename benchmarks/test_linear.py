@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import gpu_libraries, onednn
+from vpd_fast.bench.statistics import rows_of
 from vpd_fast.bench.suites import emulates_bfloat16, library_variant, on_devices, some_of, variants_of
-from vpd_fast.bench.timing import measure, rows_of
+from vpd_fast.bench.timing import measure
 from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # rows, widths of the sources, columns of the weight, what is fused

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vpd_fast import ops
+from vpd_fast.bench.statistics import rows_of
 from vpd_fast.bench.suites import on_devices, some_of, variants_of
-from vpd_fast.bench.timing import extra_memory, matmul_gflop_per_s, measure, rows_of
+from vpd_fast.bench.timing import extra_memory, matmul_gflop_per_s, measure
 
 # Positions, heads, head dimension, layers of that kind in the segmentation model.
 SHAPES = {

@@ -13,8 +13,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from vpd_fast import ops
+from vpd_fast.bench.statistics import rows_of
 from vpd_fast.bench.suites import some_of, variants_of
-from vpd_fast.bench.timing import measure, rows_of
+from vpd_fast.bench.timing import measure
 
 CASES = {  # batch, channels, (h, w), (H, W)
     "150x64x64 to 512x512": (1, 150, (64, 64), (512, 512)),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import onednn
+from vpd_fast.bench.statistics import rows_of
 from vpd_fast.bench.suites import on_devices, some_of, variants_of
-from vpd_fast.bench.timing import measure, rows_of
+from vpd_fast.bench.timing import measure
 from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # side of the input, channels of its sources, of the result, whether it is enlarged

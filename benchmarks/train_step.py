@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from vpd_fast import VPD
 from vpd_fast.bench.engine_pass import MODELS
-from vpd_fast.bench.environment import peak_bytes, reset_peak
+from vpd_fast.bench.environment import device_name, peak_bytes, reset_peak
 from vpd_fast.bench.parity import GATES as LATENT_GATES
 from vpd_fast.bench.parity import cosine, make_images
-from vpd_fast.bench.timing import device_name, table, write_rows
+from vpd_fast.bench.timing import table, write_rows
 from vpd_fast.models.attention_backends import PLAIN
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer

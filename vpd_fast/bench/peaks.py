@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from vpd_fast.bench import gpu_libraries, onednn
-from vpd_fast.bench.timing import matmul_gflop_per_s, measure, percentile
+from vpd_fast.bench.statistics import percentile
+from vpd_fast.bench.timing import matmul_gflop_per_s, measure
 
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the large product
 EXPONENTIALS = 16  # per multiprocessor and clock, of all architectures from sm_80 to sm_90

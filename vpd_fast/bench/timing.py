@@ -14,22 +14,9 @@ from typing import Any
 
 import torch
 
-from vpd_fast.bench.environment import device_name, environment, kind_of_machine, peak_bytes, reset_peak, resident_bytes
-from vpd_fast.bench.statistics import percentile, rows_of
+from vpd_fast.bench.environment import environment, kind_of_machine, peak_bytes, reset_peak, resident_bytes
+from vpd_fast.bench.statistics import percentile
 from vpd_fast.files import write_files, write_json
-
-__all__ = [
-    "copy_gb_per_s",
-    "device_name",
-    "extra_memory",
-    "matmul_gflop_per_s",
-    "measure",
-    "percentile",
-    "rows_of",
-    "seconds_on_gpu",
-    "table",
-    "write_rows",
-]
 
 RESULTS = Path(os.environ.get("VPD_FAST_RESULTS", Path(__file__).parents[2] / "benchmarks" / "results"))
 SAMPLE_SECONDS = 2e-3  # short computations are repeated until a sample takes this long
