@@ -16,7 +16,7 @@ from torch import Tensor
 from vpd_fast import ops
 from vpd_fast.bench import gpu_libraries, onednn
 from vpd_fast.bench.statistics import rows_of
-from vpd_fast.bench.suites import emulates_bfloat16, library_variant, on_devices, some_of, variants_of
+from vpd_fast.bench.suites import library_variant, on_devices, some_of, variants_of
 from vpd_fast.bench.timing import measure
 from vpd_fast.ops.packing import PackedWeight
 
@@ -87,7 +87,7 @@ def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[
     for variant in ours.values():
         onednn.require_parity(variant()[:, few], exact, precision)
     # Beside 8 bits it would take minutes where a CPU has no instructions for bfloat16.
-    step_by_step = {} if precision == "int8" and emulates_bfloat16(device) else {"eager": eager}
+    step_by_step = {} if precision == "int8" and onednn.emulates_bfloat16(device) else {"eager": eager}
     name, library = ("onednn", onednn) if device == "cpu" else ("cublas", gpu_libraries)
     return library_variant(name, lambda: library.linear(rows, matrix, bias, precision)) | step_by_step | ours
 

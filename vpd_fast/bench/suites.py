@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vpd_fast import _native
+from vpd_fast.bench.onednn import emulates_bfloat16
 from vpd_fast.ops import registry
 
 EXHAUSTIVE = pytest.mark.exhaustive  # what a plain `pytest benchmarks/` leaves out
@@ -19,11 +20,6 @@ def some_of(cases: Iterable[str], typical: Iterable[str]) -> list:
     """All cases for `parametrize`, those that are not typical marked as exhaustive."""
     chosen = set(typical)
     return [case if case in chosen else pytest.param(case, marks=EXHAUSTIVE) for case in cases]
-
-
-def emulates_bfloat16(device: str) -> bool:
-    """Whether the device is a CPU without instructions for bfloat16."""
-    return device == "cpu" and "avx512_bf16" not in _native.load("_C").usable_isas()
 
 
 def on_devices(cpu: Iterable[str], cuda: Iterable[str]) -> list:
