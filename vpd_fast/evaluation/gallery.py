@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from vpd_fast.pictures.canvas import BACKGROUND, FAINT, TEXT, load_font
 
 if TYPE_CHECKING:
-    from vpd_fast.evaluation.panels import Drawing
     from vpd_fast.evaluation.tasks import Finding
 
 MARGIN, GAP = 24, 8
@@ -49,14 +48,11 @@ class Worst:
         key = (-finding.badness, index, number)
         if not self.count or (len(self.cases) == self.count and key > self.cases[-1].key):
             return
-        self.cases.append(_case(key, name, score, finding.draw()))
+        drawing = finding.draw()
+        panels = tuple((title, _jpeg(picture)) for title, picture in drawing.panels)
+        self.cases.append(Case(key, name, score, panels, tuple(drawing.legend), drawing.caption))
         self.cases.sort(key=lambda case: case.key)
         del self.cases[self.count :]
-
-
-def _case(key: tuple[float, int, int], name: str, score: str, drawing: Drawing) -> Case:
-    panels = tuple((title, _jpeg(picture)) for title, picture in drawing.panels)
-    return Case(key, name, score, panels, tuple(drawing.legend), drawing.caption)
 
 
 def _jpeg(picture: Image.Image) -> bytes:

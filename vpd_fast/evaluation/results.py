@@ -72,7 +72,11 @@ class Evaluation:
         if self.per_class:
             writers[folder / "per_class.csv"] = lambda path: _write_csv(path, self.per_class)
         if self.worst:
-            titles = self._title(), self._subtitle()
+            metrics = ", ".join(f"{name} {show(name, value)}" for name, value in list(self.metrics.items())[:9])
+            titles = (
+                f"The worst {len(self.worst)} of {len(self.per_image)} {TASKS[self.task].rows}",
+                f"{self.task}, {self.count} image{'' if self.count == 1 else 's'}: {metrics}",
+            )
             writers[folder / "worst.html"] = lambda path: path.write_text(page(self.worst, *titles), encoding="utf-8")
             writers[folder / "worst.png"] = lambda path: sheet(self.worst, *titles).save(path, format="PNG")
         try:
@@ -80,14 +84,6 @@ class Evaluation:
         except OSError as error:
             raise InputError(f"{folder}: cannot write the evaluation there ({error.strerror or error})") from error
         return list(writers)
-
-    def _title(self) -> str:
-        rows = TASKS[self.task].rows
-        return f"The worst {len(self.worst)} of {len(self.per_image)} {rows}"
-
-    def _subtitle(self) -> str:
-        values = ", ".join(f"{name} {show(name, value)}" for name, value in list(self.metrics.items())[:9])
-        return f"{self.task}, {self.count} image{'' if self.count == 1 else 's'}: {values}"
 
 
 def show(name: str, value: float | None) -> str:

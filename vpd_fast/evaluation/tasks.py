@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Segmentation:
             raise DatasetError(f"{sample.name}: {error}") from error
         if row is None:
             return []
-        draw = lambda: panels.segmentation(sample.image, labels, sample.target, self.names)  # noqa: E731
+        draw = partial(panels.segmentation, sample.image, labels, sample.target, self.names)
         return [Finding(row, 1 - row["mIoU"], draw)]
 
     def notes(self) -> list[str]:
@@ -111,17 +112,15 @@ class Referring:
         findings = []
         for number, (sentence, mask) in enumerate(zip(sentences, masks, strict=True)):
             row = {"sentence": sentence, "number": number, **self.metrics.update(mask, target)}
-            findings.append(Finding(row, 1 - row["IoU"], self._drawing(sample, mask, target, sentence)))
+            findings.append(
+                Finding(row, 1 - row["IoU"], partial(panels.referring, sample.image, mask, target, sentence))
+            )
         return findings
 
     def _embed(self, sentences: list[str]) -> Any:
         if hasattr(self._encoder, "embed_sentences"):
             return self._encoder.embed_sentences(sentences, tokens=self._model.config.tokens)
         return self._encoder(sentences)
-
-    @staticmethod
-    def _drawing(sample: Sample, mask: np.ndarray, target: np.ndarray, sentence: str) -> Callable[[], panels.Drawing]:
-        return lambda: panels.referring(sample.image, mask, target, sentence)
 
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
@@ -172,7 +171,7 @@ class Depth:
         row = self.metrics.update(depth, sample.target)
         assert row is not None
         valid = self.metrics.valid(sample.target)
-        draw = lambda: panels.depth(sample.image, depth, sample.target, valid)  # noqa: E731
+        draw = partial(panels.depth, sample.image, depth, sample.target, valid)
         return [Finding(row, row["rmse"], draw)]
 
     def _predictor(self, sample: Sample) -> DepthPredictor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from vpd_fast.training.checkpoint import write_text
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
     from vpd_fast.models import VPD
 
@@ -152,52 +150,27 @@ def _drop_later(path: Path, step: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def sample_pictures(model: VPD, dataset: Any, count: int, sentences: Callable | None) -> list[np.ndarray]:
-    """Draw photo, target and prediction side by side for the first `count` samples that can be read, (H,W,3) uint8."""
-    pictures = []
-    for index in range(min(count, len(dataset))):
-        try:
-            sample = dataset.load(index)
-        except VPDFastError:
-            continue
-        pictures.append(_picture(model, sample, sentences))
-    return pictures
+def sample_pictures(
+    model: VPD, dataset: Any, count: int, sentences: Callable | None, options: Mapping[str, Any]
+) -> list[np.ndarray]:
+    """Draw photo, prediction, target and what differs side by side, (H,W,3) uint8, as an evaluation does.
 
-
-def _picture(model: VPD, sample: Any, sentences: Callable | None) -> np.ndarray:
+    The first `count` samples that can be read and measured. options: those of the evaluation.
+    """
     import numpy as np
     from PIL import Image
 
-    from vpd_fast.inference.results import DepthResult, ReferringResult, SegmentationResult
+    from vpd_fast.evaluation.tasks import make_task
 
-    image, target = sample.image, sample.target
-    options: dict[str, Any] = {}
-    if model.config.task == "segmentation":
-        names = model.config.class_names or tuple(str(i) for i in range(model.config.num_classes))
-        labels = np.where(target >= len(names), len(names), target).astype(np.int64)
-        truth = SegmentationResult(image, labels, (*names, "ignored"))
-    elif model.config.task == "referring":
-        assert sentences is not None
-        text = list(sample.sentences[:1])
-        options = {"text": text, "tokens": sentences(text).to(model.device)}
-        truth = ReferringResult(image, target[None] > 0, tuple(text))
-    else:
-        known = target[target > 0]
-        far = float(known.max()) if known.size else model.config.max_depth
-        truth = DepthResult(image, np.where(target > 0, target, far), model.config.max_depth)
-        options = {"scene": sample.scene} if sample.scene is not None else {}
-    prediction = model.predict(image, **options)
-    assert not isinstance(prediction, list)
-    return _side_by_side([Image.fromarray(image), truth.overlay(), prediction.overlay()])
-
-
-def _side_by_side(images: Sequence[Image.Image]) -> np.ndarray:
-    import numpy as np
-
-    from vpd_fast.pictures.canvas import beside
-
-    height = max(image.height for image in images)
-    scaled = [image.resize((round(image.width * height / image.height), height)) for image in images]
-    row = reduce(beside, scaled)
-    row.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
-    return np.asarray(row)
+    task = make_task(model, dataset, text_encoder=sentences, **options)
+    pictures = []
+    for index in range(min(count, len(dataset))):
+        try:
+            findings = task.measure(dataset.load(index))
+        except VPDFastError:
+            continue
+        for finding in findings[:1]:
+            row = Image.fromarray(np.concatenate([np.asarray(panel) for _, panel in finding.draw().panels], 1))
+            row.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
+            pictures.append(np.asarray(row))
+    return pictures

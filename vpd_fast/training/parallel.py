@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +71,6 @@ class Processes:
         torch.distributed.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes, by rank."""
-        return gather(value, self.count)
-
     @contextlib.contextmanager
     def first_only(self) -> Iterator[None]:
         """Surround what only the first process does: its error ends all processes, instead of leaving them waiting."""
@@ -86,7 +81,7 @@ class Processes:
             error = raised
         if self.count > 1:
             # Errors may hold what does not pickle, such as traceback frames or locks.
-            said = self.gather(None if error is None else (type(error), str(error)))
+            said = gather(None if error is None else (type(error), str(error)), self.count)
             if error is None and said[0] is not None:
                 raise said[0][0](said[0][1])
         if error is not None:

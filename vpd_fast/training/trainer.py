@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vpd_fast.checkpoints.save import write_safetensors
 from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
+from vpd_fast.evaluation.distributed import gather
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.models import VPD
 from vpd_fast.tasks import TASKS
@@ -74,7 +75,9 @@ class Trainer:
         self.model = self._build_model()
         self.loader = self._build_loader()
         self.steps = self._count_steps()
-        self.sentences = self._build_sentences(sentences)
+        if sentences is None and TASKS[config.task].takes_text:
+            sentences = build.sentence_features(config, self.model)
+        self.sentences = sentences
         self.encode = self._build_encoder()
         self.task = Task(self.model, config.quirks, self.sentences)
         self.precision = build.choose_precision(config.precision, self.processes.device)
@@ -144,11 +147,6 @@ class Trainer:
             return schedule.steps
         return max(schedule.epochs * self.loader.epoch_length // self.config.accumulation, 1)
 
-    def _build_sentences(self, given: Sentences | None) -> Sentences | None:
-        if given is not None or not TASKS[self.config.task].takes_text:
-            return given
-        return build.sentence_features(self.config, self.model)
-
     def _build_encoder(self) -> Encode:
         if self.model.config.train_encoder:
             return self.model.encode
@@ -187,7 +185,8 @@ class Trainer:
                 if self.step and self.processes.count == 1:
                     self._save()
                 raise ahead
-            due = _minutes(self.config.checkpoints.every_minutes, saved)
+            minutes = self.config.checkpoints.every_minutes
+            due = minutes is not None and time.monotonic() - saved >= 60 * minutes
             loss, finite, stop, due, ahead = self._one_step(ahead, batches, due)
             window.add(loss, finite, self.config.batch_size * self.config.accumulation * self.processes.count)
             self.log.advance(self.step, loss, self.rate())
@@ -320,7 +319,9 @@ class Trainer:
             )  # fmt: skip
             pictures = []
             if self.processes.first and self.config.log.tensorboard:
-                pictures = sample_pictures(model, self.val_data, self.config.log.pictures, self.sentences)
+                pictures = sample_pictures(
+                    model, self.val_data, self.config.log.pictures, self.sentences, options.options
+                )
         except KeyboardInterrupt:
             self.signals.asked = True
             raise
@@ -346,7 +347,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.processes.share_buffers(self.model)
-        states = self.processes.gather(checkpoint.random_state())
+        states = gather(checkpoint.random_state(), self.processes.count)
         weights = sharding.whole(self.model.state_dict())
         optimizer = sharding.optimizer_state(self.optimizer)
         with self.processes.first_only():
@@ -426,7 +427,3 @@ class Trainer:
             metric=None if self.best is None else (self.best["metric"], self.best["value"]),
             skipped_steps=self.skipped_steps,
         )
-
-
-def _minutes(every: float | None, since: float) -> bool:
-    return every is not None and time.monotonic() - since >= 60 * every
