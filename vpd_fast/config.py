@@ -53,10 +53,7 @@ class BackboneConfig:
             _check(isinstance(value, int) and value > 0, f"BackboneConfig.{name} must be a positive int, got {value!r}")
         for name in ("model_channels", "vae_ch"):
             value = getattr(self, name)
-            _check(
-                value % 32 == 0,
-                f"BackboneConfig.{name} must be a multiple of 32 (the norms' groups), got {value}",
-            )
+            _check(value % 32 == 0, f"BackboneConfig.{name} must be a multiple of 32 (the norms' groups), got {value}")
         _check(
             all((self.model_channels * m) % self.num_heads == 0 for m in self.channel_mult),
             f"BackboneConfig.num_heads={self.num_heads} does not divide the UNet widths "

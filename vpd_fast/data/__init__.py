@@ -12,6 +12,7 @@ shapes: rendered scenes for any task, kept in root once they are made, see `vpd_
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ from vpd_fast.errors import InputError
 
 REFER_KINDS = ("refcoco", "refcoco+", "refcocog", "refclef")
 ANY_TASK = ("folder", "shapes")  # which have the option `task`
-KINDS = ("ade20k", *REFER_KINDS, "nyu", *ANY_TASK)
+# The module and class of each kind, imported when a data set is opened.
+CLASSES = {
+    "ade20k": ("ade20k", "ADE20K"), **dict.fromkeys(REFER_KINDS, ("refer", "Refer")), "nyu": ("nyu", "NYU"),
+    "folder": ("folder", "Folder"), "shapes": ("shapes", "ShapesDataset"),
+}  # fmt: skip
+KINDS = tuple(CLASSES)
 
 
 def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dataset:
@@ -32,20 +38,11 @@ def open_dataset(kind: str, root: str | Path, split: str, **options: Any) -> Dat
     """
     if kind not in KINDS:
         raise InputError(f"the kind of a data set must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "ade20k":
-        from vpd_fast.data.ade20k import ADE20K as cls
-    elif kind == "nyu":
-        from vpd_fast.data.nyu import NYU as cls
-    elif kind == "folder":
-        from vpd_fast.data.folder import Folder as cls
-    elif kind == "shapes":
-        from vpd_fast.data.shapes import ShapesDataset as cls
-    else:
-        from vpd_fast.data.refer import Refer as cls
-
+    module, name = CLASSES[kind]
+    if kind in REFER_KINDS:
         options = {"kind": kind, **options}
     try:
-        return cls(root, split, **options)
+        return getattr(importlib.import_module(f"vpd_fast.data.{module}"), name)(root, split, **options)
     except TypeError as error:
         raise InputError(f"data set {kind}: {error}") from error
 

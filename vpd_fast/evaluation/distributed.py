@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import distributed
+
 from vpd_fast.errors import InputError
 
 
@@ -13,8 +15,6 @@ def check_group(rank: int, world_size: int) -> None:
         raise InputError(f"rank and world_size must be ints with 0 <= rank < world_size, got {rank!r}, {world_size!r}")
     if world_size == 1:
         return
-    from torch import distributed
-
     ready = distributed.is_available() and distributed.is_initialized()
     came = (distributed.get_rank(), distributed.get_world_size()) if ready else None
     if came != (rank, world_size):
@@ -26,8 +26,6 @@ def gather(value: Any, world_size: int) -> list[Any]:
     """Return `value` of every process, by rank. Every process must call it."""
     if world_size == 1:
         return [value]
-    from torch import distributed
-
     values: list[Any] = [None] * world_size
     distributed.all_gather_object(values, value)
     return values

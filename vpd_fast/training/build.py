@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 
+from vpd_fast.checkpoints import reader
 from vpd_fast.config import SIZE_MULTIPLE, VPDConfig
+from vpd_fast.data import ANY_TASK, open_dataset
 from vpd_fast.errors import CheckpointError, DatasetError, InputError
 from vpd_fast.models import VPD
+from vpd_fast.models.random_weights import randomize
+from vpd_fast.models.text import TextEncoder, encoder_name, set_classes
 from vpd_fast.tasks import TASKS
+from vpd_fast.training.cache import LatentCache, TextCache
 from vpd_fast.training.config import TrainConfig
+from vpd_fast.training.frozen import FrozenEncoder
+from vpd_fast.training.groups import parameter_groups
+from vpd_fast.training.schedules import make_schedule
 from vpd_fast.training.tasks import Encode, Sentences
 
 
@@ -30,8 +38,6 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 def open_datasets(config: TrainConfig) -> tuple[Any, Any | None]:
     """Open training and validation data; None for the latter where the configuration has none. Raises DatasetError."""
-    from vpd_fast.data import open_dataset
-
     data = config.data
     options = dict(data.options)
     if data.kind == "nyu":
@@ -56,16 +62,12 @@ def open_datasets(config: TrainConfig) -> tuple[Any, Any | None]:
 
 
 def _with_task(config: TrainConfig, options: dict[str, Any]) -> dict[str, Any]:
-    from vpd_fast.data import ANY_TASK
-
     return {"task": config.task, **options} if config.data.kind in ANY_TASK else options
 
 
 def text_encoder(config: TrainConfig, model: VPD | None = None, **options: Any) -> Any:
     """Make the CLIP text encoder, loaded when first used: the configuration's, else the one that the model was trained
     with, else the default. options are those of TextEncoder."""
-    from vpd_fast.models.text import TextEncoder, encoder_name
-
     return TextEncoder(encoder_name(config.init.text_encoder, model and model.config), **options)
 
 
@@ -80,8 +82,6 @@ def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
 
     if config.encoder.cache is None:
         return embed
-    from vpd_fast.training.cache import TextCache
-
     folder, limit = Path(config.encoder.cache) / "sentences", round(config.encoder.cache_gib * 2**30)
     cache = TextCache(folder, limit, f"{encoder.identity} {encoder.dtype} {tokens}")
     return lambda sentences: cache.embed(sentences, embed)
@@ -89,8 +89,6 @@ def sentence_features(config: TrainConfig, model: VPD) -> Sentences:
 
 def latent_encoder(config: TrainConfig, model: VPD) -> Encode:
     """Return a function from images to latents on the model's device, kept on disk unless augmented at random."""
-    from vpd_fast.training.frozen import FrozenEncoder
-
     device = model.device
     encoder = FrozenEncoder(model, config.encoder.precision)
 
@@ -99,8 +97,6 @@ def latent_encoder(config: TrainConfig, model: VPD) -> Encode:
 
     if config.encoder.cache is None or TASKS[config.task].augmented:
         return encode
-    from vpd_fast.training.cache import LatentCache
-
     folder, limit = Path(config.encoder.cache) / "latents", round(config.encoder.cache_gib * 2**30)
     cache = LatentCache(folder, limit, encoder.identity)
     return lambda images: cache.encode(images, encode).to(device, non_blocking=True)
@@ -122,8 +118,6 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
         fields["base_size"] = -(-config.data.size // SIZE_MULTIPLE) * SIZE_MULTIPLE
     vpd_config = VPDConfig.from_dict({"task": config.task, **fields})
     if init.random is not None:
-        from vpd_fast.models.random_weights import randomize
-
         model = randomize(VPD.empty(vpd_config), init.random)
         notes = [f"the weights are random (seed {init.random})"]
         if init.class_embeddings is not None:
@@ -206,15 +200,11 @@ def _copy_weights(source: VPD, target: VPD) -> list[str]:
 
 
 def _embed(model: VPD, names: Sequence[str], encoder: Any, notes: list[str]) -> None:
-    from vpd_fast.models.text import set_classes
-
     set_classes(model, names, encoder)
     notes.append(f"class embeddings made by {encoder.name}")
 
 
 def _set_embeddings(model: VPD, path: str) -> None:
-    from vpd_fast.checkpoints import reader
-
     buffer = getattr(model, "class_embeddings", None)
     if buffer is None:
         raise InputError("init.class_embeddings: a referring model has none; its text comes with each sample")
@@ -229,9 +219,6 @@ def build_optimizer(
     config: TrainConfig, model: VPD, steps: int
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
     """Make AdamW over the task's groups, which keep their rate as "initial_lr", and the schedule's factor by step."""
-    from vpd_fast.training.groups import parameter_groups
-    from vpd_fast.training.schedules import make_schedule
-
     options = config.optimizer
     quirks = {
         "segmentation": config.quirks.unet_norm_full_rate, "referring": config.quirks.dead_lr_scale,

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import re
 import secrets
 import shutil
@@ -18,10 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vpd_fast.errors import CheckpointError, InputError
-from vpd_fast.files import Writer, json_text
+from vpd_fast.files import Writer, json_text, write_files
 
 INDEX = "index.json"
 STATE = "training.pt"
@@ -123,7 +125,6 @@ class CheckpointStore:
         if last is not None:
             content["last"] = last.name
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / INDEX, json_text(content))
         except OSError as error:
             raise CheckpointError(f"{self.folder / INDEX}: cannot be written ({error.strerror or error})") from error
@@ -131,14 +132,13 @@ class CheckpointStore:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, force it to disk and rename it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_files({path: write})
+    _sync(path.parent)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -165,10 +165,6 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 def random_state() -> dict[str, Any]:
     """Return the state of the generators of Python, numpy, torch and the GPU, as plain containers and tensors."""
-    import random
-
-    import numpy as np
-
     version, internal, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()  # a tuple, though numpy's types also allow a dict
     name, keys, position, has_gauss, cached = numpy_state
@@ -184,10 +180,6 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Restore what `random_state` returned; a GPU's state is left out where there is none."""
-    import random
-
-    import numpy as np
-
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -7,16 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from vpd_fast.errors import MissingDependencyError, VPDFastError
+from vpd_fast.evaluation.tasks import make_task
+from vpd_fast.models import VPD
 from vpd_fast.progress import ProgressBar
 from vpd_fast.training.checkpoint import write_text
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vpd_fast.models import VPD
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -157,11 +157,6 @@ def sample_pictures(
 
     The first `count` samples that can be read and measured. options: those of the evaluation.
     """
-    import numpy as np
-    from PIL import Image
-
-    from vpd_fast.evaluation.tasks import make_task
-
     task = make_task(model, dataset, text_encoder=sentences, **options)
     pictures = []
     for index in range(min(count, len(dataset))):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vpd_fast.checkpoints.save import write_safetensors
+from vpd_fast.data import TrainLoader, make_transform
 from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
 from vpd_fast.evaluation.distributed import gather
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
@@ -126,8 +127,6 @@ class Trainer:
         return build.own_memory(model.to(self.processes.device)).train()
 
     def _build_loader(self) -> Any:
-        from vpd_fast.data import TrainLoader, make_transform
-
         config, data = self.config, self.config.data
         loader = TrainLoader(
             self.train_data, make_transform(config.task, train=True, size=data.size, **data.transform),
