@@ -12,6 +12,7 @@ from types import ModuleType
 
 # Old module -> the modules that have its names now. Submodules of an old name move along with it.
 MOVED: dict[str, tuple[str, ...]] = {
+    "vpd_fast.training.sharding": ("vpd_fast.training.parallel",),
     "vpd_fast.benchmark": ("vpd_fast.bench",),
     "vpd_fast.inference.images": ("vpd_fast.pictures.resizing", "vpd_fast.pictures.reading"),
     "vpd_fast.inference.drawing": ("vpd_fast.pictures.canvas",),

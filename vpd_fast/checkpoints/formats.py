@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vpd_fast import bundled
-from vpd_fast.checkpoints import ldm_diffusers, mmseg_port, reader
+from vpd_fast.checkpoints import ldm_diffusers, reader
 from vpd_fast.checkpoints.checkpoint import CONFIG_KEY, LDM_TEXT, LDM_UNET, LDM_VAE, Checkpoint
 from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_task
 from vpd_fast.checkpoints.pickles import Placeholder
@@ -22,6 +22,16 @@ from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.tasks import TASKS
+
+# Prefixes of the depth model as ported to mmsegmentation 1.x -> prefixes in the released depth checkpoint.
+_MMSEG_PREFIXES = {
+    "backbone.": "encoder.",
+    "decode_head.conv1.": "encoder.layer1.",
+    "decode_head.conv2.": "encoder.layer2.0.",
+    "decode_head.conv_aggregation.": "encoder.out_layer.",
+    "decode_head.decoder.": "decoder.",
+    "decode_head.depth_pred_layer.": "last_layer_depth.",
+}
 
 
 def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
@@ -37,7 +47,7 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
     raw = reader.read_file(path, mmap=mmap)
     checkpoint = Checkpoint(path, _format_of(raw), raw.tensors, placeholders=raw.placeholders, skipped=raw.skipped)
     if checkpoint.format == "mmseg":
-        checkpoint.tensors = mmseg_port.from_mmseg(raw.tensors)
+        checkpoint.tensors = _from_mmseg(raw.tensors)
     meta = raw.metadata.get("meta")
     stored = raw.metadata.get(CONFIG_KEY) or (meta.get(CONFIG_KEY) if isinstance(meta, dict) else None)
     if stored is not None and checkpoint.format == "vpd":
@@ -76,10 +86,19 @@ def ldm_to_vpd(tensors: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:
     return renamed
 
 
+def _from_mmseg(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the port's tensors to the released names. Its 28th embedding, the mean of the 27 scenes, stays a scene."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        prefix = next((p for p in _MMSEG_PREFIXES if key.startswith(p)), "")
+        renamed[_MMSEG_PREFIXES.get(prefix, "") + key[len(prefix) :]] = tensor
+    return renamed
+
+
 def _format_of(raw: reader.RawFile) -> str:
     keys = raw.tensors
     shapes = {key: tuple(tensor.shape) for key, tensor in keys.items()}
-    if mmseg_port.is_mmseg_depth(keys):
+    if "decode_head.depth_pred_layer.0.weight" in keys:  # the port's
         return "mmseg"
     if infer_task(shapes) is not None:
         return "vpd"

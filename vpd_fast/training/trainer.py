@@ -19,7 +19,7 @@ from vpd_fast.evaluation.distributed import gather
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.models import VPD
 from vpd_fast.tasks import TASKS
-from vpd_fast.training import build, checkpoint, sharding
+from vpd_fast.training import build, checkpoint, parallel
 from vpd_fast.training.config import TrainConfig
 from vpd_fast.training.logging import RunLog, Window, sample_pictures
 from vpd_fast.training.parallel import Processes, batch_norm_buffers
@@ -250,7 +250,7 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))
+        norm = parallel.whole(torch.nn.utils.get_total_norm(gradients))
         clip = self.config.optimizer.clip
         if clip is not None:
             factor = (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -306,7 +306,7 @@ class Trainer:
         options = self.config.evaluation
         random = checkpoint.random_state()
         self.processes.share_buffers(self.model)
-        model = sharding.whole_model(self.model)
+        model = parallel.whole_model(self.model)
         self.signals.breakable = self.processes.count == 1
         try:
             if self.signals.breakable and self.signals.asked:
@@ -347,8 +347,8 @@ class Trainer:
     def _save(self) -> None:
         self.processes.share_buffers(self.model)
         states = gather(checkpoint.random_state(), self.processes.count)
-        weights = sharding.whole(self.model.state_dict())
-        optimizer = sharding.optimizer_state(self.optimizer)
+        weights = parallel.whole(self.model.state_dict())
+        optimizer = parallel.optimizer_state(self.optimizer)
         with self.processes.first_only():
             if self.processes.first:
                 self.store.save(
@@ -390,7 +390,7 @@ class Trainer:
         if changed:
             raise InputError(f"{self.resumed_from}: cannot be continued bit for bit, {'; '.join(changed)}")
         try:
-            sharding.load_optimizer_state(self.optimizer, state["optimizer"])
+            parallel.load_optimizer_state(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{self.resumed_from}: its optimizer state does not fit ({error})") from error
         checkpoint.set_random_state(state["random"][self.processes.rank])
