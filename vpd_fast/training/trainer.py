@@ -75,7 +75,8 @@ class Trainer:
         self.notes: list[str] = []
         self.model = self._build_model()
         self.loader = self._build_loader()
-        self.steps = self._count_steps()
+        epochs = (config.schedule.epochs or 0) * self.loader.epoch_length  # in passes
+        self.steps = config.schedule.steps or max(epochs // config.accumulation, 1)
         if sentences is None and TASKS[config.task].takes_text:
             sentences = build.sentence_features(config, self.model)
         self.sentences = sentences
@@ -140,12 +141,6 @@ class Trainer:
             )
         return loader
 
-    def _count_steps(self) -> int:
-        schedule = self.config.schedule
-        if schedule.steps is not None:
-            return schedule.steps
-        return max(schedule.epochs * self.loader.epoch_length // self.config.accumulation, 1)
-
     def _build_encoder(self) -> Encode:
         if self.model.config.train_encoder:
             return self.model.encode
@@ -161,8 +156,15 @@ class Trainer:
         Raises TrainingError when steps are not finite again and again, CheckpointError when a checkpoint cannot be
         written, DatasetError when too many samples cannot be read (the steps until then are saved).
         """
-        self._open_folder()
-        with self.signals, contextlib.closing(self._open_log()) as self.log:
+        self.processes.wait()  # all have looked into the folder before anything in it changes
+        with self.processes.first_only():
+            if self.processes.first:
+                open_folder(self.folder, self.store, self.config)
+        log = RunLog(
+            self.folder if self.processes.first else None, start=self.step, steps=self.steps,
+            tensorboard=self.config.log.tensorboard, bar=self.bar,
+        )  # fmt: skip
+        with self.signals, contextlib.closing(log) as self.log:
             for note in self.notes:
                 self.log.message(f"note: {note}")
             with contextlib.suppress(KeyboardInterrupt) if self.processes.count == 1 else contextlib.nullcontext():
@@ -240,7 +242,8 @@ class Trainer:
         numbers = self.processes.sum(torch.cat([torch.stack([total, finite.float()]), flags.float()])).tolist()
         all_finite = numbers[1] == self.processes.count
         if all_finite:
-            self._set_rates()
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.schedule(self.step)
             self.optimizer.step()
         else:  # the statistics of batch norm have seen the bad numbers, too
             torch._foreach_copy_(batch_norm_buffers(self.model), before) if before else None  # pyright: ignore[reportPrivateImportUsage]
@@ -256,11 +259,6 @@ class Trainer:
             factor = (clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.item() if self.processes.sharded else factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm
-
-    def _set_rates(self) -> None:
-        factor = self.schedule(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
 
     def rate(self) -> float:
         """Return the largest learning rate of the groups, as last set."""
@@ -404,16 +402,6 @@ class Trainer:
             self.best = index.get("best") or self.best
             if index.get("evaluated") == self.step:
                 self.evaluated = self.step
-
-    def _open_folder(self) -> None:
-        self.processes.wait()  # all have looked into the folder before anything in it changes
-        with self.processes.first_only():
-            if self.processes.first:
-                open_folder(self.folder, self.store, self.config)
-
-    def _open_log(self) -> RunLog:
-        folder = self.folder if self.processes.first else None
-        return RunLog(folder, start=self.step, steps=self.steps, tensorboard=self.config.log.tensorboard, bar=self.bar)
 
     def _summary(self) -> Summary:
         best = self.folder / BEST
