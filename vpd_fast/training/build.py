@@ -172,7 +172,10 @@ def _from_checkpoint(config: TrainConfig, path: str, fields: dict[str, Any], enc
     known = model.config.class_names
     if any(getattr(model.config, name) != value for name, value in sizes.items()):
         new = VPD(model.config.replace(**sizes, class_names=names))
-        fresh = _copy_weights(model, new)
+        shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+        kept = {name: tensor for name, tensor in model.state_dict().items() if tensor.shape == shapes.get(name)}
+        new.load_state_dict(kept, strict=False)
+        fresh = [name for name in shapes if name not in kept]
         notes.append(f"other classes than in {path}: {len(fresh)} tensors begin anew, such as {fresh[0]}")
         model, known = new, ()
         if config.init.class_embeddings is None:
@@ -184,19 +187,6 @@ def _from_checkpoint(config: TrainConfig, path: str, fields: dict[str, Any], enc
     if config.init.class_embeddings is not None:
         _set_embeddings(model, config.init.class_embeddings)
     return model, notes
-
-
-def _copy_weights(source: VPD, target: VPD) -> list[str]:
-    """Copy what has the same shape; returns the names of what has not."""
-    old = source.state_dict()
-    fresh = []
-    with torch.no_grad():
-        for name, tensor in target.state_dict().items():
-            if name in old and old[name].shape == tensor.shape:
-                tensor.copy_(old[name])
-            else:
-                fresh.append(name)
-    return fresh
 
 
 def _embed(model: VPD, names: Sequence[str], encoder: Any, notes: list[str]) -> None:
