@@ -11,7 +11,7 @@ import typer
 from vpd_fast.checkpoints import convert as convert_checkpoint
 from vpd_fast.checkpoints import load_checkpoint
 from vpd_fast.checkpoints.convert import TARGETS
-from vpd_fast.cli import options
+from vpd_fast.config import PRECISIONS
 from vpd_fast.engine import Policy, optimize
 from vpd_fast.errors import InputError
 from vpd_fast.progress import error_console
@@ -36,7 +36,7 @@ def convert(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(options.PRECISIONS)}. [default: int8]"),
+        typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(PRECISIONS)}. [default: int8]"),
     ] = None,
     device: Annotated[
         str | None,
@@ -71,8 +71,8 @@ def convert(
 
 
 def _to_engine(source: Path, destination: Path, precision: str, device: str) -> None:
-    if precision not in options.PRECISIONS:
-        raise InputError(f"--precision must be one of {', '.join(options.PRECISIONS)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if device not in DEVICES:
         raise InputError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
     if destination.exists() and not destination.is_dir():

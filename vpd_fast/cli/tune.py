@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vpd_fast.cli.options import PRECISIONS
+from vpd_fast.config import PRECISIONS
 from vpd_fast.errors import InputError
 
 
