@@ -17,7 +17,7 @@ from vpd_fast.evaluation.gallery import Case, Worst
 from vpd_fast.evaluation.metrics import PRIMARY
 from vpd_fast.evaluation.results import Evaluation, show
 from vpd_fast.evaluation.tasks import Segmentation, check_sample, make_task
-from vpd_fast.inference.predict_images import read_ahead
+from vpd_fast.inference.predict_images import TOO_LARGE, read_ahead
 from vpd_fast.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -140,13 +140,18 @@ def _run(
     with closing(read_ahead(indices, partial(_load, dataset), workers, workers)) as samples:
         for done, (index, sample) in enumerate(samples, 1):
             try:
-                findings = _measure(task, sample)
+                if isinstance(sample, Exception):
+                    raise sample
+                check_sample(sample)
+                findings = task.measure(sample)
             except SAMPLE_ERRORS as error:
                 if strict:
                     raise
-                part.failed.append({"index": index, "name": dataset.name(index), "error": _message(error)})
+                message = " ".join(str(error).split()) or type(error).__name__
+                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                    message = TOO_LARGE
+                part.failed.append({"index": index, "name": dataset.name(index), "error": message})
             else:
-                assert not isinstance(sample, Exception)  # or it would have been raised
                 if findings:
                     part.count += 1
                 else:
@@ -156,19 +161,6 @@ def _run(
                     cases.offer(index, number, sample.name, f"{score} {show(score, finding.row[score])}", finding)
             report(done, len(indices), task.metrics.compute())
     part.seconds = time.perf_counter() - start
-
-
-def _measure(task: Segmentation | Referring | Depth, sample: Sample | Exception) -> list[Any]:
-    if isinstance(sample, Exception):
-        raise sample
-    check_sample(sample)
-    return task.measure(sample)
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "not enough memory for an image of this size"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _worst_of_all(cases: Worst, world_size: int) -> list[Case]:
