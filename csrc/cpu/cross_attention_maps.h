@@ -31,9 +31,6 @@ struct CrossAttentionMapsPlan {
     int64_t packed_size;  // floats of packed memory for one head of a context: K and V; 0: not packed
 };
 
-// Floats of scratch memory that one thread needs.
-int64_t cross_attention_maps_scratch(const CrossAttentionMapsPlan& plan);
-
 }  // namespace vpd
 
 // Work items of the first are (context, head), numbered context * heads + head; of the second (image, tile), numbered

@@ -30,9 +30,6 @@ struct CrossAttentionMapsBackwardPlan {
 
 constexpr int64_t BACKWARD_TILE_QUERIES = 32;
 
-// Floats of scratch memory that one thread needs.
-int64_t cross_attention_maps_backward_scratch(const CrossAttentionMapsBackwardPlan& plan);
-
 }  // namespace vpd
 
 // Work items of the first are (context, head, chunk), numbered (context * heads + head) * chunks + chunk; it fills dq and

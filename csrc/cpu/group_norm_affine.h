@@ -28,9 +28,6 @@ struct GroupNormAffinePlan {
     int64_t width;          // channels in the statistics, each source padded to whole vectors
 };
 
-// Floats of scratch memory that one thread needs.
-int64_t group_norm_affine_scratch(const GroupNormAffinePlan& plan);
-
 }  // namespace vpd
 
 // Work items of the first are (image, chunk), numbered image * chunks + chunk: it writes mean and sum of squared

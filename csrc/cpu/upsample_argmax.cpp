@@ -15,7 +15,7 @@
 namespace vpd::VPD_ISA {
 namespace {
 
-// Scratch memory of one thread, see upsample_argmax_scratch.
+// Scratch memory of one thread, which the binding sizes.
 struct Scratch {
     float* rows;     // [max_taps][columns][channels]  packed rows of the logits, channels innermost
     float* upper;    // [channels]                     what a channel's value in the tile cannot exceed

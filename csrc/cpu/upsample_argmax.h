@@ -39,9 +39,6 @@ struct UpsampleArgmaxPlan {
     int64_t n_tiles, max_points;
 };
 
-// Floats of scratch memory that one call of upsample_argmax_groups needs.
-int64_t upsample_argmax_scratch(const UpsampleArgmaxPlan& plan);
-
 }  // namespace vpd
 
 // Work items are (image, row group), numbered image * n_groups + group; this does [first, last). labels: (batch, out_h,

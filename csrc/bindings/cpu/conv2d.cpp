@@ -2,12 +2,9 @@
 #include "cpu/conv2d.h"
 
 #include "bindings/cpu/gemm_arguments.h"
-#include "bindings/cpu/operators.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 void conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array<int64_t, 5>& shape,
             const std::array<int64_t, 5>& geometry, const Packed& weight, const std::array<uintptr_t, 3>& vectors,

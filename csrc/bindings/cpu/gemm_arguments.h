@@ -1,15 +1,6 @@
 // Arguments that the bindings of linear, conv2d and winograd_conv2d share, and the division of a GEMM among threads.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <algorithm>
-#include <array>
-#include <optional>
-#include <string>
-#include <tuple>
-
 #include "bindings/cpu/support.h"
 #include "cpu/gemm.h"
 
@@ -78,7 +69,7 @@ void run_gemm(const GemmPlan& plan, Isa isa, int64_t threads, MakeRows make_rows
     const auto a = allocate((shared_rows ? rows : std::min(threads, blocks) * block) * row_floats);
     const auto scratch = allocate(threads * scratch_floats);
 
-    pybind11::gil_scoped_release unlocked;
+    py::gil_scoped_release unlocked;
     if (shared_rows) {
         in_parts(rows, threads, [&](int64_t first, int64_t last, int64_t part) {
             make_rows(first, last - first, a.get() + first * row_floats, scratch.get() + part * scratch_floats);

@@ -1,20 +1,10 @@
 // Binding of group_norm_affine: checks sizes and shares chunks of rows among threads.
 #include "cpu/group_norm_affine.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "bindings/cpu/operators.h"
 #include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 // Address, dtype, channels, strides.
 using Source = std::tuple<uintptr_t, std::string, int64_t, std::array<int64_t, 2>>;
@@ -47,7 +37,7 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
     plan.chunk = std::max(MIN_CHUNK_ROWS, ceil_divide(plan.rows, MAX_CHUNKS));
     plan.chunks = ceil_divide(plan.rows, plan.chunk);
 
-    const int64_t items = plan.batch * plan.chunks, per_thread = padded(group_norm_affine_scratch(plan));
+    const int64_t items = plan.batch * plan.chunks, per_thread = padded(3 * plan.width);
     const auto statistics = allocate(2 * items * 2 * plan.width);  // doubles
     const auto scratch = allocate(std::min<int64_t>(std::max(threads, 1), items) * per_thread);
     double* doubles = reinterpret_cast<double*>(statistics.get());
@@ -62,8 +52,6 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
 }
 
 }  // namespace
-
-int64_t group_norm_affine_scratch(const GroupNormAffinePlan& plan) { return 3 * plan.width; }
 
 void bind_group_norm_affine(py::module_& m) {
     m.def(

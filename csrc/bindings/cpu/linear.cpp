@@ -2,12 +2,9 @@
 #include "cpu/linear.h"
 
 #include "bindings/cpu/gemm_arguments.h"
-#include "bindings/cpu/operators.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 void linear(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array<int64_t, 2>& shape,
             const Packed& weight, const std::array<uintptr_t, 3>& vectors, bool norm, float eps,

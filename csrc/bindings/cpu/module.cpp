@@ -1,8 +1,5 @@
-// Module vpd_fast._C: CPU operators over raw pointers. Bindings of an operator are in csrc/bindings/cpu/<operator>.cpp.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "bindings/cpu/operators.h"
+// Module vpd_fast._C: CPU operators over raw pointers. Bindings are in csrc/bindings/cpu/<operator>.cpp.
+#include "bindings/cpu/support.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -22,12 +19,10 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "resolve_isa", [](const std::string& name) { return vpd::isa_name(vpd::resolve_isa(name)); }, py::arg("name"),
         "The level that runs for a requested name; '' means the fastest usable one");
+    vpd::bind_attention(m);
     vpd::bind_conv2d(m);
-    vpd::bind_cross_attention_maps(m);
-    vpd::bind_cross_attention_maps_backward(m);
     vpd::bind_group_norm_affine(m);
     vpd::bind_linear(m);
-    vpd::bind_self_attention(m);
     vpd::bind_upsample_argmax(m);
     vpd::bind_winograd_conv2d(m);
 }

@@ -1,17 +1,34 @@
-// Helpers of all bindings: argument checks, scratch memory, and the division of work among threads.
+// Functions that add the operators to module _C, and helpers of their bindings: argument checks, scratch memory, and the
+// division of work among threads.
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "sizes.h"
 
 namespace vpd {
+
+namespace py = pybind11;
+
+void bind_attention(py::module_& m);
+void bind_conv2d(py::module_& m);
+void bind_group_norm_affine(py::module_& m);
+void bind_linear(py::module_& m);
+void bind_upsample_argmax(py::module_& m);
+void bind_winograd_conv2d(py::module_& m);
 
 inline void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);

@@ -2,20 +2,11 @@
 #include "cpu/upsample_argmax.h"
 
 #include <pybind11/numpy.h>
-#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <array>
-#include <tuple>
-#include <vector>
-
-#include "bindings/cpu/operators.h"
 #include "bindings/cpu/support.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -122,24 +113,19 @@ void upsample_argmax(uintptr_t logits, const std::array<int64_t, 6>& shape, cons
     for (const Tile& tile : tiles.tiles) plan.max_points = std::max(plan.max_points, tile.points);
 
     const int64_t items = plan.batch * plan.n_groups;
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, items));
-    const int64_t per_thread = padded(upsample_argmax_scratch(plan));
-    const auto scratch = allocate(per_thread * parts);
+    const int64_t rows_of_channels = plan.max_taps * plan.grid_x * plan.w + (plan.max_taps + 1) * plan.max_points + 3;
+    const int64_t per_thread = rows_of_channels * padded(plan.channels);
+    const auto scratch = allocate(per_thread * std::min<int64_t>(std::max(threads, 1), items));
 
     py::gil_scoped_release unlocked;
     // Contiguous parts, because neighbouring row groups share packed rows.
-    in_parts(items, parts, [&](int64_t first, int64_t last, int64_t part) {
+    in_parts(items, threads, [&](int64_t first, int64_t last, int64_t part) {
         VPD_DISPATCH(isa, upsample_argmax_groups, plan, reinterpret_cast<const float*>(logits),
                      reinterpret_cast<int64_t*>(labels), first, last, scratch.get() + part * per_thread);
     });
 }
 
 }  // namespace
-
-int64_t upsample_argmax_scratch(const UpsampleArgmaxPlan& plan) {
-    const int64_t rows = plan.max_taps * plan.grid_x * plan.w, points = (plan.max_taps + 1) * plan.max_points;
-    return (rows + points + 3) * padded(plan.channels);
-}
 
 void bind_upsample_argmax(py::module_& m) {
     m.def(

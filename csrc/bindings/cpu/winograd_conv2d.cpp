@@ -2,12 +2,9 @@
 #include "cpu/winograd_conv2d.h"
 
 #include "bindings/cpu/gemm_arguments.h"
-#include "bindings/cpu/operators.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 constexpr int64_t MIN_BLOCKS_PER_THREAD = 4;          // with fewer, all threads work on one block together
 constexpr int64_t MAX_BLOCK_COLUMNS = 16;             // of tiles
