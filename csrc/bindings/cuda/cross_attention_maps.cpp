@@ -1,18 +1,10 @@
 // Binding of cross_attention_maps.
 #include "cuda/cross_attention_maps.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <optional>
-#include <tuple>
-
 #include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 using Shape = std::array<int64_t, 5>;
 using Maps = std::tuple<uintptr_t, std::string, std::array<int64_t, 4>>;

@@ -3,17 +3,24 @@
 
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cuda/dtype.h"
 
 namespace vpd {
 
-void bind_cross_attention_maps(pybind11::module_& m);
-void bind_gemm(pybind11::module_& m);
-void bind_upsample_argmax(pybind11::module_& m);
+namespace py = pybind11;
+
+void bind_cross_attention_maps(py::module_& m);
+void bind_gemm(py::module_& m);
+void bind_upsample_argmax(py::module_& m);
 
 inline void require_success(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));

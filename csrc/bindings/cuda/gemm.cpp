@@ -1,19 +1,10 @@
 // Binding of the GEMM.
 #include "cuda/gemm.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <optional>
-#include <tuple>
-#include <vector>
-
 #include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 using Strides = std::array<int64_t, 3>;
 using Source = std::tuple<uintptr_t, Strides, int64_t>;

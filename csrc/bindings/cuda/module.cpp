@@ -1,8 +1,6 @@
 // Module vpd_fast._C_cuda: CUDA operators over raw pointers and a stream. Bindings of an operator are in
 // csrc/bindings/cuda/<operator>.cpp. The CUDA runtime is linked statically, so the module can be imported where there is no GPU and
 // no driver; calls then fail with the runtime's message.
-#include <pybind11/pybind11.h>
-
 #include "bindings/cuda/cuda_support.h"
 
 namespace py = pybind11;

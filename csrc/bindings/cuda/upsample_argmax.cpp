@@ -1,17 +1,10 @@
 // Binding of upsample_argmax.
 #include "cuda/upsample_argmax.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <tuple>
-
 #include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
 namespace {
-
-namespace py = pybind11;
 
 using WeightAddresses = std::tuple<uintptr_t, uintptr_t>;
 
