@@ -83,6 +83,24 @@ def check_categories(
     return categories, num_categories, reduce == "mean"
 
 
+def check_maps_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float | None,
+    categories: Tensor | Sequence[int] | None,
+    num_categories: int | None,
+    reduce: str,
+    weight: float,
+) -> dict[str, Any]:
+    """Checks what all operators with maps share and returns it as the fields of `MapsArguments`. Raises InputError."""
+    scale = check_attention(q, k, v, heads, scale)
+    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    shared = {"q": q, "k": k, "v": v, "heads": heads, "scale": scale, "ids": ids, "num_maps": count, "mean": mean}
+    return shared | {"weight": check_number("weight", weight)}
+
+
 def check_addend(addend: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if addend is not None:
         words = "B N maps" if len(shape) == 3 else "B heads N maps"

@@ -28,10 +28,8 @@ from vpd_fast.ops._attention import (
 )
 from vpd_fast.ops._attention_checks import (
     check_addend,
-    check_attention,
-    check_categories,
     check_flag,
-    check_number,
+    check_maps_arguments,
     flat_maps,
     maps_dtype,
 )
@@ -84,27 +82,14 @@ def cross_attention_maps(
         >>> maps.sum(-1)  # ones
     """
     q, k, v = _autocast(q, k, v)
-    scale = check_attention(q, k, v, heads, scale)
-    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    shared = check_maps_arguments(q, k, v, heads, scale, categories, num_categories, reduce, weight)
+    count = shared["num_maps"]
     check_flag("need_maps", need_maps)
     check_flag("average_heads", average_heads)
     shape = (q.shape[0], q.shape[1], count) if average_heads else (q.shape[0], heads, q.shape[1], count)
     check(need_maps or addend is None, "addend needs need_maps=True")
     check_addend(addend, shape, maps_dtype(q), q.device)
-    arguments = CrossAttentionMapsArguments(
-        q=q,
-        k=k,
-        v=v,
-        heads=heads,
-        scale=scale,
-        ids=ids,
-        num_maps=count,
-        mean=mean,
-        weight=check_number("weight", weight),
-        addend=addend,
-        need_maps=need_maps,
-        average_heads=average_heads,
-    )
+    arguments = CrossAttentionMapsArguments(**shared, addend=addend, need_maps=need_maps, average_heads=average_heads)
     out, maps = CROSS_ATTENTION_MAPS(arguments, impl)
     if not need_maps:
         return out, None
@@ -144,10 +129,9 @@ def cross_attention_maps_into(
         ...     out = cross_attention_maps_into(q, k, v, sums, heads=8, weight=1 / len(layers), accumulate=i > 0)
     """
     q, k, v = _autocast(q, k, v)
-    scale = check_attention(q, k, v, heads, scale)
-    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    shared = check_maps_arguments(q, k, v, heads, scale, categories, num_categories, reduce, weight)
     check_flag("accumulate", accumulate)
-    into = flat_maps(into, q, count)
+    into = flat_maps(into, q, shared["num_maps"])
     check(into.device == q.device, f"into must be on {q.device} as q is, got {into.device}")
     check(not into.requires_grad, "into must not require gradients: the maps carry none")
     check_not_expanded("into", into)
@@ -157,8 +141,6 @@ def cross_attention_maps_into(
     )
     check(not accumulate or addend is None, "give either accumulate=True or an addend")
     check_addend(addend, tuple(into.shape), maps_dtype(q), q.device)
-    shared = {"q": q, "k": k, "v": v, "heads": heads, "scale": scale, "ids": ids, "num_maps": count, "mean": mean}
-    shared["weight"] = check_number("weight", weight)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         functional = CrossAttentionMapsArguments(**shared, addend=addend, need_maps=True, average_heads=True)
         out, maps = CROSS_ATTENTION_MAPS(functional, impl)

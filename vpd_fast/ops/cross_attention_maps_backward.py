@@ -17,13 +17,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._attention import MapsArguments, cpu_refuses, kernel_options, no_autocast, triton_refuses
-from vpd_fast.ops._attention_checks import (
-    check_attention,
-    check_categories,
-    check_flag,
-    check_number,
-    maps_dtype,
-)
+from vpd_fast.ops._attention_checks import check_flag, check_maps_arguments, maps_dtype
 from vpd_fast.ops._categories import category_addresses
 from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
@@ -55,8 +49,7 @@ def cross_attention_maps_backward(
     There are no second derivatives.
     Raises InputError for wrong shapes, dtypes, devices, categories or impl.
     """
-    scale = check_attention(q, k, v, heads, scale)
-    ids, count, mean = check_categories(categories, num_categories, reduce, k.shape[1], q.device)
+    shared = check_maps_arguments(q, k, v, heads, scale, categories, num_categories, reduce, weight)
     batch, length, width = q.shape
     check(grad_out is not None or grad_maps is not None, "grad_out and grad_maps are both None")
     if grad_out is not None:
@@ -64,24 +57,13 @@ def cross_attention_maps_backward(
         check_tensor("grad_out", grad_out, "B N heads*D", (q.dtype,), may_be_empty="B N", **sizes)
     if grad_maps is not None:
         words = "B N maps" if average_heads else "B heads N maps"
-        sizes = {"B": batch, "heads": heads, "N": length, "maps": count}
+        sizes = {"B": batch, "heads": heads, "N": length, "maps": shared["num_maps"]}
         check_tensor("grad_maps", grad_maps, words, (maps_dtype(q),), may_be_empty=words, **sizes)
     for name, grad in (("grad_out", grad_out), ("grad_maps", grad_maps)):
         check(grad is None or grad.device == q.device, f"{name} must be on {q.device} as q is")
     check_flag("average_heads", average_heads)
     arguments = CrossAttentionMapsBackwardArguments(
-        q=q,
-        k=k,
-        v=v,
-        heads=heads,
-        scale=scale,
-        ids=ids,
-        num_maps=count,
-        mean=mean,
-        weight=check_number("weight", weight),
-        grad_out=grad_out,
-        grad_maps=grad_maps,
-        average_heads=average_heads,
+        **shared, grad_out=grad_out, grad_maps=grad_maps, average_heads=average_heads
     )
     return CROSS_ATTENTION_MAPS_BACKWARD(arguments, impl)
 
