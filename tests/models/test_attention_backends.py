@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import re
 import sys
-import threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -22,6 +21,8 @@ from vpd_fast.models import attention, attention_backends
 from vpd_fast.models.attention import CrossAttention
 from vpd_fast.models.autoencoder import AttnBlock
 from vpd_fast.models.random_weights import randomize
+
+from ..helpers.threads import results_of_threads
 
 RTOL = 1e-4  # relative L2 of float32 tensors, as in test_golden.py
 LAYERS = 16  # transformer blocks in the UNet
@@ -310,17 +311,7 @@ def test_threads(make: Callable) -> None:
     inputs = [images(64 * (1 + i % 2)) for i in range(4)]
     with torch.inference_mode():
         expected = [model(x) for x in inputs]
-    results: list = [None] * len(inputs)
-
-    def work(i: int) -> None:
-        with torch.inference_mode():
-            results[i] = model(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = results_of_threads(torch.inference_mode()(model.__call__), inputs)
     for a, b in zip(results, expected, strict=True):
         assert error(a, b) <= RTOL
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,8 @@ from vpd_fast.errors import InputError
 from vpd_fast.models import VPDDepth, VPDReferring, VPDSegmentation
 from vpd_fast.models.attention import CrossAttention
 from vpd_fast.models.random_weights import randomize
+
+from ..helpers.threads import results_of_threads
 
 WIDTHS = (32, 64, 128, 128)
 
@@ -204,17 +205,7 @@ def test_threads_do_not_share_maps(make: Callable) -> None:
     inputs = [images(64, 64 * (1 + i % 2)) for i in range(6)]
     with torch.inference_mode():
         expected = [model.extract_feat(x) for x in inputs]
-    results: list = [None] * len(inputs)
-
-    def work(i: int) -> None:
-        with torch.inference_mode():
-            results[i] = model.extract_feat(inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = results_of_threads(torch.inference_mode()(model.extract_feat), inputs)
     for a, b in zip(results, expected, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
