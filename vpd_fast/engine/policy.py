@@ -16,21 +16,15 @@ PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtyp
 ACTIVATIONS = PRECISIONS | {"int8": torch.bfloat16, "fp8": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
-# Patterns of layer names -> precision and the reason. The first that fits decides.
+# Of an engine of 8 bits: patterns of layer names -> precision and the reason. The first that fits decides.
 EXCEPTIONS = {
-    "int8": {
-        "encoder.conv_in": ("bf16", "3 input channels: little work, and its error goes through the whole network"),
-        "encoder.conv_out": ("bf16", "makes the latents: little work"),
-        "encoder.*.downsample": ("bf16", "nothing bypasses it, so all of its error stays; measured the most sensitive"),
-        "unet.conv_in": ("bf16", "4 input channels: little work"),
-        "head.*": ("bf16", "makes the result, and is 1 % of the work"),
-        "*.attn2.kv": ("bf16", "runs once per text"),
-    },
-    "bf16": {},
-    "fp16": {},
-    "fp32": {},
+    "encoder.conv_in": ("bf16", "3 input channels: little work, and its error goes through the whole network"),
+    "encoder.conv_out": ("bf16", "makes the latents: little work"),
+    "encoder.*.downsample": ("bf16", "nothing bypasses it, so all of its error stays; measured the most sensitive"),
+    "unet.conv_in": ("bf16", "4 input channels: little work"),
+    "head.*": ("bf16", "makes the result, and is 1 % of the work"),
+    "*.attn2.kv": ("bf16", "runs once per text"),
 }
-EXCEPTIONS["fp8"] = EXCEPTIONS["int8"]
 MIN_WINOGRAD_SIDE = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 16}  # positions a side of the output
 
 
@@ -62,10 +56,9 @@ class Policy:
 
     def precision(self, name: str, default: str) -> tuple[torch.dtype, str]:
         """Dtype of the weight of layer `name` in an engine of precision `default`, and the reason."""
-        for pattern, precision in self.precisions.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                return PRECISIONS[precision], f"policy: {pattern}"
-        for pattern, (precision, reason) in EXCEPTIONS[default].items():
+        chosen = {pattern: (precision, f"policy: {pattern}") for pattern, precision in self.precisions.items()}
+        exceptions = EXCEPTIONS if PRECISIONS[default].itemsize == 1 else {}
+        for pattern, (precision, reason) in (*chosen.items(), *exceptions.items()):
             if fnmatch.fnmatchcase(name, pattern):
                 return PRECISIONS[precision], reason
         return PRECISIONS[default], ""

@@ -46,7 +46,7 @@ def fold_layer_norm(weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm) -> 
 
 def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A convolution's weight (n, ...) and bias with the batch norm after it (its running statistics) in them."""
-    running_mean, running_var = _present(norm.running_mean), _present(norm.running_var)
+    running_mean, running_var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     factor = norm.weight / torch.sqrt(running_var + norm.eps)
     mean = running_mean if bias is None else running_mean - bias
     return weight * factor.view(-1, *[1] * (weight.dim() - 1)), norm.bias - mean * factor
@@ -68,7 +68,7 @@ def fold_latent_mean(conv_out: nn.Conv2d, quant_conv: nn.Conv2d, latent_scale: f
     """Weight (c,C,3,3) and bias (c,) of one convolution that gives the scaled mean, the first c = half the moments."""
     half = quant_conv.out_channels // 2
     mix = quant_conv.weight[:half, :, 0, 0] * latent_scale
-    bias = mix @ _present(conv_out.bias) + _present(quant_conv.bias)[:half] * latent_scale
+    bias = mix @ conv_out.get_parameter("bias") + quant_conv.get_parameter("bias")[:half] * latent_scale
     return torch.einsum("mn,nchw->mchw", mix, conv_out.weight), bias
 
 
@@ -81,13 +81,14 @@ def merge_one_head_attention(
     have in common drops out of its softmax, and the probabilities of a query add up to 1.
     """
     wq, wk, wv, wo = (conv.weight[:, :, 0, 0] for conv in (q, k, v, out))
-    return (wk.T @ wq, wk.T @ _present(q.bias)), (wo @ wv, wo @ _present(v.bias) + _present(out.bias))
+    bq, bv, bo = (conv.get_parameter("bias") for conv in (q, v, out))
+    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + bo)
 
 
 def merge_feed_forward(ff2: nn.Linear, proj_out: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """proj_out(ff2(g) + t) as one weight (n, k + n) over [g, t], and its bias."""
     p = proj_out.weight[:, :, 0, 0]
-    return torch.cat([p @ ff2.weight, p], dim=1), p @ ff2.bias + _present(proj_out.bias)
+    return torch.cat([p @ ff2.weight, p], dim=1), p @ ff2.bias + proj_out.get_parameter("bias")
 
 
 def phase_weights(weight: Tensor) -> Tensor:
@@ -106,9 +107,3 @@ def phase_weights(weight: Tensor) -> Tensor:
 def deconvolution_as_linear(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """A 2x2 transposed convolution of stride 2, weight (k,n,2,2), as rows: n channels of each of the 4 pixels."""
     return weight.permute(2, 3, 1, 0).flatten(0, 2), bias.repeat(4)
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    """A bias or statistic that these layers always have."""
-    assert tensor is not None
-    return tensor

@@ -68,15 +68,10 @@ def layer_specs(model: VPD) -> Iterator[Spec]:
     backbone, config = model.backbone, model.config
     autoencoder = backbone.encoder_vq
     yield from _encoder(autoencoder.encoder, config.base_size)
-    fold = partial(rewrites.fold_latent_mean, autoencoder.encoder.conv_out, autoencoder.quant_conv, config.latent_scale)
-    yield _conv(
-        "encoder.conv_out",
-        autoencoder.encoder.conv_out,
-        0,  # a few channels of output are too little for Winograd
-        fold,
-        settings={"silu": True},
-        rewrites=("latent mean", "dead outputs"),
-    )
+    conv, applied = autoencoder.encoder.conv_out, ("latent mean", "dead outputs")
+    fold = partial(rewrites.fold_latent_mean, conv, autoencoder.quant_conv, config.latent_scale)
+    # Side 0: a few channels of output are too little for Winograd.
+    yield _conv("encoder.conv_out", conv, 0, fold, settings={"silu": True}, rewrites=applied)
     yield from _unet(backbone.unet.unet.diffusion_model, config.base_size // LATENT_STRIDE, config.context_tokens)
     yield from _HEADS[config.task](model)
 
@@ -88,9 +83,8 @@ def _encoder(encoder: Encoder, side: int) -> Iterator[Spec]:
             yield from _kl_block(f"encoder.down.{i}.{j}", block, side)
         if down.downsample is not None:
             side //= 2
-            settings = {"padding": (0, 0, 1, 1)}
-            name = f"encoder.down.{i}.downsample"
-            yield _conv(name, down.downsample.conv, side, settings=settings, rewrites=("padding",))
+            conv, settings = down.downsample.conv, {"padding": (0, 0, 1, 1)}
+            yield _conv(f"encoder.down.{i}.downsample", conv, side, settings=settings, rewrites=("padding",))
     yield from _kl_block("encoder.mid.block_1", encoder.mid.block_1, side)
     yield from _kl_attention("encoder.mid.attn", encoder.mid.attn_1)
     yield from _kl_block("encoder.mid.block_2", encoder.mid.block_2, side)
@@ -133,8 +127,7 @@ def _unet(unet: UNet, side: int, tokens: int) -> Iterator[Spec]:
             elif isinstance(layer, SpatialTransformer):
                 yield from _transformer(name, layer, tokens)
             elif isinstance(layer, Upsample):
-                applied = ("upsampling",)
-                yield _conv(name, layer.conv, 2 * size, upsample=True, rewrites=applied)
+                yield _conv(name, layer.conv, 2 * size, upsample=True, rewrites=("upsampling",))
             elif isinstance(layer, Downsample):
                 yield _conv(name, layer.op, size)
             else:

@@ -111,10 +111,8 @@ class TextEncoder:
         if not isinstance(tokens, int) or tokens < 2:
             raise InputError(f"tokens must be an int of at least 2 (start and end of the text), got {tokens!r}")
 
-        def embed(batch: list[str]) -> Tensor:
-            return self._encode(batch, tokens)[1]
-
-        return self._embed(sentences, {"kind": "sentence", "tokens": tokens}, SENTENCE_BATCH, embed)
+        settings = {"kind": "sentence", "tokens": tokens}
+        return self._embed(sentences, settings, SENTENCE_BATCH, lambda batch: self._encode(batch, tokens)[1])
 
     def token_names(self, sentence: str, tokens: int = 40) -> list[str]:
         """Names of the `tokens` rows of `embed_sentences`: "<start>", words or parts of words, "<end>", then "<pad>".
