@@ -83,19 +83,7 @@ def group_norm_affine(
     named |= {"statistics": known[0], "statistics2": known2[0], "ranges": ranges, "scale": scale}
     check_places("group_norm_affine", x.device, {"x": x, **named})
     arguments = GroupNormAffineArguments(
-        x=x,
-        weight=weight,
-        bias=bias,
-        groups=groups,
-        eps=float(eps),
-        x2=x2,
-        statistics=known[0],
-        run=known[1],
-        statistics2=known2[0],
-        run2=known2[1],
-        ranges=ranges,
-        silu=silu,
-        scale=scale,
+        x, weight, bias, groups, float(eps), x2, *known, *known2, ranges=ranges, silu=silu, scale=scale
     )
     return GROUP_NORM_AFFINE(arguments, impl)
 

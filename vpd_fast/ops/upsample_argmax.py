@@ -268,23 +268,10 @@ IMPLEMENTATIONS = (
     Implementation("triton", _triton, _triton_refuses),
     Implementation("reference", _reference),
 )
-UPSAMPLE_ARGMAX = register(
-    Op(
-        "upsample_argmax",
-        UpsampleArgmaxArguments,
-        public=upsample_argmax,
-        returns="Tensor",
-        fake=_fake,
-        implementations=IMPLEMENTATIONS,
-    )
-)
-UPSAMPLE_ARGMAX_WINDOWS = register(
-    Op(
-        "upsample_argmax_windows",
-        UpsampleArgmaxWindowsArguments,
-        public=upsample_argmax_windows,
-        returns="Tensor",
-        fake=_fake,
-        implementations=IMPLEMENTATIONS,
+UPSAMPLE_ARGMAX, UPSAMPLE_ARGMAX_WINDOWS = (
+    register(Op(f.__name__, arguments, public=f, returns="Tensor", fake=_fake, implementations=IMPLEMENTATIONS))
+    for f, arguments in (
+        (upsample_argmax, UpsampleArgmaxArguments),
+        (upsample_argmax_windows, UpsampleArgmaxWindowsArguments),
     )
 )
