@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from vpd_fast.bench.parity import Outputs, make_images
 from vpd_fast.config import LATENT_STRIDE, VPDConfig
 from vpd_fast.models import VPD
-from vpd_fast.models.perceiver import Perceiver
 from vpd_fast.ops import upsample_argmax
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class ModelVariant:
 
     def __init__(
         self,
-        model: Perceiver,
+        model: VPD | FastVPD,
         label: Callable[..., Tensor],
         *,
         autocast: bool = False,
@@ -152,7 +152,7 @@ class ModelVariant:
     def run(self) -> tuple[dict[str, float], Outputs]:
         """One forward pass; depth has metres for logits and no labels."""
         device = self.model.device.type
-        if self._graphs is not None:
+        if self._graphs is not None and not isinstance(self.model, VPD):
             self.model.graphs = self._graphs
         watch = Stopwatch(device)
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self._autocast):
@@ -195,7 +195,7 @@ def make_plain(
     model = source.load()
     model.attention_backend = attention_backend
     if channels_last:
-        model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+        model = convert_conv2d_weight_memory_format(model.to(torch.bfloat16), torch.channels_last)
     return ModelVariant(model, plain_labels, autocast=autocast, channels_last=channels_last, compiled=compiled)
 
 

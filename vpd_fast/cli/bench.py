@@ -79,6 +79,7 @@ def bench(
     import torch
 
     from vpd_fast.bench import catalog
+    from vpd_fast.bench.in_process import Shared
     from vpd_fast.bench.runner import Bench
     from vpd_fast.bench.variants import Case
 
@@ -107,7 +108,7 @@ def bench(
         finished = False
         try:
             for timed, run in runs.items():
-                if in_process:
+                if isinstance(source, Shared):
                     source.timed = timed
                 _run(run)
             finished = True
@@ -179,13 +180,14 @@ def _report(
 
     from vpd_fast.bench import report
     from vpd_fast.bench.environment import environment
+    from vpd_fast.bench.in_process import Shared
 
     source, model_config = next((run.source, run.config) for run in runs.values())
     threads, rows = source.threads, []
     for timed, run in runs.items():
         for measurement in run.ordered():
             rows.append(report.row_of(measurement, model_config.task, threads))
-            if timed:
+            if timed and isinstance(source, Shared):
                 rows[-1] |= {"timed": timed} | source.telemetry.medians(f"{timed} {measurement.variant}")
     console = Console()
     if not console.is_terminal:  # nothing to fit into

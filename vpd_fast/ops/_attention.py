@@ -164,7 +164,7 @@ def _cpu(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     )
     if result is not out:
         out.copy_(result)
-    if target is not maps:
+    if maps is not None and target is not None and target is not maps:
         maps.copy_(target)
 
 
@@ -235,10 +235,8 @@ def _cuda(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     if categories is not None:
         tensors = (categories.tokens, categories.offsets, categories.weights)
         addresses = (*(x.data_ptr() for x in tensors), categories.count)
-    target = None
-    if maps is not None:
-        address, strides = address_and_strides(maps)
-        target = address, dtype_name(maps), strides
+    place = address_and_strides(maps)
+    target = None if maps is None or place is None else (place[0], dtype_name(maps), place[1])
     _native.load("_C_cuda").cross_attention_maps(
         tuple(x.data_ptr() for x in (q, k, v, out)),
         dtype_name(q),

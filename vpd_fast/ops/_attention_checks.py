@@ -44,7 +44,7 @@ def is_int(value: Any) -> bool:
 def check_number(name: str, value: Any) -> float:
     """A Python number as float. Raises InputError for anything else and for what float32 cannot hold."""
     good = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    check(good and abs(value) <= MAX_NUMBER, f"{name} must be a finite Python number, got {value!r}")
+    check(good and -MAX_NUMBER <= value <= MAX_NUMBER, f"{name} must be a finite Python number, got {value!r}")
     return float(value)
 
 

@@ -19,11 +19,11 @@ class Categories:
     token. offsets: (count + 1,) int32: category c owns tokens[offsets[c]:offsets[c + 1]].
     """
 
+    count: int
     ids: torch.Tensor
     weights: torch.Tensor
     tokens: torch.Tensor
     offsets: torch.Tensor
-    count: int
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """(L, count): maps per token times this are maps per category."""
@@ -49,7 +49,7 @@ def categories_of(ids: torch.Tensor, count: int, mean: bool) -> Categories:
     on_cpu = ids.device.type == "cpu"
     if not on_cpu and ids.is_inference():  # has no count of writes
         return _make(ids, count, mean)
-    state, cached = _CACHE.get(ids, (None, {}))
+    state, cached = _CACHE.get(ids) or (None, {})
     if state is None or not (torch.equal(ids, state) if on_cpu else ids._version == state):
         cached = {}
         _CACHE[ids] = (ids.detach().clone() if on_cpu else ids._version, cached)
@@ -74,4 +74,4 @@ def _make(ids: torch.Tensor, count: int, mean: bool) -> Categories:
     offsets = torch.zeros(count + 1, dtype=torch.int64)
     torch.cumsum(sizes, 0, out=offsets[1:])
     tensors = (on_cpu.int(), weights, order[used[order]].int(), offsets.int())
-    return Categories(*(t.to(ids.device) for t in tensors), count)
+    return Categories(count, *(t.to(ids.device) for t in tensors))
