@@ -148,9 +148,7 @@ MUTANTS = {
         "return both.permute(0, 2, 4, 5, 3, 1)",
         "tests/engine/test_rewrites.py",
     ),
-    "bias of values lost": Mutant(
-        "vpd_fast/engine/rewrites.py", "wo @ _present(v.bias) + ", "", "tests/engine/test_rewrites.py"
-    ),
+    "bias of values lost": Mutant("vpd_fast/engine/rewrites.py", "wo @ bv + ", "", "tests/engine/test_rewrites.py"),
     "batch norm without eps": Mutant(
         "vpd_fast/engine/rewrites.py",
         "running_var + norm.eps",
@@ -159,7 +157,7 @@ MUTANTS = {
     ),
     "defaults win over the user's policy": Mutant(
         "vpd_fast/engine/policy.py",
-        'return PRECISIONS[precision], f"policy: {pattern}"',
+        "return PRECISIONS[precision], reason",
         "break",
         "tests/engine/test_optimize.py",
     ),
