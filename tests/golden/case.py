@@ -49,6 +49,12 @@ class GoldenCase:
         """What the original returned."""
         return load_file(FOLDER / f"{self.name}.safetensors")
 
+    @cached_property
+    def exact_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the plain model in float64, of the parameters whose gradients are among the tensors."""
+        stored = load_file(FOLDER / "exact_gradients.safetensors")
+        return {key.removeprefix(f"{self.name}."): x for key, x in stored.items() if key.startswith(f"{self.name}.")}
+
     @property
     def config(self) -> VPDConfig:
         """The configuration of the case's model."""

@@ -12,7 +12,9 @@ from . import miniature
 
 TASKS = ("segmentation", "referring", "depth")
 KINDS = {"segmentation": "ade20k", "referring": "refcoco", "depth": "nyu"}
-BACKBONE = {"model_channels": 32, "context_dim": 64, "num_heads": 4, "vae_ch": 32}
+BACKBONE = {
+    "model_channels": 32, "context_dim": 64, "num_heads": 4, "num_res_blocks": 1, "vae_ch": 32, "vae_num_res_blocks": 1
+}  # fmt: skip
 TOKENS = 8
 
 

@@ -117,8 +117,9 @@ class SegmentationPerceiver(Perceiver):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64 -> logits (B,num_classes,H,W)."""
+        features = self.extract_feat(images)
         height, width = images.shape[2:]
-        return self.decode(self.extract_feat(images), (height, width))
+        return self.decode(features, (height, width))
 
 
 class ReferringPerceiver(Perceiver):
@@ -140,8 +141,9 @@ class ReferringPerceiver(Perceiver):
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1], H and W multiples of 64, tokens (B,T,context_dim) -> logits (B,2,H,W)."""
+        features = self.extract_feat(images, tokens)
         height, width = images.shape[2:]
-        return self.decode(self.extract_feat(images, tokens), (height, width))
+        return self.decode(features, (height, width))
 
 
 class DepthPerceiver(Perceiver):
