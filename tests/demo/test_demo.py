@@ -20,8 +20,10 @@ from vpd_fast.pictures import canvas
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
+def _own_cache_and_few_rounds(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpd_fast.demo.run.ROUNDS", 1)  # of timing, of which nothing is expected here
+        patch.setattr("vpd_fast.demo.run.BATCH", 1)
         patch.setenv("VPD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
