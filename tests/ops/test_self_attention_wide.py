@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch) -> None:
         q = torch.empty(1, length, 512, dtype=torch.bfloat16, device="meta")
         kernels.forward(q, q, q, q, heads=1, scale=1.0)
         assert launches in (None, len(recorded))
-        assert {r["probabilities"].numel() <= kernels.PROBABILITIES for r in recorded} == {True}
+        assert {r["probabilities"].numel() <= kernels.MAX_PROBABILITIES for r in recorded} == {True}
         rows = sorted({(r["first_row"], min(length, r["first_row"] + r["chunk"])) for r in recorded})
         assert [end for _, end in rows] == [start for start, _ in rows[1:]] + [length]  # each row once
 
