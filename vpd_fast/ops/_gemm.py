@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_not_expanded, check_tensor
-from vpd_fast.ops._dispatch import WRITTEN, SymInt
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, SymInt
 from vpd_fast.ops._layout import contiguous, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import FLOAT8, PANEL, WIDTHS, PackedWeight
@@ -166,6 +168,22 @@ def cuda_refuses(call: GemmArguments) -> str | None:
     from vpd_fast.kernels import _gemm_cuda
 
     return _gemm_cuda.refuse(call.x, call.x2, call.data.dtype, call.has_prologue)
+
+
+def gpu_implementations(name: str) -> tuple[Implementation, Implementation]:
+    """The implementations "triton" and "cuda" of an operator, which `kernels/<name>.py` computes."""
+
+    def run(call: GemmArguments, backend: str) -> None:
+        if call.out.numel() == 0:
+            return
+        dense = call.dense()
+        importlib.import_module(f"vpd_fast.kernels.{name}").forward(dense, backend)
+        call.keep(dense.out)
+
+    return (
+        Implementation("triton", partial(run, backend="triton"), triton_refuses),
+        Implementation("cuda", partial(run, backend="cuda"), cuda_refuses),
+    )
 
 
 def native_arguments(call: GemmArguments) -> dict[str, Any]:

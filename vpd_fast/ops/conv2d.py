@@ -216,24 +216,6 @@ def _cpu(call: Conv2dArguments) -> None:
         phase.keep(dense.out)
 
 
-def _triton(call: Conv2dArguments) -> None:
-    _gpu(call, "triton")
-
-
-def _cuda(call: Conv2dArguments) -> None:
-    _gpu(call, "cuda")
-
-
-def _gpu(call: Conv2dArguments, backend: str) -> None:
-    if call.out.numel() == 0:
-        return
-    from vpd_fast.kernels import conv2d as kernels
-
-    dense = call.dense()
-    kernels.forward(dense, backend)
-    call.keep(dense.out)
-
-
 CONV2D = register(
     Op(
         "conv2d",
@@ -241,8 +223,7 @@ CONV2D = register(
         public=conv2d,
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
-            Implementation("triton", _triton, _gemm.triton_refuses),
-            Implementation("cuda", _cuda, _gemm.cuda_refuses),
+            *_gemm.gpu_implementations("conv2d"),
             Implementation("reference", _reference),
         ),
     )

@@ -137,24 +137,6 @@ def _cpu(call: LinearArguments) -> None:
     call.keep(dense.out)
 
 
-def _triton(call: LinearArguments) -> None:
-    _gpu(call, "triton")
-
-
-def _cuda(call: LinearArguments) -> None:
-    _gpu(call, "cuda")
-
-
-def _gpu(call: LinearArguments, backend: str) -> None:
-    if call.out.numel() == 0:
-        return
-    from vpd_fast.kernels import linear as kernels
-
-    dense = call.dense()
-    kernels.forward(dense, backend)
-    call.keep(dense.out)
-
-
 LINEAR = register(
     Op(
         "linear",
@@ -162,8 +144,7 @@ LINEAR = register(
         public=linear,
         implementations=(
             Implementation("cpu", _cpu, _gemm.cpu_refuses),
-            Implementation("triton", _triton, _gemm.triton_refuses),
-            Implementation("cuda", _cuda, _gemm.cuda_refuses),
+            *_gemm.gpu_implementations("linear"),
             Implementation("reference", _reference),
         ),
     )
