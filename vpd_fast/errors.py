@@ -1,5 +1,11 @@
 """The errors vpd_fast raises on purpose. Each message names what was wrong, what came and what was expected."""
 
+from __future__ import annotations
+
+import reprlib
+
+MAX_SHOWN = 120  # characters of a value in a message
+
 
 class VPDFastError(Exception):
     """Base of every deliberate error; the command line prints it as one line and exits with code 2."""
@@ -27,3 +33,22 @@ class MissingDependencyError(VPDFastError, ImportError):
 
 class TrainingError(VPDFastError, RuntimeError):
     """Training cannot go on: the loss or gradients are not finite, step after step."""
+
+
+class _Brief(reprlib.Repr):
+    """Shows a few items of each container, and containers in containers only once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = 4
+        self.maxstring = self.maxother = self.maxlong = MAX_SHOWN
+
+
+def brief(value: object) -> str:
+    """Return `repr` of a value that came from outside, cut to what fits into a message, however large it is."""
+    try:
+        text = _Brief().repr(value)
+    except Exception:  # an int of more digits than Python prints, a class whose repr fails
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

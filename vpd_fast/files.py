@@ -1,19 +1,136 @@
-"""Writing files so that nothing half-written is ever found under their names."""
+"""Reading small files whatever wrote them, and writing files so that nothing half-written is ever found.
+
+Names of files that are not UTF-8 are text here as everywhere in Python: each odd byte is a surrogate (the error handler
+"surrogateescape"), and what was read from a list, a record or the command line opens the same file again.
+"""
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from vpd_fast.errors import brief
 
 # The two files of a model's folder, named as transformers and diffusers name theirs.
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
+MAX_SETTINGS = 2**24  # bytes of a JSON file of settings
+MAX_DEPTH = 32  # of lists and objects inside each other in such a file
+_BYTES_OF_NAMES = "surrogateescape"
+# UTF-32 first: its mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
 Writer = Callable[[Path], object]
+
+
+def require_regular(path: str | Path) -> None:
+    """Raise OSError, with a reason, where the path is a pipe, a device or a socket: reading one may never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket; expected a file", str(path))
+
+
+def read_text(path: str | Path, *, names: bool = False) -> str:
+    """Read a small text file: UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one.
+
+    names: it may hold names of files that are not UTF-8. Raises OSError (no file, or a pipe), UnicodeDecodeError.
+    """
+    require_regular(path)
+    data = Path(path).read_bytes()
+    encoding = _encoding(data[:4])
+    text = data.decode(encoding, _errors(encoding, names))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def lines_of_names(file: IO[bytes]) -> Iterator[str]:
+    """Yield the lines of a list of file names, which may come from a pipe, encoded as `read_text` says."""
+    peek = getattr(file, "peek", None)  # of whatever is buffered
+    encoding = _encoding(b"" if peek is None else peek(4)[:4])
+    text = io.TextIOWrapper(file, encoding, _errors(encoding, names=True))
+    try:
+        yield from text
+    finally:
+        text.detach()  # standard input stays open
+
+
+def _encoding(head: bytes) -> str:
+    return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8-sig")
+
+
+def _errors(encoding: str, names: bool) -> str:
+    return _BYTES_OF_NAMES if names and encoding == "utf-8-sig" else "strict"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 under this very name, names of files as the bytes they are; `write_files` makes that safe."""
+    try:
+        data = text.encode("utf-8", _BYTES_OF_NAMES)
+    except UnicodeEncodeError:  # half a character that no file name has
+        data = text.encode("utf-8", "backslashreplace")
+    path.write_bytes(data)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON of settings. Raises ValueError, also for NaN and infinities and for lists in lists without end."""
+    try:
+        value = json.loads(text.removeprefix("\ufeff"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(f"lists and objects inside each other more than {MAX_DEPTH} deep") from None
+    _check_depth(value)
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON, and no setting")
+
+
+def _check_depth(value: Any) -> None:
+    layer, depth = [value], 0
+    while layer:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects inside each other more than {MAX_DEPTH} deep")
+        inner: list[Any] = []
+        for item in layer:
+            inner += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        layer, depth = inner, depth + 1
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file of settings. Raises OSError and ValueError, both with the reason."""
+    require_regular(path)
+    size = os.stat(path).st_size
+    if size > MAX_SETTINGS:
+        raise ValueError(f"it has {size} bytes; settings have at most {MAX_SETTINGS}")
+    return parse_json(read_text(path))
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file of settings that is an object. Raises OSError and ValueError."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {brief(value)}")
+    return value
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process has: short, as names near the system's limit have no
+    room for more, and ending in .tmp, by which leftovers are known."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
 def write_files(writers: Mapping[Path, Writer], error: type[Exception] | None = None) -> None:
@@ -29,7 +146,7 @@ def write_files(writers: Mapping[Path, Writer], error: type[Exception] | None = 
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder, expected a file name")
-            temporary[path] = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+            temporary[path] = temporary_path(path)
             write(temporary[path])
         for path in writers:
             os.replace(temporary[path], path)

@@ -111,6 +111,33 @@ def test_broken_images_and_resuming(model, images, tmp_path, capsys) -> None:
     assert not (tmp_path / "out" / "failed.txt").exists()
 
 
+def test_names_that_are_not_utf8(model, images, tmp_path, capfd, monkeypatch) -> None:
+    """Such names go through lists, records, logs and --resume, and back to the bytes that the files are called."""
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # strict, as in a terminal
+    (images / "z.jpg").rename(images / "caf\udce9.jpg")
+    (images / "bad\udcff.jpg").write_bytes(b"broken")
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\r\nbad\xff.jpg\r\n")
+    out = tmp_path / "out\udce9"
+    command = ["predict", "--list", str(tmp_path / "list.txt"), "--root", str(images), *model, "-o", str(out)]
+    assert run(command) == 1
+    assert os.path.exists(os.fsencode(out) + b"/caf\xe9.png")
+    assert records(out / "results.jsonl")["bad\udcff.jpg"]["error"]
+    assert b"bad\xff.jpg" in (out / "failed.txt").read_bytes()
+    (images / "bad\udcff.jpg").write_bytes((images / "a.jpg").read_bytes())
+    assert run([*command, "--resume"]) == 0
+    assert records(out / "results.jsonl").keys() == {"caf\udce9.jpg", "bad\udcff.jpg"}
+    listed = str(images / "caf\udce9.jpg")
+    assert run(["predict", listed, *model, "-o", str(tmp_path / "single\udce9")]) == 0
+    assert json.loads((tmp_path / "single\udce9" / "results.json").read_text())["images"][0]["image"] == listed
+
+
+def test_names_as_long_as_results_allow(model, images, tmp_path) -> None:
+    name = "x" * (255 - len("_overlay.png"))
+    (images / "z.jpg").rename(images / f"{name}.jpg")
+    assert run(["predict", str(images / f"{name}.jpg"), *model, "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / f"{name}_overlay.png").is_file()
+
+
 def test_names_are_the_same_with_and_without_options_of_scale(model, images, tmp_path) -> None:
     (images / "a.png").unlink()
     for name, options in (("few", []), ("many", ["--prefetch", "2"])):

@@ -214,6 +214,18 @@ def test_folder_with_lists_and_errors(tmp_path):
     (tmp_path / "splits/few.txt").write_text("train_3\ntrain_1\n")
     data = open_dataset("folder", tmp_path, "few", task="segmentation")
     assert [data.load(i).name for i in range(len(data))] == ["few/train_3", "few/train_1"]
+    (tmp_path / "splits/few.txt").write_bytes("\ufefftrain_3\r\ntrain_1\r\n".encode())  # as Windows editors write
+    assert len(open_dataset("folder", tmp_path, "few", task="segmentation")) == 2
+    names = ("ground", *miniature.NAMES)
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "classes.txt").write_bytes("\r\n".join(names).encode(encoding))
+        assert open_dataset("folder", tmp_path, "few", task="segmentation").class_names == names
+    for folder in ("images", "masks"):
+        path = next((tmp_path / folder).glob("train_3.*"))
+        path.rename(path.with_name("caf\udce9" + path.suffix))  # the byte E9, which is no UTF-8
+    (tmp_path / "splits/few.txt").write_bytes(b"caf\xe9\n")
+    data = open_dataset("folder", tmp_path, "few", task="segmentation")
+    assert [data.name(i) for i in range(len(data))] == ["few/caf\udce9"]
     (tmp_path / "splits/few.txt").write_text("train_9\n")
     with pytest.raises(DatasetError, match="'train_9' has no image"):
         open_dataset("folder", tmp_path, "few", task="segmentation")
@@ -224,7 +236,7 @@ def test_folder_with_lists_and_errors(tmp_path):
         open_dataset("folder", tmp_path, "val", task="segmentation")
     with pytest.raises(DatasetError, match="depths"):
         open_dataset("folder", tmp_path, "val", task="depth")
-    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DatasetError, match=r"classes.txt.*expected text in UTF-8"):
         open_dataset("folder", tmp_path, "val", task="segmentation")
     with pytest.raises(DatasetError, match="256 classes; expected at most 255"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,46 @@ def test_names_of_images(tree) -> None:
     assert [name for name, _ in many.images(many.naming([]), Shard(1, 2))] == ["dog.jpg"]
     assert many.naming([]).total == 3
     assert Listing([], list_file="-", at_scale=True).naming([]).total is None
+
+
+@pytest.mark.parametrize("at_scale", [False, True])
+def test_folder_recursion_and_glob_find_the_same_behind_links(tree, at_scale) -> None:
+    here = tree("p/a/cat.jpg", "p/z.png", "elsewhere/deep/b.jpg")
+    (here / "p" / "b").symlink_to(here / "elsewhere")
+    (here / "p" / "c").symlink_to(here / "elsewhere")  # the same folder by another name
+    for name in ("p/a/up", "p/loop", "elsewhere/back"):  # followed blindly, these would never end
+        (here / name).symlink_to(here / "p")
+    expected = ["p/a/cat.jpg", "p/b/deep/b.jpg", "p/z.png"]
+    walked = list(Listing(["p"], recursive=True, at_scale=at_scale).paths())
+    assert sorted(walked) == expected
+    for pattern in ("p/**", "p/**/*", "**/p/**/*.[jp][pn]g", f"{here}/p/**/*"):
+        found = Listing([pattern], at_scale=at_scale).paths()
+        assert [str(Path(path)).removeprefix(f"{here}/") for path in found] == expected, pattern
+    assert list(Listing(["p/**/deep/*.jpg"], at_scale=at_scale).paths()) == ["p/b/deep/b.jpg"]
+
+
+def test_glob_of_folders_with_odd_names(tree) -> None:
+    tree("[a]/b/cat.jpg", "[a]/.hidden/dog.jpg", "a/dog.jpg")
+    assert list(Listing(["**/cat*"]).paths()) == ["[a]/b/cat.jpg"]
+    assert list(Listing(["./**/*.jpg"]).paths()) == ["./[a]/b/cat.jpg", "./a/dog.jpg"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_every_editor(tree, monkeypatch, encoding) -> None:
+    here = tree("é.jpg", "b.jpg")
+    content = "é.jpg\r\nb.jpg\r\n".encode(encoding)
+    (here / "list.txt").write_bytes(content)
+    listing = Listing([], list_file="list.txt", at_scale=True)
+    assert [Path(path).name for path in listing.paths()] == ["é.jpg", "b.jpg"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+    listing = Listing([], list_file="-", at_scale=True)
+    assert [Path(path).name for path in listing.paths()] == ["é.jpg", "b.jpg"]
+
+
+def test_lists_with_names_that_are_not_utf8(tree, monkeypatch) -> None:
+    here = tree("list.txt")
+    (here / "list.txt").write_bytes(b"caf\xe9.jpg\n\xef\xbb\xbfb.jpg\n")  # two lists joined
+    assert [os.fsencode(Path(path).name) for path in Listing([], list_file="list.txt").paths()] == [
+        b"caf\xe9.jpg",
+        b"b.jpg",
+    ]

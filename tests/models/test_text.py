@@ -136,6 +136,24 @@ def test_unwritable_cache_warns_and_goes_on(clip, tmp_path, encoder):
     assert torch.equal(got, encoder.embed_classes(["wall"]))
 
 
+def test_without_a_home_nothing_is_cached(clip, encoder, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("VPD_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(text.Path, "home", homeless)
+    with pytest.warns(UserWarning, match=r"not cached: this user has no home directory; \$VPD_FAST_CACHE"):
+        got = TextEncoder(clip).embed_classes(["wall"])
+    assert torch.equal(got, encoder.embed_classes(["wall"]))
+
+
+def test_byte_order_marks_and_bytes_in_prompts(encoder):
+    assert torch.equal(encoder.embed_sentences(["\ufeffa dog"]), encoder.embed_sentences(["a dog"]))
+    with pytest.raises(InputError, match="is not UTF-8"):
+        encoder.embed_sentences(["caf\udce9"])
+
+
 def test_token_names_are_the_rows_of_embed_sentences(encoder):
     names = encoder.token_names("the Dog!", tokens=10)
     assert names == ["<start>", "the", "d", "o", "g", "!", "<end>", "<pad>", "<pad>", "<pad>"]

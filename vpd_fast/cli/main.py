@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -53,6 +54,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: some images of several failed. 2: wrong usage or input, after one line "error: ..." on stderr.
     130: interrupted, or training stopped by a signal, with its steps saved.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor terminals take it
     try:
         # Not standalone: typer would print its own boxes for errors, and turn an interruption into "Aborted!".
         code = app(args=None if arguments is None else list(arguments), prog_name="vpd-fast", standalone_mode=False)

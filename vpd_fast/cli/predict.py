@@ -53,7 +53,9 @@ def predict(
         str | None,
         options.at_scale_option("--list", metavar="FILE", help="Images as lines of a file, - for standard input."),
     ] = None,
-    recursive: Annotated[bool, options.at_scale_option("--recursive", "-r", help="Subfolders, too.")] = False,
+    recursive: Annotated[
+        bool, options.at_scale_option("--recursive", "-r", help="Subfolders, too, also linked ones; each folder once.")
+    ] = False,
     root: Annotated[
         Path | None,
         options.at_scale_option(

@@ -21,6 +21,7 @@ from vpd_fast.data.sample import (
     to_metres,
 )  # fmt: skip
 from vpd_fast.errors import DatasetError, InputError
+from vpd_fast.files import read_text
 from vpd_fast.labels import scene_from_filename
 from vpd_fast.pictures import IMAGE_SUFFIXES
 from vpd_fast.tasks import TASKS
@@ -101,7 +102,7 @@ class Folder:
         listing = self.root / "splits" / f"{self.split}.txt"
         targets = self.root / TARGETS[self.task]
         if listing.is_file():
-            names = read_lines(listing)
+            names = read_lines(listing, names=True)
             images = {path.stem: path for path in _images(self.root / "images")}
             missing = [name for name in names if name not in images]
             if missing:
@@ -115,7 +116,7 @@ class Folder:
     def _listed(self) -> list[dict[str, Any]]:
         path = require_file(self.root / "sentences.json", "folder data set")
         try:
-            rows = json.loads(path.read_text("utf-8"))
+            rows = json.loads(read_text(path))
             entries = [
                 {
                     "image": self.root / "images" / row["image"],

@@ -86,7 +86,7 @@ def _found(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def _listed(folder: Path, path: Path) -> list[tuple[Path, Path]]:
-    lines = read_lines(require_file(path, "NYUv2's list of files"))
+    lines = read_lines(require_file(path, "NYUv2's list of files"), names=True)
     pairs = []
     for line in lines:
         parts = line.split()

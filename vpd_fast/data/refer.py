@@ -11,6 +11,7 @@ import numpy as np
 
 from vpd_fast.data.sample import Sample, check_same_size, read_rgb, require_file, require_folder
 from vpd_fast.errors import DatasetError, InputError, MissingDependencyError
+from vpd_fast.files import read_text
 
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}
 IMAGES = {"refclef": "images/saiapr_tc-12"}
@@ -129,8 +130,7 @@ def _read_refs(path: Path) -> list[dict[str, Any]]:
 def _read_instances(path: Path, refs: list[dict[str, Any]]) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
     """Read the refs' segmentations by annotation and images by number. Raises DatasetError."""
     try:
-        with path.open(encoding="utf-8") as file:
-            values = json.load(file)
+        values = json.loads(read_text(path))
         wanted, pictures = {ref["ann_id"] for ref in refs}, {ref["image_id"] for ref in refs}
         shapes = {a["id"]: a["segmentation"] for a in values["annotations"] if a["id"] in wanted}
         images = {i["id"]: i for i in values["images"] if i["id"] in pictures}

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from vpd_fast.errors import DatasetError, ImageError
+from vpd_fast.files import read_text
 from vpd_fast.labels import IGNORED
 from vpd_fast.pictures.reading import read_image, to_uint8
 
@@ -121,10 +122,13 @@ def check_class_count(names: Sequence[str], where: Path) -> None:
         raise DatasetError(f"{where}: {len(names)} classes; expected at most {IGNORED}, since {IGNORED} is ignored")
 
 
-def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file that are not blank, stripped. Raises DatasetError."""
+def read_lines(path: Path, *, names: bool = False) -> list[str]:
+    """Read the lines of a text file that are not blank, stripped; `names` of files need not be UTF-8.
+
+    Raises DatasetError.
+    """
     try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(path, names=names).split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot read the list ({error}); expected text in UTF-8") from error
 

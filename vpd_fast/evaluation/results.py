@@ -11,7 +11,7 @@ from typing import Any
 from vpd_fast.errors import InputError
 from vpd_fast.evaluation.gallery import Case, page, sheet
 from vpd_fast.evaluation.metrics import PRIMARY
-from vpd_fast.files import json_text, write_files
+from vpd_fast.files import json_text, write_files, write_text
 from vpd_fast.tasks import TASKS
 
 UNITS = {"rmse": " m", "sq_rel": " m", "abs_rel": "", "rmse_log": "", "log10": "", "silog": ""}
@@ -77,7 +77,7 @@ class Evaluation:
                 f"The worst {len(self.worst)} of {len(self.per_image)} {TASKS[self.task].rows}",
                 f"{self.task}, {self.count} image{'' if self.count == 1 else 's'}: {metrics}",
             )
-            writers[folder / "worst.html"] = lambda path: path.write_text(page(self.worst, *titles), encoding="utf-8")
+            writers[folder / "worst.html"] = lambda path: write_text(path, page(self.worst, *titles))
             writers[folder / "worst.png"] = lambda path: sheet(self.worst, *titles).save(path, format="PNG")
         try:
             write_files(writers)
@@ -94,7 +94,7 @@ def show(name: str, value: float | None) -> str:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         if rows:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

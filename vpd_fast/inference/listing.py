@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vpd_fast.errors import InputError
+from vpd_fast.files import lines_of_names
 from vpd_fast.pictures import IMAGE_SUFFIXES
 
 STDIN = "-"
@@ -56,24 +57,57 @@ class Shard:
 def walk_images(folder: str, suffixes: tuple[str, ...], recursive: bool = True) -> Iterator[str]:
     """Yield the paths of a folder's images, with its subfolders if `recursive`; always in the same order.
 
-    Linked folders are not entered, hidden files and folders are left out. Raises InputError where a folder cannot be
-    read.
+    Hidden files and folders are left out. Linked folders are entered, each folder once, by the first of its names.
+    Raises InputError where a folder cannot be read.
     """
+    for place, names in _walk(folder, recursive):
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(suffixes):
+                yield os.path.join(place, name)
+
+
+def _walk(folder: str, recursive: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Yield (folder, the sorted names of its files) of a folder and those below it; none twice, so that links that lead
+    in a circle end. Raises InputError."""
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror})")
 
-    for place, folders, names in os.walk(folder, onerror=unreadable):
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        about = os.stat(place)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(suffixes):
-                yield os.path.join(place, name)
+        yield place, sorted(names)
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the sorted paths that a glob matches. What "**" stands for are the folders that `walk_images` enters:
+    glob's own follows links in circles."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return sorted(glob.iglob(pattern))
+    at = parts.index("**")
+    above, below = os.sep.join(parts[:at]), os.sep.join(parts[at + 1 :]) or "*"
+    bases = _matches(above) if glob.has_magic(above) else [above]
+    if at == 1 and not parts[0]:
+        bases = [os.sep]
+    found: set[str] = set()
+    for base in bases:
+        for place, _ in _walk(base or os.curdir) if os.path.isdir(base or os.curdir) else ():
+            inside = place if base else os.path.relpath(place)
+            inside = "" if inside == os.curdir else glob.escape(inside)
+            found.update(_matches(os.path.join(inside, below)))
+    return sorted(found)
 
 
 def read_list(lines: Iterable[str]) -> Iterator[str]:
     """Yield the paths of a list, one per line; empty lines and those that begin with "#" are left out."""
     for line in lines:
-        path = line.strip()
+        path = line.strip().lstrip("\ufeff")  # a byte order mark, also of lists that were joined
         if path and not path.startswith("#"):
             yield path
 
@@ -161,21 +195,22 @@ class Listing:
             elif os.path.exists(source):
                 yield source, [source]
             elif glob.has_magic(source):
-                matches = sorted(glob.iglob(source, recursive=True))
-                yield source, [p for p in matches if p.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(p)]
+                yield source, [p for p in _matches(source) if p.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(p)]
             else:
                 raise InputError(f"{source} does not exist; expected image files, folders or globs")
 
     @staticmethod
     def _lines(list_file: str) -> Iterator[str]:
         if list_file == STDIN:
-            yield from read_list(sys.stdin)
+            binary = getattr(sys.stdin, "buffer", None)
+            yield from read_list(sys.stdin if binary is None else lines_of_names(binary))
             return
         try:
-            with open(list_file, encoding="utf-8", errors="surrogateescape") as file:
-                yield from read_list(file)
-        except OSError as error:
-            raise InputError(f"--list {list_file}: cannot be read ({error.strerror})") from error
+            with open(list_file, "rb") as file:
+                yield from read_list(lines_of_names(file))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"--list {list_file}: cannot be read ({reason})") from error
 
     def naming(self, marks: Sequence[str]) -> Naming:
         """Look at all images once and choose the names of their results.

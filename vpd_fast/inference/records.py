@@ -89,7 +89,9 @@ class Records:
         try:
             # One line at a time: what is recorded survives the process.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
-            self._failures = self.failed_path.open("w", encoding="utf-8", buffering=1)  # those are tried again
+            self._failures = self.failed_path.open(
+                "w", encoding="utf-8", errors="surrogateescape", buffering=1
+            )  # those are tried again
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         if self._file.tell() == 0:
@@ -140,7 +142,7 @@ def _finished(path: Path, header: Record) -> set[bytes]:
     digests: set[bytes] = set()
     number = 1
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith("\n"):
                     break  # cut off, or being written
@@ -161,7 +163,7 @@ def _finished(path: Path, header: Record) -> set[bytes]:
 def recorded_names(folder: Path) -> str | None:
     """Return how the results of an earlier run in the folder are named, SHORT or FULL; None where there is none."""
     for path in sorted(folder.glob("results*.jsonl")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), path.open(encoding="utf-8") as file:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), path.open(encoding="utf-8-sig") as file:
             return json.loads(file.readline())["header"].get(NAMES, FULL)
     return None
 

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vpd_fast import bundled
-from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError
-from vpd_fast.files import write_files
+from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, brief
+from vpd_fast.files import read_text, write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_ENCODER = "openai/clip-vit-large-patch14"  # the encoder Stable Diffusion 1.x was trained with
 TEMPLATE_TOKENS = 20  # what VPD padded its prompts to; it only cuts off class names longer than about 12 words
 SENTENCE_BATCH = 32
+_CACHE_HINT = "$VPD_FAST_CACHE names a folder for them"
 _FORMAT = "1"  # part of every cache key: change it when the same input should give other numbers
 
 WORDS = "words.txt"
@@ -128,15 +129,21 @@ class TextEncoder:
     def _embed(
         self, texts: list[str], settings: dict[str, Any], batch_size: int, embed: Callable[[list[str]], Tensor]
     ) -> Tensor:
-        paths = {text: self._cache_path(settings, text) for text in texts}
-        cached = {text: _read_cached(path) for text, path in paths.items()} if self.remember else {}
+        if self.remember and self.cache_dir is None:
+            warnings.warn(
+                f"text embeddings are not cached: this user has no home directory; {_CACHE_HINT}", stacklevel=3
+            )
+        paths: dict[str, Path] = {}
+        if self.remember and self.cache_dir is not None:
+            paths = {text: self._cache_path(self.cache_dir, settings, text) for text in texts}
+        cached = {text: _read_cached(path) for text, path in paths.items()}
         results = {text: embedding for text, embedding in cached.items() if embedding is not None}
-        missing = [text for text in paths if text not in results]
+        missing = [text for text in dict.fromkeys(texts) if text not in results]
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             for text, result in zip(batch, embed(batch).float().cpu(), strict=True):
                 results[text] = result
-                if self.remember:
+                if text in paths:
                     _write_cached(paths[text], result)
         return torch.stack([results[text] for text in texts]).to(self.device)
 
@@ -197,10 +204,10 @@ class TextEncoder:
         folder = self._local_folder()
         return f"hub:{self.name}" if folder is None else _fingerprint(folder)
 
-    def _cache_path(self, settings: dict[str, Any], text: str) -> Path:
+    def _cache_path(self, folder: Path, settings: dict[str, Any], text: str) -> Path:
         content = {"encoder": self.identity, "dtype": str(self.dtype), "format": _FORMAT, "text": text, **settings}
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return self.cache_dir / "text" / f"{key}.safetensors"
+        return folder / "text" / f"{key}.safetensors"
 
 
 def encoder_name(given: str | None, config: VPDConfig | None = None) -> str:
@@ -228,24 +235,31 @@ def set_classes(model: Perceiver, names: Sequence[str], encoder: TextEncoder) ->
     model.config = model.config.replace(class_names=tuple(names))
 
 
-def default_cache_dir() -> Path:
-    """$VPD_FAST_CACHE, or `vpd_fast` in the user's cache folder."""
-    if "VPD_FAST_CACHE" in os.environ:
+def default_cache_dir() -> Path | None:
+    """$VPD_FAST_CACHE, or `vpd_fast` in the user's cache folder; for a user without a home None."""
+    if os.environ.get("VPD_FAST_CACHE"):
         return Path(os.environ["VPD_FAST_CACHE"])
     if os.name == "nt" and "LOCALAPPDATA" in os.environ:
         return Path(os.environ["LOCALAPPDATA"]) / "vpd_fast" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vpd_fast"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "vpd_fast"
+    try:
+        return Path.home() / ".cache" / "vpd_fast"
+    except RuntimeError:  # neither $HOME nor an entry in passwd, as in containers with a user of their own
+        return None
 
 
 def _texts(argument: str, texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise InputError(f"{argument} must be a list of strings, got the single string {texts!r}")
-    texts = list(texts)
+    texts = [text.lstrip("\ufeff") if isinstance(text, str) else text for text in texts]  # of a file's first line
     if not texts:
         raise InputError(f"{argument} must not be empty")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{argument} must be non-empty strings, got {text!r}")
+            raise InputError(f"{argument} must be non-empty strings, got {brief(text)}")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{argument}: {brief(text)} is not UTF-8")
     return texts
 
 
@@ -329,7 +343,7 @@ def _read_words(folder: Path | None) -> tuple[str, ...]:
     """The words that a local encoder was trained on; () where it does not say."""
     path = None if folder is None else _subfolders(folder)[1] / WORDS
     try:
-        return tuple(path.read_text(encoding="utf-8").split()) if path is not None and path.is_file() else ()
+        return tuple(read_text(path).split()) if path is not None and path.is_file() else ()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
@@ -364,7 +378,9 @@ def _write_cached(path: Path, embedding: Tensor) -> None:
     try:
         write_files({path: lambda temporary: save_file({"embedding": embedding.contiguous()}, temporary)})
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"text embeddings are not cached: {path.parent} is not writable ({error})", stacklevel=2)
+        warnings.warn(
+            f"text embeddings are not cached: {path.parent} is not writable ({error}); {_CACHE_HINT}", stacklevel=2
+        )
 
 
 def _first_line(error: Exception | None) -> str:

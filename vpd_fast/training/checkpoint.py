@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from vpd_fast.errors import CheckpointError, InputError
-from vpd_fast.files import Writer, json_text, write_files
+from vpd_fast.files import Writer, json_text, read_text, temporary_path, write_files
 
 INDEX = "index.json"
 STATE = "training.pt"
@@ -73,7 +72,7 @@ class CheckpointStore:
         path = self.path(step)
         if path.is_dir():
             return path
-        temporary = self.folder / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        temporary = temporary_path(path)
         try:
             temporary.mkdir(parents=True)
             for name, write in writers.items():
@@ -100,7 +99,7 @@ class CheckpointStore:
 
     def _discard(self, step: int) -> None:
         """Take the name away first: a folder with a name is always complete."""
-        hidden = self.folder / f".step_{step:06d}.{secrets.token_hex(8)}.tmp"
+        hidden = temporary_path(self.path(step))
         with contextlib.suppress(OSError):  # one too many does no harm
             os.rename(self.path(step), hidden)
             remove(hidden)
@@ -109,7 +108,7 @@ class CheckpointStore:
         """Read what `write_index` wrote, {} if nothing yet. Raises CheckpointError for a damaged file."""
         path = self.folder / INDEX
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text(path))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vpd_fast.config import CPU_PRECISIONS, BackboneConfig, VPDConfig
 from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.files import read_text
 from vpd_fast.tasks import TASKS
 from vpd_fast.training.settings import build, check_keys, close_names, field_names
 
@@ -306,7 +307,7 @@ def _read(name: str | Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path} is built on itself: {' -> '.join(p.name for p in (*seen, path))}")
     yaml = _yaml()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: is not readable YAML ({' '.join(str(error).split())})") from error
     if values is None:

@@ -1,0 +1,88 @@
+"""Small text files whatever wrote them, and writing through temporary names."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vpd_fast import files
+from vpd_fast.errors import MAX_SHOWN, ImageError, brief
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_text_of_every_editor(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("Brücke\r\nBaum\n".encode(encoding))
+    assert files.read_text(path) == "Brücke\nBaum\n"
+    path.write_bytes('{"a": [1]}'.encode(encoding))
+    assert files.read_json(path) == {"a": [1]}
+
+
+def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbfcaf\xe9.png\n")
+    assert os.fsencode(files.read_text(path, names=True)) == b"caf\xe9.png\n"
+    files.write_text(path, "caf\udce9.png\n")
+    assert path.read_bytes() == b"caf\xe9.png\n"
+    files.write_text(path, "\ud800")  # half a character that stands for no byte
+    assert path.read_bytes() == b"\\ud800"
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UnicodeDecodeError):
+        files.read_text(path)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lines_of_a_stream_that_stays_open(encoding: str) -> None:
+    stream = io.BufferedReader(io.BytesIO("é.png\nb.png\n".encode(encoding)))
+    assert list(files.lines_of_names(stream)) == ["é.png\n", "b.png\n"]
+    assert not stream.closed
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (files.read_text, files.read_json):
+        with pytest.raises(OSError, match="a pipe"):
+            read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 40 + "]" * 40, '{"a": NaN}', "[-Infinity]", "[1", '"\ud800'])
+def test_json_that_is_no_setting(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        files.parse_json(text)
+
+
+def test_large_settings_are_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(files.MAX_SETTINGS + 1)
+    with pytest.raises(ValueError, match="settings have at most"):
+        files.read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"a JSON object, got \[1\]"):
+        files.read_json_object(tmp_path / "a.json")
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 251 + ".txt")
+    files.write_files({path: lambda temporary: files.write_text(temporary, "a")})
+    assert path.read_text() == "a"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    longer = tmp_path / ("x" * 256)
+    with pytest.raises(ImageError, match="cannot be written"):
+        files.write_files({longer: lambda temporary: files.write_text(temporary, "a")}, ImageError)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_values_in_messages_are_short() -> None:
+    shared: tuple = (None,) * 10
+    for _ in range(9):
+        shared = (shared,) * 10  # printed whole, it has 10**10 items
+    for value in (shared, "x" * 10**6, 10**5000, {i: [i] * 10**5 for i in range(99)}, object()):
+        assert len(brief(value)) <= MAX_SHOWN
+    assert brief({"a": [1, "b"]}) == "{'a': [1, 'b']}"
+    assert json.loads(files.json_text({"a": "caf\udce9"})) == {"a": "caf\udce9"}
