@@ -59,6 +59,15 @@ def map_arguments(name: str, x: torch.Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit
+def tile_of_queries(N, ROWS: tl.constexpr):
+    """A program's tile (axis 0: images x tiles): image, first query, queries counted from it, which of them exist."""
+    tiles = tl.cdiv(N, ROWS)
+    start = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    return (tl.program_id(0) // tiles).to(tl.int64), start, rows, start + rows < N
+
+
+@triton.jit
 def load_rows(pointer, rows, stride, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Rows of D elements as tiles (rows, D0) and (rows, D1); zero beyond D and where `valid` is false."""
     starts = pointer + rows[:, None] * stride

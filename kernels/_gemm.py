@@ -15,9 +15,8 @@ import triton.language as tl
 
 from vpd_fast.kernels import _gemm_cuda, tuning
 from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
-from vpd_fast.kernels._geometry import Geometry
 from vpd_fast.kernels._library import library_refuses, library_sums
-from vpd_fast.kernels._prologue import Rows
+from vpd_fast.kernels._prologue import Geometry, Rows
 from vpd_fast.kernels._statistics import PLANES, partial, store_planes
 
 

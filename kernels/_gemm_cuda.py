@@ -10,11 +10,10 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.kernels._geometry import Geometry
 
 if TYPE_CHECKING:
     from vpd_fast.kernels._gemm import Epilogue
-    from vpd_fast.kernels._prologue import Rows
+    from vpd_fast.kernels._prologue import Geometry, Rows
 
 FLOAT8 = torch.float8_e4m3fn
 FACTORS = (torch.int8, FLOAT8, torch.bfloat16, torch.float16)
@@ -53,7 +52,7 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if fits else torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
 
 
-def gemm(rows: "Rows", geometry: Geometry, weight: Tensor, epilogue: "Epilogue", out: Tensor) -> None:
+def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue", out: Tensor) -> None:
     """As `vpd_fast.kernels._gemm.gemm`, but for statistics. Raises InputError for what the kernels cannot compute."""
     a, residual, bias = rows.a, epilogue.residual, epilogue.bias
     sources, weight = [aligned(t) for t in (a, rows.a2) if t is not None], aligned(weight[None, None])[0, 0]

@@ -6,7 +6,7 @@ They leave sums of float32 or int32, and cuDNN of bfloat16 or float16, to which 
 import torch
 import torch.nn.functional as F
 
-from vpd_fast.kernels._geometry import Geometry
+from vpd_fast.kernels._prologue import Geometry
 
 ALIGNED = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of which n and k must be multiples
 MIN_ROWS = 17  # of _int_mm

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 OFFSETS = 2**31
+MAX_COLUMNS = 16384  # columns of a row, which is kept in registers
 POSITIONS = 2**30  # of a whole batch; a tile counts a little beyond
 
 
@@ -27,13 +28,15 @@ def product_refuses(
     out: torch.Tensor,
     padding: Sequence[int],
 ) -> str | None:
-    """Why `linear` or `conv2d` of these (B, ..., C) would leave 32 bits, or None. padding: top, left, bottom, right."""
+    """Why `linear` or `conv2d` of these (B, ..., C) cannot be computed, or None. padding: top, left, bottom, right."""
+    batch, channels = x.shape[0], x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+    if channels > MAX_COLUMNS:
+        return f"a row has {channels} columns; this takes at most {MAX_COLUMNS}"
     if weight.numel() >= OFFSETS:
         return f"the weight has {weight.numel()} numbers; this takes fewer than 2**31"
     for name, image in (("x", x), ("x2", x2), ("residual", residual), ("out", out)):
         if image is not None and image.numel() and span(image) >= OFFSETS:
             return f"an image of {name} spans more than 2**31 elements"
-    batch, channels = x.shape[0], x.shape[-1] + (0 if x2 is None else x2.shape[-1])
     height, width = x.shape[1], x.shape[2] if x.dim() == 4 else 1
     padded = (height + padding[0] + padding[2]) * (width + padding[1] + padding[3])
     if padded * channels >= OFFSETS:

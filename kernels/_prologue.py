@@ -14,7 +14,6 @@ import triton.language as tl
 
 from vpd_fast.kernels._common import image_arguments, launch, rounded
 
-MAX_COLUMNS = 16384  # columns of a row, which is kept in registers
 ELEMENTS = 4096  # of the rows of one program, if one row is not longer
 MAX_FLOAT8_E4M3 = tl.constexpr(448.0)
 PARTS = 1024  # ranges that are merged at a time
@@ -149,10 +148,22 @@ def _image_range_kernel(ranges, out, parts, PARTS: tl.constexpr):
     tl.store(out + 2 * b + 1, high)
 
 
-def refuse(x: torch.Tensor, x2: torch.Tensor | None) -> str | None:
-    """Why rows of these sources (B, ..., C) cannot be prepared, or None if they can. Sizes: `_limits.py`."""
-    columns = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
-    return f"a row has {columns} columns; this takes at most {MAX_COLUMNS}" if columns > MAX_COLUMNS else None
+@dataclass(frozen=True)
+class Geometry:
+    """How output positions read an image: (B, OH, OW) from (B, H, W). A matrix is an image of width 1."""
+
+    out_height: int
+    out_width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    top: int = 0
+    left: int = 0
+
+    def reads_outside(self, height: int, width: int) -> bool:
+        """Whether some position reads beyond an image of this size."""
+        last_y = (self.out_height - 1) * self.stride - self.top + self.kernel[0]
+        last_x = (self.out_width - 1) * self.stride - self.left + self.kernel[1]
+        return self.top > 0 or self.left > 0 or last_y > height or last_x > width
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ Images of 8 bits have one scale and one zero each, which the padding has, too, s
 from typing import TYPE_CHECKING
 
 from vpd_fast.kernels._gemm import Epilogue, gemm
-from vpd_fast.kernels._geometry import Geometry
-from vpd_fast.kernels._prologue import prepare
+from vpd_fast.kernels._prologue import Geometry, prepare
 
 if TYPE_CHECKING:
     from vpd_fast.ops.conv2d import Conv2dArguments

@@ -30,6 +30,7 @@ from vpd_fast.kernels._attention import (
     split,
     store_rows,
     tile_config,
+    tile_of_queries,
     zero_rows,
 )
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
@@ -79,12 +80,8 @@ def _one_pass_kernel(
 
     C_BLOCK: categories at a time, 0 without categories.
     """
-    tiles = tl.cdiv(N, ROWS)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    start = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
+    b, start, rows, valid = tile_of_queries(N, ROWS)
     first_head = tl.program_id(1) * heads_per_program
-    rows = tl.arange(0, ROWS)
-    valid = start + rows < N
     tokens0 = tl.arange(0, L0)
     acc0 = tl.zeros((ROWS, L0), tl.float32)
     if L1 > 0:
@@ -150,12 +147,8 @@ def _online_kernel(
 
     highest_out, inverse_out: (B, heads, N) float32, each row's highest score and the inverse of its sum, or None.
     """
-    tiles = tl.cdiv(N, ROWS)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    start = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
+    b, start, rows, valid = tile_of_queries(N, ROWS)
     h = tl.program_id(1)
-    rows = tl.arange(0, ROWS)
-    valid = start + rows < N
     k += b * k_b + h * D
     v += b * v_b + h * D
     q0, q1 = load_rows(q + b * q_b + start * q_n + h * D, rows, q_n, valid, D, D0, D1)
@@ -210,12 +203,8 @@ def _map_kernel(
     ROWS: tl.constexpr, L_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the map: rows (axis 0: images x tiles), tokens or categories (axis 1), group of heads (axis 2)."""
-    tiles = tl.cdiv(N, ROWS)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    start = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
+    b, start, rows, valid = tile_of_queries(N, ROWS)
     first_head = tl.program_id(2) * heads_per_program
-    rows = tl.arange(0, ROWS)
-    valid = start + rows < N
     q += b * q_b + start * q_n
     k += b * k_b
     highest_in += b * heads * N + start

@@ -24,6 +24,7 @@ from vpd_fast.kernels._attention import (
     map_arguments,
     masked_scores,
     store_rows,
+    tile_of_queries,
     zero_rows,
 )
 from vpd_fast.kernels._common import launch, multiprocessors, rounded
@@ -87,12 +88,8 @@ def _query_kernel(
 
     highest_out, inverse_out, delta_out: (B, heads, N) float32, each row's highest score, inverse of its sum, and delta.
     """
-    tiles = tl.cdiv(N, ROWS)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    start = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
+    b, start, rows, valid = tile_of_queries(N, ROWS)
     h = tl.program_id(1)
-    rows = tl.arange(0, ROWS)
-    valid = start + rows < N
     k += b * k_b + h * D
     v += b * v_b + h * D
     q0, q1 = load_rows(q + b * q_b + start * q_n + h * D, rows, q_n, valid, D, D0, D1)

@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from vpd_fast.kernels._gemm import Epilogue, gemm
-from vpd_fast.kernels._geometry import Geometry
-from vpd_fast.kernels._prologue import prepare
+from vpd_fast.kernels._prologue import Geometry, prepare
 
 if TYPE_CHECKING:
     from vpd_fast.ops.linear import LinearArguments

@@ -5,6 +5,7 @@
 // lanes), and keys and head dimensions need no padding for it: elements of K and V are broadcast.
 #pragma once
 
+#include "cpu/attention.h"
 #include "cpu/elementwise.h"
 #include "cpu/matrix_tile.h"
 

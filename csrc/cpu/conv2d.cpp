@@ -1,6 +1,4 @@
 // The rows of A of `conv2d` (im2col): the inputs that an output position reads, transformed and rounded.
-#include "cpu/conv2d.h"
-
 #include "cpu/row_prologue.h"
 
 namespace vpd::VPD_ISA {
@@ -44,24 +42,14 @@ VPD_INLINE void make_row(const Conv2dPlan& plan, int64_t image, int64_t y, int64
 }  // namespace
 
 void conv2d_rows(const Conv2dPlan& plan, int64_t first, int64_t count, float* a, float* scratch) {
-    const int64_t row_floats = plan.gemm.row_floats;
-    int64_t image = first / plan.gemm.rows;
-    int64_t y = first % plan.gemm.rows / plan.out_width, x = first % plan.gemm.rows % plan.out_width;
-    const int64_t out_height = plan.gemm.rows / plan.out_width;
-    for (int64_t r = 0; r < count; ++r, a += row_floats) {
-        if (plan.gemm.precision == Precision::float32) {
-            make_row(plan, image, y, x, a, nullptr);
-        } else if (plan.gemm.precision == Precision::bfloat16) {
-            make_row(plan, image, y, x, reinterpret_cast<uint16_t*>(a), nullptr);
-        } else {
-            Range range;
-            make_row(plan, image, y, x, scratch, &range);
-            quantize_row(scratch, plan.gemm.k, range, a);
-        }
-        if (++x < plan.out_width) continue;
-        x = 0;
-        if (++y == out_height) y = 0, ++image;
-    }
+    const int64_t position = first % plan.rows, out_height = plan.rows / plan.out_width;
+    int64_t y = position / plan.out_width, x = position % plan.out_width;
+    make_rows(plan, first, count, a, scratch,
+              [&](int64_t image, int64_t, auto* to, Range* range) __attribute__((always_inline)) {
+                  make_row(plan, image, y, x, to, range);
+                  if (++x < plan.out_width) return;
+                  x = 0, y = y + 1 == out_height ? 0 : y + 1;
+              });
 }
 
 }  // namespace vpd::VPD_ISA

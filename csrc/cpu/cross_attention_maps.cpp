@@ -2,8 +2,6 @@
 //
 // For bfloat16 on machines with its dot product, an "element" of the matrices is a pair of bfloat16, neighbours along the
 // summed dimension; elsewhere bfloat16 is widened to float32 while it is packed.
-#include "cpu/cross_attention_maps.h"
-
 #include <cmath>
 #include <cstring>
 

@@ -1,6 +1,4 @@
 // Backward of attention with averaged maps: five small matrix products per head and tile of queries.
-#include "cpu/cross_attention_maps_backward.h"
-
 #include <cmath>
 #include <cstring>
 
@@ -54,8 +52,12 @@ private:
                   plan_.dq + (image_ * plan_.queries + first_query_) * stride + head_ * plan_.dim, stride);
     }
 
-    const float* k() const { return plan_.k + context_ * plan_.k_stride[0] + head_ * plan_.dim; }
-    const float* v() const { return plan_.v + context_ * plan_.v_stride[0] + head_ * plan_.dim; }
+    const float* k() const {
+        return static_cast<const float*>(plan_.k) + context_ * plan_.k_stride[0] + head_ * plan_.dim;
+    }
+    const float* v() const {
+        return static_cast<const float*>(plan_.v) + context_ * plan_.v_stride[0] + head_ * plan_.dim;
+    }
 
     static void clear(float* memory, int64_t size) {
         std::memset(memory, 0, static_cast<size_t>(size) * sizeof(float));
@@ -72,7 +74,7 @@ private:
     }
 
     void find_probabilities() {
-        load_rows(plan_.q, plan_.q_stride, q_rows_);
+        load_rows(static_cast<const float*>(plan_.q), plan_.q_stride, q_rows_);
         if (plan_.scale < 0)  // so that the largest score stays the largest
             for (int64_t i = 0; i < plan_.dim * TILE; i += LANES)
                 store(columns_ + i, subtract(broadcast(0.0f), load(columns_ + i)));

@@ -1,6 +1,4 @@
 // The rows of A of `linear`: two sources side by side, LayerNorm, scale and shift, smoothing, rounding.
-#include "cpu/linear.h"
-
 #include <cmath>
 
 #include "cpu/row_prologue.h"
@@ -40,7 +38,7 @@ VPD_INLINE void set_norm(const float* numbers, int64_t size, float eps, Transfor
 template <typename To>
 VPD_INLINE void make_row(const LinearPlan& plan, int64_t image, int64_t row, To* to, float* scratch, Range* range) {
     Transform t{nullptr, nullptr, false, plan.smoothing};
-    if (plan.affine) t.scale = plan.affine + image * 2 * plan.gemm.k, t.shift = t.scale + plan.gemm.k;
+    if (plan.affine) t.scale = plan.affine + image * 2 * plan.k, t.shift = t.scale + plan.k;
     int64_t channel = 0;
     for (const Source& x : plan.x) {
         if (!x.data) continue;
@@ -62,20 +60,9 @@ VPD_INLINE void make_row(const LinearPlan& plan, int64_t image, int64_t row, To*
 }  // namespace
 
 void linear_rows(const LinearPlan& plan, int64_t first, int64_t count, float* a, float* scratch) {
-    const int64_t row_floats = plan.gemm.row_floats;
-    int64_t image = first / plan.gemm.rows, row = first % plan.gemm.rows;
-    for (int64_t r = 0; r < count; ++r, a += row_floats) {
-        if (plan.gemm.precision == Precision::float32) {
-            make_row(plan, image, row, a, scratch, nullptr);
-        } else if (plan.gemm.precision == Precision::bfloat16) {
-            make_row(plan, image, row, reinterpret_cast<uint16_t*>(a), scratch, nullptr);
-        } else {
-            Range range;
-            make_row(plan, image, row, scratch, scratch, &range);
-            quantize_row(scratch, plan.gemm.k, range, a);
-        }
-        if (++row == plan.gemm.rows) row = 0, ++image;
-    }
+    make_rows(plan, first, count, a, scratch,
+              [&](int64_t image, int64_t row, auto* to, Range* range)
+                  __attribute__((always_inline)) { make_row(plan, image, row, to, scratch, range); });
 }
 
 }  // namespace vpd::VPD_ISA

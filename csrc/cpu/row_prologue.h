@@ -139,5 +139,24 @@ VPD_INLINE void quantize_row(const float* numbers, int64_t size, const Range& ra
     __builtin_memcpy(scale_and_zero + 1, &zero, sizeof zero);
 }
 
+// Makes rows [first, first + count) of A: make(image, row, to, range) writes the next one, whose elements are of the type
+// of `to`; 8 bits are made of float32 in `scratch`.
+template <typename Make>
+VPD_INLINE void make_rows(const GemmPlan& plan, int64_t first, int64_t count, float* a, float* scratch, Make make) {
+    int64_t image = first / plan.rows, row = first % plan.rows;
+    for (int64_t r = 0; r < count; ++r, a += plan.row_floats) {
+        if (plan.precision == Precision::float32) {
+            make(image, row, a, nullptr);
+        } else if (plan.precision == Precision::bfloat16) {
+            make(image, row, reinterpret_cast<uint16_t*>(a), nullptr);
+        } else {
+            Range range;
+            make(image, row, scratch, &range);
+            quantize_row(scratch, plan.k, range, a);
+        }
+        if (++row == plan.rows) row = 0, ++image;
+    }
+}
+
 }  // namespace
 }  // namespace vpd::VPD_ISA

@@ -1,7 +1,5 @@
 // Attention over any number of keys. The scores of a tile of queries and a piece of the keys are in the registers; what
 // leaves them are probabilities, as elements of the second product.
-#include "cpu/self_attention.h"
-
 #include <cmath>
 #include <cstring>
 

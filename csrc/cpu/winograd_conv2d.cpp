@@ -45,7 +45,7 @@ public:
             }
         }
         for (int64_t tile = 0; tile < count_; ++tile)
-            for (int64_t column = 0; column < PANEL && first_ + column < plan_.gemm.n; column += LANES)
+            for (int64_t column = 0; column < PANEL && first_ + column < plan_.n; column += LANES)
                 store_tile(tile, column);
     }
 
@@ -57,30 +57,30 @@ private:
 
     Tile place_of(int64_t row, int64_t column) const {
         const int64_t image = row / plan_.tile_rows, y = row % plan_.tile_rows * W::OUT, x = column * W::OUT;
-        const Source& r = plan_.gemm.residual;
-        return {image * plan_.gemm.out_image + y * plan_.gemm.out_row + x * plan_.out_column,
+        const Source& r = plan_.residual;
+        return {image * plan_.out_image + y * plan_.out_row + x * plan_.out_column,
                 image * r.image + y * r.row + x * r.column, smaller(W::OUT, plan_.out_height - y),
                 smaller(W::OUT, plan_.out_width - x)};
     }
 
-    int64_t columns_of_panel() const { return smaller(PANEL, plan_.gemm.n - first_); }
+    int64_t columns_of_panel() const { return smaller(PANEL, plan_.n - first_); }
 
     void load_bias() {
-        const float* bias = plan_.gemm.bias;
+        const float* bias = plan_.bias;
         for (int64_t i = 0; i < PANEL; ++i) bias_[i] = bias && i < columns_of_panel() ? bias[first_ + i] : 0.0f;
     }
 
     void load_scales(int64_t matrix) {
-        const int64_t at = matrix * plan_.gemm.n + first_;
+        const int64_t at = matrix * plan_.n + first_;
         for (int64_t i = 0; i < columns_of_panel(); ++i) {
-            scales_[i] = plan_.gemm.scales[at + i];
-            zeros_[i] = 128.0f * plan_.gemm.weight_sums[at + i];
+            scales_[i] = plan_.scales[at + i];
+            zeros_[i] = 128.0f * plan_.weight_sums[at + i];
         }
     }
 
     void multiply_tiles(int64_t panel, int64_t matrix, int64_t first, int64_t last) {
-        const int64_t size = plan_.gemm.elements;
-        const float* weight = plan_.gemm.weight + (matrix * plan_.gemm.panels + panel) * size * PANEL;
+        const int64_t size = plan_.elements;
+        const float* weight = plan_.weight + (matrix * plan_.panels + panel) * size * PANEL;
         const LeftOperand rows{rows_ + matrix * plan_.matrix_stride + first * plan_.row, plan_.row, 1};
         float* products = products_ + matrix * plan_.product_stride + first * PANEL;
         if constexpr (E::WIDTH == 4) {
@@ -98,10 +98,9 @@ private:
         const Tile& tile = tiles_[pixel_row / W::OUT];
         const int64_t i = pixel_row % W::OUT;
         if (i >= tile.rows) return;
-        const GemmPlan& gemm = plan_.gemm;
-        const Source& r = gemm.residual;
-        const int64_t out_size = gemm.out_bf16 ? 2 : 4, residual_size = r.bf16 ? 2 : 4;
-        const char* out = static_cast<const char*>(gemm.out) + (tile.out + i * gemm.out_row + first_) * out_size;
+        const Source& r = plan_.residual;
+        const int64_t out_size = plan_.out_bf16 ? 2 : 4, residual_size = r.bf16 ? 2 : 4;
+        const char* out = static_cast<const char*>(plan_.out) + (tile.out + i * plan_.out_row + first_) * out_size;
         for (int64_t j = 0; j < tile.columns; ++j)
             for (int64_t at = 0; at < PANEL * out_size; at += 64)
                 __builtin_prefetch(out + j * plan_.out_column * out_size + at, 1, 2);
@@ -128,12 +127,12 @@ private:
         }
 #pragma GCC unroll 4
         for (int i = 0; i < W::OUT; ++i) W::output(half[i], y[i]);
-        if (plan_.gemm.activation == Activation::relu)
+        if (plan_.activation == Activation::relu)
             each_pixel(y, [](f32x16 a) { return max(broadcast(0.0f), a); });  // NaN stays
-        else if (plan_.gemm.activation == Activation::silu)
+        else if (plan_.activation == Activation::silu)
             each_pixel(y, [](f32x16 a) { return silu(a); });
         const Tile& tile = tiles_[number];
-        const int64_t channel = first_ + column, count = plan_.gemm.n - channel;
+        const int64_t channel = first_ + column, count = plan_.n - channel;
         const bool whole = tile.rows == W::OUT && tile.columns == W::OUT && count >= LANES;
         whole ? store_pixels<true>(tile, channel, count, y) : store_pixels<false>(tile, channel, count, y);
     }
@@ -152,16 +151,15 @@ private:
     template <bool WHOLE>
     __attribute__((always_inline)) void store_pixels(const Tile& tile, int64_t channel, int64_t count,
                                                      Pixels& y) const {
-        const GemmPlan& gemm = plan_.gemm;
-        const Source& r = gemm.residual;
+        const Source& r = plan_.residual;
         if (r.data) {
             const int64_t at = tile.residual + channel;
             r.bf16 ? add_pixels<WHOLE>(static_cast<const uint16_t*>(r.data) + at, r.row, r.column, tile, count, y)
                    : add_pixels<WHOLE>(static_cast<const float*>(r.data) + at, r.row, r.column, tile, count, y);
         }
         const int64_t at = tile.out + channel;
-        gemm.out_bf16 ? store_as<WHOLE>(static_cast<uint16_t*>(gemm.out) + at, tile, count, y)
-                      : store_as<WHOLE>(static_cast<float*>(gemm.out) + at, tile, count, y);
+        plan_.out_bf16 ? store_as<WHOLE>(static_cast<uint16_t*>(plan_.out) + at, tile, count, y)
+                       : store_as<WHOLE>(static_cast<float*>(plan_.out) + at, tile, count, y);
     }
 
     template <bool WHOLE, typename T>
@@ -183,7 +181,7 @@ private:
         for (int i = 0; i < W::OUT; ++i)
 #pragma GCC unroll 4
             for (int j = 0; j < W::OUT; ++j) {
-                T* pixel = to + i * plan_.gemm.out_row + j * plan_.out_column;
+                T* pixel = to + i * plan_.out_row + j * plan_.out_column;
                 if (WHOLE || (i < tile.rows && j < tile.columns && count >= LANES))
                     store(pixel, y[i][j]);
                 else if (i < tile.rows && j < tile.columns)

@@ -16,15 +16,11 @@ namespace vpd {
 constexpr int64_t MAX_MATRICES = 36;
 constexpr int64_t MAX_TILES = 96;  // of a block; a multiple of the rows of the micro-kernel
 
-struct WinogradConv2dPlan {
-    // The GEMM of one matrix. weight, scales and weight_sums are those of the first matrix, and those of the others
-    // follow; residual and out are (batch, out_height, out_width, n).
-    GemmPlan gemm;
+// The GEMM of one matrix: weight, scales and weight_sums are those of the first matrix, and those of the others follow;
+// residual and out are (batch, out_height, out_width, n).
+struct WinogradConv2dPlan : GemmPlan {
     int matrices;  // 16: 2x2 pixels from 4x4; 36: 4x4 pixels from 6x6; 9: 2x2 pixels from 3x3 that are upsampled
-    Source x[2];   // (batch, height, width, channels); the second adds channels, or its data are null
     int64_t height, width;
-    const float *affine, *smoothing;            // (batch, 2, channels) scale and shift, (channels); or null
-    bool silu;                                  // the input is silu(x * scale + shift) * smoothing
     int64_t out_height, out_width, out_column;  // out_column: stride
 
     int64_t tile_rows, tile_columns;  // tiles of an image
@@ -45,7 +41,7 @@ struct WinogradBlock {
 
 // Blocks are numbered down the strips.
 static inline WinogradBlock winograd_block(const WinogradConv2dPlan& plan, int64_t block) {
-    const int64_t rows = plan.gemm.images * plan.tile_rows, y = block % plan.row_blocks, x = block / plan.row_blocks;
+    const int64_t rows = plan.images * plan.tile_rows, y = block % plan.row_blocks, x = block / plan.row_blocks;
     return {rows * y / plan.row_blocks, rows * (y + 1) / plan.row_blocks, plan.tile_columns * x / plan.strips,
             plan.tile_columns * (x + 1) / plan.strips};
 }

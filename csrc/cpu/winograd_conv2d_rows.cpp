@@ -55,13 +55,13 @@ private:
             }
             activate_source(plan_.x[0], image, y, x, 0, to);
             if (plan_.x[1].data) activate_source(plan_.x[1], image, y, x, plan_.x[0].channels, to);
-            if (plan_.gemm.k < plan_.padded_channels) store(to + plan_.gemm.k, broadcast(0.0f));
+            if (plan_.k < plan_.padded_channels) store(to + plan_.k, broadcast(0.0f));
         }
     }
 
     void activate_source(const Source& source, int64_t image, int64_t y, int64_t x, int64_t channel, float* to) const {
         const int64_t offset = image * source.image + y * source.row + x * source.column;
-        const float* affine = plan_.affine ? plan_.affine + image * 2 * plan_.gemm.k + channel : nullptr;
+        const float* affine = plan_.affine ? plan_.affine + image * 2 * plan_.k + channel : nullptr;
         const float* smoothing = plan_.smoothing ? plan_.smoothing + channel : nullptr;
         to += channel;
         source.bf16 ? activate_channels(static_cast<const uint16_t*>(source.data) + offset, source.channels, affine,
@@ -78,7 +78,7 @@ private:
         for (int64_t c = 0; c < channels; c += LANES) {
             const int64_t left = channels - c;
             f32x16 a = load_some(from + c, left);
-            if (affine) a = multiply_add(a, load_some(affine + c, left), load_some(affine + plan_.gemm.k + c, left));
+            if (affine) a = multiply_add(a, load_some(affine + c, left), load_some(affine + plan_.k + c, left));
             if (smooth) a = E::WIDTH == 1 ? silu(a) : rough_silu(a);
             if (smoothing) a = VPD_ISA::multiply(a, load_some(smoothing + c, left));
             store(to + c, a);

@@ -152,7 +152,7 @@ VPD_INLINE void store_signed_as_u8(uint8_t* p, f32x16 a, f32x16 factor) {
 
 template <typename W, typename Use>
 void with_element(const WinogradConv2dPlan& plan, Use use) {
-    switch (plan.gemm.precision) {
+    switch (plan.precision) {
         case Precision::float32: return use(W{}, F32{});
         case Precision::bfloat16: return use(W{}, Bf16x2{});
         case Precision::int8: return use(W{}, Int8x4{});

@@ -6,12 +6,10 @@
 // on tensor cores, everything else in float32; P is rounded to 16 bits for P v only. Bitwise repeatable.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/dtype.h"
+#include "cuda/device.h"
 
 namespace vpd {
 

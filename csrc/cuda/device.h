@@ -1,9 +1,11 @@
-// Queries of the current device and launches on it, for host code.
+// Element types of tensors that CUDA operators take; queries of the current device and launches on it, for host code.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace vpd {
+
+enum class CudaFloat { float32, bfloat16, float16 };
 
 // 0 if there is no device.
 inline int device_attribute(cudaDeviceAttr attribute) {

@@ -7,11 +7,9 @@
 // Products of 8 or 16 bits on tensor cores, everything else in float32. Bitwise repeatable.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
-#include "cuda/dtype.h"
+#include "cuda/device.h"
 
 namespace vpd {
 

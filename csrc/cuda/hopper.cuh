@@ -136,6 +136,12 @@ __device__ inline void wgmma_wait(Sum (&sums)[COUNT]) {
                  ";\n}\n"                                                                                  \
                  : __VA_ARGS__                                                                             \
                  : "l"(a), "l"(b), "r"(int(before)))
+#define VPD_WGMMA_OF_COUNT(depth, types, suffix, c)                                                                  \
+    if constexpr (COUNT == 32)                                                                                      \
+        VPD_WGMMA("m64n64" depth, types, VPD_NAMES_32, "32", "33", "34", suffix, VPD_SUMS_32(c, d, 0));              \
+    else                                                                                                            \
+        VPD_WGMMA("m64n128" depth, types, VPD_NAMES_64, "64", "65", "66", suffix, VPD_SUMS_32(c, d, 0),              \
+                  VPD_SUMS_32(c, d, 32))
 #define VPD_FLOAT(x) "+f"(x)
 #define VPD_INTEGER(x) "+r"(x)
 // clang-format on
@@ -148,33 +154,14 @@ __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b
     static_assert(COUNT == 32 || COUNT == 64);
 #if VPD_HOPPER
     if constexpr (std::is_same_v<T, int8_t>) {
-        if constexpr (COUNT == 32)
-            VPD_WGMMA("m64n64k32", ".s32.s8.s8", VPD_NAMES_32, "32", "33", "34", "", VPD_SUMS_32(VPD_INTEGER, d, 0));
-        else
-            VPD_WGMMA("m64n128k32", ".s32.s8.s8", VPD_NAMES_64, "64", "65", "66", "", VPD_SUMS_32(VPD_INTEGER, d, 0),
-                      VPD_SUMS_32(VPD_INTEGER, d, 32));
+        VPD_WGMMA_OF_COUNT("k32", ".s32.s8.s8", "", VPD_INTEGER);
     } else if constexpr (std::is_same_v<T, Float8>) {
-        if constexpr (COUNT == 32)
-            VPD_WGMMA("m64n64k32", ".f32.e4m3.e4m3", VPD_NAMES_32, "32", "33", "34", ", 1, 1",
-                      VPD_SUMS_32(VPD_FLOAT, d, 0));
-        else
-            VPD_WGMMA("m64n128k32", ".f32.e4m3.e4m3", VPD_NAMES_64, "64", "65", "66", ", 1, 1",
-                      VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));
+        VPD_WGMMA_OF_COUNT("k32", ".f32.e4m3.e4m3", ", 1, 1", VPD_FLOAT);
     } else if constexpr (std::is_same_v<T, Bfloat16>) {
-        if constexpr (COUNT == 32)
-            VPD_WGMMA("m64n64k16", ".f32.bf16.bf16", VPD_NAMES_32, "32", "33", "34", ", 1, 1, 0, 0",
-                      VPD_SUMS_32(VPD_FLOAT, d, 0));
-        else
-            VPD_WGMMA("m64n128k16", ".f32.bf16.bf16", VPD_NAMES_64, "64", "65", "66", ", 1, 1, 0, 0",
-                      VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));
+        VPD_WGMMA_OF_COUNT("k16", ".f32.bf16.bf16", ", 1, 1, 0, 0", VPD_FLOAT);
     } else {
         static_assert(std::is_same_v<T, Float16>);
-        if constexpr (COUNT == 32)
-            VPD_WGMMA("m64n64k16", ".f32.f16.f16", VPD_NAMES_32, "32", "33", "34", ", 1, 1, 0, 0",
-                      VPD_SUMS_32(VPD_FLOAT, d, 0));
-        else
-            VPD_WGMMA("m64n128k16", ".f32.f16.f16", VPD_NAMES_64, "64", "65", "66", ", 1, 1, 0, 0",
-                      VPD_SUMS_32(VPD_FLOAT, d, 0), VPD_SUMS_32(VPD_FLOAT, d, 32));
+        VPD_WGMMA_OF_COUNT("k16", ".f32.f16.f16", ", 1, 1, 0, 0", VPD_FLOAT);
     }
 #endif
 }
@@ -184,6 +171,7 @@ __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b
 #undef VPD_NAMES_32
 #undef VPD_NAMES_64
 #undef VPD_WGMMA
+#undef VPD_WGMMA_OF_COUNT
 #undef VPD_FLOAT
 #undef VPD_INTEGER
 

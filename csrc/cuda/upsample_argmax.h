@@ -1,11 +1,9 @@
 // The CUDA form of csrc/cpu/upsample_argmax.h: one thread per output pixel.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
-#include "cuda/dtype.h"
+#include "cuda/device.h"
 
 namespace vpd {
 

@@ -128,7 +128,7 @@ GOOD = {"x": torch.zeros(1, 4, 4, 8), "weight": weight_of(6, 8, 16)}
             "x must be torch.float32 or torch.bfloat16 or torch.float16, got torch.float64",
         ),
         ({"x2": torch.zeros(1, 4, 5, 8)}, r"x2 must have shape \(B=1, H=4, W=4, C2\), got \(1, 4, 5, 8\)"),
-        ({"x2": torch.zeros(1, 4, 4, 8)}, "weight must have the 16 columns of the input's channels, got 8"),
+        ({"x2": torch.zeros(1, 4, 4, 8)}, "weight must have 16 columns as the input says, got 8"),
         ({"weight": torch.zeros(16, 6, 8)}, "weight must be a PackedWeight of winograd_weight.* got Tensor"),
         ({"weight": weight_of(6, 8, 1)}, "weight must have 16 or 36 taps without upsample, got 1"),
         ({"weight": weight_of(6, 8, 9)}, "weight must have 16 or 36 taps without upsample, got 9"),

@@ -41,6 +41,12 @@ class AttentionArguments:
         """q, k and v, each copied if its last dimension is strided."""
         return last_contiguous(self.q), last_contiguous(self.k), last_contiguous(self.v)
 
+    def native_arguments(self, *qkv: Tensor) -> tuple[Any, ...]:
+        """What all native kernels of attention take; `qkv`: the tensors to read, with a last stride of 1."""
+        batch, *sizes = self.sizes
+        addresses, strides = tuple(x.data_ptr() for x in qkv), tuple(leading_strides(x) for x in qkv)
+        return addresses, dtype_name(qkv[0]), (batch, self.k.shape[0], *sizes), strides, self.scale
+
 
 @dataclass(frozen=True)
 class MapsArguments(AttentionArguments):
@@ -148,17 +154,12 @@ def _cpu(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     # Maps of 16 bits are written as float32 first: few places ask for them, and only once for each level.
     target = maps if maps is None or maps.dtype == torch.float32 else torch.empty(maps.shape)
     _native.load("_C").cross_attention_maps(
-        (q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr()),
-        dtype_name(q),
-        p.sizes,
-        tuple(leading_strides(x) for x in (q, k, v)),
+        p.native_arguments(q, k, v),
+        result.data_ptr(),
         address_and_strides(target),
         address_and_strides(p.addend),
-        category_addresses(p.categories),
-        target.shape[-1] if target is not None else 0,
+        (category_addresses(p.categories), 0 if target is None else target.shape[-1], p.weight),
         p.average_heads,
-        p.scale,
-        p.weight,
         torch.get_num_threads(),
         _native.isa(),
     )

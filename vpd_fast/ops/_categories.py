@@ -31,9 +31,9 @@ class Categories:
         return one_hot.to(dtype) * self.weights.to(dtype)
 
 
-def category_addresses(categories: Categories | None) -> tuple[int, int] | None:
-    """Addresses of ids and weights, as native kernels take them."""
-    return None if categories is None else (categories.ids.data_ptr(), categories.weights.data_ptr())
+def category_addresses(categories: Categories | None) -> tuple[int, int]:
+    """Addresses of ids and weights, 0 without categories, as native kernels take them."""
+    return (0, 0) if categories is None else (categories.ids.data_ptr(), categories.weights.data_ptr())
 
 
 # Making them reads the ids, which on a GPU waits for it; a model asks for the same ones in every layer. What is kept

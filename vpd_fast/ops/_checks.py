@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,13 @@ def check_places(op: str, device: torch.device, tensors: dict[str, torch.Tensor 
         if tensor is not None:
             check(tensor.device == device, f"{name} must be on {device} as x is, got {tensor.device}")
     check_no_gradients(op, tensors)
+
+
+def check_eps(eps: Any) -> float:
+    """`eps` as float. Raises InputError unless it is a finite number that is not negative."""
+    good = isinstance(eps, (int, float)) and 0 <= eps < math.inf
+    check(good, f"eps must be a finite number that is not negative, got {eps!r}")
+    return float(eps)
 
 
 def check_size(name: str, value: Any) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops._checks import check, check_not_expanded, check_tensor
-from vpd_fast.ops._dispatch import WRITTEN, Implementation, SymInt
+from vpd_fast.ops._checks import check, check_not_expanded, check_places, check_tensor
+from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import FLOAT8, PANEL, WIDTHS, PackedWeight
@@ -86,12 +86,31 @@ class GemmArguments:
             self.out.copy_(out.view(self.out.shape))
 
 
-def check_weight(weight: Any, k: int, activation: str | None, matrices: int = 1) -> int:
-    """The number of output columns. Raises InputError unless `weight` has k columns and so many matrices."""
-    kind = type(weight).__name__
-    check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight, got {kind}")
+Run = Callable[[Any], None]
+# The fields of `GemmArguments` in their order.
+Checked = tuple[
+    Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int,
+    Tensor | None, Tensor | None, Tensor | None, str, Tensor | None, Tensor,
+]  # fmt: skip
+
+
+def check_sources(x: Any, x2: Any, words: str) -> int:
+    """The channels of both sources. Raises InputError unless they have dimensions of those words, the last channels."""
+    check_tensor("x", x, f"{words}1", DTYPES, "B")
+    if x2 is None:
+        return x.shape[-1]
+    check_tensor("x2", x2, f"{words}2", DTYPES, "B", **dict(zip(words.split(), x.shape, strict=False)))
+    return x.shape[-1] + x2.shape[-1]
+
+
+def check_weight(weight: Any, k: int, activation: str | None, matrices: int | None = 1) -> int:
+    """The number of output columns. Raises InputError unless `weight` has k columns and so many matrices, None: as many
+    as `winograd_weight` makes."""
+    if not isinstance(weight, PackedWeight):
+        expected = "PackedWeight" if matrices else "PackedWeight of winograd_weight(...)"
+        raise InputError(f"weight must be a {expected}, got {type(weight).__name__}")
     check(
-        weight.matrices == matrices,
+        matrices in (None, weight.matrices),
         f"weight must have {'one matrix' if matrices == 1 else f'{matrices} matrices'}, got {weight.matrices}",
     )
     if weight.k != k:  # torch.compile can not trace a message of sizes that it does not know
@@ -106,25 +125,44 @@ def check_weight(weight: Any, k: int, activation: str | None, matrices: int = 1)
     return weight.n // 2
 
 
-def check_vectors(bias: Any, affine: Any, scale: Any, *, n: int, batch: int, channels: int) -> None:
-    """Raises InputError unless each is None or a float32 tensor: (n), (batch, 2, channels) and (channels)."""
+def check_gemm(
+    op: str,
+    shape: dict[str, int],
+    x: Tensor,
+    x2: Tensor | None,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    affine: Tensor | None,
+    scale: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Checked:
+    """The arguments that all share, with memory for the result. Raises InputError unless they fit each other.
+
+    shape: of the result, by names of its dimensions. Sources and weight have been checked.
+    """
+    channels = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
     if bias is not None:
-        check_tensor("bias", bias, "N", DTYPES[:1], N=n)
+        check_tensor("bias", bias, "N", DTYPES[:1], N=weight.n)
     if affine is not None:
-        check_tensor("affine", affine, "B 2 C", DTYPES[:1], "B", **{"B": batch, "2": 2, "C": channels})
+        check_tensor("affine", affine, "B 2 C", DTYPES[:1], "B", **{"B": x.shape[0], "2": 2, "C": channels})
     if scale is not None:
         check_tensor("scale", scale, "C", DTYPES[:1], C=channels)
-
-
-def check_out(out: Any, out_dtype: torch.dtype | None, x: Tensor, shape: dict[str, int]) -> Tensor:
-    """`out`, or a new tensor. Raises InputError unless it has that dtype and shape (sizes by their names)."""
+    if residual is not None:
+        check_tensor("residual", residual, " ".join(shape), DTYPES, "B", **shape)
     check(out_dtype in (None, *DTYPES), f"out_dtype must be None, float32, bfloat16 or float16, got {out_dtype!r}")
     if out is None:
-        return x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
-    check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
-    check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
-    check_not_expanded("out", out)
-    return out
+        out = x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
+    else:
+        check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
+        check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
+        check_not_expanded("out", out)
+    tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
+    check_places(op, x.device, tensors | {"residual": residual, "out": out})
+    packed = weight.data, weight.scales, weight.weight_sums, weight.n
+    return x, x2, *packed, bias, affine, scale, activation or "", residual, out
 
 
 def cpu_refuses(call: GemmArguments) -> str | None:
@@ -151,11 +189,9 @@ def triton_refuses(call: GemmArguments) -> str | None:
         return f"{torch.cuda.get_device_name(x.device)} has no 8-bit floating point (compute capability 8.9 has)"
     if call.activation == "geglu" and call.n % PANEL:
         return f"geglu of {call.n // 2} values, which are no runs of {PANEL // 2}"
-    from vpd_fast.kernels import _limits, _prologue
+    from vpd_fast.kernels._limits import product_refuses
 
-    return _prologue.refuse(x, call.x2) or _limits.product_refuses(
-        x, call.x2, data, call.residual, call.out, call.margins
-    )
+    return product_refuses(x, call.x2, data, call.residual, call.out, call.margins)
 
 
 def cuda_refuses(call: GemmArguments) -> str | None:
@@ -170,37 +206,36 @@ def cuda_refuses(call: GemmArguments) -> str | None:
     return _gemm_cuda.refuse(call.x, call.x2, call.data.dtype, call.has_prologue)
 
 
-def gpu_implementations(name: str) -> tuple[Implementation, Implementation]:
-    """The implementations "triton" and "cuda" of an operator, which `kernels/<name>.py` computes."""
+def operator(name: str, arguments: type, public: Callable[..., Any], cpu: Run, reference: Run, gpu: bool = True) -> Op:
+    """Registers an operator that multiplies by a packed weight. gpu: `kernels/<name>.py` computes it on GPUs."""
 
-    def run(call: GemmArguments, backend: str) -> None:
-        if call.out.numel() == 0:
-            return
-        dense = call.dense()
-        importlib.import_module(f"vpd_fast.kernels.{name}").forward(dense, backend)
-        call.keep(dense.out)
+    def run_cpu(call: Any) -> None:
+        if call.out.numel():
+            cpu(call)
 
-    return (
-        Implementation("triton", partial(run, backend="triton"), triton_refuses),
-        Implementation("cuda", partial(run, backend="cuda"), cuda_refuses),
+    def run_gpu(call: Any, backend: str) -> None:
+        if call.out.numel():
+            dense = call.dense()
+            importlib.import_module(f"vpd_fast.kernels.{name}").forward(dense, backend)
+            call.keep(dense.out)
+
+    on_gpu = ("triton", triton_refuses), ("cuda", cuda_refuses)
+    implementations = (
+        Implementation("cpu", run_cpu, cpu_refuses),
+        *(Implementation(backend, partial(run_gpu, backend=backend), refuse) for backend, refuse in on_gpu if gpu),
+        Implementation("reference", reference),
     )
+    return register(Op(name, arguments, implementations, public))
 
 
 def native_arguments(call: GemmArguments) -> dict[str, Any]:
     """What all native kernels of a product take, from dense arguments, which must live while the kernel runs."""
     vectors = (call.data, call.scales, call.weight_sums, call.bias, call.scale_shift, call.input_scale)
     addresses = tuple(0 if x is None else x.data_ptr() for x in vectors)
-    return {
-        "x": _image(call.x),
-        "x2": _image(call.x2),
-        "weight": (addresses[:3], dtype_name(call.data), call.n, call.columns),
-        "vectors": addresses[3:],
-        "activation": call.activation,
-        "residual": _image(call.residual),
-        "out": _image(call.out),
-        "threads": torch.get_num_threads(),
-        "isa": _native.isa(),
-    }
+    weight, silu = (addresses[:3], dtype_name(call.data), call.n, call.columns), getattr(call, "silu", False)
+    ends = call.activation, _image(call.residual), _image(call.out)
+    gemm = (_image(call.x), _image(call.x2), weight, addresses[3:], silu, *ends)
+    return {"gemm": gemm, "threads": torch.get_num_threads(), "isa": _native.isa()}
 
 
 def _image(x: Tensor | None) -> tuple[int, str, int, tuple[int, ...]] | None:

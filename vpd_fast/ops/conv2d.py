@@ -19,7 +19,7 @@ from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
 from vpd_fast.ops._checks import MAX_SIDE, check, check_places, check_size, check_tensor
-from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
+from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._layout import rows_contiguous
 from vpd_fast.ops.packing import PackedWeight
@@ -74,11 +74,8 @@ def conv2d(
     Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
     for inputs that require gradients while they are recorded.
     """
-    check_tensor("x", x, "B H W C1", DTYPES, "B")
-    batch, height, width, channels = x.shape
-    if x2 is not None:
-        check_tensor("x2", x2, "B H W C2", DTYPES, "B", B=batch, H=height, W=width)
-        channels += x2.shape[3]
+    channels = _gemm.check_sources(x, x2, "B H W C")
+    batch, height, width, _ = x.shape
     kernel = check_size("kernel", kernel)
     check(_is_integer(stride, 1), f"stride must be a positive integer, got {stride!r}")
     padding = _check_padding(padding)
@@ -87,7 +84,6 @@ def conv2d(
         raise InputError(f"upsample needs kernel (2, 2), stride 1, padding 0, got {kernel}, {stride}, {padding}")
     matrices = 4 if upsample else 1
     n_out = _gemm.check_weight(weight, kernel[0] * kernel[1] * channels, activation, matrices)
-    _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=channels)
     check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
     top, left, bottom, right = padding
     sides = (height + top + bottom - kernel[0]) // stride + 1, (width + left + right - kernel[1]) // stride + 1
@@ -95,40 +91,18 @@ def conv2d(
     if min(sides) <= 0:
         raise InputError(f"kernel {kernel} must fit into the image {height}x{width} with padding {padding}")
     shape = {"B": batch, "height": sides[0], "width": sides[1], "N": n_out}
-    if residual is not None:
-        check_tensor("residual", residual, "B height width N", DTYPES, "B", **shape)
+    shared = _gemm.check_gemm("conv2d", shape, x, x2, weight, bias, affine, scale, activation, residual, out, out_dtype)
     if ranges is not None:
         check_tensor("ranges", ranges, "B 2 parts", DTYPES[:1], "B", **{"B": batch, "2": 2})
-    out = _gemm.check_out(out, out_dtype, x, shape)
-    if upsample and statistics is not None and height * width % statistics.run:
-        raise InputError(f"statistics.run must divide the {height * width} positions of a phase, got {statistics.run}")
-    tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    check_places("conv2d", x.device, tensors | {"residual": residual, "out": out, "ranges": ranges})
+        check_places("conv2d", x.device, {"ranges": ranges})
     data, run = check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out)
+    if upsample and height * width % run:
+        raise InputError(f"statistics.run must divide the {height * width} positions of a phase, got {run}")
     arguments = Conv2dArguments(
-        x=x,
-        x2=x2,
-        data=weight.data,
-        scales=weight.scales,
-        weight_sums=weight.weight_sums,
-        n=weight.n,
-        bias=bias,
-        scale_shift=affine,
-        input_scale=scale,
-        activation=activation or "",
-        residual=residual,
-        out=out,
-        kernel=kernel,
-        stride=stride,
-        padding=padding,
-        upsample=upsample,
-        silu=silu,
-        ranges=ranges,
-        statistics=data,
-        run=run,
+        *shared, kernel, stride, padding, upsample, silu, ranges=ranges, statistics=data, run=run
     )
     CONV2D(arguments, impl)
-    return out
+    return arguments.out
 
 
 def _is_integer(value: Any, least: int) -> bool:
@@ -202,29 +176,15 @@ def _reference(call: Conv2dArguments) -> None:
 
 
 def _cpu(call: Conv2dArguments) -> None:
-    if call.out.numel() == 0:
-        return
     for phase in call.phases():
         dense = phase.dense()
         dense = replace(dense, residual=rows_contiguous(dense.residual), out=rows_contiguous(dense.out))
         _native.load("_C").conv2d(
             shape=(*phase.x.shape[:3], *phase.out.shape[1:3]),
             geometry=(*phase.kernel, phase.stride, *phase.padding[:2]),
-            silu=phase.silu,
             **_gemm.native_arguments(dense),
         )
         phase.keep(dense.out)
 
 
-CONV2D = register(
-    Op(
-        "conv2d",
-        Conv2dArguments,
-        public=conv2d,
-        implementations=(
-            Implementation("cpu", _cpu, _gemm.cpu_refuses),
-            *_gemm.gpu_implementations("conv2d"),
-            Implementation("reference", _reference),
-        ),
-    )
-)
+CONV2D = _gemm.operator("conv2d", Conv2dArguments, conv2d, _cpu, _reference)

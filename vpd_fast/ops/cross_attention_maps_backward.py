@@ -124,16 +124,11 @@ def _cpu(p: CrossAttentionMapsBackwardArguments, dq: Tensor, dk: Tensor, dv: Ten
     grads = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in (dq, dk, dv)]
     grad_out = None if p.grad_out is None else last_contiguous(p.grad_out).float()
     _native.load("_C").cross_attention_maps_backward(
-        (q.data_ptr(), k.data_ptr(), v.data_ptr()),
-        (q.shape[0], k.shape[0], q.shape[1], k.shape[1], p.heads, q.shape[2] // p.heads),
-        tuple(leading_strides(x) for x in (q, k, v)),
+        p.native_arguments(q, k, v),
         None if grad_out is None else (grad_out.data_ptr(), leading_strides(grad_out)),
         address_and_strides(p.grad_maps),
         tuple(grad.data_ptr() for grad in grads),
-        category_addresses(p.categories),
-        0 if p.grad_maps is None else p.grad_maps.shape[-1],
-        p.scale,
-        p.head_weight,
+        (category_addresses(p.categories), 0 if p.grad_maps is None else p.grad_maps.shape[-1], p.head_weight),
         torch.get_num_threads(),
         _native.isa(),
     )

@@ -9,7 +9,6 @@ and so do deviations from the mean beyond 1e18, whose squares are beyond float32
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import FLOATS, check, check_places, check_tensor
+from vpd_fast.ops._checks import FLOATS, check, check_eps, check_places, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, rows_contiguous
 from vpd_fast.ops.availability import triton_missing
@@ -70,10 +69,7 @@ def group_norm_affine(
     check_tensor("bias", bias, "C", FLOATS[:1], C=channels)
     check(isinstance(groups, int) and groups > 0, f"groups must be a positive integer, got {groups!r}")
     check(channels % groups == 0, f"groups must divide the {channels} channels, got {groups}")
-    check(
-        isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0,
-        f"eps must be a finite number that is not negative, got {eps!r}",
-    )
+    eps = check_eps(eps)
     if ranges is not None:
         check_tensor("ranges", ranges, "B 2 groups", FLOATS[:1], "B", **{"B": batch, "2": 2, "groups": groups})
         check(ranges.is_contiguous(), f"ranges must be contiguous, got strides {ranges.stride()}")
@@ -83,7 +79,7 @@ def group_norm_affine(
     named |= {"statistics": known[0], "statistics2": known2[0], "ranges": ranges, "scale": scale}
     check_places("group_norm_affine", x.device, {"x": x, **named})
     arguments = GroupNormAffineArguments(
-        x, weight, bias, groups, float(eps), x2, *known, *known2, ranges=ranges, silu=silu, scale=scale
+        x, weight, bias, groups, eps, x2, *known, *known2, ranges=ranges, silu=silu, scale=scale
     )
     return GROUP_NORM_AFFINE(arguments, impl)
 

@@ -10,7 +10,6 @@ makes its results not finite; with 8-bit weights, NaN.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,11 +17,9 @@ import torch
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_places, check_tensor
-from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
-from vpd_fast.ops._gemm import DTYPES
+from vpd_fast.ops._checks import check, check_eps
+from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
 
@@ -67,43 +64,16 @@ def linear(
         >>> weight = PackedWeight.pack(layer.weight[None], torch.int8)
         >>> linear(x, weight, layer.bias, residual=x)
     """
-    check_tensor("x", x, "B M K1", DTYPES, "B")
-    batch, rows, k = x.shape
-    if x2 is not None:
-        check_tensor("x2", x2, "B M K2", DTYPES, "B", B=batch, M=rows)
-        k += x2.shape[2]
+    k = _gemm.check_sources(x, x2, "B M K")
     n_out = _gemm.check_weight(weight, k, activation)
-    _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=k)
     check(norm in (None, "layer"), f"norm must be None or 'layer', got {norm!r}")
-    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        raise InputError(f"eps must be a finite number that is not negative, got {eps!r}")
-    shape = {"B": batch, "M": rows, "N": n_out}
-    if residual is not None:
-        check_tensor("residual", residual, "B M N", DTYPES, "B", **shape)
-    out = _gemm.check_out(out, out_dtype, x, shape)
-    tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    check_places("linear", x.device, tensors | {"residual": residual, "out": out})
-    data, run = check_statistics("statistics", statistics, batch, rows, n_out)
-    arguments = LinearArguments(
-        x=x,
-        x2=x2,
-        data=weight.data,
-        scales=weight.scales,
-        weight_sums=weight.weight_sums,
-        n=weight.n,
-        bias=bias,
-        scale_shift=affine,
-        input_scale=scale,
-        activation=activation or "",
-        residual=residual,
-        out=out,
-        norm=norm == "layer",
-        eps=float(eps),
-        statistics=data,
-        run=run,
-    )
+    eps = check_eps(eps)
+    shape = {"B": x.shape[0], "M": x.shape[1], "N": n_out}
+    shared = _gemm.check_gemm("linear", shape, x, x2, weight, bias, affine, scale, activation, residual, out, out_dtype)
+    data, run = check_statistics("statistics", statistics, x.shape[0], x.shape[1], n_out)
+    arguments = LinearArguments(*shared, norm=norm == "layer", eps=eps, statistics=data, run=run)
     LINEAR(arguments, impl)
-    return out
+    return arguments.out
 
 
 @dataclass(frozen=True)
@@ -128,8 +98,6 @@ def _reference(call: LinearArguments) -> None:
 
 
 def _cpu(call: LinearArguments) -> None:
-    if call.out.numel() == 0:
-        return
     dense = call.dense()
     _native.load("_C").linear(
         shape=tuple(call.x.shape[:2]), norm=call.norm, eps=call.eps, **_gemm.native_arguments(dense)
@@ -137,15 +105,4 @@ def _cpu(call: LinearArguments) -> None:
     call.keep(dense.out)
 
 
-LINEAR = register(
-    Op(
-        "linear",
-        LinearArguments,
-        public=linear,
-        implementations=(
-            Implementation("cpu", _cpu, _gemm.cpu_refuses),
-            *_gemm.gpu_implementations("linear"),
-            Implementation("reference", _reference),
-        ),
-    )
-)
+LINEAR = _gemm.operator("linear", LinearArguments, linear, _cpu, _reference)

@@ -22,7 +22,7 @@ from vpd_fast.ops._attention import AttentionArguments, no_autocast, split_heads
 from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
 from vpd_fast.ops._checks import check, check_no_gradients, check_not_expanded, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, register
-from vpd_fast.ops._layout import dtype_name, leading_strides
+from vpd_fast.ops._layout import leading_strides
 from vpd_fast.ops.availability import triton_missing
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -97,17 +97,9 @@ def _cpu(call: SelfAttentionArguments) -> None:
     if not call.out.numel():
         return
     result = call.out if call.out.stride(-1) == 1 else torch.empty(call.out.shape, dtype=call.out.dtype)
-    tensors = (*call.contiguous_qkv, result)
-    batch, *sizes = call.sizes
-    _native.load("_C").self_attention(
-        tuple(x.data_ptr() for x in tensors),
-        dtype_name(call.q),
-        (batch, call.k.shape[0], *sizes),
-        tuple(leading_strides(x) for x in tensors),
-        call.scale,
-        torch.get_num_threads(),
-        _native.isa(),
-    )
+    qkv = call.contiguous_qkv  # which must live while the kernel runs
+    place = result.data_ptr(), leading_strides(result)
+    _native.load("_C").self_attention(call.native_arguments(*qkv), place, torch.get_num_threads(), _native.isa())
     if result is not call.out:
         call.out.copy_(result)
 

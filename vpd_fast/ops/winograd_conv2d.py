@@ -25,8 +25,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_places, check_tensor
-from vpd_fast.ops._dispatch import Implementation, Op, register
+from vpd_fast.ops._checks import check, check_tensor
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
 
@@ -120,40 +119,22 @@ def winograd_conv2d(
         >>> weight = PackedWeight.pack(winograd_weight(layer.weight, 16), torch.bfloat16)
         >>> winograd_conv2d(x, weight, layer.bias, affine=group_norm_affine(x, gamma, beta, 32, 1e-6), silu=True)
     """
-    check_tensor("x", x, "B H W C1", DTYPES, may_be_empty="B")
-    batch, height, width, channels = x.shape
-    if x2 is not None:
-        check_tensor("x2", x2, "B H W C2", DTYPES, may_be_empty="B", B=batch, H=height, W=width)
-        channels += x2.shape[3]
+    channels = _gemm.check_sources(x, x2, "B H W C")
     for name, flag in (("silu", silu), ("upsample", upsample)):
         check(isinstance(flag, bool), f"{name} must be True or False, got {flag!r}")
-    _check_weight(weight, channels, upsample)
-    _gemm.check_vectors(bias, affine, scale, n=weight.n, batch=batch, channels=channels)
     check(activation in ACTIVATIONS, f"activation must be None, 'relu' or 'silu', got {activation!r}")
+    n = _gemm.check_weight(weight, channels, activation, None)
+    if weight.matrices != 9 if upsample else weight.matrices not in (16, 36):
+        expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
+        raise InputError(f"weight must have {expected}, got {weight.matrices}")
+    batch, height, width, _ = x.shape
     zoom = 2 if upsample else 1
-    shape = {"B": batch, "height": height * zoom, "width": width * zoom, "N": weight.n}
-    if residual is not None:
-        check_tensor("residual", residual, "B height width N", DTYPES, "B", **shape)
-    out = _gemm.check_out(out, out_dtype, x, shape)
-    tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
-    check_places("winograd_conv2d", x.device, tensors | {"residual": residual, "out": out})
-    arguments = WinogradArguments(
-        x=x,
-        x2=x2,
-        data=weight.data,
-        scales=weight.scales,
-        weight_sums=weight.weight_sums,
-        n=weight.n,
-        bias=bias,
-        scale_shift=affine,
-        input_scale=scale,
-        activation=activation or "",
-        residual=residual,
-        out=out,
-        silu=silu,
-    )
+    shape = {"B": batch, "height": height * zoom, "width": width * zoom, "N": n}
+    ends = activation, residual, out, out_dtype
+    shared = _gemm.check_gemm("winograd_conv2d", shape, x, x2, weight, bias, affine, scale, *ends)
+    arguments = WinogradArguments(*shared, silu=silu)
     WINOGRAD_CONV2D(arguments, impl)
-    return out
+    return arguments.out
 
 
 @dataclass(frozen=True)
@@ -161,18 +142,6 @@ class WinogradArguments(_gemm.GemmArguments):
     """Arguments of the operator; see the public function."""
 
     silu: bool
-
-
-def _check_weight(weight: PackedWeight, channels: int, upsample: bool) -> None:
-    kind = type(weight).__name__
-    check(isinstance(weight, PackedWeight), f"weight must be a PackedWeight of winograd_weight(...), got {kind}")
-    if weight.k != channels:  # torch.compile makes no text of sizes that it has not fixed yet
-        raise InputError(f"weight must have the {channels} columns of the input's channels, got {weight.k}")
-    if weight.dtype == torch.int8 and weight.k > _gemm.MAX_COLUMNS_8_BITS:
-        raise InputError(f"weight of 8 bits must have at most {_gemm.MAX_COLUMNS_8_BITS} columns, got {weight.k}")
-    if weight.matrices != 9 if upsample else weight.matrices not in (16, 36):
-        expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
-        raise InputError(f"weight must have {expected}, got {weight.matrices}")
 
 
 @functools.cache
@@ -213,23 +182,11 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _cpu(call: WinogradArguments) -> None:
-    if call.out.numel() == 0:
-        return
     dense = call.dense()
     _native.load("_C").winograd_conv2d(
-        shape=tuple(call.x.shape[:3]), matrices=call.weight.matrices, silu=call.silu, **_gemm.native_arguments(dense)
+        shape=tuple(call.x.shape[:3]), matrices=call.weight.matrices, **_gemm.native_arguments(dense)
     )
     call.keep(dense.out)
 
 
-WINOGRAD_CONV2D = register(
-    Op(
-        "winograd_conv2d",
-        WinogradArguments,
-        public=winograd_conv2d,
-        implementations=(
-            Implementation("cpu", _cpu, _gemm.cpu_refuses),
-            Implementation("reference", _reference),
-        ),
-    )
-)
+WINOGRAD_CONV2D = _gemm.operator("winograd_conv2d", WinogradArguments, winograd_conv2d, _cpu, _reference, gpu=False)

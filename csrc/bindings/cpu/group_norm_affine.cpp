@@ -37,14 +37,13 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
     plan.chunk = std::max(MIN_CHUNK_ROWS, ceil_divide(plan.rows, MAX_CHUNKS));
     plan.chunks = ceil_divide(plan.rows, plan.chunk);
 
-    const int64_t items = plan.batch * plan.chunks, per_thread = padded(3 * plan.width);
+    const int64_t items = plan.batch * plan.chunks;
     const auto statistics = allocate(2 * items * 2 * plan.width);  // doubles
-    const auto scratch = allocate(std::min<int64_t>(std::max(threads, 1), items) * per_thread);
     double* doubles = reinterpret_cast<double*>(statistics.get());
 
     py::gil_scoped_release unlocked;
-    in_parts(items, threads, [&](int64_t first, int64_t last, int64_t part) {
-        VPD_DISPATCH(isa, group_norm_affine_statistics, plan, doubles, first, last, scratch.get() + part * per_thread);
+    in_parts(items, threads, 3 * plan.width, [&](int64_t first, int64_t last, float* scratch) {
+        VPD_DISPATCH(isa, group_norm_affine_statistics, plan, doubles, first, last, scratch);
     });
     in_parts(plan.batch, threads, [&](int64_t first, int64_t last, int64_t) {
         VPD_DISPATCH(isa, group_norm_affine_scale_shift, plan, doubles, first, last);

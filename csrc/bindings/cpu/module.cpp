@@ -1,4 +1,4 @@
-// Module vpd_fast._C: CPU operators over raw pointers. Bindings are in csrc/bindings/cpu/<operator>.cpp.
+// Module vpd_fast._C: CPU operators over raw pointers. Bindings are in the other files of csrc/bindings/cpu.
 #include "bindings/cpu/support.h"
 #include "isa.h"
 
@@ -20,9 +20,8 @@ PYBIND11_MODULE(_C, m) {
         "resolve_isa", [](const std::string& name) { return vpd::isa_name(vpd::resolve_isa(name)); }, py::arg("name"),
         "The level that runs for a requested name; '' means the fastest usable one");
     vpd::bind_attention(m);
-    vpd::bind_conv2d(m);
+    vpd::bind_gemm(m);
     vpd::bind_group_norm_affine(m);
-    vpd::bind_linear(m);
     vpd::bind_upsample_argmax(m);
     vpd::bind_winograd_conv2d(m);
 }

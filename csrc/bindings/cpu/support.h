@@ -24,9 +24,8 @@ namespace vpd {
 namespace py = pybind11;
 
 void bind_attention(py::module_& m);
-void bind_conv2d(py::module_& m);
+void bind_gemm(py::module_& m);
 void bind_group_norm_affine(py::module_& m);
-void bind_linear(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 void bind_winograd_conv2d(py::module_& m);
 
@@ -57,6 +56,15 @@ void in_parts(int64_t items, int64_t threads, Function function) {
     const int64_t parts = std::max<int64_t>(1, std::min(threads, items));
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
     for (int64_t part = 0; part < parts; ++part) function(items * part / parts, items * (part + 1) / parts, part);
+}
+
+// Calls function(first, last, scratch), where `scratch` has room for so many floats and is aligned to 64 bytes.
+template <typename Function>
+void in_parts(int64_t items, int64_t threads, int64_t scratch_floats, Function function) {
+    const int64_t size = padded(scratch_floats);
+    const auto scratch = allocate(std::max<int64_t>(1, std::min(threads, items)) * size);
+    in_parts(items, threads,
+             [&](int64_t first, int64_t last, int64_t part) { function(first, last, scratch.get() + part * size); });
 }
 
 }  // namespace vpd

@@ -114,15 +114,14 @@ void upsample_argmax(uintptr_t logits, const std::array<int64_t, 6>& shape, cons
 
     const int64_t items = plan.batch * plan.n_groups;
     const int64_t rows_of_channels = plan.max_taps * plan.grid_x * plan.w + (plan.max_taps + 1) * plan.max_points + 3;
-    const int64_t per_thread = rows_of_channels * padded(plan.channels);
-    const auto scratch = allocate(per_thread * std::min<int64_t>(std::max(threads, 1), items));
 
     py::gil_scoped_release unlocked;
     // Contiguous parts, because neighbouring row groups share packed rows.
-    in_parts(items, threads, [&](int64_t first, int64_t last, int64_t part) {
-        VPD_DISPATCH(isa, upsample_argmax_groups, plan, reinterpret_cast<const float*>(logits),
-                     reinterpret_cast<int64_t*>(labels), first, last, scratch.get() + part * per_thread);
-    });
+    in_parts(items, threads, rows_of_channels * padded(plan.channels),
+             [&](int64_t first, int64_t last, float* scratch) {
+                 VPD_DISPATCH(isa, upsample_argmax_groups, plan, reinterpret_cast<const float*>(logits),
+                              reinterpret_cast<int64_t*>(labels), first, last, scratch);
+             });
 }
 
 }  // namespace

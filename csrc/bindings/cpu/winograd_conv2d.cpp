@@ -15,7 +15,7 @@ int64_t odd_cache_lines(int64_t floats) { return (ceil_divide(floats, LANES) | 1
 // Tiles of a block. With few, rows and products stay in the second cache level; but the weight is read once per block,
 // so that one which comes from memory needs many.
 int64_t max_tiles(const WinogradConv2dPlan& plan) {
-    const int64_t bytes = plan.matrices * plan.gemm.panels * PANEL * plan.gemm.elements * 4;
+    const int64_t bytes = plan.matrices * plan.panels * PANEL * plan.elements * 4;
     return bytes > MAX_CACHED_WEIGHT_BYTES ? MAX_TILES : MAX_TILES / 2;
 }
 
@@ -31,12 +31,12 @@ Memory plan_memory(WinogradConv2dPlan& plan) {
     const int64_t side = step + 2, points = plan.matrices == 36 ? 6 : plan.matrices == 9 ? 3 : 4;
     plan.tile_rows = ceil_divide(plan.out_height, out), plan.tile_columns = ceil_divide(plan.out_width, out);
     plan.strips = ceil_divide(plan.tile_columns, MAX_BLOCK_COLUMNS);
-    const int64_t columns = ceil_divide(plan.tile_columns, plan.strips), all_rows = plan.gemm.images * plan.tile_rows;
+    const int64_t columns = ceil_divide(plan.tile_columns, plan.strips), all_rows = plan.images * plan.tile_rows;
     plan.row_blocks = ceil_divide(all_rows, max_tiles(plan) / columns);
     const int64_t tiles = ceil_divide(all_rows, plan.row_blocks) * columns;
 
-    plan.padded_channels = padded(plan.gemm.k), plan.pixel = odd_cache_lines(plan.padded_channels + LANES);
-    const Precision precision = plan.gemm.precision;
+    plan.padded_channels = padded(plan.k), plan.pixel = odd_cache_lines(plan.padded_channels + LANES);
+    const Precision precision = plan.precision;
     const int64_t width = precision == Precision::int8 ? 4 : precision == Precision::bfloat16 ? 2 : 1;
     plan.row = odd_cache_lines(plan.padded_channels / width);
     plan.matrix_stride = odd_cache_lines(tiles * plan.row), plan.product_stride = odd_cache_lines(tiles * PANEL);
@@ -65,7 +65,7 @@ void run_blocks(WinogradConv2dPlan& plan, int64_t threads, Isa isa) {
                 const bool continued = block > first && block % plan.row_blocks != 0;
                 VPD_DISPATCH(isa, winograd_conv2d_transform, plan, block, 0, height(block), continued, thread_rows,
                              memory);
-                VPD_DISPATCH(isa, winograd_conv2d_multiply, plan, block, 0, plan.gemm.panels, thread_rows, memory);
+                VPD_DISPATCH(isa, winograd_conv2d_multiply, plan, block, 0, plan.panels, thread_rows, memory);
             }
         });
         return;
@@ -75,44 +75,34 @@ void run_blocks(WinogradConv2dPlan& plan, int64_t threads, Isa isa) {
             float* memory = scratch.get() + part * scratch_size;
             VPD_DISPATCH(isa, winograd_conv2d_transform, plan, block, first, last, false, rows.get(), memory);
         });
-        in_parts(plan.gemm.panels, threads, [&](int64_t first, int64_t last, int64_t part) {
+        in_parts(plan.panels, threads, [&](int64_t first, int64_t last, int64_t part) {
             float* memory = scratch.get() + part * scratch_size;
             VPD_DISPATCH(isa, winograd_conv2d_multiply, plan, block, first, last, rows.get(), memory);
         });
     }
 }
 
-void winograd_conv2d(const Tensor4& x, const std::optional<Tensor4>& x2, const std::array<int64_t, 3>& shape,
-                     int matrices, const Packed& weight, const std::array<uintptr_t, 3>& vectors, bool silu,
-                     const std::string& activation, const std::optional<Tensor4>& residual, const Tensor4& out,
-                     int threads, const std::string& isa_name) {
+void winograd_conv2d(const Gemm& gemm, const std::array<int64_t, 3>& shape, int matrices, int threads,
+                     const std::string& isa_name) {
     const Isa isa = resolve_isa(isa_name);
-    require(matrices == 9 || matrices == 16 || matrices == 36, "taps must be 9, 16 or 36");
-    require(activation != "geglu", "activation must be '', relu or silu");
     const auto& [images, height, width] = shape;
+    require(matrices == 9 || matrices == 16 || matrices == 36, "taps must be 9, 16 or 36");
     require(height > 0 && width > 0, "sizes must be positive");
     const int64_t zoom = matrices == 9 ? 2 : 1;
     WinogradConv2dPlan plan{};
-    plan.gemm = make_gemm(weight, vectors[0], images, height * width * zoom * zoom, activation, residual, out);
-    plan.matrices = matrices, plan.x[0] = make_source(x), plan.x[1] = make_source(x2);
-    require(plan.x[0].channels + plan.x[1].channels == plan.gemm.k, "channels do not fit the weight");
-    plan.height = height, plan.width = width;
-    plan.affine = floats_at(vectors[1]), plan.smoothing = floats_at(vectors[2]), plan.silu = silu;
-    plan.out_height = height * zoom, plan.out_width = width * zoom, plan.out_column = std::get<3>(out)[2];
+    static_cast<GemmPlan&>(plan) = make_gemm(gemm, images, height * width * zoom * zoom);
+    require(plan.activation != Activation::geglu, "activation must be '', relu or silu");
+    plan.matrices = matrices, plan.height = height, plan.width = width;
+    plan.out_height = height * zoom, plan.out_width = width * zoom;
+    plan.out_column = std::get<3>(std::get<7>(gemm))[2];
     run_blocks(plan, std::max(threads, 1), isa);
 }
 
 }  // namespace
 
 void bind_winograd_conv2d(py::module_& m) {
-    m.def(
-        "winograd_conv2d", &winograd_conv2d, py::arg("x"), py::arg("x2"), py::arg("shape"), py::arg("matrices"),
-        py::arg("weight"), py::arg("vectors"), py::arg("silu"), py::arg("activation"), py::arg("residual"),
-        py::arg("out"), py::arg("threads"), py::arg("isa") = "",
-        "x, x2, residual, out: (address, dtype, channels, strides (image, row, column)) in elements; x2 and\n"
-        "residual may be None; shape: (images, height, width) of x; weight: ((data, scales, sums), dtype, n, k)\n"
-        "as packed; vectors: addresses of float32 bias (n), affine (images, 2, channels) and smoothing (channels), 0\n"
-        "for none.");
+    m.def("winograd_conv2d", &winograd_conv2d, py::arg("gemm"), py::arg("shape"), py::arg("matrices"),
+          py::arg("threads"), py::arg("isa") = "", "gemm: as in linear; shape: (images, height, width) of x.");
 }
 
 }  // namespace vpd

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/dtype.h"
+#include "cuda/device.h"
 
 namespace vpd {
 
