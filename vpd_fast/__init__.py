@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vpd_fast import _deprecated, ops
-from vpd_fast.config import BackboneConfig, VPDConfig
-from vpd_fast.models import VPD
+from vpd_fast import _startup
+
+_startup.prepare()  # before PyTorch is imported
+
+from vpd_fast import _deprecated, ops  # noqa: E402
+from vpd_fast.config import BackboneConfig, VPDConfig  # noqa: E402
+from vpd_fast.models import VPD  # noqa: E402
 
 if TYPE_CHECKING:
     from vpd_fast.engine import load_engine, optimize

@@ -20,7 +20,11 @@ class CheckpointError(VPDFastError, ValueError):
 
 
 class ImageError(VPDFastError, ValueError):
-    """An image cannot be read, is empty, or cannot be written."""
+    """An image cannot be read, is empty, cannot be written, or what a model makes of it is not finite."""
+
+
+class TruncationWarning(UserWarning):
+    """A text has more tokens than a model takes, and its last words have no effect."""
 
 
 class DatasetError(VPDFastError, ValueError):

@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -157,6 +158,20 @@ def write_files(writers: Mapping[Path, Writer], error: type[Exception] | None = 
     finally:
         for left in temporary.values():
             left.unlink(missing_ok=True)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# What torch, safetensors and NumPy say of a full disk where they keep no error number.
+_FULL_TEXTS = re.compile(r"No space left|\d+ requested and \d+ written|failed writing file|file write failed")
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, says that the disk is full, read-only or broken."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or _FULL_TEXTS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def json_text(values: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.errors import InputError
+from vpd_fast.inference import make_predictor
 from vpd_fast.models.random_weights import randomize
 
 
@@ -22,6 +23,27 @@ class Encoder:
     def token_names(self, sentence: str, tokens: int) -> list[str]:
         words = sentence.split()
         return ["<start>", *words, "<end>", *["<pad>"] * (tokens - 2 - len(words))]
+
+
+class Pieces(Encoder):
+    """Tokens are pairs of letters; a sentence that is too long is cut."""
+
+    def _pieces(self, sentence: str) -> list[tuple[str, list[str]]]:
+        return [(word, [word[i : i + 2] for i in range(0, len(word), 2)]) for word in sentence.split()]
+
+    def token_names(self, sentence: str, tokens: int) -> list[str]:
+        pieces = [piece for _, parts in self._pieces(sentence) for piece in parts][: tokens - 2]
+        return ["<start>", *pieces, "<end>", *["<pad>"] * (tokens - 2 - len(pieces))]
+
+    def word_tokens(self, sentence: str, tokens: int) -> list[tuple[str, range]]:
+        rows, first = [], 1
+        for word, parts in self._pieces(sentence):
+            rows.append((word, range(first, min(first + len(parts), tokens - 1))))
+            first += len(parts)
+        return [(word, row) for word, row in rows if len(row)]
+
+    def sentence_notes(self, sentences: list[str], tokens: int) -> list[str]:
+        return [f"{s} is long" for s in sentences if sum(len(parts) for _, parts in self._pieces(s)) > tokens - 2]
 
 
 @pytest.fixture
@@ -88,6 +110,34 @@ def test_maps_have_token_names_and_the_images_size(model: VPD) -> None:
     unnamed = model.predict(photo(60, 80), tokens=torch.randn(1, 10, 64), with_maps=True)
     assert list(unnamed.maps[0]) == list(range(10))
     assert unnamed.sentences == ("sentence 1",)
+
+
+def test_maps_of_words_are_the_means_of_their_tokens(model: VPD) -> None:
+    asked = {"text": ["a unicorn on a on", "no end of unicorns at all"], "text_encoder": Pieces(), "with_maps": True}
+    maps, cut = model.predict(photo(60, 80), **asked).maps
+    assert maps.words == ("a", "unicorn", "on", "a (2)", "on (2)")
+    assert list(maps)[:6] == ["<start>", "a", "un", "ic", "or", "n"]
+    assert "unicorn" in maps
+    np.testing.assert_allclose(maps["unicorn"], (maps[2] + maps[3] + maps[4] + maps[5]) / 4, rtol=1e-5)
+    np.testing.assert_array_equal(maps["on"], maps[6])
+    np.testing.assert_array_equal(maps["un"], maps[2])  # tokens that are no words keep their names
+    assert maps.channels("unicorn") == (2, 3, 4, 5)
+    assert cut.words == ("no", "end", "of", "unicorns")  # and of the last one what is left
+    assert cut.channels("unicorns") == (5, 6, 7, 8)
+    tokens = maps.by_token()
+    assert tokens.words == ()
+    assert tokens.names == maps.names
+    np.testing.assert_array_equal(tokens[5], maps[5])
+    for key in (10, -1, "horse"):
+        with pytest.raises(KeyError):
+            maps[key]
+
+
+def test_notes_say_what_the_encoder_cuts_off(model: VPD) -> None:
+    texts = ["short", "a very long sentence that has no end"]
+    assert make_predictor(model, text=texts, text_encoder=Pieces()).notes == [f"{texts[1]} is long"]
+    assert make_predictor(model, text=texts, text_encoder=Encoder()).notes == []  # an encoder that cannot tell
+    assert make_predictor(model, tokens=torch.zeros(1, 10, 64)).notes == []
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (63, 65)])

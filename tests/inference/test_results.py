@@ -18,6 +18,7 @@ from vpd_fast.inference import (
     heatmap_overlay,
     save_png,
 )
+from vpd_fast.inference.results import depth_scale
 from vpd_fast.pictures.palette import palette
 
 RNG = np.random.default_rng(0)
@@ -46,14 +47,31 @@ def test_more_than_256_classes_are_16_bit_grey(tmp_path: Path) -> None:
 
 
 def test_depth_is_16_bit_millimetres(tmp_path: Path) -> None:
-    depth = np.array([[0.0004, 0.0006, 1.2344], [9.9999, 65.535, 80.0]], np.float32)
-    DepthResult(PHOTO[:2, :3], depth, 80.0).save(tmp_path / "a.png")
+    depth = np.array([[0.0004, 0.0006, 1.2344], [9.9999, 65.535, -0.1]], np.float32)
+    result = DepthResult(PHOTO[:2, :3], depth, 65.535)
+    result.save(tmp_path / "a.png")
     read = cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)
     assert read.dtype == np.uint16
-    np.testing.assert_array_equal(read, [[0, 1, 1234], [10_000, 65_535, 65_535]])
+    np.testing.assert_array_equal(read, [[0, 1, 1234], [10_000, 65_535, 0]])
+    assert result.record()["depth_scale"] == 1000
     with pytest.raises(ImageError, match="NaN"):
         DepthResult(PHOTO, np.full((2, 2), np.nan, np.float32), 10.0).save(tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("max_depth", "scale"),
+    [(10.0, 1000), (65.535, 1000), (65.54, 256), (80.0, 256), (255.9, 256), (300.0, 128), (1e6, 1 / 16)],
+)
+def test_depths_beyond_16_bit_millimetres_are_not_clipped(tmp_path: Path, max_depth: float, scale: float) -> None:
+    depth = np.array([[0.0, 0.3 * max_depth, max_depth]], np.float32)
+    result = DepthResult(PHOTO[:1, :3], depth, max_depth)
+    result.save(tmp_path / "a.png")
+    read = cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)
+    assert result.record()["depth_scale"] == scale == depth_scale(max_depth)
+    np.testing.assert_allclose(read / scale, depth, atol=0.51 / scale)
+    # Whoever makes a result of other depths than its max_depth loses nothing either.
+    assert DepthResult(PHOTO[:1, :3], depth, 1.0).scale == scale
 
 
 def test_masks_are_black_and_white_and_numbered(tmp_path: Path) -> None:

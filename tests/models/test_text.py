@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from vpd_fast import VPD, VPDConfig
-from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError
+from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, TruncationWarning
 from vpd_fast.labels import IMAGENET_TEMPLATES
 from vpd_fast.models import text
 from vpd_fast.models.text import TextEncoder, set_classes
@@ -158,6 +159,59 @@ def test_token_names_are_the_rows_of_embed_sentences(encoder):
     names = encoder.token_names("the Dog!", tokens=10)
     assert names == ["<start>", "the", "d", "o", "g", "!", "<end>", "<pad>", "<pad>", "<pad>"]
     assert encoder.token_names("the " * 50, tokens=4) == ["<start>", "the", "the", "<end>"]
+
+
+def test_words_are_told_with_their_tokens(encoder):
+    assert encoder.word_tokens("the Dog!", tokens=10) == [
+        ("the", range(1, 2)),
+        ("dog", range(2, 5)),
+        ("!", range(5, 6)),
+    ]
+    # What is cut off has no rows; the word at the border has those that are left.
+    assert encoder.word_tokens("dog cat", tokens=6) == [("dog", range(1, 4)), ("cat", range(4, 5))]
+    assert encoder.word_tokens("dog cat the", tokens=5) == [("dog", range(1, 4))]
+    # Tokens of other letters than English ones are bytes; words are what was written.
+    assert TextEncoder("shapes-text").word_tokens("red ünicorn")[1][0] == "ünicorn"
+
+
+def test_words_that_are_cut_off_are_told(encoder):
+    sentence = "the cat and the dog"
+    with pytest.warns(
+        TruncationWarning, match="more than the 8 tokens that the model takes: 'and', 'the', 'dog' left out"
+    ):
+        encoder.embed_sentences(["cat", sentence], tokens=8)
+    assert encoder.sentence_notes([sentence], 8) != encoder.sentence_notes([sentence], 9)  # "and" is cut in its middle
+    assert encoder.sentence_notes([sentence], 13) == []
+    assert "'dog' left out" in encoder.sentence_notes([sentence], 12)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.embed_sentences([sentence], tokens=13)
+        encoder.embed_classes(["wall"], templates=["{}"])
+
+
+def test_class_names_that_are_cut_off_are_told(encoder):
+    name, templates = "a_wall_and_a_window", ["{}", "photo of {}"]  # 14 tokens for 18, and 7 more before them
+    with pytest.warns(
+        TruncationWarning, match="'a wall and a window' does not fit into the 20 tokens of 1 of 2 prompts"
+    ):
+        encoder.embed_classes(["sky", name], templates=templates)
+    assert encoder.class_notes([name], templates)[0].endswith(": 'window' left out")
+    assert (
+        encoder.class_notes([name], ["{}, a photo of it, a very long one"]) == []
+    )  # the template's end is not the name's
+
+
+def test_what_is_cut_off_is_not_told_without_a_tokenizer(clip, encoder, tmp_path):
+    """What is in the cache needs none."""
+    sentence = "the cat and the dog"
+    with pytest.warns(TruncationWarning):
+        expected = encoder.embed_sentences([sentence], tokens=8)
+    again = TextEncoder(clip, cache_dir=tmp_path / "cache")
+    assert again.identity  # is read before the file is gone
+    (clip / "vocab.json").write_text("")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(again.embed_sentences([sentence], tokens=8), expected)
 
 
 def test_threads_share_an_encoder_and_its_cache(encoder, tmp_path):

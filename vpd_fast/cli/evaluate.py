@@ -132,10 +132,11 @@ def evaluate(
             del chosen["crop"]  # a default, which other tasks do not know
         chosen = {name: value for name, value in chosen.items() if value is not None}
         encoder = options.text_encoder(model, text_encoder, random_weights)
-        found = run(
-            model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank, world_size=world_size,
-            text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
-        )  # fmt: skip
+        with options.truncation_noted():
+            found = run(
+                model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank,
+                world_size=world_size, text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
+            )  # fmt: skip
         if rank == 0:
             header = model_options.header(model, options.notes(random_weights, encoder) + found.notes)
             header["data"] = {"kind": data, "root": str(root), "split": split, "samples": len(dataset), **data_options}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from vpd_fast import _startup
 from vpd_fast.cli.bench import bench
 from vpd_fast.cli.convert import convert
 from vpd_fast.cli.demo import demo
@@ -52,17 +56,34 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: done. 1: some images of several failed. 2: wrong usage or input, after one line "error: ..." on stderr.
-    130: interrupted, or training stopped by a signal, with its steps saved.
+    130: interrupted by SIGINT or SIGTERM, or training stopped by one, with its steps saved.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor terminals take it
+    with interruptible():
+        return _run(arguments)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Make SIGINT and SIGTERM a KeyboardInterrupt, in the main thread, which alone has signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, _startup.interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         # Not standalone: typer would print its own boxes for errors, and turn an interruption into "Aborted!".
         code = app(args=None if arguments is None else list(arguments), prog_name="vpd-fast", standalone_mode=False)
     except VPDFastError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return _startup.INTERRUPTED
     except Exception as error:
         # Usage errors are click's ClickException, or typer's copy of it where it brings its own click.
         format_message = getattr(error, "format_message", None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import InputError
-from vpd_fast.inference import AttentionMaps, Result, heatmap_grid, heatmap_overlay, make_predictor, save_png
+from vpd_fast.inference import AttentionMaps, Result, heatmap_grid, heatmap_overlay, save_png
 from vpd_fast.inference.listing import Listing, Naming, Shard
 from vpd_fast.inference.records import ResultsFile
 from vpd_fast.labels import default_names, find_name
@@ -32,6 +32,9 @@ def maps(
     mode: options.Mode = None,
     text: options.Text = None,
     text_encoder: options.TextEncoderName = None,
+    tokens: Annotated[
+        bool, options.referring_option("--tokens", help="Maps of tokens, the parts of words, instead of whole words.")
+    ] = False,
     separate: Annotated[
         bool, options.running_option("--separate", help="Also write each map alone, into the folder cat_maps.")
     ] = False,
@@ -60,11 +63,12 @@ def maps(
         chosen = _find_classes(model, classes)
         predictor_options: dict[str, Any] = {"with_maps": True} | ({} if mode is None else {"mode": mode})
         predictor_options |= options.text_options(model, text, text_encoder, random_weights)
-        predictor = make_predictor(model, **predictor_options)
-    header = model_options.header(model, options.notes(random_weights, predictor_options.get("text_encoder")))
+        predictor = options.make_noting_predictor(model, predictor_options)
+    notes = options.notes(random_weights, predictor_options.get("text_encoder")) + predictor.notes
+    header = model_options.header(model, notes)
     footer = partial(running.peak_memory, header["device"])
     sink = ResultsFile(output / "maps.json", header, only=naming.total == 1, footer=footer)
-    write = partial(_write, output, naming, chosen, top, separate)
+    write = partial(_write, output, naming, chosen, top, tokens, separate)
     running.run(
         listing.images(naming, Shard()), naming.total, predictor, write, sink, header, prefetch=0, print_json=json
     )
@@ -90,7 +94,14 @@ def _find_classes(model: Perceiver, classes: str | None) -> list[int] | None:
 
 
 def _write(
-    output: Path, naming: Naming, chosen: list[int] | None, top: int, separate: bool, result: Any, name: str
+    output: Path,
+    naming: Naming,
+    chosen: list[int] | None,
+    top: int,
+    tokens: bool,
+    separate: bool,
+    result: Any,
+    name: str,
 ) -> running.Record:
     """Write the maps of a result of segmentation or referring. Returns what is in them, and the files' names."""
     path = output / f"{naming.stem(name)}_maps.png"
@@ -102,17 +113,20 @@ def _write(
     sentences, all_written = [], []
     for i, (sentence, maps) in enumerate(zip(result.sentences, result.maps, strict=True), 1):
         place = path if len(result.maps) == 1 else path.with_stem(f"{path.stem}_{i}")
-        drawn, written = _draw(result, maps, _words(maps, top), place, separate)
+        shown = maps.by_token() if tokens else maps
+        drawn, written = _draw(result, shown, _of_sentence(shown, top), place, separate)
         sentences.append({"text": sentence, "maps": drawn})
         all_written += written
     return {"sentences": sentences, "files": [file.relative_to(output).as_posix() for file in all_written]}
 
 
-def _words(maps: AttentionMaps, top: int) -> list[str | int]:
-    """Return the sentence's words in order, or the strongest tokens where words are not known."""
+def _of_sentence(maps: AttentionMaps, top: int) -> list[str | int]:
+    """Return the sentence's words in order, else its tokens, or the strongest ones where no names are known."""
+    if maps.words:
+        return list(maps.words)
     marks = ("<start>", "<end>", "<pad>")
-    words: list[str | int] = [name for name in maps.names if isinstance(name, str) and not name.startswith(marks)]
-    return words or maps.strongest(top)
+    named: list[str | int] = [name for name in maps.names if isinstance(name, str) and not name.startswith(marks)]
+    return named or maps.strongest(top)
 
 
 def _draw(
@@ -128,7 +142,7 @@ def _draw(
         heat = maps[key]
         drawn.append({"name": key, "mean": float(heat.mean()), "max": float(heat.max())})
         if separate:
-            number = maps.names.index(key)
+            number = maps.channels(key)[0]
             single = folder / f"{number:03d}_{re.sub('[^0-9A-Za-z-]+', '_', str(key))}.png"
             written.append(save_png(heatmap_overlay(result.image, heat, title=str(key)), single))
     return drawn, written

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from vpd_fast.checkpoints.reader import read_json
 from vpd_fast.config import PRECISIONS, VPDConfig
 from vpd_fast.engine import load_engine, optimize
 from vpd_fast.engine.storage import SETTINGS
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, TruncationWarning
+from vpd_fast.inference import make_predictor
 from vpd_fast.models import VPD
 from vpd_fast.models.attention_backends import check_backend
 from vpd_fast.models.perceiver import Perceiver
@@ -215,6 +218,20 @@ def text_options(model: Perceiver, text: list[str] | None, name: str | None, wei
             raise InputError(f"--text and --text-encoder are for referring models, this is a {model.config.task} model")
         return {}
     return {"text": text, "text_encoder": text_encoder(model, name, weights)}
+
+
+def make_noting_predictor(model: Perceiver, chosen: dict[str, Any]) -> Any:
+    """Return `make_predictor(model, **chosen)`, whose notes say what it would otherwise warn of."""
+    with truncation_noted():
+        return make_predictor(model, **chosen)
+
+
+@contextmanager
+def truncation_noted() -> Iterator[None]:
+    """Surround what notes words that a text encoder cuts off, in results and on the console: it then does not warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        yield
 
 
 def random_tokens(sentences: list[str], tokens: int, width: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import typer
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
-from vpd_fast.inference import Result, make_predictor, save_png
+from vpd_fast.inference import Result, save_png
 from vpd_fast.inference.listing import Listing, Shard
 from vpd_fast.inference.records import FULL, NAMES, SHORT, Records, ResultsFile, Sink, recorded_names
 from vpd_fast.progress import error_console
@@ -127,8 +127,9 @@ def predict(
     with error_console().status("loading the model"):
         model = model_options.load()
         chosen |= options.text_options(model, text, text_encoder, random_weights)
-        predictor = make_predictor(model, **chosen)
-    header = model_options.header(model, options.notes(random_weights, chosen.get("text_encoder")))
+        predictor = options.make_noting_predictor(model, chosen)
+    notes = options.notes(random_weights, chosen.get("text_encoder")) + predictor.notes
+    header = model_options.header(model, notes)
     if at_scale:
         shown = {name: value for name, value in chosen.items() if name != "text_encoder"}
         header["options"] = shown | ({"text_encoder": text_encoder} if text_encoder else {})

@@ -39,7 +39,7 @@ def run(
     """
     at_once = isinstance(sink, Records)
     if not print_json:
-        for note in header["notes"]:
+        for note in (*header["notes"], *sink.notes):
             typer.echo(f"note: {note}")
     start = last = time.monotonic()
     with sink, ProgressBar(total, label) as bar:
@@ -53,7 +53,7 @@ def run(
                     of = "" if total is None else f" of {total}"
                     typer.echo(f"{label} {seen}{of} images, {sink.failed} failed".strip(), err=True)
         except (VPDFastError, KeyboardInterrupt):
-            if at_once:
+            if at_once and not sink.is_lost():
                 typer.echo(f"stopped: {sink.done} images done, {sink.failed} failed; go on with --resume", err=True)
             raise
     seconds = time.monotonic() - start

@@ -156,10 +156,13 @@ class SegmentationMetrics:
 
 
 class ReferringMetrics:
-    """Accumulates the overlap of masks, one per sentence, with what the sentences mean."""
+    """Accumulates the overlap of masks, one per sentence, with what the sentences mean.
+
+    truncated: how many of the sentences a text encoder has cut off; whoever calls it counts them.
+    """
 
     def __init__(self) -> None:
-        self.sentences = self.intersection = self.union = 0
+        self.sentences = self.intersection = self.union = self.truncated = 0
         self.correct = [0] * len(PRECISION_AT)
         self._iou = ExactSum()
 
@@ -184,6 +187,7 @@ class ReferringMetrics:
         self.sentences += other.sentences
         self.intersection += other.intersection
         self.union += other.union
+        self.truncated += other.truncated
         self.correct = [a + b for a, b in zip(self.correct, other.correct, strict=True)]
         self._iou.merge(other._iou)
 

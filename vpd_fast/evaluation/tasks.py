@@ -14,7 +14,7 @@ from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.evaluation import panels
 from vpd_fast.evaluation.metrics import DepthMetrics, ReferringMetrics, SegmentationMetrics
 from vpd_fast.inference import DepthPredictor, ReferringPredictor, SegmentationPredictor, make_predictor
-from vpd_fast.inference.running import named_encoder
+from vpd_fast.inference.running import named_encoder, truncation_notes
 from vpd_fast.labels import default_names
 from vpd_fast.pictures.resizing import resize_antialiased
 
@@ -64,7 +64,7 @@ class Segmentation:
 
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
-        return []
+        return list(self._predictor.notes)
 
 
 class Referring:
@@ -109,6 +109,8 @@ class Referring:
             model=self._model, text=sentences, tokens=self._embed(sentences), **self._options
         )
         masks = predictor(image).masks
+        notes = truncation_notes(self._encoder, sentences=sentences, tokens=self._model.config.tokens)
+        self.metrics.truncated += len(notes)
         findings = []
         for number, (sentence, mask) in enumerate(zip(sentences, masks, strict=True)):
             row = {"sentence": sentence, "number": number, **self.metrics.update(mask, target)}
@@ -124,7 +126,12 @@ class Referring:
 
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
-        return []
+        count, tokens = self.metrics.truncated, self._model.config.tokens
+        if not count:
+            return []
+        return [
+            f"{count} of {self.metrics.sentences} sentences have more than {tokens} tokens; their ends are left out"
+        ]
 
 
 class Depth:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vpd_fast.inference.results import DepthResult
+from vpd_fast.errors import ImageError
+from vpd_fast.inference.finite import NOT_FINITE
+from vpd_fast.inference.results import MILLIMETRES, DepthResult, depth_scale
 from vpd_fast.inference.running import batch_size_for, evaluating
 from vpd_fast.inference.windows import WindowAxis, WindowField, WindowGrid, check_pair
 from vpd_fast.labels import default_names, find_name
@@ -47,6 +49,8 @@ class DepthPredictor:
     flip: average with the mirrored image.
     batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
 
+    notes: what whoever sees the results must know: the scale of the PNGs, if it is not millimetres.
+
     Shift window and flip are on by default, as in the published evaluation: four forwards for a 4:3 image.
     """
 
@@ -63,10 +67,14 @@ class DepthPredictor:
         default = RELEASED_SIZE if config.base_size == RELEASED_BASE else config.base_size
         self._short = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]
         self.resize_to = self._short
+        max_depth, scale = config.max_depth, depth_scale(config.max_depth)
+        self.notes = [] if scale == MILLIMETRES else [
+            f"depths up to {max_depth:g} m do not fit into 16-bit millimetres: the PNGs have {scale:g} levels per metre"
+        ]  # fmt: skip
         self.scene_id = None if self.scene is None else find_name(self.scene, default_names(config), "scene")
 
     def __call__(self, image: np.ndarray) -> DepthResult:
-        """Predict on an RGB image (H,W,3) as `read_image` returns it."""
+        """Predict on an RGB image (H,W,3) as `read_image` returns it. Raises ImageError for NaN and infinity."""
         size = image.shape[0], image.shape[1]
         height, width = fit_size(*size, self._short, LONG_OVER_SHORT * self._short)
         side = self._short if self.shift_window else max(height, width)
@@ -76,7 +84,10 @@ class DepthPredictor:
             depth = self._field(resized, grid, size, None).picture()
             if self.flip:
                 depth = (depth + self._field(resized.flip(3), grid, size, "horizontal").picture()) / 2
-        return DepthResult(image, depth[0].cpu().numpy(), self.model.config.max_depth)
+        metres = depth[0].cpu().numpy()
+        if not np.isfinite(metres).all():
+            raise ImageError(NOT_FINITE)
+        return DepthResult(image, metres, self.model.config.max_depth)
 
     def _field(self, image: torch.Tensor, grid: WindowGrid, size: tuple[int, int], flip: str | None) -> WindowField:
         windows = []

@@ -40,10 +40,12 @@ def predict(
     """Predict on one image, or on each of a list or tuple of images: a result, or a list of results.
 
     source: whatever `read_image` takes (path, PIL image, array, tensor; any size), or a list of such.
-    on_error: "raise", or "return", which puts the error in the place of the result of a list's unreadable image.
+    on_error: "raise", or "return", which puts the error in the place of the result of a list's image that is not
+        readable or whose result is not finite.
     options: those of SegmentationPredictor, ReferringPredictor or DepthPredictor, by the model's task.
 
-    Raises ImageError for an unreadable image, naming it, and InputError for wrong options.
+    Raises ImageError for an unreadable image, naming it, and where the model's output is not finite; InputError for
+    wrong options.
     """
     if isinstance(source, list | tuple):
         return list(predict_each(model, source, on_error=on_error, **options))
@@ -64,13 +66,13 @@ def _results(
 ) -> Iterator[Result | Exception]:
     for i, source in enumerate(sources):
         try:
-            image = read_image(source, None if isinstance(source, str | Path) else f"source[{i}]")
+            result = predictor(read_image(source, None if isinstance(source, str | Path) else f"source[{i}]"))
         except (ImageError, InputError) as error:
             if on_error == "raise":
                 raise
             yield error
         else:
-            yield predictor(image)
+            yield result
 
 
 def _check_on_error(on_error: str) -> None:

@@ -6,7 +6,6 @@ Memory grows neither with the images nor with their results: names are listed as
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vpd_fast.errors import ImageError, InputError
+from vpd_fast.errors import ImageError, InputError, VPDFastError
+from vpd_fast.files import is_full_disk
 from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ R = TypeVar("R")
 READERS = 8  # threads at most; more would only fight for the disk
 WRITERS = 2  # threads that write pictures while the next image is predicted
 TOO_LARGE = "not enough memory for an image of this size"
-_STOPPING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # no later image could be written either
 
 
 def within_memory(call: Callable[..., T], *arguments: Any) -> T:
@@ -37,6 +36,18 @@ def within_memory(call: Callable[..., T], *arguments: Any) -> T:
         return call(*arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ImageError(TOO_LARGE) from error
+
+
+def image_error(error: Exception, name: str, what: str) -> ImageError:
+    """Return what an error amounts to as that of one image: decoders and file systems raise all kinds of them.
+
+    what: what failed, said of errors that are none of ours.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return ImageError(f"{name}: {TOO_LARGE}")
+    if isinstance(error, VPDFastError):
+        return ImageError(str(error))
+    return ImageError(f"{name}: {what} ({type(error).__name__}: {error})")
 
 
 def predict_images(
@@ -54,6 +65,7 @@ def predict_images(
     may wait for being written.
     Images that are done are skipped (`sink.skipped`). Those that cannot be read, that are too large for the memory or
     whose files cannot be written give a record with "error". A full or broken disk ends the run with ImageError.
+    However it ends, images whose files were written by then are recorded.
     """
     waiting: deque[tuple[Record, Future[Record] | None]] = deque()
     with ThreadPoolExecutor(WRITERS) as writers, contextlib.ExitStack() as stack:
@@ -65,12 +77,13 @@ def predict_images(
                 waiting.append((record, None if result is None else writers.submit(write, result, name)))
                 while waiting and (len(waiting) > prefetch or waiting[0][1] is None or waiting[0][1].done()):
                     yield _recorded(*waiting.popleft(), sink)
-        except KeyboardInterrupt:
+            while waiting:
+                yield _recorded(*waiting.popleft(), sink)
+        except BaseException:
             while waiting:  # predicted already, so worth keeping
-                _recorded(*waiting.popleft(), sink)
+                with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+                    _recorded(*waiting.popleft(), sink)
             raise
-        while waiting:
-            yield _recorded(*waiting.popleft(), sink)
 
 
 def _left(images: Iterable[tuple[str, str]], sink: Sink) -> Iterator[tuple[str, str]]:
@@ -107,10 +120,8 @@ def _read(image: tuple[str, str]) -> np.ndarray | Exception:
     path = image[1]
     try:
         return read_image(path)
-    except (ImageError, InputError) as error:
-        return error
-    except MemoryError:
-        return ImageError(f"{path}: {TOO_LARGE}")
+    except Exception as error:
+        return image_error(error, path, "cannot be read")
 
 
 def _predict(predictor: Callable[[np.ndarray], Any], name: str, image: np.ndarray | Exception) -> tuple[Record, Any]:
@@ -130,12 +141,13 @@ def _recorded(record: Record, written: Future[Record] | None, sink: Sink) -> Rec
     """Return the whole record, once the files of the image are written and the sink has it."""
     if written is not None:
         try:
-            record |= within_memory(written.result)
-        except ImageError as error:
-            if getattr(error.__cause__, "errno", None) in _STOPPING:
-                raise
-            name, text = record["image"], str(error)
-            record = {"image": name, "error": f"{name}: {text}" if text == TOO_LARGE else text}
+            record |= written.result()
+        except Exception as error:
+            name = record["image"]
+            failure = image_error(error, name, "the results cannot be written")
+            if is_full_disk(error):  # no later image could be written either
+                raise failure from error
+            record = {"image": name, "error": str(failure)}
     sink.add(record)
     return record
 

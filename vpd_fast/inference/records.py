@@ -7,23 +7,23 @@ resumed one remembers eight bytes for each image that is done.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files, write_json
 from vpd_fast.inference.listing import Shard
+from vpd_fast.inference.resuming import FULL, NAMES, Record, digest, drop_cut_line, read_header, read_records
+from vpd_fast.locking import RunLock, same_file
 
-Record = dict[str, Any]
-# How results are named: "short" is cat.png for cat.jpg; "full", also that of files that do not say, is a/cat.jpg.png.
-NAMES = "names"
-SHORT, FULL = "short", "full"
+SHORT = "short"  # names of results: cat.png for cat.jpg; else FULL
+_LOCK = ".results"
 
 
 class ResultsFile:
@@ -31,7 +31,7 @@ class ResultsFile:
 
     It is written when the `with` block ends, also after an interruption, unless there is no record. only: the run has a
     single image, whose error is raised as ImageError and not recorded. Raises ImageError where the file cannot be
-    written.
+    written, and at the end where files that were recorded are gone.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class ResultsFile:
     ) -> None:
         self.path = path
         self.values: Record = {**header, "images": []}
+        self.notes: list[str] = []
         self.done = self.failed = self.skipped = 0
         self._only, self._footer = only, footer
 
@@ -57,58 +58,86 @@ class ResultsFile:
     def __enter__(self) -> ResultsFile:
         return self
 
+    def is_lost(self) -> bool:
+        """Return False: the file is not there before the end."""
+        return False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.values["images"]:
             self.values |= self._footer()
             write_files({self.path: partial(write_json, values=self.values)}, ImageError)
+        if kind is None:
+            _require_files(self.path.parent, self.values["images"])
 
 
 class Records:
     """A shard's records as JSON lines in `folder`, and the names of its failed images as text.
 
     header: the model and its options, the first line. resume: True goes on after what any shard of the folder recorded
-    as done with the same header; False wants no earlier file. Each record is on disk before the next is made; a
-    last line that was cut off is dropped.
-    Raises InputError where a file is in the way or has another header, ImageError where it cannot be written.
+    as done with the same header; False wants no earlier file. Each record is in the file before the next is made; a
+    last line that was cut off is dropped. A file with other damage is kept as damaged-results.jsonl, and what is whole
+    in it counts. notes: what was damaged.
+    One run at a time writes a shard. Raises InputError where another one does, a file is in the way or has another
+    header; ImageError where it cannot be written, and at the end of the `with` block where what was recorded is gone.
     """
 
     def __init__(self, folder: str | Path, shard: Shard, header: Record, resume: bool = False) -> None:
         self.path = Path(folder) / shard.file("results", ".jsonl")
         self.failed_path = Path(folder) / shard.file("failed", ".txt")
+        self.notes: list[str] = []
         self._done: set[bytes] = set()
         self.done = self.failed = self.skipped = 0
-        header = json.loads(json.dumps(header))
+        self._lock = RunLock(Path(folder) / shard.file(_LOCK, ".lock"))
+        try:
+            _require_no_other_split(Path(folder), shard)
+            self._open(json.loads(json.dumps(header)), resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, header: Record, resume: bool) -> None:
         if resume:
-            for path in sorted(Path(folder).glob("results*.jsonl")):
-                self._done |= _finished(path, header)
-            _drop_cut_line(self.path)
+            for path in sorted(self.path.parent.glob("results*.jsonl")):
+                finished = read_records(path, header)
+                self._done |= finished.done
+                if finished.damaged:
+                    aside = f"kept as {finished.set_aside().name}" if path == self.path else "which are left alone"
+                    self.notes.append(f"{path}: {finished.damage()}; {aside}")
+            drop_cut_line(self.path)
         elif self.path.exists():
             raise InputError(f"{self.path} exists: --resume goes on from it, or choose another folder")
         try:
             # One line at a time: what is recorded survives the process.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
-            self._failures = self.failed_path.open(
-                "w", encoding="utf-8", errors="surrogateescape", buffering=1
-            )  # those are tried again
+            self._failures = self.failed_path.open("w", encoding="utf-8", errors="surrogateescape", buffering=1)
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         if self._file.tell() == 0:
             self._put(self._file, json.dumps({"header": header}))
+        self._start = self._size = self._file.tell()
 
     def is_done(self, name: str) -> bool:
         """Return whether an earlier run finished this image."""
-        return bool(self._done) and _digest(name) in self._done
+        return bool(self._done) and digest(name) in self._done
 
     def add(self, record: Record) -> None:
-        """Write one: {"image": name, ...}, with "error" if it failed. Raises ImageError."""
-        self._put(self._file, json.dumps(record))
+        """Write one: {"image": name, ...}, with "error" if it failed. Raises ImageError, also if the file is gone."""
+        if self.is_lost():
+            raise ImageError(f"{self.path}: was removed, moved or replaced while the run went on; it ends here")
+        line = json.dumps(record)
+        self._put(self._file, line)
+        self._size += len(line) + 1
         if "error" in record:
             self.failed += 1
-            self._put(self._failures, f"{json.dumps(record['image'])}\t{' '.join(record['error'].split())}")
+            self._put(self._failures, _writable(f"{json.dumps(record['image'])}\t{' '.join(record['error'].split())}"))
         else:
             self.done += 1
+
+    def is_lost(self) -> bool:
+        """Return whether the file is no longer where it was made: its folder was removed or moved."""
+        return not same_file(self._file.fileno(), self.path)
 
     def _put(self, file: IO[str], line: str) -> None:
         try:
@@ -116,82 +145,71 @@ class Records:
         except OSError as error:
             raise ImageError(f"{file.name}: cannot be written ({error.strerror}); what it has is kept") from error
 
+    def _verify(self) -> None:
+        """Raise ImageError unless what this run recorded is there, records and files."""
+        if self.is_lost() or self.path.stat().st_size < self._size:
+            raise ImageError(f"{self.path}: was removed, replaced or shortened while the run went on")
+        with self.path.open("rb") as file:
+            file.seek(self._start)
+            _require_files(self.path.parent, (json.loads(line) for line in file))
+
     def __enter__(self) -> Records:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._failures.close()
-        if not self.failed:
-            self.failed_path.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self._verify()
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._failures.close()
+            if not self.failed:
+                self.failed_path.unlink(missing_ok=True)
+            self._lock.release()
 
 
 Sink = ResultsFile | Records  # what `predict_images` puts records into
 
 
-def _digest(name: str) -> bytes:
-    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-
-
-def _finished(path: Path, header: Record) -> set[bytes]:
-    """Return the digests of the names that a file records as done. Raises InputError for another header."""
-    digests: set[bytes] = set()
-    number = 1
+def _writable(text: str) -> str:
+    """Return a text as it is, but for half characters that are not those of a file name."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith("\n"):
-                    break  # cut off, or being written
-                record = json.loads(line)
-                if number == 1:
-                    _check_header(path, record.get("header"), header)
-                elif "error" not in record:
-                    digests.add(_digest(record["image"]))
-    except (ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}, line {number}: not a record of results ({error})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return digests
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
+def _require_no_other_split(folder: Path, shard: Shard) -> None:
+    """Raise InputError while runs that split the images otherwise write into the folder: both would do all of them."""
+    own = re.compile(rf"\{_LOCK}-\d+-of-{shard.count:05d}\.lock" if shard.count > 1 else rf"\{_LOCK}\.lock")
+    for path in folder.glob(f"{_LOCK}*.lock"):
+        if not own.fullmatch(path.name):
+            RunLock(path).release()  # also removes what a killed run left
+
+
+def _require_files(folder: Path, records: Iterable[Record]) -> None:
+    """Raise ImageError unless the files of all records are in the folder."""
+    missing, count, first = 0, 0, ""
+    for record in records:
+        for name in record.get("files", ()):
+            count += 1
+            if not os.path.exists(os.path.join(folder, name)):
+                missing, first = missing + 1, first or name
+    if missing:
+        raise ImageError(
+            f"{folder}: {missing} of the {count} files that this run wrote are not there any more, {first} among them"
+        )
 
 
 def recorded_names(folder: Path) -> str | None:
     """Return how the results of an earlier run in the folder are named, SHORT or FULL; None where there is none."""
     for path in sorted(folder.glob("results*.jsonl")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), path.open(encoding="utf-8-sig") as file:
-            return json.loads(file.readline())["header"].get(NAMES, FULL)
+        header = read_header(path)
+        if header is not None:
+            return header.get(NAMES, FULL)
     return None
-
-
-def _check_header(path: Path, header: Any, expected: Record) -> None:
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: its first line does not say what it holds")
-    before, now = ({NAMES: FULL, **values} for values in (header, expected))
-    changes = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changes:
-        changed = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changes)
-        raise InputError(
-            f"{path} is of another run ({changed}); resume with the same options, or choose another folder"
-        )
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Cut a file after its last line end."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(end - 2**16, 0)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                file.truncate(start + newline + 1)
-                return
-            end = start
-        file.truncate(0)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from vpd_fast.errors import InputError
+from vpd_fast.inference.finite import FiniteCheck
 from vpd_fast.inference.results import AttentionMaps, ReferringResult
-from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches
+from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
 from vpd_fast.inference.windows import WindowGrid
 from vpd_fast.pictures.reading import to_tensor
 from vpd_fast.pictures.resizing import resize_antialiased
@@ -31,8 +32,10 @@ class ReferringPredictor:
     the model's configuration names.
     tokens: CLIP token features (S, tokens, context_dim) in place of text_encoder; text then only names the results.
     probabilities: keep the probability of each pixel.
-    with_maps: keep the cross-attention maps, one per token of each sentence.
+    with_maps: keep the cross-attention maps, by token and by word of each sentence.
     batch_size: sentences per UNet pass; default 1 on a CPU, 8 on a GPU.
+
+    notes: what whoever sees the results must know: words of sentences that the text encoder cuts off.
 
     As in the reference the image is resized to base_size x base_size without keeping its ratio, and the mask is the
     larger of two logits. The reference stops at that size; here the logits are resized bilinearly to the image before
@@ -56,7 +59,9 @@ class ReferringPredictor:
         self._tokens = self._embed(sentences) if given is None else self._given_tokens(given, sentences)
         self.tokens = self._tokens
         self.sentences = sentences or tuple(f"sentence {i + 1}" for i in range(len(self._tokens)))
-        self.token_names = self._token_names(sentences)
+        self.notes = truncation_notes(self.text_encoder, sentences=sentences, tokens=self.model.config.tokens)
+        self.token_names = self._of_each_sentence("token_names")
+        self.word_tokens = self._of_each_sentence("word_tokens")
 
     def _embed(self, sentences: tuple[str, ...]) -> Tensor:
         if not sentences:
@@ -85,15 +90,16 @@ class ReferringPredictor:
             raise InputError(f"{what} shape {came}; expected (sentences, {expected[0]}, {expected[1]})")
         return tokens.to(self.model.device, self.model.dtype)
 
-    def _token_names(self, sentences: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Return the words of each sentence's tokens where the encoder can tell, else no names."""
-        if not (self.with_maps and sentences and hasattr(self.text_encoder, "token_names")):
+    def _of_each_sentence(self, method: str) -> list[tuple[Any, ...]]:
+        """Return what the encoder tells of each sentence's tokens if maps are to be named and it can, else ()."""
+        tell = getattr(self.text_encoder, method, None)
+        if tell is None or not self.with_maps or not self.text:
             return [()] * len(self._tokens)
-        return [tuple(self.text_encoder.token_names(s, tokens=self.model.config.tokens)) for s in sentences]
+        return [tuple(tell(sentence, tokens=self.model.config.tokens)) for sentence in self.sentences]
 
     def __call__(self, image: np.ndarray) -> ReferringResult:
-        """Predict on an RGB image (H,W,3) as `read_image` returns it."""
-        size = image.shape[:2]
+        """Predict on an RGB image (H,W,3) as `read_image` returns it. Raises ImageError for NaN and infinity."""
+        size, check = image.shape[:2], FiniteCheck()
         side = self.model.config.base_size
         resized = to_tensor(resize_antialiased(image, (side, side))) * 2 - 1
         with evaluating(self.model):
@@ -103,18 +109,20 @@ class ReferringPredictor:
                 return self.model.features(latents.expand(len(tokens), -1, -1, -1), self.model.context(tokens))
 
             batches = self._tokens.split(self._batch)
-            logits, levels = run_batches(self.model, batches, forward, self.with_maps)
+            logits, levels = run_batches(self.model, batches, forward, self.with_maps, check)
             logits = F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=True)
-            masks, probabilities = self._masks(logits[:, 1:] - logits[:, :1], size)
+            masks, probabilities = self._masks(logits[:, 1:] - logits[:, :1], size, check)
         return ReferringResult(image, masks, self.sentences, probabilities, self._maps(levels, size))
 
-    def _masks(self, margins: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _masks(
+        self, margins: Tensor, size: tuple[int, int], check: FiniteCheck
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return masks, and probabilities if asked for. margins (S,1,side,side): the mask's logit minus the other."""
         masks = np.empty((len(margins), *size), bool)
         probabilities = np.empty(masks.shape, np.float32) if self.probabilities else None
         for i, margin in enumerate(margins):
             resized = F.interpolate(margin[None], size=size, mode="bilinear", align_corners=False)[0, 0]
-            masks[i] = (resized > 0).cpu().numpy()
+            masks[i] = check.fetch(resized > 0).numpy()
             if probabilities is not None:
                 probabilities[i] = resized.sigmoid().cpu().numpy()
         return masks, probabilities
@@ -125,6 +133,6 @@ class ReferringPredictor:
         side = self.model.config.base_size
         grid = WindowGrid.sliding((side, side), (side, side), (side, side))
         return tuple(
-            AttentionMaps([grid.field(level[i : i + 1], size).cpu() for level in levels], names)
-            for i, names in enumerate(self.token_names)
+            AttentionMaps([grid.field(level[i : i + 1], size).cpu() for level in levels], names, words)
+            for i, (names, words) in enumerate(zip(self.token_names, self.word_tokens, strict=True))
         )

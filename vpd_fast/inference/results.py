@@ -23,8 +23,17 @@ if TYPE_CHECKING:
 
     from vpd_fast.inference.windows import WindowField
 
-MILLIMETRES = 1000  # per metre, in depth PNGs
+MILLIMETRES = 1000  # per metre, in depth PNGs of models whose depths fit
+COARSER = 256  # levels per metre in those of others, as the original writes for everything but NYUv2
 LARGEST_16_BIT = 65535
+
+
+def depth_scale(max_depth: float) -> float:
+    """Return the levels per metre of 16-bit depth PNGs up to `max_depth` metres: 1000, 256, 128, 64 ..."""
+    scale: float = MILLIMETRES
+    while round(max_depth * scale) > LARGEST_16_BIT:
+        scale = COARSER if scale == MILLIMETRES else scale / 2
+    return scale
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
@@ -40,24 +49,41 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
 
 
 class AttentionMaps(Mapping[str | int, np.ndarray]):
-    """Cross-attention heat maps by class or token: `maps["sky"]` or `maps[2]` -> (H, W) float32 at the image's size.
+    """Cross-attention heat maps by class, word or token: `maps["sky"]`, `maps[2]` -> (H, W) float32, the image's size.
 
     Each is the mean over levels (and over scales and flips, if there were any) of attention probabilities resized
     bilinearly. Kept at low resolution; the heat map is made when it is asked for. A name that occurs again is called
-    "name (2)". Iterating gives the names, or numbers where there are no names.
+    "name (2)". Iterating gives the names of classes or tokens, or numbers where there are no names.
+
+    words: for sentences, each word and the numbers of its tokens: `maps["unicorn"]` is the mean of the maps of "u",
+    "nic" and "orn", and `maps.words` are the words in order. A name that is both, word and token, is the word.
     """
 
-    def __init__(self, fields: Sequence[WindowField], names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        fields: Sequence[WindowField],
+        names: Sequence[str] = (),
+        words: Sequence[tuple[str, Sequence[int]]] = (),
+    ) -> None:
         self._fields = tuple(fields)
         self.names: tuple[str | int, ...] = _unique(names) if names else tuple(range(fields[0].channels))
-        self._index = {name: i for i, name in enumerate(self.names)}
+        self.words = _unique([word for word, _ in words])
+        self._channels: dict[str | int, tuple[int, ...]] = {i: (i,) for i in range(len(self.names))}
+        self._channels |= {name: (i,) for i, name in enumerate(self.names)}
+        self._channels |= {word: tuple(tokens) for word, (_, tokens) in zip(self.words, words, strict=True)}
 
     def __getitem__(self, key: str | int) -> np.ndarray:
-        index = self._index.get(key, key if isinstance(key, int) else None)
-        if index is None or not 0 <= index < len(self.names):
-            raise KeyError(key)
-        heat = reduce(torch.add, (field.select(index).picture()[0] for field in self._fields))
-        return (heat / len(self._fields)).numpy()
+        channels = self.channels(key)
+        heat = reduce(torch.add, (field.select(i).picture()[0] for field in self._fields for i in channels))
+        return (heat / (len(self._fields) * len(channels))).numpy()
+
+    def by_token(self) -> AttentionMaps:
+        """Return the same maps without words: each name is that of a token."""
+        return AttentionMaps(self._fields, [name for name in self.names if isinstance(name, str)])
+
+    def channels(self, key: str | int) -> tuple[int, ...]:
+        """Return the numbers of the classes or tokens whose mean `maps[key]` is: those of a word's tokens."""
+        return self._channels[key]
 
     def __iter__(self) -> Iterator[str | int]:
         return iter(self.names)
@@ -187,17 +213,23 @@ class DepthResult:
         """The depth (H,W) float32 in metres."""
         return self.depth
 
+    @property
+    def scale(self) -> float:
+        """Levels per metre of the PNG that `save` writes: 1000, or 256 and less where max_depth is beyond 65.535 m."""
+        return depth_scale(max(self.max_depth, float(self.depth.max())))
+
     def record(self) -> dict[str, Any]:
-        """Return what results files say: {"metres": {"min", "mean", "max"}}."""
+        """Return what results files say: {"metres": {"min", "mean", "max"}, "depth_scale": levels per metre}."""
         depth = self.depth
-        return {"metres": {"min": float(depth.min()), "mean": float(depth.mean()), "max": float(depth.max())}}
+        metres = {"min": float(depth.min()), "mean": float(depth.mean()), "max": float(depth.max())}
+        return {"metres": metres, "depth_scale": self.scale}
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the depth as 16-bit PNG in millimetres, clipped to 65535."""
+        """Write the depth as 16-bit PNG, `scale` levels per metre: millimetres unless max_depth is beyond 65.535 m."""
         if not np.isfinite(self.depth).all():
             raise ImageError(f"{path}: the depth contains NaN or infinity and is not written")
-        millimetres = np.clip(np.rint(self.depth * MILLIMETRES), 0, LARGEST_16_BIT)
-        return [save_png(Image.fromarray(millimetres.astype(np.uint16)), path)]
+        levels = np.maximum(np.rint(self.depth * self.scale), 0)
+        return [save_png(Image.fromarray(levels.astype(np.uint16)), path)]
 
     def overlay(self) -> Image.Image:
         """Draw the photo beside the depth in colour, with a scale in metres."""

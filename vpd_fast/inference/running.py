@@ -12,10 +12,11 @@ import torch
 from vpd_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
+    from vpd_fast.inference.finite import FiniteCheck
     from vpd_fast.models.perceiver import Perceiver
 
 _lock = threading.Lock()
@@ -60,6 +61,15 @@ def _encoder(name: str, device: torch.device) -> Any:
     return TextEncoder(name, device=device)
 
 
+def truncation_notes(
+    encoder: Any, *, classes: Sequence[str] = (), sentences: Sequence[str] = (), tokens: int = 0
+) -> list[str]:
+    """Return what a text encoder cuts off of class names or sentences, as notes; none if it cannot tell."""
+    if classes:
+        return encoder.class_notes(classes) if hasattr(encoder, "class_notes") else []
+    return encoder.sentence_notes(sentences, tokens) if hasattr(encoder, "sentence_notes") else []
+
+
 def batch_size_for(model: Perceiver, batch_size: int | None) -> int:
     """Return `batch_size`, or the default for the model's device. Raises InputError."""
     if batch_size is None:
@@ -70,9 +80,13 @@ def batch_size_for(model: Perceiver, batch_size: int | None) -> int:
 
 
 def run_batches(
-    model: Perceiver, batches: Iterable[Tensor], forward: Callable[[Tensor], list[Tensor]], with_maps: bool
+    model: Perceiver,
+    batches: Iterable[Tensor],
+    forward: Callable[[Tensor], list[Tensor]],
+    with_maps: bool,
+    check: FiniteCheck,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Decode the features `forward` returns for each batch.
+    """Decode the features `forward` returns for each batch, and let `check` see the output and the maps.
 
     Returns the low-resolution head output (n, C, h, w) and, if asked for, one tensor of cross-attention maps (n, L, h',
     w') per level that has them; (output, []) otherwise.
@@ -90,4 +104,7 @@ def run_batches(
             "with_maps=True needs a model with cross-attention maps; this one has none "
             f"(use_attn={model.config.use_attn}, attn_selector={model.config.attn_selector!r})"
         )
-    return torch.cat(outputs), [torch.cat(maps[level]) for level in sorted(maps)]
+    output, levels = torch.cat(outputs), [torch.cat(maps[level]) for level in sorted(maps)]
+    for values in (output, *levels):
+        check.see(values)
+    return output, levels

@@ -12,8 +12,9 @@ import torch
 
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.errors import InputError
+from vpd_fast.inference.finite import FiniteCheck
 from vpd_fast.inference.results import AttentionMaps, SegmentationResult
-from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches
+from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
 from vpd_fast.inference.windows import WindowField, WindowGrid, check_pair, strips
 from vpd_fast.labels import default_names
 from vpd_fast.pictures.reading import to_tensor
@@ -43,7 +44,8 @@ def slide_inference(
     batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
 
     Windows whose size is not a multiple of 64 (images smaller than the crop) are padded with grey at the right and
-    bottom and the padding's logits are cut off; the reference fails there. Raises InputError.
+    bottom and the padding's logits are cut off; the reference fails there. Raises InputError, and ImageError for logits
+    that are not finite.
     """
     if model.config.task != "segmentation":
         raise InputError(f"slide_inference needs a segmentation model, got a {model.config.task} model")
@@ -59,15 +61,17 @@ def slide_inference(
         )
     height, width = image.shape[2:]
     out = (height, width) if out_size is None else check_pair("out_size", tuple(out_size))
-    grid = WindowGrid.sliding((height, width), crop, step)
+    grid, check = WindowGrid.sliding((height, width), crop, step), FiniteCheck()
     with evaluating(model):
         probabilities = torch.empty(image.shape[0], model.config.num_classes, *out, device=image.device)
         for i in range(image.shape[0]):
             batches = grid.batches(image[i : i + 1], batch_size_for(model, batch_size))
-            logits, _ = run_batches(model, batches, model.extract_feat, with_maps=False)
+            logits, _ = run_batches(model, batches, model.extract_feat, False, check)
             field = grid.field(logits, out, flip)
             for first, last in strips(field.channels, out):
                 probabilities[i, :, first:last] = field.strip(first, last).softmax(0)
+        if image.shape[0]:
+            check.require()
     return probabilities
 
 
@@ -86,6 +90,8 @@ class SegmentationPredictor:
     probabilities: keep the class probabilities at the image's size: 4 bytes x classes x pixels.
     with_maps: keep the cross-attention maps, one per class.
     batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
+
+    notes: what whoever sees the results must know: words of class names that the text encoder cuts off.
     """
 
     model: SegmentationPerceiver
@@ -112,6 +118,7 @@ class SegmentationPredictor:
         self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
         self.class_names = default_names(config) if self.classes is None else self._checked_classes(self.classes)
         self._embeddings = self.model.conditioning.class_embeddings if self.classes is None else self._embed_classes()
+        self.notes = [] if self.classes is None else truncation_notes(self.text_encoder, classes=self.class_names)
 
     def _checked_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
         count = self.model.config.num_classes
@@ -139,21 +146,21 @@ class SegmentationPredictor:
         return embeddings.to(self.model.device, self.model.dtype)
 
     def __call__(self, image: np.ndarray) -> SegmentationResult:
-        """Predict on an RGB image (H,W,3) as `read_image` returns it."""
-        size = image.shape[:2]
+        """Predict on an RGB image (H,W,3) as `read_image` returns it. Raises ImageError for NaN and infinity."""
+        size, check = image.shape[:2], FiniteCheck()
         with evaluating(self.model):
-            views, maps = self._views(image, size)
+            views, maps = self._views(image, size, check)
             if len(views) == 1 and not self.probabilities:
                 grid, logits, _ = views[0]
-                labels, probabilities = grid.labels(logits, size).cpu().numpy(), None
+                labels, probabilities = check.fetch(grid.labels(logits, size)).numpy(), None
             else:
                 fields = [grid.field(logits, size, flip) for grid, logits, flip in views]
-                labels, probabilities = self._average(fields, size)
+                labels, probabilities = self._average(fields, size, check)
         kept = AttentionMaps(maps, self.class_names) if self.with_maps else None
         return SegmentationResult(image, labels, self.class_names, probabilities, kept)
 
     def _views(
-        self, image: np.ndarray, size: tuple[int, int]
+        self, image: np.ndarray, size: tuple[int, int], check: FiniteCheck
     ) -> tuple[list[tuple[WindowGrid, Tensor, str | None]], list[WindowField]]:
         """Return grid, logits and flip of every view, and the maps as fields, one per view and level."""
         views, maps = [], []
@@ -166,7 +173,8 @@ class SegmentationPredictor:
             resized = resized.to(self.model.device, self.model.dtype)
             for flip in (None, "horizontal") if self.flip else (None,):
                 view = resized if flip is None else resized.flip(3)
-                logits, levels = run_batches(self.model, grid.batches(view, self._batch), forward, self.with_maps)
+                batches = grid.batches(view, self._batch)
+                logits, levels = run_batches(self.model, batches, forward, self.with_maps, check)
                 views.append((grid, logits, flip))
                 maps += [grid.field(level, size, flip).cpu() for level in levels]
         return views, maps
@@ -179,7 +187,9 @@ class SegmentationPredictor:
         crop = self.model.config.base_size
         return WindowGrid.sliding((height, width), (crop, crop), (crop * 2 // 3, crop * 2 // 3))
 
-    def _average(self, views: list[WindowField], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _average(
+        self, views: list[WindowField], size: tuple[int, int], check: FiniteCheck
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the labels of the mean of the views' probabilities, and that mean if it was asked for."""
         labels = np.empty(size, np.int64)
         probabilities = np.empty((views[0].channels, *size), np.float32) if self.probabilities else None
@@ -188,7 +198,7 @@ class SegmentationPredictor:
             for view in views[1:]:
                 mean += view.strip(first, last).softmax(0)
             mean /= len(views)
-            labels[first:last] = mean.argmax(0).cpu().numpy()
+            labels[first:last] = check.fetch(mean.argmax(0)).numpy()
             if probabilities is not None:
                 probabilities[:, first:last] = mean.cpu().numpy()
         return labels, probabilities

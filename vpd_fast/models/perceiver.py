@@ -166,9 +166,14 @@ class DepthPerceiver(Perceiver):
         return self.features(self.encode(images), self.context(class_ids, images.shape[0]))
 
     def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Features -> depth (B,1,H,W) in metres; `size` cuts off padding at the right and bottom (multiples of 32)."""
+        """Features -> depth (B,1,H,W) in metres; `size` cuts off padding at the right and bottom (multiples of 32).
+
+        An infinite output of the head is NaN here, not the depth 0 or max_depth.
+        """
         checks.feature_channels(features, self.config.feature_channels)
-        return torch.sigmoid(self._head(features, size)) * self.config.max_depth
+        x = self._head(features, size)
+        # x - x is 0, but NaN where x is infinite, of which a sigmoid would make the depth 0 or max_depth.
+        return torch.sigmoid(x + (x - x)) * self.config.max_depth
 
     def forward(self, images: Tensor, class_ids: Tensor | None = None) -> dict[str, Tensor]:
         """Images (B,3,H,W) in [0,1], H and W multiples of 32, class_ids (B,) long -> {"pred_d": (B,1,H,W) metres}.

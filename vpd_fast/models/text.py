@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vpd_fast import bundled
-from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, brief
+from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, TruncationWarning, brief
 from vpd_fast.files import read_text, write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
 
@@ -76,12 +77,14 @@ class TextEncoder:
         self._lock = threading.RLock()
         self._loaded_tokenizer: Any = None
         self._loaded_model: nn.Module | None = None
+        self._words_in = functools.lru_cache(maxsize=1024)(self._split_words)
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> Tensor:
         """Class or scene names -> (n, C) float32: the mean of the pooled outputs over all templates.
 
-        Underscores in names become spaces ("living_room" is embedded as "living room"). Raises InputError for empty
-        or non-string names and for a template without "{}", MissingDependencyError if the encoder is unavailable.
+        Underscores in names become spaces ("living_room" is embedded as "living room"). Warns (TruncationWarning) of
+        words that the encoder cuts off. Raises InputError for empty or non-string names and for a template without
+        "{}", MissingDependencyError if the encoder is unavailable.
         """
         names = [name.replace("_", " ") for name in _texts("names", names)]
         self._check_words(names)
@@ -89,6 +92,8 @@ class TextEncoder:
         for template in templates:
             if "{}" not in template:
                 raise InputError(f"templates: each needs a {{}} for the class name, got {template!r}")
+        for note in self.class_notes(names, templates):
+            warnings.warn(note, TruncationWarning, stacklevel=2)
 
         def embed(batch: list[str]) -> Tensor:
             prompts = [template.replace("{}", name) for name in batch for template in templates]
@@ -104,14 +109,16 @@ class TextEncoder:
     def embed_sentences(self, sentences: Sequence[str], tokens: int = 40) -> Tensor:
         """Sentences -> (S, tokens, C) float32: last hidden states, padded or cut to `tokens` (RefCOCO 40, G-Ref 77).
 
-        Raises InputError for empty or non-string sentences or more tokens than the encoder has positions,
-        MissingDependencyError if the encoder is unavailable.
+        Warns (TruncationWarning) of words that are cut off. Raises InputError for empty or non-string sentences or more
+        tokens than the encoder has positions, MissingDependencyError if the encoder is unavailable.
         """
         sentences = _texts("sentences", sentences)
         self._check_words(sentences)
         if not isinstance(tokens, int) or tokens < 2:
             raise InputError(f"tokens must be an int of at least 2 (start and end of the text), got {tokens!r}")
 
+        for note in self.sentence_notes(sentences, tokens):
+            warnings.warn(note, TruncationWarning, stacklevel=2)
         settings = {"kind": "sentence", "tokens": tokens}
         return self._embed(sentences, settings, SENTENCE_BATCH, lambda batch: self._encode(batch, tokens)[1])
 
@@ -125,6 +132,78 @@ class TextEncoder:
         end = ids.index(tokenizer.eos_token_id)
         words = [word.replace("</w>", "") for word in tokenizer.convert_ids_to_tokens(ids[1:end])]
         return ["<start>", *words, "<end>", *["<pad>"] * (tokens - end - 1)]
+
+    def word_tokens(self, sentence: str, tokens: int = 40) -> list[tuple[str, range]]:
+        """Words of a sentence and the rows of `embed_sentences` that are theirs; without the words that are cut off.
+
+        Raises the errors of `embed_sentences`.
+        """
+        rows, first = [], 1  # after the start
+        for word, count in self._words_in(_texts("sentence", [sentence])[0]):
+            if first < tokens - 1:
+                rows.append((word, range(first, min(first + count, tokens - 1))))
+            first += count
+        return rows
+
+    def sentence_notes(self, sentences: Sequence[str], tokens: int = 40) -> list[str]:
+        """What `embed_sentences` cuts off: a line for each sentence that has more than `tokens` tokens."""
+        notes = []
+        for sentence in sentences:
+            left_out = self._left_out(sentence, tokens - 2)
+            if left_out:
+                notes.append(
+                    f"{sentence!r} has more than the {tokens} tokens that the model takes: "
+                    f"{', '.join(map(repr, left_out))} left out"
+                )
+        return notes
+
+    def class_notes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> list[str]:
+        """What `embed_classes` cuts off: a line for each name whose end is left out of some of the prompts."""
+        notes = []
+        for name in names:
+            name = name.replace("_", " ")
+            # Most words are left out where most stand before the name.
+            cut = [words for words in (self._left_out_of(template, name) for template in templates) if words]
+            if cut:
+                notes.append(
+                    f"the class name {name!r} does not fit into the {TEMPLATE_TOKENS} tokens of {len(cut)} of "
+                    f"{len(templates)} prompts: {', '.join(map(repr, max(cut, key=len)))} left out"
+                )
+        return notes
+
+    def _left_out_of(self, template: str, name: str) -> list[str]:
+        """The words of a class name that a prompt has no room for."""
+        prefix = template[: template.index("{}")]
+        before = sum(count for _, count in self._words_in(prefix)) if self._can_tokenize else 0
+        return self._left_out(name, TEMPLATE_TOKENS - 2 - before)
+
+    def _left_out(self, text: str, room: int) -> list[str]:
+        """The words that are not whole in the first `room` tokens of a text."""
+        if len(text.lower().encode()) <= room or not self._can_tokenize:  # a token is at least one byte
+            return []
+        words = self._words_in(text)
+        ends = itertools.accumulate(count for _, count in words)
+        return [word for (word, _), end in zip(words, ends, strict=True) if end > room]
+
+    @functools.cached_property
+    def _can_tokenize(self) -> bool:
+        """Whether there is a tokenizer: what is cached can be had without one, but not what is cut off."""
+        try:
+            self._tokenizer()
+        except (CheckpointError, MissingDependencyError):
+            return False
+        return True
+
+    def _split_words(self, text: str) -> tuple[tuple[str, int], ...]:
+        """The words of a text, as the tokenizer spells them, and how many tokens each has."""
+        tokenizer, words, parts = self._tokenizer(), [], []
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for number, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+            parts.append(number)
+            if token.endswith("</w>"):
+                words.append((tokenizer.decode(parts).strip(), len(parts)))
+                parts = []
+        return tuple(words)
 
     def _embed(
         self, texts: list[str], settings: dict[str, Any], batch_size: int, embed: Callable[[list[str]], Tensor]

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vpd_fast.errors import ImageError
 from vpd_fast.pictures.palette import palette
 from vpd_fast.pictures.reading import to_uint8
 from vpd_fast.pictures.resizing import resize_area
@@ -64,7 +65,8 @@ def referring_overlay(image: np.ndarray, masks: np.ndarray, sentences: Sequence[
 
 
 def depth_overlay(image: np.ndarray, depth: np.ndarray) -> Image.Image:
-    """Draw the photo beside the depth (near is bright) and a scale in metres."""
+    """Draw the photo beside the depth (near is bright) and a scale in metres. Raises ImageError for NaN, infinity."""
+    _check_finite(depth, "the depth")
     photo = display_photo(image)
     near, far = float(depth.min()), float(depth.max())
     small = resize_area(depth.astype(np.float32), photo.shape[:2])
@@ -81,7 +83,7 @@ def depth_overlay(image: np.ndarray, depth: np.ndarray) -> Image.Image:
 def heatmap_overlay(image: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
     """Draw the photo under a heat map (H, W): dark at its lowest values, coloured at its highest.
 
-    title: written above, with the lowest and the highest value.
+    title: written above, with the lowest and the highest value. Raises ImageError for NaN and infinity.
     """
     return heatmap(display_photo(image), heat, title)
 
@@ -144,6 +146,7 @@ def name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str])
 
 def heatmap(photo: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
     """Draw `heatmap_overlay` on a photo that already has the size of the picture."""
+    _check_finite(heat, "the heat map")
     small = resize_area(heat.astype(np.float32), photo.shape[:2])
     low, high = float(heat.min()), float(heat.max())
     strength = np.clip((small - low) / max(high - low, 1e-12), 0, 1)
@@ -168,6 +171,11 @@ def apply_colour_map(values: np.ndarray, colours: int) -> np.ndarray:
 def load_font(size: int) -> Font:
     """Return Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)
+
+
+def _check_finite(values: np.ndarray, name: str) -> None:
+    if not np.isfinite(values).all():
+        raise ImageError(f"{name} has values that are not finite (NaN or infinity) and is not drawn")
 
 
 def _percent(share: float) -> str:

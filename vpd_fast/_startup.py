@@ -1,0 +1,118 @@
+"""What the command line does before anything large is imported; the package itself imports it first, and it imports
+nothing. In other programs it does nothing: their environment and signals are theirs.
+
+Threads: PyTorch reads the environment when it is loaded. OpenMP's threads that spin while they wait take many times as
+long as sleeping ones where processors have other work, so they sleep. Their number is bounded by the share of
+processors that a container has; PyTorch itself only sees which processors a process may use.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+INTERRUPTED = 130  # exit code
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # whoever sets one of these has decided
+_CGROUPS = "/sys/fs/cgroup"
+
+
+def is_command_line() -> bool:
+    """Return whether this process was started as `vpd-fast` or `python -m vpd_fast`."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if program in ("vpd-fast", "vpd-fast.exe"):
+        return True
+    arguments = sys.orig_argv  # while `python -m` looks for the module, sys.argv[0] is "-m"
+    return (
+        program in ("-m", "__main__.py")
+        and "-m" in arguments
+        and arguments[arguments.index("-m") + 1 :][:1] == [__package__]
+    )
+
+
+def prepare() -> None:
+    """Settle threads and signals, if this is the command line."""
+    if not is_command_line():
+        return
+    os.environ.update(thread_settings(os.environ))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Nothing is lost yet, and an exception in the middle of an import can be swallowed or break what is imported.
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)
+
+
+def interrupt(number: int, frame: FrameType | None) -> Any:
+    """Handle SIGINT and SIGTERM while a command runs: the first is a KeyboardInterrupt, a second ends at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _leave)
+    raise KeyboardInterrupt
+
+
+def thread_settings(environment: Any) -> dict[str, str]:
+    """Return what to add to the environment, without what the user has set."""
+    settings = {}
+    if not any(name in environment for name in _WAITING):
+        settings["OMP_WAIT_POLICY"] = "passive"
+    share = cpu_share()
+    if "OMP_NUM_THREADS" not in environment and share is not None and share < usable_cpus():
+        settings["OMP_NUM_THREADS"] = str(max(1, math.ceil(share)))
+    return settings
+
+
+def usable_cpus() -> int:
+    """Return how many processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_share(root: str = _CGROUPS, own: str = "/proc/self/cgroup") -> float | None:
+    """Return how many processors' time the control groups of this process allow it, None without a limit."""
+    shares = []
+    for line in _read(own).splitlines():
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        if not controllers:  # version 2
+            folder, read = root, _share_of_version_2
+        elif "cpu" in controllers.split(","):
+            folder, read = (
+                f"{root}/{controllers}" if os.path.isdir(f"{root}/{controllers}") else f"{root}/cpu",
+                _share_of_version_1,
+            )
+        else:
+            continue
+        parts = [part for part in group.split("/") if part]
+        # A limit of a group above is one, too. In a container the mounted root may be the process's own group.
+        for depth in range(len(parts) + 1):
+            share = read("/".join([folder, *parts[:depth]]))
+            if share is not None:
+                shares.append(share)
+    return min(shares, default=None)
+
+
+def _share_of_version_2(folder: str) -> float | None:
+    quota, period = [*_read(f"{folder}/cpu.max").split(), "", ""][:2]
+    return _share(quota, period)
+
+
+def _share_of_version_1(folder: str) -> float | None:
+    return _share(_read(f"{folder}/cpu.cfs_quota_us").strip(), _read(f"{folder}/cpu.cfs_period_us").strip())
+
+
+def _share(quota: str, period: str) -> float | None:
+    if not quota.isdigit() or not period.isdigit() or not int(period) or not int(quota):  # "max", -1, or no such file
+        return None
+    return int(quota) / int(period)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
