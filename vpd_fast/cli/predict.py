@@ -81,8 +81,9 @@ def predict(
 
     An image cat.jpg gives
 
-    - cat.png: segmentation's labels as a palette, depth in millimetres with 16 bits, or the mask of a sentence
-      (cat_1.png, cat_2.png, ... if there are several)
+    - cat.png: segmentation's labels as a palette, depth in millimetres with 16 bits (or another depth_scale, levels
+      per metre, that results.json has where these do not fit), or the mask of a sentence (cat_1.png, cat_2.png, ... if
+      there are several)
 
     - cat_overlay.png: a picture to look at
 
