@@ -159,6 +159,26 @@ def test_deep_nesting(tmp_path: Path, opcode: bytes) -> None:
         read_file(tmp_path / "key.pth")
 
 
+def test_dictionary_keys_nest_four_levels_at_most() -> None:
+    """Deeper ones would be hashed on the C stack, whatever their depth."""
+
+    def keyed(levels: int) -> io.BytesIO:
+        return io.BytesIO(b"\x80\x02}N" + b"\x85" * levels + text("x") + b"s.")
+
+    assert pickles.load(keyed(4), lambda pid: pid).value == {((((None,),),),): "x"}
+    with pytest.raises(pickles.PickleError, match="dictionary key nested too deeply"):
+        pickles.load(keyed(5), lambda pid: pid)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "name"), [(b"\x82\x01", "EXT1"), (b"\x83\x01\x00", "EXT2"), (b"\x97", "NEXT_BUFFER")]
+)
+def test_an_opcode_without_meaning_here_is_refused(opcode: bytes, name: str) -> None:
+    """Left out, the stack would hold one value less than what follows expects, and give another object."""
+    with pytest.raises(pickles.PickleError, match=f"pickle opcode {name} does not occur in checkpoints"):
+        pickles.load(io.BytesIO(b"\x80\x05}N" + opcode + b"."), lambda pid: pid)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"

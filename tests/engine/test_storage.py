@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
@@ -105,8 +106,6 @@ def test_settings_of_another_engine(tmp_path: Path) -> None:
     ],
 )
 def test_spoiled_layers(tmp_path: Path, name: str, change: dict | None, message: str) -> None:
-    from safetensors.torch import load_file, save_file
-
     vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
     settings = json.loads((tmp_path / "engine.json").read_text())
     if change is None:  # missing from both files
@@ -160,6 +159,10 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a JSON"):
         vpd_fast.load_engine(tmp_path)
     spoiled()
+    tensors = load_file(tmp_path / "engine.safetensors")
+    save_file(tensors | {"unet.other:bias": torch.zeros(3)}, tmp_path / "engine.safetensors")
+    with pytest.raises(CheckpointError, match="engine.json does not know: unet.other"):
+        vpd_fast.load_engine(tmp_path)
     data = (tmp_path / "engine.safetensors").read_bytes()
     (tmp_path / "engine.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="safetensors"):
