@@ -67,6 +67,21 @@ def test_large_settings_are_not_read(tmp_path: Path) -> None:
         files.read_json_object(tmp_path / "a.json")
 
 
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+
+    def stop(temporary: Path) -> None:
+        assert first.read_text() == "old"
+        temporary.write_text("half of it")
+        raise OSError("the disk is full")
+
+    with pytest.raises(ImageError, match="first: cannot be written .the disk is full"):
+        files.write_files({first: lambda temporary: temporary.write_text("new"), second: stop}, ImageError)
+    assert first.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
 def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 251 + ".txt")
     files.write_files({path: lambda temporary: files.write_text(temporary, "a")})

@@ -202,14 +202,14 @@ MUTANTS = {
     ),
     "files are written in place": Mutant(
         "vpd_fast/files.py",
-        'temporary[path] = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")',
+        "temporary[path] = temporary_path(path)",
         "temporary[path] = path",
-        "tests/checkpoints tests/engine/test_storage.py",
+        "tests/test_files.py",
     ),
     # Training
     "a checkpoint has its name before it is whole": Mutant(
         "vpd_fast/training/checkpoint.py",
-        'temporary = self.folder / f".{path.name}.{secrets.token_hex(8)}.tmp"',
+        "temporary = temporary_path(path)",
         "temporary = path",
         "tests/training/test_checkpoint.py",
     ),
