@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import itertools
 import json
 import os
 import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,6 +128,38 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {brief(value)}")
     return value
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights, or the index of its shards, in the folder of a network; variant: "fp16" and the like."""
+
+    path: Path
+    variant: str | None
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether it is not one of torch.save."""
+        return ".safetensors" in self.path.name
+
+
+def find_weights(folder: Path, stem: str) -> WeightsFile | None:
+    """Return the weights that diffusers or transformers wrote into a folder, None where there are none.
+
+    Full precision comes first, then fp16 and any other variant; of each safetensors before files of torch.save, whole
+    before in shards. stem: "diffusion_pytorch_model" or "model", which transformers calls pytorch_model in .bin files.
+    """
+    stems = (stem, f"pytorch_{stem}")
+    known = re.compile(rf"({'|'.join(stems)})\.(?:(safetensors|bin)\.index\.)?(\w+)\.(safetensors|bin|json)")
+    others = {m[3] for path in folder.iterdir() if (m := known.fullmatch(path.name))} if folder.is_dir() else set()
+    variants = ("", "fp16", *sorted(others - {"fp16", "index"}))
+    for variant, suffix in itertools.product(variants, ("safetensors", "bin")):
+        middle = variant and f"{variant}."
+        for name in stems:
+            for path in (folder / f"{name}.{middle}{suffix}", folder / f"{name}.{suffix}.index.{middle}json"):
+                if path.is_file():
+                    return WeightsFile(path, variant or None)
+    return None
 
 
 def temporary_path(path: Path) -> Path:

@@ -264,6 +264,31 @@ def test_full_clip_and_diffusers_folders(clip, encoder, tmp_path):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors", "model.fp16.safetensors"),
+        ("model.fp16.safetensors",),
+        ("pytorch_model.bin", "model.fp16.safetensors"),
+        ("pytorch_model.fp16.bin",),
+        ("model.bf16.safetensors",),
+    ],
+)
+def test_weights_are_searched_as_those_of_the_unet(clip, encoder, tmp_path, names):
+    expected = encoder.embed_sentences(["a dog"])
+    folder = tmp_path / "diffusers"
+    _tokenizer_files(folder / "tokenizer")
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder/config.json").write_bytes((clip / "config.json").read_bytes())
+    tensors = text.load_file(clip / "model.safetensors")
+    for name, values in zip(names, (tensors, {k: v * 2 for k, v in tensors.items()}), strict=False):
+        if name.endswith(".bin"):
+            torch.save(values, folder / "text_encoder" / name)
+        else:
+            text.save_file(values, folder / "text_encoder" / name, metadata={"format": "pt"})
+    torch.testing.assert_close(TextEncoder(folder, remember=False).embed_sentences(["a dog"]), expected)
+
+
 def test_result_is_float32_when_the_encoder_is_not(clip, encoder, tmp_path):
     half = TextEncoder(clip, dtype=torch.bfloat16, cache_dir=tmp_path / "cache").embed_classes(["wall"])
     assert half.dtype == torch.float32

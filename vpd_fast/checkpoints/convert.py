@@ -31,6 +31,7 @@ def convert(
     *,
     to: str,
     dtype: torch.dtype | None = None,
+    ema: bool = False,
     **config_overrides: Any,
 ) -> ConvertReport:
     """Read any checkpoint and write it in another format.
@@ -38,13 +39,13 @@ def convert(
     to: "pretrained" (folder of this package), "vpd" (file like the released ones; .safetensors by its suffix), "ldm"
     (file with Stable Diffusion's original names; .safetensors by its suffix) or "diffusers" (folder with unet/, vae/,
     and text_encoder/ where the source has one). A VPD model can become any of them, Stable Diffusion only the last two.
-    dtype: of floating tensors, None: unchanged. config_overrides as in `load_checkpoint`. Files appear when complete.
-    Raises CheckpointError (unreadable source, impossible conversion, destination not writable) and InputError.
+    dtype: of floating tensors, None: unchanged. ema, config_overrides: as in `load_checkpoint`. Files appear when
+    complete. Raises CheckpointError (unreadable source, impossible conversion, destination not writable), InputError.
     """
     if to not in TARGETS:
         raise InputError(f"convert: to must be one of {', '.join(TARGETS)}, got {to!r}")
     destination = Path(destination)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, ema=ema)
     report = ConvertReport(checkpoint.path, destination, checkpoint.format, to, placeholders=checkpoint.placeholders)
     make_writers = _vpd_writers if to in ("pretrained", "vpd") else _stable_diffusion_writers
     write_files(make_writers(checkpoint, report, dtype, config_overrides), CheckpointError)

@@ -5,7 +5,6 @@ VPD models: the names of the released checkpoints. Stable Diffusion: the names o
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +16,23 @@ from vpd_fast import bundled
 from vpd_fast.checkpoints import ldm_diffusers, reader
 from vpd_fast.checkpoints.checkpoint import CONFIG_KEY, LDM_TEXT, LDM_UNET, LDM_VAE, Checkpoint
 from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_task
+from vpd_fast.checkpoints.names import below, choose_root, ldm_averages, roots, without_root
 from vpd_fast.checkpoints.pickles import Placeholder
 from vpd_fast.config import BackboneConfig, VPDConfig
-from vpd_fast.errors import CheckpointError, InputError
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
+from vpd_fast.errors import CheckpointError, InputError, brief
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, find_weights
 from vpd_fast.tasks import TASKS
 
 # Prefixes of the depth model as ported to mmsegmentation 1.x -> prefixes in the released depth checkpoint.
+_AVERAGED_UNET = "unet_ema"  # where diffusers' training scripts put it
+_NO_AVERAGES = "no averages of the weights (EMA) beside them; load the weights themselves"
+_MMSEG_SIGNATURE = "decode_head.depth_pred_layer.0.weight"
+_SIGNATURES = (
+    *(task.signature for task in TASKS.values()),
+    (_MMSEG_SIGNATURE,),
+    (f"{LDM_UNET}input_blocks.0.0.weight",),
+    (f"{LDM_VAE}encoder.conv_in.weight",),
+)
 _MMSEG_PREFIXES = {
     "backbone.": "encoder.",
     "decode_head.conv1.": "encoder.layer1.",
@@ -34,17 +43,21 @@ _MMSEG_PREFIXES = {
 }
 
 
-def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, mmap: bool = True, ema: bool = False) -> Checkpoint:
     """Open a file or folder of any supported format, or bundled weights by their name; `mmap` as in `reader.read_file`.
 
-    Raises CheckpointError.
+    ema: the averages over the training (EMA), which some files have beside the weights. Raises CheckpointError,
+    also where there are none.
     """
     path = Path(path)
+    if ema and (bundled.is_bundled(path) or (path / WEIGHTS_NAME).is_file()):
+        raise CheckpointError(f"{path}: {_NO_AVERAGES}")
     if bundled.is_bundled(path):
         return open_bundled(str(path))
     if path.is_dir():
-        return _open_folder(path, mmap)
-    raw = reader.read_file(path, mmap=mmap)
+        return _open_folder(path, mmap, ema)
+    raw = reader.read_file(path, mmap=mmap, ema=ema)
+    raw.tensors = _model_in(raw, ema and not raw.averaged)
     checkpoint = Checkpoint(path, _format_of(raw), raw.tensors, placeholders=raw.placeholders, skipped=raw.skipped)
     if checkpoint.format == "mmseg":
         checkpoint.tensors = _from_mmseg(raw.tensors)
@@ -55,6 +68,25 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True) -> Checkpoint:
     checkpoint.metadata = _known_metadata(raw.metadata)
     checkpoint.contents = tuple(sorted(set(raw.metadata) - {CONFIG_KEY, "format"}))
     return checkpoint
+
+
+def _model_in(raw: reader.RawFile, ema: bool) -> dict[str, Tensor]:
+    """Return the tensors by the names of a known model, without what a framework put before them."""
+    try:
+        found = roots(raw.tensors, _SIGNATURES)
+        averaged = choose_root(found, True) if ema else None
+        averages = {} if averaged is None else below(raw.tensors, averaged)
+        others = {
+            key: tensor for key, tensor in raw.tensors.items() if averaged is None or not key.startswith(averaged)
+        }
+        root = choose_root([root for root in found if root != averaged], False)
+        tensors = without_root(others, root) if root else others
+        averages = averages or (ldm_averages(tensors, LDM_UNET) if ema else {})
+        if ema and not averages:
+            raise CheckpointError(_NO_AVERAGES)
+        return {**tensors, **averages}  # buffers may have no averages
+    except CheckpointError as error:
+        raise CheckpointError(f"{raw.path}: {error}") from error
 
 
 def is_backbone(key: str) -> bool:
@@ -98,13 +130,15 @@ def _from_mmseg(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _format_of(raw: reader.RawFile) -> str:
     keys = raw.tensors
     shapes = {key: tuple(tensor.shape) for key, tensor in keys.items()}
-    if "decode_head.depth_pred_layer.0.weight" in keys:  # the port's
+    if _MMSEG_SIGNATURE in keys:
         return "mmseg"
     if infer_task(shapes) is not None:
         return "vpd"
     if any(key.startswith((LDM_UNET, LDM_VAE)) for key in keys):
         return "ldm"
-    names = ", ".join(list(keys)[:4])
+    names = ", ".join(key[:100] for key in list(keys)[:4])
+    if "encoder.conv_in.weight" in keys and "decoder.conv_in.weight" in keys:
+        raise CheckpointError(f"{raw.path}: a VAE alone; expected Stable Diffusion with its UNet, or a VPD model")
     if "down_blocks.0.resnets.0.norm1.weight" in keys or "encoder.down_blocks.0.resnets.0.norm1.weight" in keys:
         raise CheckpointError(
             f"{raw.path}: one network of a diffusers model; expected the folder that has unet/ and vae/ inside"
@@ -162,9 +196,9 @@ def open_bundled(name: str) -> Checkpoint:
     return Checkpoint(Path(name), "bundled", tensors, config, {bundled.RECORD: record})
 
 
-def _open_folder(folder: Path, mmap: bool) -> Checkpoint:
-    if (folder / "unet").is_dir():
-        return _open_diffusers(folder, mmap)
+def _open_folder(folder: Path, mmap: bool, ema: bool) -> Checkpoint:
+    if (folder / "unet").is_dir() or (folder / _AVERAGED_UNET).is_dir():
+        return _open_diffusers(folder, mmap, ema)
     if (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file():
         config = _parse_config(reader.read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
         raw = reader.read_file(folder / WEIGHTS_NAME, mmap=mmap)
@@ -176,8 +210,13 @@ def _open_folder(folder: Path, mmap: bool) -> Checkpoint:
     )
 
 
-def _open_diffusers(folder: Path, mmap: bool) -> Checkpoint:
-    unet = _diffusers_tensors(folder / "unet", "diffusion_pytorch_model", mmap)
+def _open_diffusers(folder: Path, mmap: bool, ema: bool) -> Checkpoint:
+    part = folder / (_AVERAGED_UNET if ema else "unet")
+    if ema and not part.is_dir():
+        raise CheckpointError(f"{folder}: {_NO_AVERAGES} (they would be in {_AVERAGED_UNET}/)")
+    if not (folder / "vae").is_dir():
+        raise CheckpointError(f"{folder}: has no vae/, the VAE that encodes images; expected it beside unet/")
+    unet = _diffusers_tensors(part, "diffusion_pytorch_model", mmap)
     vae = _diffusers_tensors(folder / "vae", "diffusion_pytorch_model", mmap)
     layout = ldm_diffusers.Layout.of_diffusers(unet, vae)
     try:
@@ -185,34 +224,43 @@ def _open_diffusers(folder: Path, mmap: bool) -> Checkpoint:
         tensors |= _prefixed(LDM_VAE, ldm_diffusers.vae_from_diffusers(vae, layout))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    parts = {p.name for p in folder.iterdir() if p.is_dir()} - {"unet", "vae"}
+    parts = {p.name for p in folder.iterdir() if p.is_dir()} - {"unet", "vae", _AVERAGED_UNET}
     if (folder / "text_encoder").is_dir():
         text = _diffusers_tensors(folder / "text_encoder", "model", mmap)
         # transformers 5 leaves this prefix out of the files it writes.
         tensors |= _prefixed(LDM_TEXT + "text_model.", {k.removeprefix("text_model."): v for k, v in text.items()})
         parts.discard("text_encoder")
     metadata = {}
-    if (folder / "unet" / CONFIG_NAME).is_file():
-        # In SD 1.x's configurations this is the number of heads, whatever its name says.
-        heads = reader.read_json(folder / "unet" / CONFIG_NAME).get("attention_head_dim", 8)
-        if not isinstance(heads, int):
-            raise CheckpointError(
-                f"{folder}: attention_head_dim is {heads!r}, expected one int as in Stable Diffusion 1.x"
-            )
-        metadata["num_heads"] = heads
+    if (part / CONFIG_NAME).is_file():
+        metadata["num_heads"] = _heads(part / CONFIG_NAME)
     return Checkpoint(folder, "diffusers", tensors, metadata=metadata, contents=tuple(sorted(parts)))
 
 
+def _heads(path: Path) -> int:
+    """Return the number of attention heads in the configuration of diffusers' UNet."""
+    values = reader.read_json(path)
+    # In SD 1.x's configurations `attention_head_dim` is that number, whatever its name says.
+    given = [values[name] for name in ("num_attention_heads", "attention_head_dim") if values.get(name) is not None]
+    heads = given[0] if given else 8
+    if isinstance(heads, list) and heads and all(item == heads[0] for item in heads):
+        heads = heads[0]
+    if type(heads) is not int or heads < 1:
+        raise CheckpointError(
+            f"{path}: attention_head_dim is {brief(heads)}, expected one int as in Stable Diffusion 1.x"
+        )
+    return heads
+
+
 def _diffusers_tensors(folder: Path, stem: str, mmap: bool) -> dict[str, Tensor]:
-    """Read the tensors of one sub-folder: full precision first, safetensors first, whole or in shards."""
-    for variant, suffix in itertools.product(("", "fp16."), ("safetensors", "bin")):
-        for name in (stem, f"pytorch_{stem}"):  # the second is what transformers calls its .bin files
-            file, index = folder / f"{name}.{variant}{suffix}", folder / f"{name}.{suffix}.index.{variant}json"
-            if file.is_file():
-                return reader.read_file(file, mmap=mmap).tensors
-            if index.is_file():
-                return _read_shards(index, mmap)
-    raise CheckpointError(f"{folder}: expected {stem}.safetensors or .bin (also .fp16 or in shards) and found neither")
+    """Read the tensors of one sub-folder, whole or in shards."""
+    found = find_weights(folder, stem)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: expected {stem}.safetensors or .bin (also .fp16 or in shards) and found neither"
+        )
+    if found.path.suffix == ".json":
+        return _read_shards(found.path, mmap)
+    return reader.read_file(found.path, mmap=mmap).tensors
 
 
 def _read_shards(index: Path, mmap: bool) -> dict[str, Tensor]:

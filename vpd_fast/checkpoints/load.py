@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vpd_fast.bundled import NAMES, is_bundled
 from vpd_fast.checkpoints import reader
-from vpd_fast.checkpoints.checkpoint import Checkpoint
+from vpd_fast.checkpoints.checkpoint import LDM_VAE, Checkpoint
 from vpd_fast.checkpoints.formats import is_backbone, ldm_to_vpd, open_checkpoint
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
 from vpd_fast.checkpoints.report import LoadReport, first_names
@@ -29,6 +29,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mmap: bool = True,
+    ema: bool = False,
     **config_overrides: Any,
 ) -> VPD:
     """Load a VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, or
@@ -38,14 +39,15 @@ def load_checkpoint(
     initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: on the CPU,
     float32 weights stay in the file until used; they may be trained, which does not change the file, but the file must
     not be overwritten in place meanwhile. config_overrides: VPDConfig or BackboneConfig fields that shapes do not tell
-    (num_heads, max_depth, base_size, ...).
+    (num_heads, max_depth, base_size, ...). ema: the averages over the training (EMA) in place of the weights; an
+    error where the file has none.
 
     The model is in eval mode and carries a `LoadReport` as `load_report`. Raises CheckpointError: unreadable or hostile
     file, another task, missing weights, shapes that do not fit; InputError for an unknown task or override.
     """
     if task is not None and task not in TASKS:
         raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {task!r}")
-    checkpoint = open_checkpoint(path, mmap=mmap)
+    checkpoint = open_checkpoint(path, mmap=mmap, ema=ema)
     config = vpd_config(checkpoint, config_overrides, task)
     model = _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype)
     model.load_report.notes += _assumptions(checkpoint, config, config_overrides)
@@ -81,6 +83,7 @@ def load_stable_diffusion(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mmap: bool = True,
+    ema: bool = False,
 ) -> VPD:
     """Make a model for fine-tuning: encoder and UNet of Stable Diffusion 1.x, everything else freshly initialised.
 
@@ -89,10 +92,14 @@ def load_stable_diffusion(
     and depth unless allow_missing, which leaves them zero. All else (eval mode, report, options, errors) as in
     `load_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, mmap=mmap)
+    checkpoint = open_checkpoint(path, mmap=mmap, ema=ema)
     if not checkpoint.is_stable_diffusion:
         raise CheckpointError(
             f"{path}: is a VPD model; expected Stable Diffusion 1.x (load this file with load_checkpoint)"
+        )
+    if not any(key.startswith(LDM_VAE) for key in checkpoint.tensors) and not allow_missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: has no VAE ({LDM_VAE}*), only the UNet; expected both, or allow_missing=True"
         )
     heads = {} if "num_heads" in checkpoint.metadata else {"num_heads": config.backbone.num_heads}
     _check_backbone(checkpoint.path, checkpoint.backbone(**heads), config.backbone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor
 
 from vpd_fast.checkpoints import archives
-from vpd_fast.checkpoints.pickles import Placeholder, Unpickled
+from vpd_fast.checkpoints.names import without_wrappers
+from vpd_fast.checkpoints.pickles import Unpickled
+from vpd_fast.checkpoints.state_dicts import find_state_dict
 from vpd_fast.errors import CheckpointError
+from vpd_fast.files import read_json_object, require_regular
 
 _EXPECTED = "expected a PyTorch checkpoint (.pth, .pt, .ckpt, .bin), a .safetensors file or a checkpoint folder"
-_STATE_DICT_NAMES = ("state_dict", "model", "model_state_dict", "module")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _MAX_SAFETENSORS_HEADER = 100_000_000
 
 
@@ -27,6 +27,7 @@ class RawFile:
     """Contents of one file: named tensors, plain metadata, and what could not be kept.
 
     placeholders: classes of pickled objects that were not rebuilt. skipped: state-dict entries that are not tensors.
+    averaged: the tensors are the averages that were asked for.
     """
 
     path: Path
@@ -34,11 +35,13 @@ class RawFile:
     metadata: dict[str, Any] = field(default_factory=dict)
     placeholders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    averaged: bool = False
 
 
-def read_file(path: str | Path, *, mmap: bool = True) -> RawFile:
+def read_file(path: str | Path, *, mmap: bool = True, ema: bool = False) -> RawFile:
     """Read one file of any kind. Nothing in it is executed.
 
+    ema: the averages over the training, where the file has them beside the weights as a state dict of their own.
     mmap: tensors stay on disk until used; they can be written to without changing the file, but the file must not be
     overwritten in place while they live (replacing it by rename is fine). False reads everything into memory.
     Raises CheckpointError: missing, empty, truncated, damaged or unknown file.
@@ -49,9 +52,9 @@ def read_file(path: str | Path, *, mmap: bool = True) -> RawFile:
         if _is_safetensors(path, head):
             raw = _read_safetensors(path)
         elif head.startswith(b"PK\x03\x04"):
-            raw = _from_object(path, archives.read_zip(path))
+            raw = _from_object(path, archives.read_zip(path), ema)
         elif archives.is_legacy(head):
-            raw = _from_object(path, archives.read_legacy(path))
+            raw = _from_object(path, archives.read_legacy(path), ema)
         else:
             raise CheckpointError(f"{path}: {_guess(head)}; {_EXPECTED}")
         if not mmap:
@@ -71,10 +74,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError."""
     path = Path(path)
     with _explained(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+        try:
+            return read_json_object(path)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 @contextmanager
@@ -82,8 +85,10 @@ def _explained(path: Path) -> Iterator[None]:
     """Whatever a broken file provokes in the parsers becomes one CheckpointError that names the file."""
     try:
         yield
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file or folder; {_EXPECTED}") from error
     except OSError as error:
@@ -96,6 +101,7 @@ def _explained(path: Path) -> Iterator[None]:
 def _head(path: Path) -> bytes:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; expected a file")
+    require_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -132,41 +138,18 @@ def _read_safetensors(path: Path) -> RawFile:
     with safe_open(path, framework="pt", device="cpu") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = dict(file.metadata() or {})
-    return RawFile(path, _without_wrappers(tensors), metadata)
+    return RawFile(path, without_wrappers(tensors), metadata)
 
 
-def _from_object(path: Path, unpickled: Unpickled) -> RawFile:
+def _from_object(path: Path, unpickled: Unpickled, ema: bool) -> RawFile:
     value = unpickled.value
     placeholders = tuple(sorted(unpickled.placeholders))
     if isinstance(value, Tensor):
         return RawFile(path, {"": value}, {}, placeholders)
-    metadata: dict[str, Any] = {}
-    state = value
-    if isinstance(value, dict):
-        name = next((n for n in _STATE_DICT_NAMES if isinstance(value.get(n), (dict, Placeholder))), None)
-        if name is not None:
-            state = value[name]
-            metadata = {str(key): item for key, item in value.items() if key != name}
-    if isinstance(state, Placeholder):
-        raise CheckpointError(
-            f"{path}: holds a pickled object of class {state.name}, which is not rebuilt; expected its state dict "
-            "(save model.state_dict() where the class is available)"
-        )
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected a state dict")
+    state, metadata, found = find_state_dict(value, ema)
     tensors = {key: item for key, item in state.items() if isinstance(key, str) and isinstance(item, Tensor)}
-    if not tensors:
-        names = ", ".join(str(key) for key in list(state)[:5])
-        raise CheckpointError(f"{path}: no tensors in its state dict (entries: {names or 'none'})")
     skipped = tuple(str(key) for key in state if key not in tensors)
-    return RawFile(path, _without_wrappers(tensors), metadata, placeholders, skipped)
-
-
-def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPER_PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            return _without_wrappers({key[len(prefix) :]: tensor for key, tensor in tensors.items()})
-    return tensors
+    return RawFile(path, without_wrappers(tensors), metadata, placeholders, skipped, found)
 
 
 def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:

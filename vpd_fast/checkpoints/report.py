@@ -18,6 +18,8 @@ _UNUSED = tuple(
         (r"(encoder\.)?(encoder_vq|first_stage_model)\.decoder\.", "image decoder"),
         (r"(encoder\.)?(encoder_vq|first_stage_model)\.loss\.", "autoencoder training loss"),
         (r"model_ema\.", "moving averages of the UNet"),
+        (r"(\w+\.)?(model_ema|ema_model|ema)\.", "moving averages"),
+        (r"(\w+\.)?n_averaged$", "number of averaged steps"),
         (r"cond_stage_model\.|(encoder\.)?clip_model\.", "text encoder"),
         (r"auxiliary_head\.", "auxiliary head, for training only"),
         (

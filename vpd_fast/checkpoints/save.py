@@ -14,6 +14,7 @@ from vpd_fast import bundled
 from vpd_fast.checkpoints import reader
 from vpd_fast.checkpoints.checkpoint import CONFIG_KEY
 from vpd_fast.checkpoints.infer import ENCODER
+from vpd_fast.checkpoints.names import without_wrappers
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import CheckpointError
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, write_files
@@ -30,8 +31,9 @@ def save_pretrained(model: VPD, folder: str | Path) -> None:
 
 def pretrained_writers(folder: Path, config: VPDConfig, tensors: Mapping[str, Tensor]) -> dict[Path, Writer]:
     """Return the writers, as `write_files` takes them, of the two files of a model's folder."""
+    clean = without_wrappers(tensors)  # of torch.compile and the like inside the model
     return {
-        folder / WEIGHTS_NAME: lambda path: write_safetensors(path, tensors, config),
+        folder / WEIGHTS_NAME: lambda path: write_safetensors(path, clean, config),
         folder / CONFIG_NAME: config.save,
     }
 

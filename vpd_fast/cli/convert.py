@@ -11,6 +11,7 @@ import typer
 from vpd_fast.checkpoints import convert as convert_checkpoint
 from vpd_fast.checkpoints import load_checkpoint
 from vpd_fast.checkpoints.convert import TARGETS
+from vpd_fast.cli import options
 from vpd_fast.config import PRECISIONS
 from vpd_fast.engine import Policy, optimize
 from vpd_fast.errors import InputError
@@ -34,6 +35,7 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPES)}. [default: as in the source]")
     ] = None,
+    ema: options.Ema = False,
     precision: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"Of an engine: {', '.join(PRECISIONS)}. [default: int8]"),
@@ -57,7 +59,7 @@ def convert(
     if to == "engine":
         if dtype is not None:
             raise InputError("--dtype is for checkpoints; --precision says in what an engine computes")
-        _to_engine(source, destination, precision or "int8", device or "cpu")
+        _to_engine(source, destination, precision or "int8", device or "cpu", ema)
         return
     if precision is not None:
         raise InputError(f"--precision is for --to engine, not --to {to}; --dtype says in what a checkpoint is stored")
@@ -66,11 +68,11 @@ def convert(
     if to not in TARGETS:
         raise InputError(f"--to must be one of {', '.join([*TARGETS, 'engine'])}, got {to!r}")
     stored = None if dtype is None else getattr(torch, DTYPES[dtype])
-    report = convert_checkpoint(source, destination, to=to, dtype=stored)
+    report = convert_checkpoint(source, destination, to=to, dtype=stored, ema=ema)
     typer.echo(str(report))
 
 
-def _to_engine(source: Path, destination: Path, precision: str, device: str) -> None:
+def _to_engine(source: Path, destination: Path, precision: str, device: str, ema: bool) -> None:
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if device not in DEVICES:
@@ -79,6 +81,6 @@ def _to_engine(source: Path, destination: Path, precision: str, device: str) -> 
         raise InputError(f"{destination} is a file; an engine is a folder")
     # GPUs have no Winograd kernels; what a CPU has no instructions for, it can still pack.
     policy = Policy() if device == "cpu" else Policy(winograd=False, emulate=True)
-    fast = optimize(load_checkpoint(source), precision, policy=policy, progress=error_console().is_terminal)
+    fast = optimize(load_checkpoint(source, ema=ema), precision, policy=policy, progress=error_console().is_terminal)
     fast.save(destination)
     typer.echo(str(fast.report()))

@@ -46,6 +46,7 @@ def evaluate(
     limit: Annotated[int | None, data_option(metavar="N", help="Only the first N samples.")] = None,
     strict: Annotated[bool, data_option("--strict", help="Stop at the first broken sample.")] = False,
     checkpoint: options.Checkpoint = None,
+    ema: options.Ema = False,
     random_weights: options.RandomWeights = None,
     task: options.Task = None,
     config: options.Config = None,
@@ -120,7 +121,7 @@ def evaluate(
         if task is None and dataset is not None and random_weights is not None and config is None:
             task = dataset.task
         model_options = options.ModelOptions(
-            checkpoint, random_weights, task, config, device, precision, attention_backend
+            checkpoint, random_weights, task, config, device, precision, attention_backend, ema
         )
         if rank == 0:
             files.prepare_output(output)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def maps(
     images: options.Images,
     checkpoint: options.Checkpoint = None,
+    ema: options.Ema = False,
     random_weights: options.RandomWeights = None,
     task: options.Task = None,
     config: options.Config = None,
@@ -50,7 +51,9 @@ def maps(
     sentence's words (cat_maps_1.png, cat_maps_2.png, ... if there are several sentences). maps.json has the numbers.
     Images of several folders, or of equal names, give a/cat.jpg_maps.png, as `predict` names them.
     """
-    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision, attention_backend)
+    model_options = options.ModelOptions(
+        checkpoint, random_weights, task, config, device, precision, attention_backend, ema
+    )
     listing = Listing(images)
     naming = listing.naming([])
     paths = list(listing.paths())

@@ -48,6 +48,10 @@ Checkpoint = Annotated[
         "miniature: shapes-segmentation, shapes-referring, shapes-depth. Its task is recognised.",
     ),
 ]
+Ema = Annotated[
+    bool,
+    model_option("--ema", help="Of a checkpoint that has both: the averages over the training, not the weights."),
+]
 RandomWeights = Annotated[
     int | None,
     model_option(metavar="SEED", help="Instead of a checkpoint: random weights, at the size of Stable Diffusion 1.5."),
@@ -120,6 +124,7 @@ class ModelOptions:
     device: str
     precision: str | None
     attention_backend: str = "plain"
+    ema: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in (None, *PRECISIONS):
@@ -133,6 +138,8 @@ class ModelOptions:
             raise InputError(f"give either --checkpoint PATH or --random-weights SEED, got {came}")
         if self.checkpoint is not None and self.config is not None:
             raise InputError("--config goes with --random-weights; a checkpoint's sizes are found in the file")
+        if self.checkpoint is None and self.ema:
+            raise InputError("--ema goes with --checkpoint; random weights have no averages")
 
     def load(self) -> Perceiver:
         """Load the model for evaluation. Raises InputError, CheckpointError, MissingDependencyError."""
@@ -145,13 +152,15 @@ class ModelOptions:
         elif (self.checkpoint / SETTINGS).exists():
             return self._load_engine(self.checkpoint, device)
         else:
-            model = load_checkpoint(self.checkpoint, task=self.task, device=place)
+            model = load_checkpoint(self.checkpoint, task=self.task, device=place, ema=self.ema)
         if self.precision is not None:
             return optimize(model, self.precision, device=device)
         model.attention_backend = self.attention_backend
         return model
 
     def _load_engine(self, folder: Path, device: torch.device) -> Perceiver:
+        if self.ema:
+            raise InputError(f"--ema is for checkpoints; {folder} is a fast model, made of either")
         if self.attention_backend != "plain":
             raise InputError(f"--attention-backend is for plain models; {folder} is a fast model")
         model = load_engine(folder, device)

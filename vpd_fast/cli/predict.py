@@ -26,6 +26,7 @@ def predict(
         typer.Argument(metavar="IMAGES", help="Files, folders (the images in them) and quoted globs."),
     ] = None,
     checkpoint: options.Checkpoint = None,
+    ema: options.Ema = False,
     random_weights: options.RandomWeights = None,
     task: options.Task = None,
     config: options.Config = None,
@@ -104,7 +105,9 @@ def predict(
         raise InputError(f"--prefetch must be at least 1, got {prefetch}")
     if at_scale and device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun started several processes here
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model_options = options.ModelOptions(checkpoint, random_weights, task, config, device, precision, attention_backend)
+    model_options = options.ModelOptions(
+        checkpoint, random_weights, task, config, device, precision, attention_backend, ema
+    )
     chosen: dict[str, Any] = {"mode": mode, "flip": flip, "scene": scene}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if scales is not None:

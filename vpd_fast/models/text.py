@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from vpd_fast import bundled
 from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, TruncationWarning, brief
-from vpd_fast.files import read_text, write_files
+from vpd_fast.files import find_weights, read_text, write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _FORMAT = "1"  # part of every cache key: change it when the same input should g
 WORDS = "words.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 MAX_HASHED = 2**24  # bytes; larger files count by size and time
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json")
 
 
 class TextEncoder:
@@ -379,7 +379,11 @@ def _load_model(folder: Path, vocabulary: int) -> nn.Module:
         from transformers import CLIPTextModel
 
         with bundled.unpacked_folder(_subfolders(folder)[0]) as place:
-            loaded: Any = CLIPTextModel.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
+            found = find_weights(place, "model")
+            chosen = {"variant": found.variant, "use_safetensors": found.is_safetensors} if found else {}
+            loaded: Any = CLIPTextModel.from_pretrained(
+                str(place), local_files_only=True, output_loading_info=True, **chosen
+            )
     model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if missing:
