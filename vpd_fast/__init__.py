@@ -9,7 +9,7 @@ from vpd_fast import _startup
 
 _startup.prepare()  # before PyTorch is imported
 
-from vpd_fast import _deprecated, ops  # noqa: E402
+from vpd_fast import _deprecated, forks, ops  # noqa: E402
 from vpd_fast.config import BackboneConfig, VPDConfig  # noqa: E402
 from vpd_fast.models import VPD  # noqa: E402
 
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["VPD", "BackboneConfig", "VPDConfig", "__version__", "load_engine", "ops", "optimize"]
 
 _deprecated.install()
+forks.install()
 
 _MODULES = ("checkpoints", "engine", "inference")
 

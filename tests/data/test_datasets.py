@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vpd_fast.data import open_dataset
 from vpd_fast.errors import DatasetError, ImageError, InputError
@@ -95,15 +96,58 @@ def test_refer_errors(tmp_path):
         open_dataset("refcoco", tmp_path, "validation")
     with pytest.raises(DatasetError, match="no object is in the split testC"):
         open_dataset("refcoco", tmp_path, "testC")
-    rewrite(tmp_path, lambda refs: refs[1]["sentences"].append({"sent": " "}))
-    with pytest.raises(DatasetError, match="object 11 has an empty sentence"):
+    everything = ["sentences", "ann_id", "image_id"]
+    for key, value in zip(everything, ([{"sent": " "}], 99, 99), strict=True):
+        miniature.refer(tmp_path)
+        rewrite(tmp_path, lambda refs, key=key, value=value: [ref.update({key: value}) for ref in refs])
+        with pytest.raises(DatasetError, match=r"object.* left out|no image of an object|can be used \(\d left out"):
+            open_dataset("refcoco", tmp_path, "train")
+    rewrite(tmp_path, lambda refs: [ref.pop("split") for ref in refs])
+    with pytest.raises(DatasetError, match="list of objects; the first: number 0 .*split"):
         open_dataset("refcoco", tmp_path, "train")
-    rewrite(tmp_path, lambda refs: (refs[1]["sentences"].pop(), refs[2].update(ann_id=99)))
-    with pytest.raises(DatasetError, match="no annotation 99"):
-        open_dataset("refcoco", tmp_path, "train")
-    rewrite(tmp_path, lambda refs: refs[3].pop("split"))
-    with pytest.raises(DatasetError, match="list of objects .*split"):
-        open_dataset("refcoco", tmp_path, "train")
+
+
+def test_broken_objects_are_told_and_left_out(tmp_path):
+    miniature.refer(tmp_path)
+    rewrite(tmp_path, lambda refs: refs.extend(
+        [
+            {**refs[0], "ref_id": 90, "sentences": []},
+            {**refs[0], "ref_id": 91, "sentences": [{"sent": ""}, {"sent": "red"}]},
+            {**refs[0], "ref_id": 92, "sentences": "a red box"},
+            {**refs[0], "ref_id": 93, "sentences": ["a red box"]},
+            {**refs[0], "ref_id": 94, "ann_id": 99},
+            {**refs[0], "ref_id": 95, "image_id": 99},
+            {"ref_id": 96},
+            None,
+            {**refs[0], "ref_id": 97, "sentences": [{"sent": "\ud800"}]},
+        ]
+    ))  # fmt: skip
+    data = open_dataset("refcoco", tmp_path, "train")
+    samples = {data.name(i): data.load(i).sentences for i in range(len(data))}
+    assert len(samples) == 4 + 3
+    assert [samples[f"train/{i}"] for i in (91, 92, 93)] == [("red",), ("a red box",), ("a red box",)]
+    assert [(note.split(":")[0], note.split("the first: ")[1][:10]) for note in data.notes] == [
+        ("2 left out", "number 14 "), ("2 left out", "object 90"), ("2 left out", "object 94"),
+        ("1 left out", "object 91"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_refer_reads_images_as_they_are_stored(tmp_path, orientation):
+    miniature.refer(tmp_path)
+    path = tmp_path / "images/mscoco/images/train2014/COCO_train2014_000000000000.jpg"
+    before = open_dataset("refcoco", tmp_path, "train").load(0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data, block = path.read_bytes(), exif.tobytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:])
+    np.testing.assert_array_equal(open_dataset("refcoco", tmp_path, "train").load(0).image, before.image)
+    turned = open_dataset("refcoco", tmp_path, "train", exif=True)
+    if orientation == 6:
+        with pytest.raises(DatasetError, match="must have the same size"):
+            turned.load(0)
+    else:
+        np.testing.assert_array_equal(turned.load(0).image, before.image[::-1, ::-1])
 
 
 @pytest.mark.parametrize("segmentation", [[], [[1, 2]], ["abc"], None, {"size": [64, 96], "counts": "!!zz99"}])
@@ -117,8 +161,8 @@ def test_shapes_that_are_none(tmp_path, segmentation):
         open_dataset("refcoco", tmp_path, "train").load(0)
     values["images"][0]["height"] = None
     path.write_text(json.dumps(values))
-    with pytest.raises(DatasetError, match="image 30 must have"):
-        open_dataset("refcoco", tmp_path, "train")
+    data = open_dataset("refcoco", tmp_path, "train")
+    assert (len(data), data.notes[0].rpartition(": ")[2]) == (3, "object 10")
 
 
 def test_compressed_rle(tmp_path):
@@ -241,3 +285,120 @@ def test_folder_with_lists_and_errors(tmp_path):
         open_dataset("folder", tmp_path, "val", task="segmentation")
     with pytest.raises(DatasetError, match="256 classes; expected at most 255"):
         open_dataset("folder", tmp_path, "val", task="segmentation", classes=[str(i) for i in range(256)])
+
+
+def test_a_folder_of_black_and_white_masks(tmp_path):
+    miniature.folder(tmp_path, "segmentation")
+    (tmp_path / "classes.txt").write_text("ground\nbox\n")
+    for i in range(4):
+        labels = miniature.picture(100 + i)[1]
+        miniature.write_image(tmp_path / f"masks/val/val_{i}.png", np.where(labels > 0, 255, 0).astype(np.uint8))
+    target = open_dataset("folder", tmp_path, "val", task="segmentation", binary=True).load(1).target
+    np.testing.assert_array_equal(target, miniature.picture(101)[1] > 0)
+    assert target.dtype == np.uint8
+    with pytest.raises(InputError, match="binary is for segmentation of two classes, got segmentation of 3"):
+        open_dataset("folder", tmp_path, "val", task="segmentation", binary=True, classes=["a", "b", "c"])
+    with pytest.raises(InputError, match="binary must be true or false, got 'yes'"):
+        open_dataset("folder", tmp_path, "val", task="segmentation", binary="yes")
+
+
+def test_labels_that_are_no_class(tmp_path):
+    miniature.folder(tmp_path, "segmentation")
+    for value in (-1, 256, 70_000):
+        labels = np.full((64, 96), value, np.int32)
+        (tmp_path / "masks/val/val_0.png").unlink(missing_ok=True)
+        Image.fromarray(labels).save(tmp_path / "masks/val/val_0.tif")
+        with pytest.raises(DatasetError, match=f"val_0.tif: the mask has class {value}, but there are only 5"):
+            open_dataset("folder", tmp_path, "val", task="segmentation").load(0)
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "nyu", "folder"])
+def test_one_text_is_no_list_of_classes(tmp_path, kind):
+    root = {"ade20k": miniature.ade20k, "nyu": miniature.nyu}.get(kind, lambda r: miniature.folder(r, "segmentation"))
+    split = {"ade20k": "training", "nyu": "train"}.get(kind, "train")
+    options = {"task": "segmentation"} if kind == "folder" else {}
+    with pytest.raises(InputError, match="classes must be a list of names, got the text 'abc'"):
+        open_dataset(kind, root(tmp_path), split, classes="abc", **options)
+
+
+@pytest.mark.parametrize("kind", ["nyu", "folder"])
+def test_the_unit_of_depths(tmp_path, kind):
+    root = miniature.nyu(tmp_path) if kind == "nyu" else miniature.folder(tmp_path, "depth")
+    options = {"task": "depth"} if kind == "folder" else {}
+    metres = open_dataset(kind, root, "train", **options).load(0).target
+    scaled = open_dataset(kind, root, "train", depth_scale=256, **options).load(0).target
+    np.testing.assert_allclose(scaled, metres * (1000 / 256), rtol=1e-6)
+    for scale in (0, -1, float("nan"), "m", True):
+        with pytest.raises(InputError, match="depth_scale must be units per metre"):
+            open_dataset(kind, root, "train", depth_scale=scale, **options)
+    path = root / ("sync/kitchen_0028b/sync_depth_00000.png" if kind == "nyu" else "depths/train/train_0.png")
+    miniature.write_image(path, np.full((64, 96), 200, np.uint8))
+    with pytest.raises(DatasetError, match=f"{path.name}: depths of 8 bits, which end at 255 millimetres"):
+        open_dataset(kind, root, "train", **options).load(0)
+    target = open_dataset(kind, root, "train", depth_scale=25.5, **options).load(0).target
+    np.testing.assert_allclose(target, 200 / 25.5, rtol=1e-6)
+
+
+def test_nyu_tells_what_has_no_partner(tmp_path):
+    scene = miniature.nyu(tmp_path) / "sync/kitchen_0028b"
+    assert open_dataset("nyu", tmp_path, "train").notes == []
+    (scene / "sync_depth_00001.png").unlink()
+    (scene / "rgb_00000.jpg").unlink()
+    data = open_dataset("nyu", tmp_path, "train")
+    assert len(data) == 2
+    assert [note.replace(str(tmp_path), "") for note in data.notes] == [
+        "1 left out: images without a depth file in /sync; the first: kitchen_0028b/rgb_00001.jpg",
+        "1 left out: depth files without an image in /sync; the first: kitchen_0028b/sync_depth_00000.png",
+    ]
+
+
+def test_folders_tell_what_they_leave_out(tmp_path):
+    miniature.folder(tmp_path / "own", "segmentation")
+    place = tmp_path / "own/images/val"
+    for name in ("val_0.webp", "val_1.PNG", "notes.txt", ".hidden"):
+        (place / name).write_bytes((place / "val_0.png").read_bytes())
+    (tmp_path / "own/masks/val/val_9.png").write_bytes(b"")
+    data = open_dataset("folder", tmp_path / "own", "val", task="segmentation")
+    assert [data.entries[i]["image"].name for i in range(4)] == ["val_0.png", "val_1.PNG", "val_2.png", "val_3.png"]
+    assert [(note[:10], note.rpartition("/")[2]) for note in data.notes] == [
+        ("2 left out", "val_1.png"), ("1 left out", "notes.txt"), ("1 left out", "val_9.png")
+    ]  # fmt: skip
+    miniature.ade20k(tmp_path / "ade")
+    place = tmp_path / "ade/images/training"
+    (place / "ADE_train_00000000.jpg").rename(place / "ADE_train_00000000.JPG")
+    data = open_dataset("ade20k", tmp_path / "ade", "training")
+    assert len(data) == 3
+    assert [note.split(" left out: files in ")[0] for note in data.notes] == ["1", "1"]
+
+
+def test_entries_of_sentences_that_are_broken_are_told_and_left_out(tmp_path):
+    miniature.folder(tmp_path, "referring")
+    path = tmp_path / "sentences.json"
+    rows = json.loads(path.read_text())
+    row = next(row for row in rows if row["split"] == "val")
+    good = len([row for row in rows if row["split"] == "val"])
+    broken = [None, "x", 5, {}, {**row, "image": 5}, {**row, "sentences": None}, {**row, "sentences": [" "]}]
+    more = [{**row, "sentences": "cube"}, {**row, "sentences": ["cube", ""]}]
+    path.write_text(json.dumps([*rows, *broken, *more]))
+    data = open_dataset("folder", tmp_path, "val", task="referring")
+    assert [data.load(i).sentences for i in (good, good + 1)] == [("cube",), ("cube",)]
+    assert [note.split(" left out")[0] for note in data.notes] == [str(len(broken)), "1"]
+    for text in (json.dumps(broken), "{}", "[" * 100_000, '"abc"', "nonsense"):
+        path.write_text(text)
+        with pytest.raises(
+            DatasetError, match="expected a list of entries with image, mask, sentences and split|no im"
+        ):
+            open_dataset("folder", tmp_path, "val", task="referring")
+
+
+def test_orientation_in_a_folder(tmp_path):
+    miniature.folder(tmp_path, "segmentation")
+    path = tmp_path / "images/val/val_0.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+        image.save(path, exif=exif)
+    for value, expected in ((True, pixels[::-1, ::-1]), (False, pixels)):
+        data = open_dataset("folder", tmp_path, "val", task="segmentation", exif=value)
+        np.testing.assert_array_equal(data.load(0).image, expected)

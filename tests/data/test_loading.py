@@ -108,6 +108,26 @@ def test_too_many_broken_samples():
         take(1, dataset=Numbers(10, broken=tuple(range(10))))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_reading_raises_is_one_broken_sample(workers):
+    data = Foreign(10, broken=(4, 7))
+    batches = take(5, dataset=data, workers=workers)
+    assert not {4, 7} & set(torch.cat([b["index"] for b in batches]).tolist())
+    messages = {message for b in batches for message in b["skipped"]}
+    assert "number 4: number 4: the sample cannot be read (KeyError: 'line 4')" in messages
+    with pytest.raises(DatasetError, match="^number 4: the sample cannot be read"):
+        take(5, dataset=data, on_error="raise", workers=workers)
+
+
+class Foreign(Numbers):
+    """Raises what no list of exceptions foresees."""
+
+    def load(self, index: int) -> Sample:
+        if index in self.broken:
+            raise KeyError(f"line {index}")
+        return super().load(index)
+
+
 def test_bad_arguments():
     with pytest.raises(InputError, match="3 samples do not fill a batch of 2 on each of 2"):
         take(1, dataset=Numbers(3), world_size=2)

@@ -22,6 +22,7 @@ from vpd_fast.errors import InputError
 from vpd_fast.evaluation import Evaluation
 from vpd_fast.evaluation import evaluate as run
 from vpd_fast.evaluation.results import show
+from vpd_fast.pictures.decoding import printable
 from vpd_fast.progress import error_console
 
 # Kinds of vpd_fast.data, and the split that results are published for.
@@ -41,6 +42,15 @@ def evaluate(
         str | None,
         data_option(
             metavar="NAME", help="[default: validation for ade20k, test for nyu and shapes, val for the others]"
+        ),
+    ] = None,
+    data_options: Annotated[
+        list[str] | None,
+        data_option(
+            "--data-option",
+            metavar="NAME=VALUE",
+            help="An option of the data set, may be repeated: binary=true (masks of 0 and 255), depth_scale=256, "
+            "exif=false, ...",
         ),
     ] = None,
     limit: Annotated[int | None, data_option(metavar="N", help="Only the first N samples.")] = None,
@@ -114,10 +124,10 @@ def evaluate(
     if data in ANY_TASK and crop is None:
         chosen["crop"] = "none"
     split = SPLITS[data] if split is None else split
-    data_options = _data_options(data, split_by, scene_rule, filenames)
+    dataset_options = _data_options(data, split_by, scene_rule, filenames, data_options or [])
     with _process_group(device) as (rank, world_size, device):
         # A data set of a known task is opened before the model, which may take minutes to load.
-        dataset = None if data in ANY_TASK and task is None else _open(data, root, split, task, data_options)
+        dataset = None if data in ANY_TASK and task is None else _open(data, root, split, task, dataset_options)
         if task is None and dataset is not None and random_weights is not None and config is None:
             task = dataset.task
         model_options = options.ModelOptions(
@@ -128,7 +138,7 @@ def evaluate(
         with error_console().status("loading the model"):
             model = model_options.load()
         if dataset is None:
-            dataset = _open(data, root, split, model.config.task, data_options)
+            dataset = _open(data, root, split, model.config.task, dataset_options)
         if model.config.task != "depth" and crop is None:
             del chosen["crop"]  # a default, which other tasks do not know
         chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -140,7 +150,8 @@ def evaluate(
             )  # fmt: skip
         if rank == 0:
             header = model_options.header(model, options.notes(random_weights, encoder) + found.notes)
-            header["data"] = {"kind": data, "root": str(root), "split": split, "samples": len(dataset), **data_options}
+            about = {"kind": data, "root": str(root), "split": split, "samples": len(dataset)}
+            header["data"] = {**about, **dataset_options}
             header["processes"] = world_size
             _finish(found, header, output, json)
         if world_size > 1:  # a process that leaves with exit code 1 makes torchrun end the others
@@ -149,8 +160,13 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _data_options(data: str, split_by: str | None, scene_rule: str | None, filenames: Path | None) -> dict[str, Any]:
-    """Return the options given that the data set has. Raises InputError for those it does not have."""
+def _data_options(
+    data: str, split_by: str | None, scene_rule: str | None, filenames: Path | None, others: list[str]
+) -> dict[str, Any]:
+    """Return the options given that the data set has. Raises InputError for those it does not have.
+
+    others: NAME=VALUE, where VALUE is JSON, or else text.
+    """
     given = {
         "split_by": (split_by, data.startswith("ref")), "scene_rule": (scene_rule, data == "nyu"),
         "filenames": (None if filenames is None else str(filenames), data == "nyu"),
@@ -158,7 +174,16 @@ def _data_options(data: str, split_by: str | None, scene_rule: str | None, filen
     for name, (value, fits) in given.items():
         if value is not None and not fits:
             raise InputError(f"--{name.replace('_', '-')} is not for --data {data}")
-    return {name: value for name, (value, _) in given.items() if value is not None}
+    chosen = {name: value for name, (value, _) in given.items() if value is not None}
+    for text in others:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise InputError(f"--data-option must be NAME=VALUE, got {text!r}")
+        try:
+            chosen[name] = json_module.loads(value)
+        except ValueError:
+            chosen[name] = value
+    return chosen
 
 
 def _open(kind: str, root: Path, split: str, task: str | None, chosen: dict[str, Any]) -> Dataset:
@@ -201,7 +226,7 @@ def _finish(found: Evaluation, header: dict[str, Any], output: Path, print_json:
     images = f"{found.count} image{'' if found.count == 1 else 's'}" + (
         f" ({len(found.failed)} failed)" if found.failed else ""
     )
-    typer.echo(f"{images}, {found.seconds / max(found.count, 1):.2f} s per image; written to {output}")
+    typer.echo(f"{images}, {found.seconds / max(found.count, 1):.2f} s per image; written to {printable(output)}")
 
 
 def _print_tables(found: Evaluation) -> None:

@@ -46,7 +46,8 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Build everything, say how much memory it takes and how it would train, try one batch, write nothing.",
+            help="Build everything, say how much memory it takes, how it would train and whether labels look wrong, "
+            "try one batch, write nothing.",
         ),
     ] = False,
     step: Annotated[bool, typer.Option("--step/--no-step", help="Whether --dry-run tries a batch.")] = True,
@@ -125,10 +126,13 @@ def _dry_run(settings: TrainConfig, step: bool) -> None:
 
 
 def _plan(trainer: Trainer, settings: TrainConfig) -> str:
+    from vpd_fast.data.survey import survey
     from vpd_fast.training.memory import estimate_memory
 
     count = trainer.processes.count
     lines = [f"note: {note}" for note in trainer.notes]
+    targets = survey(trainer.train_data, trainer.model.config.max_depth)
+    lines += [f"note: training data: {note}" for note in targets]
     lines.append(
         f"{settings.task}: {len(trainer.train_data)} samples to train on, "
         + (f"{len(trainer.val_data)} to evaluate on" if trainer.val_data is not None else "none to evaluate on")

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vpd_fast.data.sample import Sample, check_class_count, check_labels, read_pair, require_folder
+from vpd_fast.data.sample import (
+    Sample,
+    check_class_count,
+    check_class_names,
+    check_flags,
+    check_labels,
+    left_out,
+    read_pair,
+    require_folder,
+)  # fmt: skip
 from vpd_fast.errors import DatasetError
 from vpd_fast.labels import ADE20K_CLASSES, IGNORED
 
@@ -18,6 +27,7 @@ class ADE20K:
     classes: names, if they are not ADE20K's own 150.
     reduce_zero_label: label 0 ("other") is ignored and class n has label n + 1, as the files have it.
 
+    Images are turned by their EXIF orientation, as the original's reader does. notes: how many files were left out.
     Raises DatasetError.
     """
 
@@ -34,10 +44,17 @@ class ADE20K:
         root = Path(root)
         images = require_folder(root / "images" / split, "ADE20K")
         self.masks = require_folder(root / "annotations" / split, "ADE20K")
+        check_class_names(classes)
+        check_flags(reduce_zero_label=reduce_zero_label)
         self.class_names = tuple(ADE20K_CLASSES if classes is None else classes)
         check_class_count(self.class_names, root)
         self.reduce_zero_label, self.split = reduce_zero_label, split
-        self.images = sorted(path for path in images.iterdir() if path.suffix == ".jpg")
+        files = sorted(path for path in images.iterdir() if not path.name.startswith("."))
+        self.images = [path for path in files if path.suffix == ".jpg"]
+        self.notes = left_out([path for path in files if path.suffix != ".jpg"], f"files in {images} that are no .jpg")
+        stems = {path.stem for path in self.images}
+        alone = sorted(path for path in self.masks.glob("*.png") if path.stem not in stems)
+        self.notes += left_out(alone, f"files in {self.masks} of which no image has the name")
         if not self.images:
             raise DatasetError(f"ADE20K: no .jpg files in {images}")
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from vpd_fast.data.sample import Dataset, Example, Transform
-from vpd_fast.errors import DatasetError, ImageError, InputError
+from vpd_fast.data.sample import Dataset, Example, Transform, failure, load_sample
+from vpd_fast.errors import DatasetError, InputError, VPDFastError
 
 TRIES = 10  # samples in a row that may be unreadable
 
@@ -118,21 +118,22 @@ class _Examples(torch.utils.data.Dataset):
         epoch, position, index = key
         messages: list[str] = []
         while True:
-            try:
-                sample = self.dataset.load(index)
-                break
-            except (ImageError, DatasetError) as error:
+            sample = load_sample(self.dataset, index)
+            if isinstance(sample, VPDFastError):
                 if not self.skip:
-                    return error
-                messages.append(f"{self.dataset.name(index)}: {error}")
+                    return sample
+                name, text = failure(self.dataset, index, sample)
+                messages.append(f"{name}: {text}")
                 if len(messages) == TRIES:
                     raise DatasetError(
                         f"{TRIES} samples in a row could not be read; the last: {messages[-1]}"
-                    ) from error
+                    ) from sample
                 # Any other: drawn from the sample's own seed, so that restarts draw the same.
                 index = int(
                     np.random.default_rng((self.seed, epoch, position, len(messages))).integers(len(self.dataset))
                 )
+                continue
+            break
         example = self.transform(sample, np.random.default_rng((self.seed, epoch, position)), position)
         return {**example, "name": sample.name, "index": index, "skipped": messages}
 

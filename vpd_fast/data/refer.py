@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from vpd_fast.data.sample import Sample, check_same_size, read_rgb, require_file, require_folder
-from vpd_fast.errors import DatasetError, InputError, MissingDependencyError
+from vpd_fast.data.coco import object_layers, require_pycocotools
+from vpd_fast.data.sample import Sample, check_flags, left_out, read_rgb, require_file, require_folder, usable_sentences
+from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.files import read_text
+from vpd_fast.pictures.decoding import printable, reason
 
 SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refclef": "unc"}
 IMAGES = {"refclef": "images/saiapr_tc-12"}
@@ -27,7 +29,10 @@ class Refer:
     split_by: whose split; "unc", for refcocog "umd" or "google".
     overlaps: what pixels are where polygons of one object overlap. "hole" is the original's: it adds the polygons up
         and takes what is exactly 1. "union" makes them part of the object.
+    exif: whether images are turned by their EXIF orientation. False is the original's and REFER's: objects were drawn
+        on the pixels as stored.
 
+    notes: how many objects and sentences were left out, and why.
     Raises DatasetError, InputError, MissingDependencyError (pycocotools).
     """
 
@@ -42,24 +47,38 @@ class Refer:
         kind: str = "refcoco",
         split_by: str | None = None,
         overlaps: str = "hole",
+        exif: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise InputError(f"{kind} has the splits {', '.join(SPLITS)}, got {split!r}")
         if overlaps not in OVERLAPS:
             raise InputError(f"overlaps must be one of {', '.join(OVERLAPS)}, got {overlaps!r}")
-        _coco_masks()
-        root, self.kind, self.split, self.overlaps = Path(root), kind, split, overlaps
+        check_flags(exif=exif)
+        require_pycocotools()
+        root, self.kind, self.split, self.overlaps, self.exif = Path(root), kind, split, overlaps, exif
         self.path = require_file(root / kind / f"refs({split_by or SPLIT_BY[kind]}).p", kind)
         self.images = require_folder(root / IMAGES.get(kind, COCO_IMAGES), kind)
         instances = require_file(root / kind / "instances.json", kind)
-        refs = [ref for ref in _read_refs(self.path) if _is_in(ref["split"], split)]
+        all_refs, self.notes = _read_refs(self.path)
+        refs = [ref for ref in all_refs if _is_in(ref["split"], split)]
         if not refs:
-            raise DatasetError(f"{self.path}: no object is in the split {split}")
-        self.refs = refs
+            raise DatasetError(f"{self.path}: no object is in the split {split}{_because(self.notes)}")
         self._annotations, self._images = _read_instances(instances, refs)
+        self.refs = []
+        mute, lost = [], []
         for ref in refs:
-            if not ref["sentences"] or any(not sentence.strip() for sentence in ref["sentences"]):
-                raise DatasetError(f"{self.path}: object {ref['ref_id']} has an empty sentence; expected words")
+            if not ref["sentences"]:
+                mute.append(f"object {ref['ref_id']}")
+            elif ref["ann_id"] not in self._annotations or ref["image_id"] not in self._images:
+                lost.append(f"object {ref['ref_id']}")
+            else:
+                self.refs.append(ref)
+        empty = [f"object {ref['ref_id']}" for ref in self.refs if ref["empty"]]
+        self.notes += left_out(mute, "objects without words in a sentence")
+        self.notes += left_out(lost, f"objects of which {instances.name} has no annotation or no image")
+        self.notes += left_out(empty, "empty sentences of objects that have others")
+        if not self.refs:
+            raise DatasetError(f"{self.path}: no object of the split {split} can be used{_because(self.notes)}")
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -73,22 +92,20 @@ class Refer:
         ref = self.refs[index]
         about = self._images[ref["image_id"]]
         path = self.images / about["file_name"]
-        mask = self._mask(ref, about["height"], about["width"])
-        image = read_rgb(path)
-        check_same_size(image, mask, str(path))
-        return Sample(image, mask, self.name(index), ref["sentences"])
+        image = read_rgb(path, self.exif)
+        size = about["height"], about["width"]
+        if image.shape[:2] != size:  # before a mask of a size that nobody checked is made
+            raise DatasetError(
+                f"{printable(path)}: image and target must have the same size, got {image.shape[0]}x{image.shape[1]} "
+                f"and {size[0]}x{size[1]} pixels (height x width)"
+            )
+        layers = object_layers(self._annotations[ref["ann_id"]], *size, self.name(index))
+        mask = layers == 1 if self.overlaps == "hole" else layers > 0
+        return Sample(image, mask.astype(np.uint8), self.name(index), ref["sentences"])
 
-    def _mask(self, ref: dict[str, Any], height: int, width: int) -> np.ndarray:
-        masks, shape = _coco_masks(), self._annotations[ref["ann_id"]]
-        try:
-            if isinstance(shape, list):
-                codes = masks.frPyObjects(shape, height, width)
-            else:
-                codes = [masks.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape]
-            layers = masks.decode(codes).sum(2)
-        except Exception as error:  # pycocotools raises plain ones
-            raise DatasetError(f"{self.name(index=self.refs.index(ref))}: no polygon and no RLE ({error})") from error
-        return (layers == 1 if self.overlaps == "hole" else layers > 0).astype(np.uint8)
+
+def _because(notes: list[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _is_in(of_ref: str, split: str) -> bool:
@@ -108,49 +125,51 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to objects outside of it")
 
 
-def _read_refs(path: Path) -> list[dict[str, Any]]:
-    """Read what is needed of each ref: ref_id, ann_id, image_id, split, sentences. Raises DatasetError."""
+def _read_refs(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read what is needed of each ref (ref_id, ann_id, image_id, split, sentences, how many were empty), and notes.
+
+    Raises DatasetError where no ref is readable.
+    """
     try:
         with path.open("rb") as file:
-            refs = PlainUnpickler(file, encoding="latin-1").load()  # written by Python 2
-        return [
-            {
-                **{key: int(ref[key]) for key in ("ref_id", "ann_id", "image_id")},
-                "split": str(ref["split"]),
-                "sentences": tuple(str(sentence["sent"]) for sentence in ref["sentences"]),
-            }
-            for ref in refs
-        ]
-    except (pickle.UnpicklingError, EOFError, OSError, MemoryError, AttributeError, ImportError) as error:
-        raise DatasetError(f"{path}: not a pickle of plain values ({error})") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DatasetError(f"{path}: not REFER's list of objects ({type(error).__name__}: {error})") from error
+            values = PlainUnpickler(file, encoding="latin-1").load()  # written by Python 2
+    except Exception as error:  # a damaged pickle raises anything
+        raise DatasetError(f"{path}: not a pickle of plain values ({reason(error)})") from error
+    refs, broken = [], []
+    for number, value in enumerate(values if isinstance(values, list | tuple) else ()):
+        try:
+            refs.append(_ref(value))
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            broken.append(f"number {number} ({type(error).__name__}: {error})")
+    if not refs:
+        first = f"; the first: {broken[0]}" if broken else f", got a {type(values).__name__}"
+        raise DatasetError(f"{path}: not REFER's list of objects{first}")
+    return refs, left_out(broken, f"entries of {path.name} without ref_id, ann_id, image_id, split or sentences")
+
+
+def _ref(value: Any) -> dict[str, Any]:
+    given = value["sentences"]
+    if isinstance(given, list | tuple):
+        given = [sentence["sent"] if isinstance(sentence, dict) else sentence for sentence in given]
+    sentences, empty = usable_sentences(given)
+    numbers = {key: int(value[key]) for key in ("ref_id", "ann_id", "image_id")}
+    return {**numbers, "split": str(value["split"]), "sentences": sentences, "empty": empty}
 
 
 def _read_instances(path: Path, refs: list[dict[str, Any]]) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
-    """Read the refs' segmentations by annotation and images by number. Raises DatasetError."""
+    """Read the refs' segmentations by annotation and usable images by number. Raises DatasetError."""
+    wanted, pictures = {ref["ann_id"] for ref in refs}, {ref["image_id"] for ref in refs}
     try:
         values = json.loads(read_text(path))
-        wanted, pictures = {ref["ann_id"] for ref in refs}, {ref["image_id"] for ref in refs}
-        shapes = {a["id"]: a["segmentation"] for a in values["annotations"] if a["id"] in wanted}
-        images = {i["id"]: i for i in values["images"] if i["id"] in pictures}
-        for image in images.values():
-            if not isinstance(image["file_name"], str) or not all(
-                type(image[key]) is int for key in ("height", "width")
-            ):
-                raise ValueError(f"image {image['id']} must have a file_name, and height and width in pixels")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: not COCO's instances ({type(error).__name__}: {error})") from error
-    for name, there, needed in (("annotation", shapes, wanted), ("image", images, pictures)):
-        missing = sorted(needed - there.keys())
-        if missing:
-            raise DatasetError(f"{path}: has no {name} {missing[0]}, which the list of objects refers to")
+        shapes = {a["id"]: a.get("segmentation") for a in values["annotations"] if a["id"] in wanted}
+        images = {i["id"]: i for i in values["images"] if i["id"] in pictures and _is_image(i)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DatasetError(f"{path}: not COCO's instances ({type(error).__name__}: {reason(error)})") from error
+    if not images:
+        raise DatasetError(f"{path}: no image of an object has a file_name, and height and width in pixels")
     return shapes, images
 
 
-def _coco_masks() -> Any:
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise MissingDependencyError('RefCOCO needs pycocotools: pip install "vpd_fast[train]"') from error
-    return mask
+def _is_image(value: dict[str, Any]) -> bool:
+    sizes = value.get("height"), value.get("width")
+    return isinstance(value.get("file_name"), str) and all(type(size) is int and size > 0 for size in sizes)

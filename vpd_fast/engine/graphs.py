@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vpd_fast.forks import Lock
 
 MAX_GRAPHS = 12  # per model: three stages of four shapes
 Stage = Callable[..., "list[Tensor]"]
@@ -60,7 +61,7 @@ class GraphCache:
         self._capture, self._max_graphs = capture, max_graphs
         self._graphs: OrderedDict[Hashable, tuple[Graph, Any]] = OrderedDict()
         self._refused: set[Hashable] = set()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def run(self, name: str, stage: Stage, *inputs: Tensor, state: Any = None) -> list[Tensor]:
         """stage(*inputs), which returns tensors that nothing else writes to.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from vpd_fast.engine.layers import Layers
+from vpd_fast.forks import Lock
 
 Projected = dict[str, "tuple[Tensor, Tensor] | Tensor"]  # by the transformer's name
 MAX_TEXTS = 8
@@ -19,7 +18,7 @@ class TextMemo:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self._recent: list[tuple[Tensor, Projected]] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __call__(self, context: Tensor) -> Projected:
         """Context (B,L,context_dim), or (1,L,context_dim) for all images -> operands of each transformer's attn2."""

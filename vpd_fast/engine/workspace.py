@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from vpd_fast.forks import Lock
 from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
 
@@ -73,7 +73,7 @@ class WorkspacePool:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._idle: list[Workspace] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @contextmanager
     def lease(self) -> Iterator[Workspace]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vpd_fast.errors import DatasetError, ImageError, InputError
+from vpd_fast.data.sample import failure, load_sample, notes_of
+from vpd_fast.errors import DatasetError, ImageError, InputError, VPDFastError
 from vpd_fast.evaluation.distributed import check_group, gather
 from vpd_fast.evaluation.gallery import Case, Worst
 from vpd_fast.evaluation.metrics import PRIMARY
@@ -22,13 +23,14 @@ from vpd_fast.progress import ProgressBar
 
 if TYPE_CHECKING:
     from vpd_fast.data import Dataset, Sample
-    from vpd_fast.evaluation.tasks import Depth, Referring
+    from vpd_fast.evaluation.tasks import Depth, Finding, Referring
     from vpd_fast.models.perceiver import Perceiver
 
 # (samples done, samples in all, metrics so far) of this process.
 Progress = Callable[[int, int, dict[str, float]], None]
 
-SAMPLE_ERRORS = (ImageError, DatasetError, OSError, MemoryError, torch.OutOfMemoryError)
+# What a model may raise about one sample; whatever reading raises is one of ours, see `load_sample`.
+SAMPLE_ERRORS = (ImageError, DatasetError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass
@@ -105,14 +107,6 @@ def evaluate(
     return _merged(model, dataset, task, parts, _worst_of_all(cases, world_size), total)
 
 
-def _load(dataset: Dataset, index: int) -> Sample | Exception:
-    """Read a sample in a thread. Returns the error where that fails."""
-    try:
-        return dataset.load(index)
-    except SAMPLE_ERRORS as error:
-        return error
-
-
 @contextmanager
 def _reporting(total: int, metric: str, progress: bool | Progress) -> Iterator[Progress]:
     """Yield the function to call after each sample: the caller's, or one that moves a bar with the metric so far."""
@@ -137,20 +131,16 @@ def _run(
     start = time.perf_counter()
     primary = PRIMARY[dataset.task][0]
     score = "IoU" if primary == "oIoU" else primary  # of one image or sentence
-    with closing(read_ahead(indices, partial(_load, dataset), workers, workers)) as samples:
+    with closing(read_ahead(indices, partial(load_sample, dataset), workers, workers)) as samples:
         for done, (index, sample) in enumerate(samples, 1):
-            try:
-                if isinstance(sample, Exception):
-                    raise sample
-                check_sample(sample)
-                findings = task.measure(sample)
-            except SAMPLE_ERRORS as error:
+            findings = _measure(task, sample)
+            if isinstance(findings, Exception):
                 if strict:
-                    raise
-                message = " ".join(str(error).split()) or type(error).__name__
-                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                    raise findings
+                name, message = failure(dataset, index, findings)
+                if isinstance(findings, MemoryError | torch.OutOfMemoryError):
                     message = TOO_LARGE
-                part.failed.append({"index": index, "name": dataset.name(index), "error": message})
+                part.failed.append({"index": index, "name": name, "error": message})
             else:
                 if findings:
                     part.count += 1
@@ -161,6 +151,19 @@ def _run(
                     cases.offer(index, number, sample.name, f"{score} {show(score, finding.row[score])}", finding)
             report(done, len(indices), task.metrics.compute())
     part.seconds = time.perf_counter() - start
+
+
+def _measure(
+    task: Segmentation | Referring | Depth, sample: Sample | VPDFastError
+) -> list[Finding] | VPDFastError | MemoryError | torch.OutOfMemoryError:
+    """Return the findings of a sample, or the error it was not read for or that the model raises about it."""
+    if isinstance(sample, VPDFastError):
+        return sample
+    try:
+        check_sample(sample)
+        return task.measure(sample)
+    except SAMPLE_ERRORS as error:
+        return error
 
 
 def _worst_of_all(cases: Worst, world_size: int) -> list[Case]:
@@ -188,10 +191,11 @@ def _merged(
         for name in ("failed", "left_out", "rows")
     )
     count = sum(part.count for part in parts)
+    notes = [f"data set: {note}" for note in notes_of(dataset)] + task.notes()
     if not count:
         first = f"{failed[0]['name']}: {failed[0]['error']}" if failed else f"{left_out[0]['name']} has no valid pixel"
-        raise DatasetError(f"none of the {total} samples could be measured; the first: {first}")
-    notes = task.notes()
+        notes.insert(0, f"none of the {total} samples could be measured; the first: {first}")
+        raise DatasetError("; ".join(notes))
     if left_out:
         notes.append(f"{len(left_out)} of {total} images have no labelled pixel and count nowhere")
     if failed:

@@ -69,23 +69,25 @@ class ExactSum:
 class SegmentationMetrics:
     """Accumulates pixel counts per class: intersection, prediction and label area, over pixels that have a label.
 
-    num_classes: labels are 0 to num_classes - 1. ignore_index: pixels with this label count nowhere.
+    num_classes: labels are 0 to num_classes - 1. ignore_index: pixels with this label count nowhere but in `ignored`.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORED) -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.images = 0
+        self.images = self.ignored = 0
         self.intersection, self.predicted, self.labelled = (np.zeros(num_classes, np.int64) for _ in range(3))
 
     def update(self, labels: np.ndarray, target: np.ndarray) -> dict[str, Any] | None:
         """Count one image: predicted and true labels (H,W), integers. Returns its own mIoU, aAcc and valid pixels.
 
-        None, and nothing is counted, if no pixel has a label. Raises InputError for labels beyond the classes.
+        None, and only ignored pixels are counted, if no pixel has a label. Raises InputError for labels beyond the
+        classes.
         """
         _same_size(labels, target)
         valid = target != self.ignore_index
         found, wanted = labels[valid], target[valid]
         if not wanted.size:
+            self.ignored += target.size
             return None
         for values, what in ((found, "predicted labels"), (wanted, "labels")):
             if values.min() < 0 or values.max() >= self.num_classes:
@@ -97,6 +99,7 @@ class SegmentationMetrics:
             np.bincount(values, minlength=self.num_classes) for values in (wanted[found == wanted], found, wanted)
         )
         self.images += 1
+        self.ignored += target.size - wanted.size
         self.intersection += intersection
         self.predicted += predicted
         self.labelled += labelled
@@ -116,6 +119,7 @@ class SegmentationMetrics:
                 f"{self.num_classes} (ignored: {self.ignore_index})"
             )
         self.images += other.images
+        self.ignored += other.ignored
         self.intersection += other.intersection
         self.predicted += other.predicted
         self.labelled += other.labelled
@@ -217,7 +221,7 @@ class DepthMetrics:
         if crop not in CROPS:
             raise InputError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
         self.min_depth, self.max_depth, self.crop = float(min_depth), float(max_depth), crop
-        self.images = self.uncropped = 0
+        self.images = self.uncropped = self.known = self.measured = 0
         self._sums = {name: ExactSum() for name in DEPTH_METRICS}
 
     def valid(self, target: np.ndarray) -> np.ndarray:
@@ -230,11 +234,12 @@ class DepthMetrics:
     def update(self, depth: np.ndarray, target: np.ndarray) -> dict[str, Any] | None:
         """Measure one image: predicted and true depth (H,W), metres. Returns its metrics and number of pixels.
 
-        A predicted infinity counts as max_depth; NaN, zero and less as min_depth. None, and nothing is counted, if no
-        pixel is valid.
+        A predicted infinity counts as max_depth; NaN, zero and less as min_depth. None, and only `count` is called, if
+        no pixel is valid.
         """
         _same_size(depth, target)
         valid = self.valid(target)
+        self.count(target)
         if not valid.any():
             return None
         found, wanted = depth[valid].astype(np.float64), target[valid].astype(np.float64)
@@ -247,13 +252,18 @@ class DepthMetrics:
             self._sums[name].add(value)
         return {**row, "pixels": int(wanted.size)}
 
+    def count(self, target: np.ndarray) -> None:
+        """Count the pixels with a depth (`known`), and those of them between min_depth and max_depth (`measured`)."""
+        self.known += int((target > 0).sum())
+        self.measured += int(((target > self.min_depth) & (target < self.max_depth)).sum())
+
     def merge(self, other: DepthMetrics) -> None:
         """Add what another accumulator measured. Raises InputError if it measured other pixels."""
         mine, theirs = ((m.min_depth, m.max_depth, m.crop) for m in (self, other))
         if mine != theirs:
             raise InputError(f"cannot add depth metrics of (min, max, crop) {theirs} to ones of {mine}")
-        self.images += other.images
-        self.uncropped += other.uncropped
+        for name in ("images", "uncropped", "known", "measured"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, terms in self._sums.items():
             terms.merge(other._sums[name])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from vpd_fast.data.survey import depth_notes, label_notes
 from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.evaluation import panels
 from vpd_fast.evaluation.metrics import DepthMetrics, ReferringMetrics, SegmentationMetrics
@@ -64,7 +65,8 @@ class Segmentation:
 
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
-        return list(self._predictor.notes)
+        labels = label_notes(self.names, self.metrics.labelled, self.metrics.ignored)
+        return [*self._predictor.notes, *labels]
 
 
 class Referring:
@@ -96,7 +98,7 @@ class Referring:
 
     def measure(self, sample: Sample) -> list[Finding]:
         """Return a finding per sentence."""
-        sentences = list(sample.sentences)
+        sentences = [sample.sentences] if isinstance(sample.sentences, str) else list(sample.sentences)
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
             raise DatasetError(
                 f"{sample.name}: the sentences are {sample.sentences!r}; expected at least one, none empty"
@@ -173,6 +175,7 @@ class Depth:
     def measure(self, sample: Sample) -> list[Finding]:
         """Return one finding, or none if no pixel is valid."""
         if not self.metrics.valid(sample.target).any():
+            self.metrics.count(sample.target)
             return []
         depth = self._predictor(sample)(sample.image).depth
         row = self.metrics.update(depth, sample.target)
@@ -193,10 +196,14 @@ class Depth:
 
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
-        whole = self.metrics.uncropped
-        if not whole:
-            return []
-        return [f"the Eigen crop is for images of 480x640 pixels; {whole} of {self.metrics.images} were measured whole"]
+        metrics = self.metrics
+        notes = depth_notes(metrics.known, metrics.measured, metrics.min_depth, metrics.max_depth)
+        if metrics.uncropped:
+            notes.append(
+                f"the Eigen crop is for images of 480x640 pixels; {metrics.uncropped} of {metrics.images} were "
+                "measured whole"
+            )
+        return notes
 
 
 _TASKS = {"segmentation": Segmentation, "referring": Referring, "depth": Depth}

@@ -16,6 +16,7 @@ import torch
 
 from vpd_fast.errors import ImageError, InputError, VPDFastError
 from vpd_fast.files import is_full_disk
+from vpd_fast.pictures.decoding import TOO_LARGE
 from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 READERS = 8  # threads at most; more would only fight for the disk
 WRITERS = 2  # threads that write pictures while the next image is predicted
-TOO_LARGE = "not enough memory for an image of this size"
 
 
 def within_memory(call: Callable[..., T], *arguments: Any) -> T:

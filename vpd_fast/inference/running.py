@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vpd_fast.errors import InputError
+from vpd_fast.forks import Lock, tell_of_one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vpd_fast.inference.finite import FiniteCheck
     from vpd_fast.models.perceiver import Perceiver
 
-_lock = threading.Lock()
+_lock = Lock()
 _in_use: dict[Perceiver, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
 
@@ -27,6 +27,7 @@ GPU_BATCH = 8  # on a CPU larger batches only cost memory
 @contextmanager
 def evaluating(model: Perceiver) -> Iterator[None]:
     """Set evaluation and inference mode; when the last of several threads is done, modules get their modes back."""
+    tell_of_one_thread()
     with _lock:
         training, users = _in_use.get(model, ([], 0))
         if not users:

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from vpd_fast import bundled
 from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, TruncationWarning, brief
 from vpd_fast.files import find_weights, read_text, write_files
+from vpd_fast.forks import Lock
 from vpd_fast.labels import IMAGENET_TEMPLATES
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class TextEncoder:
         self.dtype = torch.float32 if dtype is None else dtype
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self.remember = remember
-        self._lock = threading.RLock()
+        self._lock = Lock(reentrant=True)
         self._loaded_tokenizer: Any = None
         self._loaded_model: nn.Module | None = None
         self._words_in = functools.lru_cache(maxsize=1024)(self._split_words)

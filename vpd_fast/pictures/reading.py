@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import struct
-import threading
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
+from vpd_fast.pictures.decoding import check_size, decoding, open_image, printable
+from vpd_fast.pictures.pillow_limits import MAX_PIXELS as MAX_PIXELS
 
-MAX_PIXELS = 2**28  # 16384 x 16384; Pillow's own limit would refuse at 179 and warn at 89 million pixels
 EXPECTED = (
     "expected a file path, a PIL image, an array (H,W), (H,W,1), (H,W,3) or (H,W,4), or a tensor (3,H,W) or (1,H,W); "
     "uint8, uint16 (arrays), or floats in [0,1]"
 )
 RANGE_SLACK = 1e-3  # resizing filters overshoot [0, 1] by rounding; more than this is another value range
 
-_pillow_limit_lock = threading.Lock()
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
-def read_image(source: Any, name: str | None = None) -> np.ndarray:
+def read_image(source: Any, name: str | None = None, *, exif: bool = True) -> np.ndarray:
     """Return the image as an RGB array (H, W, 3): uint8 for a source of 8 bits, float32 in [0, 1] for more.
 
     source: a path (str or Path), a PIL image, an array (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8, uint16 or floats in
     [0, 1], or a tensor (3,H,W) or (1,H,W) of uint8 or floats in [0, 1]. The EXIF orientation of files and PIL images is
     applied; grey becomes RGB; transparency is composited on white; of several frames the first is taken.
     name: how error messages call the source; by default its path or its type.
+    exif: False leaves the pixels as they are stored, whatever the EXIF orientation.
 
     Raises ImageError for images that cannot be read, are empty, have more than MAX_PIXELS pixels, a wrong shape, dtype
-    or value range, or NaN; InputError for a source that is no image at all.
+    or value range, or NaN, whatever a decoder raises; InputError for a source that is no image at all.
     """
     if isinstance(source, str | Path):
-        return _from_file(Path(source), name or str(source))
+        name = name or printable(source)
+        with open_image(Path(source), name) as image:
+            return _from_pil(image, name, exif)
     if isinstance(source, Image.Image):
-        return _from_pil(source, name or f"PIL image of mode {source.mode}")
-    if isinstance(source, torch.Tensor):
-        return _from_array(_channels_last(source, name or "tensor"), name or "tensor")
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name or "array")
+        name = name or f"PIL image of mode {source.mode}"
+        with decoding(name):
+            return _from_pil(source, name, exif)
+    if isinstance(source, torch.Tensor | np.ndarray):
+        name = name or ("array" if isinstance(source, np.ndarray) else "tensor")
+        with decoding(name):
+            return _from_array(source if isinstance(source, np.ndarray) else _channels_last(source, name), name)
     raise InputError(f"{name or 'source'}: cannot take a {type(source).__name__} as an image; {EXPECTED}")
 
 
@@ -60,59 +68,27 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return tensor.float() / 255 if image.dtype == np.uint8 else tensor
 
 
-def _check_size(height: int, width: int, name: str) -> None:
-    if height < 1 or width < 1:
-        raise ImageError(f"{name}: the image is empty ({height}x{width} pixels); expected at least 1x1")
-    if height * width > MAX_PIXELS:
-        raise ImageError(f"{name}: {height}x{width} pixels are too many; the limit is {MAX_PIXELS} pixels")
-
-
-def _open(path: Path) -> Image.Image:
-    # Pillow checks its limit, a module variable, in open() only. It is raised to ours for just that call.
-    with _pillow_limit_lock, warnings.catch_warnings():
-        limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return Image.open(path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def _from_file(path: Path, name: str) -> np.ndarray:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ImageError(f"{name}: cannot read the image, the path {what}; expected an image file")
-    try:
-        with _open(path) as image:
-            return _from_pil(image, name)
-    except UnidentifiedImageError as error:
-        size = path.stat().st_size
-        what = "the file is empty" if size == 0 else f"its {size} bytes are of no known image format"
-        raise ImageError(f"{name}: cannot read the image, {what}; expected a JPEG, PNG or other image file") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: the image has too many pixels; the limit is {MAX_PIXELS} pixels") from error
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
-        raise ImageError(
-            f"{name}: cannot read the image ({error}); expected a readable, complete image file"
-        ) from error
-
-
-def _from_pil(image: Image.Image, name: str) -> np.ndarray:
-    _check_size(image.height, image.width, name)
+def turned(image: Image.Image) -> Image.Image:
+    """Return a decoded image as its EXIF orientation wants it to be shown."""
+    orientation = None
     # A malformed EXIF block tells nothing about the orientation; the pixels are still good.
-    with suppress(SyntaxError, TypeError, ValueError, KeyError, struct.error):
-        image = ImageOps.exif_transpose(image)
-    try:
-        if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey
-            return _from_array(_wide_grey(image, name), name)
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-            return _from_array(np.asarray(image.convert("RGBA")), name)
-        return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, EOFError, struct.error, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{name}: cannot convert the image to RGB ({error})") from error
+    with suppress(Exception):
+        orientation = image.getexif().get(_ORIENTATION)
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _from_pil(image: Image.Image, name: str, exif: bool) -> np.ndarray:
+    check_size(image.height, image.width, name)
+    image.load()
+    check_size(image.height, image.width, name)  # of icons the decoder says another size than the header
+    if exif:
+        image = turned(image)
+    if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey
+        return _from_array(_wide_grey(image, name), name)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return _from_array(np.asarray(image.convert("RGBA")), name)
+    return np.array(image.convert("RGB"))
 
 
 def _wide_grey(image: Image.Image, name: str) -> np.ndarray:
@@ -141,7 +117,7 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ImageError(f"{name}: an array of shape {array.shape}; expected (H,W), (H,W,1), (H,W,3) or (H,W,4)")
-    _check_size(array.shape[0], array.shape[1], name)
+    check_size(array.shape[0], array.shape[1], name)
     if array.dtype == np.uint16:
         array = array.astype(np.float32) / 65535
     elif np.issubdtype(array.dtype, np.floating):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vpd_fast.checkpoints.save import write_safetensors
 from vpd_fast.data import TrainLoader, make_transform
+from vpd_fast.data.sample import notes_of
 from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
 from vpd_fast.evaluation.distributed import gather
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
@@ -74,6 +75,8 @@ class Trainer:
         self.train_data, self.val_data = build.open_datasets(config)
         self.notes: list[str] = []
         self.model = self._build_model()
+        for what, dataset in (("training data", self.train_data), ("evaluation data", self.val_data)):
+            self.notes += [f"{what}: {note}" for note in ([] if dataset is None else notes_of(dataset))]
         self.loader = self._build_loader()
         epochs = (config.schedule.epochs or 0) * self.loader.epoch_length  # in passes
         self.steps = config.schedule.steps or max(epochs // config.accumulation, 1)
