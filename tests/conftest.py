@@ -38,6 +38,16 @@ MAX_SECONDS = float(os.environ.get("VPD_FAST_TEST_SECONDS", "60"))
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=4, metavar="N", help="how often the drill kills each kind of run")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often the drill kills each kind of run."""
+    return request.config.getoption("--kills")
+
+
 @pytest.fixture
 def golden() -> type[GoldenCase]:
     """`golden("seg_small")` -> GoldenCase."""

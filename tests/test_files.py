@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,25 @@ def test_values_in_messages_are_short() -> None:
         assert len(brief(value)) <= MAX_SHOWN
     assert brief({"a": [1, "b"]}) == "{'a': [1, 'b']}"
     assert json.loads(files.json_text({"a": "caf\udce9"})) == {"a": "caf\udce9"}
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr(os, "getpid", lambda: ended.pid)
+    left = files.temporary_path(tmp_path / "a.png")
+    monkeypatch.undo()
+    mine, others = files.temporary_path(tmp_path / "a.png"), [tmp_path / name for name in (".notes.tmp", ".1-2.tmp")]
+    monkeypatch.setattr(files, "_machine", lambda: "0123abcd")
+    foreign = files.temporary_path(tmp_path / "a.png")
+    old = files.temporary_path(tmp_path / "b.png")
+    monkeypatch.undo()
+    for path in (left, mine, foreign, old, *others):
+        path.touch()
+    os.utime(old, (1, 1))
+    files.write_files({tmp_path / "a.png": lambda path: path.write_bytes(b"x")})
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.png", mine, foreign, *others])
+    left.touch()
+    files.write_files({tmp_path / "a.png": lambda path: path.write_bytes(b"x")})
+    assert left.exists()  # a folder is looked through once
+    assert len(left.name) < 48

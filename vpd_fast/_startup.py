@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -26,11 +27,8 @@ def is_command_line() -> bool:
     if program in ("vpd-fast", "vpd-fast.exe"):
         return True
     arguments = sys.orig_argv  # while `python -m` looks for the module, sys.argv[0] is "-m"
-    return (
-        program in ("-m", "__main__.py")
-        and "-m" in arguments
-        and arguments[arguments.index("-m") + 1 :][:1] == [__package__]
-    )
+    module = arguments[arguments.index("-m") + 1 :][:1] if "-m" in arguments else []
+    return program in ("-m", "__main__.py", "main.py") and module in (["vpd_fast"], ["vpd_fast.cli.main"])
 
 
 def prepare() -> None:
@@ -38,9 +36,20 @@ def prepare() -> None:
     if not is_command_line():
         return
     os.environ.update(thread_settings(os.environ))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Nothing is lost yet, and an exception in the middle of an import can be swallowed or break what is imported.
-        signal.signal(number, _leave)
+    # Nothing is lost yet, and an exception in the middle of an import can be swallowed or break what is imported.
+    set_handlers(_leave)
+
+
+def set_handlers(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Let a function handle SIGINT and SIGTERM, but for one that is ignored, as in background jobs of a shell.
+
+    Returns the handlers until now.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -49,8 +58,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def interrupt(number: int, frame: FrameType | None) -> Any:
     """Handle SIGINT and SIGTERM while a command runs: the first is a KeyboardInterrupt, a second ends at once."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _leave)
+    set_handlers(_leave)
     raise KeyboardInterrupt
 
 

@@ -7,6 +7,7 @@ Names of files that are not UTF-8 are text here as everywhere in Python: each od
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import io
 import itertools
@@ -14,7 +15,11 @@ import json
 import os
 import re
 import secrets
+import socket
 import stat
+import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +33,10 @@ CONFIG_NAME = "config.json"
 
 MAX_SETTINGS = 2**24  # bytes of a JSON file of settings
 MAX_DEPTH = 32  # of lists and objects inside each other in such a file
+MAX_FOREIGN_AGE = 24 * 3600  # seconds: older temporary files of other machines, which cannot be asked, are left over
+_TEMPORARY = re.compile(r"\.(\d+)-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
+_cleaned: set[str] = set()  # folders
+_cleaned_lock = threading.Lock()
 _BYTES_OF_NAMES = "surrogateescape"
 # UTF-32 first: its mark begins with UTF-16's.
 _MARKS = (
@@ -164,21 +173,68 @@ def find_weights(folder: Path, stem: str) -> WeightsFile | None:
 
 def temporary_path(path: Path) -> Path:
     """Return a hidden name beside `path` that no other process has: short, as names near the system's limit have no
-    room for more, and ending in .tmp, by which leftovers are known."""
-    return path.with_name(f".{secrets.token_hex(8)}.tmp")
+    room for more, and with the process that it belongs to, by which leftovers are known."""
+    return path.with_name(f".{os.getpid()}-{_machine()}-{secrets.token_hex(8)}.tmp")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether a name is that of a temporary file whose process has ended; one of another machine after a day."""
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    if match[2] == _machine():
+        return not process_exists(int(match[1]))
+    try:
+        return time.time() - path.stat().st_mtime > MAX_FOREIGN_AGE
+    except OSError:
+        return False
+
+
+def process_exists(pid: int) -> bool:
+    """Return whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # one of another user
+        return True
+    return True
+
+
+def _machine() -> str:
+    """Return what stands for this machine, or a container with process numbers of its own."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
+
+
+def _clean_once(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder, when this process first writes there."""
+    key = os.path.abspath(folder)
+    with _cleaned_lock:
+        if key in _cleaned:
+            return
+        _cleaned.add(key)
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".*.tmp"):
+            if is_abandoned(path) and not path.is_dir():
+                path.unlink(missing_ok=True)
 
 
 def write_files(writers: Mapping[Path, Writer], error: type[Exception] | None = None) -> None:
     """Call every writer with a temporary name beside its file, then put all files in place.
 
-    Folders are made. Whatever a writer raises is passed on, or becomes one `error` that names the first file; then the
-    temporary files are removed and no existing file has changed. OSError where a file cannot be put in place, which is
-    tried only when all are written.
+    Folders are made, and what killed processes left half-written there is removed. Whatever a writer raises is passed
+    on, or becomes one `error` that names the first file; then the temporary files are removed and no existing file has
+    changed. OSError where a file cannot be put in place, which is tried only when all are written.
     """
     temporary: dict[Path, Path] = {}
     try:
         for path, write in writers.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            _clean_once(path.parent)
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder, expected a file name")
             temporary[path] = temporary_path(path)
@@ -191,21 +247,30 @@ def write_files(writers: Mapping[Path, Writer], error: type[Exception] | None = 
         raise error(f"{next(iter(writers))}: cannot be written ({cause})") from cause
     finally:
         for left in temporary.values():
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BROKEN = (errno.EROFS, errno.EIO)
 # What torch, safetensors and NumPy say of a full disk where they keep no error number.
 _FULL_TEXTS = re.compile(r"No space left|\d+ requested and \d+ written|failed writing file|file write failed")
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, says that the disk is full, read-only or broken."""
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether an error, or what caused it, says that the disk is full."""
+    return any(getattr(e, "errno", None) in _FULL or _FULL_TEXTS.search(str(e)) for e in _with_causes(error))
+
+
+def ends_writing(error: BaseException) -> bool:
+    """Return whether an error, or what caused it, says that the disk is full, broken or read-only."""
+    return is_full_disk(error) or any(getattr(e, "errno", None) in _BROKEN for e in _with_causes(error))
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if getattr(error, "errno", None) in _FULL or _FULL_TEXTS.search(str(error)):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def json_text(values: Mapping[str, Any]) -> str:

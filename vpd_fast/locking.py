@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from vpd_fast.errors import InputError
+from vpd_fast.files import process_exists
 
 try:
     import fcntl
@@ -49,7 +50,7 @@ class RunLock:
             try:
                 free = _lock(file)
                 holder = _read_holder(file)
-                if not free or (free is None and _is_running(holder)):
+                if free is False or (free is None and _is_running(holder)):
                     raise InputError(self._message(holder))
                 if not same_file(file, self.path):  # its holder ended and removed it in the meantime
                     os.close(file)
@@ -116,17 +117,6 @@ def _is_running(holder: dict[str, Any] | None) -> bool:
     if holder is None or holder["host"] != socket.gethostname():
         return holder is not None
     return holder["pid"] != os.getpid() and process_exists(holder["pid"])
-
-
-def process_exists(pid: int) -> bool:
-    """Return whether this machine has a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        return False
-    except OSError:  # one of another user
-        return True
-    return True
 
 
 def same_file(file: int, path: Path) -> bool:

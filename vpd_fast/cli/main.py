@@ -67,8 +67,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Make SIGINT and SIGTERM a KeyboardInterrupt, in the main thread, which alone has signals."""
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, _startup.interrupt) for number in numbers}
+    main = threading.current_thread() is threading.main_thread()
+    before = _startup.set_handlers(_startup.interrupt) if main else {}
     try:
         yield
     finally:

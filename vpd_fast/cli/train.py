@@ -100,7 +100,11 @@ def _report(summary: Summary, output: Path, settings: TrainConfig) -> str:
     skipped = f", {summary.skipped_steps} of them skipped as not finite" if summary.skipped_steps else ""
     lines = []
     if summary.stopped:
-        lines.append(f"stopped at step {summary.step} of {summary.steps}; --resume auto -o {output} goes on")
+        stopped = f"stopped at step {summary.step} of {summary.steps}"
+        if summary.last is None:
+            lines.append(f"{stopped}; there is no checkpoint yet, so nothing of it is kept")
+        else:
+            lines.append(f"{stopped}; --resume auto -o {output} goes on from {summary.last.name}")
     else:
         lines.append(f"{summary.step} steps done{skipped}")
     if summary.best is not None and summary.metric is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from vpd_fast.errors import ImageError, InputError, VPDFastError
-from vpd_fast.files import is_full_disk
+from vpd_fast.files import ends_writing
 from vpd_fast.pictures.decoding import TOO_LARGE
 from vpd_fast.pictures.reading import read_image
 
@@ -145,7 +145,7 @@ def _recorded(record: Record, written: Future[Record] | None, sink: Sink) -> Rec
         except Exception as error:
             name = record["image"]
             failure = image_error(error, name, "the results cannot be written")
-            if is_full_disk(error):  # no later image could be written either
+            if ends_writing(error):  # no later image could be written either
                 raise failure from error
             record = {"image": name, "error": str(failure)}
     sink.add(record)

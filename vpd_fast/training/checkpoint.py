@@ -8,7 +8,6 @@ start.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import random
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from vpd_fast.errors import CheckpointError, InputError
-from vpd_fast.files import Writer, json_text, read_text, temporary_path, write_files
+from vpd_fast.files import Writer, is_full_disk, json_text, read_text, temporary_path, write_files
 
 INDEX = "index.json"
 STATE = "training.pt"
@@ -92,8 +91,7 @@ class CheckpointStore:
 
     def _failure(self, step: int, error: Exception) -> str:
         last = self.last()
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        why = "the disk is full" if full else " ".join(str(error).split()) or type(error).__name__
+        why = "the disk is full" if is_full_disk(error) else " ".join(str(error).split()) or type(error).__name__
         rest = f"the last one is {last}" if last is not None else "there is no earlier one"
         return f"the checkpoint of step {step} cannot be written to {self.folder} ({why}); {rest}"
 

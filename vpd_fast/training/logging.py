@@ -117,12 +117,18 @@ class RunLog:
 
 
 class Window:
-    """Accumulates loss and speed since the last entry of the log."""
+    """Accumulates loss and speed since the last entry of the log.
+
+    losses: of the steps, which a checkpoint keeps, so that the next entry is that of an unbroken run.
+    """
 
     def __init__(self) -> None:
-        self.start = time.monotonic()
         self.losses: list[float] = []
-        self.images = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count images and time from now on."""
+        self.start, self.images = time.monotonic(), 0
 
     def add(self, loss: float, finite: bool, images: int) -> None:
         self.images += images

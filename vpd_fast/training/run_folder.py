@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vpd_fast.checkpoints.save import save_pretrained
-from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.errors import CheckpointError, InputError, TrainingError
 from vpd_fast.files import json_text
+from vpd_fast.locking import RunLock
 from vpd_fast.models import VPD
 from vpd_fast.training.checkpoint import CheckpointStore, remove, write_text
 from vpd_fast.training.config import TrainConfig, differences
@@ -16,6 +17,7 @@ from vpd_fast.training.config import TrainConfig, differences
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+LOCK = ".lock"
 # What a resumed run may have otherwise: nothing that its weights depend on.
 FREE = (
     "device", "data.root", "data.workers", "data.on_error", "data.max_failures", "log", "checkpoints", "evaluation",
@@ -31,16 +33,18 @@ def resume_from(folder: Path | None, store: CheckpointStore | None, resume: str 
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for the run")
     last = store.last()
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and not all(_is_residue(path) for path in folder.iterdir())
     if str(resume) == "auto":
         if last is None and used and not (folder / CONFIG).is_file():
             raise InputError(f"{folder}: is not empty and holds no run to resume; give another folder")
         return last
     if str(resume) == "never":
-        if used:
+        if used and last is not None:
             raise InputError(
                 f"{folder}: is not empty; --resume auto goes on with the run in it, or give another folder"
             )
+        if used:
+            raise InputError(f"{folder}: is not empty and has no checkpoint to go on from; give another folder")
         return None
     path = Path(resume)
     if not path.is_dir():
@@ -55,19 +59,42 @@ def resume_from(folder: Path | None, store: CheckpointStore | None, resume: str 
     return path
 
 
-def open_folder(folder: Path, store: CheckpointStore, config: TrainConfig) -> None:
+def _is_residue(path: Path) -> bool:
+    """Return whether a run that was killed before it wrote anything left this."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
+def open_folder(
+    folder: Path, store: CheckpointStore, config: TrainConfig, resume: str | Path, resumed_from: Path | None
+) -> RunLock:
     """Make the folder, remove what an earlier process left half-written, and write the configuration.
 
-    Raises InputError.
+    resumed_from: what `resume_from` returned before the model was built; it must still. Returns the lock that keeps
+    other runs out until it is released. Raises InputError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.clean()
-        for left in (*folder.glob(".*.tmp"), *(folder / BEST).glob(".*.tmp")):
-            remove(left)
-        write_text(folder / CONFIG, config.to_yaml())
+        lock = RunLock(folder / LOCK)
+        try:
+            if resume_from(folder, store, resume) != resumed_from:
+                raise InputError(f"{folder}: another run has written there in the meantime")
+            store.clean()
+            for left in (*folder.glob(".*.tmp"), *(folder / BEST).glob(".*.tmp")):
+                remove(left)
+            write_text(folder / CONFIG, config.to_yaml())
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return lock
+
+
+def require_there(paths: Iterable[Path]) -> None:
+    """Raise TrainingError unless all files and folders that a run has written are still there."""
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise TrainingError(f"{', '.join(missing)}: written by this run, and removed while it went on")
 
 
 def save_best(folder: Path, model: VPD, metrics: Mapping[str, Any]) -> None:

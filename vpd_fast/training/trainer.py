@@ -24,7 +24,16 @@ from vpd_fast.training import build, checkpoint, parallel
 from vpd_fast.training.config import TrainConfig
 from vpd_fast.training.logging import RunLog, Window, sample_pictures
 from vpd_fast.training.parallel import Processes, batch_norm_buffers
-from vpd_fast.training.run_folder import BEST, CHECKPOINTS, CONFIG, check_same, open_folder, resume_from, save_best
+from vpd_fast.training.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    check_same,
+    open_folder,
+    require_there,
+    resume_from,
+    save_best,
+)
 from vpd_fast.training.stopping import StopSignals
 from vpd_fast.training.tasks import Encode, Sentences, Task, TrainStep
 
@@ -66,6 +75,7 @@ class Trainer:
         self.config = config
         self._folder = None if folder is None else Path(folder)
         self.processes = Processes(config.device == "cpu", find_unused=bool(config.model.get("train_encoder")))
+        self._resume = resume
         self.resumed_from = resume_from(self._folder, self._folder and self.store, resume)
         state = None
         if self.resumed_from is not None:
@@ -96,6 +106,8 @@ class Trainer:
         self.nan_in_row = 0
         self.skipped_steps = 0
         self.bar = bar
+        self.window = Window()
+        self._written: set[Path] = set()  # what is in the folder at the end, if nobody removes it
         self.signals = StopSignals()
         torch.manual_seed(config.seed + self.processes.rank)
         if state is not None:
@@ -157,12 +169,23 @@ class Trainer:
         """Train to the end, or until a signal stops it; then the run is saved and `stopped` is true.
 
         Raises TrainingError when steps are not finite again and again, CheckpointError when a checkpoint cannot be
-        written, DatasetError when too many samples cannot be read (the steps until then are saved).
+        written, DatasetError when too many samples cannot be read (the steps until then are saved), InputError when
+        another run writes into the folder.
         """
         self.processes.wait()  # all have looked into the folder before anything in it changes
-        with self.processes.first_only():
-            if self.processes.first:
-                open_folder(self.folder, self.store, self.config)
+        with contextlib.ExitStack() as stack:
+            with self.processes.first_only():
+                if self.processes.first:
+                    stack.enter_context(
+                        open_folder(self.folder, self.store, self.config, self._resume, self.resumed_from)
+                    )
+                    self._written.add(self.folder / CONFIG)
+            self._run_locked()
+            with self.processes.first_only():
+                require_there(self._written)
+        return self._summary()
+
+    def _run_locked(self) -> None:
         log = RunLog(
             self.folder if self.processes.first else None, start=self.step, steps=self.steps,
             tensorboard=self.config.log.tensorboard, bar=self.bar,
@@ -172,13 +195,12 @@ class Trainer:
                 self.log.message(f"note: {note}")
             with contextlib.suppress(KeyboardInterrupt) if self.processes.count == 1 else contextlib.nullcontext():
                 self._loop()
-        return self._summary()
 
     def _loop(self) -> None:
         if self.step and self._evaluation_due(self.step) and self.evaluated < self.step:
             self._evaluate()  # the run was stopped before or while evaluating
         batches = self.loader.batches(self.step * self.config.accumulation)
-        window = Window()
+        self.window.restart()
         saved = time.monotonic()
         random = checkpoint.random_state()
         ahead = self._fetch(batches)
@@ -192,15 +214,15 @@ class Trainer:
             minutes = self.config.checkpoints.every_minutes
             due = minutes is not None and time.monotonic() - saved >= 60 * minutes
             loss, finite, stop, due, ahead = self._one_step(ahead, batches, due)
-            window.add(loss, finite, self.config.batch_size * self.config.accumulation * self.processes.count)
+            self.window.add(loss, finite, self.config.batch_size * self.config.accumulation * self.processes.count)
             self.log.advance(self.step, loss, self.rate())
             if finite:
                 self.nan_in_row = 0
             else:
                 self._count_nan(loss)
             if self.step % self.config.log.every == 0 or self.step == self.steps:
-                self.log.scalars(self.step, **window.values(), lr=self.rate(), skipped=len(self.loader.skipped))
-                window = Window()
+                self.log.scalars(self.step, **self.window.values(), lr=self.rate(), skipped=len(self.loader.skipped))
+                self.window = Window()
             every = self.config.checkpoints.every_steps
             evaluate = self._evaluation_due(self.step)
             if stop or due or evaluate or self.step == self.steps or (every and self.step % every == 0):
@@ -339,6 +361,7 @@ class Trainer:
             if self.processes.first:
                 if better:
                     save_best(self.folder, model, {"step": self.step, **result.metrics})
+                    self._written.add(self.folder / BEST)
                 self.store.write_index(best=self.best, evaluated=self.evaluated)
         self.log.evaluation(self.step, result.metrics, better)
         self.log.pictures(self.step, pictures)
@@ -352,7 +375,7 @@ class Trainer:
         optimizer = parallel.optimizer_state(self.optimizer)
         with self.processes.first_only():
             if self.processes.first:
-                self.store.save(
+                path = self.store.save(
                     self.step,
                     {
                         WEIGHTS_NAME: lambda path: write_safetensors(path, weights, self.model.config),
@@ -362,6 +385,7 @@ class Trainer:
                     },
                 )
                 self.store.write_index()
+                self._written = {w for w in self._written if w.parent != path.parent} | {path}
 
     def _state(self, optimizer: dict[str, Any], random_states: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -376,6 +400,7 @@ class Trainer:
             "evaluated": self.evaluated,
             "nan_in_row": self.nan_in_row,
             "skipped_steps": self.skipped_steps,
+            "window": self.window.losses,
         }
 
     def _facts(self) -> dict[str, int]:
@@ -398,6 +423,7 @@ class Trainer:
         self.step = state["step"]
         self.nan_in_row, self.skipped_steps = state["nan_in_row"], state["skipped_steps"]
         self.best, self.evaluated = state["best"], state["evaluated"]
+        self.window.losses = list(state.get("window", ()))
         here = self._folder is not None and self.store.folder.resolve()
         if self.resumed_from is not None and self.resumed_from.parent.resolve() == here:
             # An evaluation after the checkpoint: its result is worth as much as before.
