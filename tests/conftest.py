@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=4, metavar="N", help="how often the drill kills each kind of run")
+    parser.addoption("--kills", type=int, default=3, metavar="N", help="how often the drill kills each kind of run")
 
 
 @pytest.fixture
