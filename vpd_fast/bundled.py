@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.errors import CheckpointError
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, as_path
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES = ("shapes-segmentation", "shapes-referring", "shapes-depth")
@@ -33,7 +33,7 @@ def is_bundled(path: str | Path) -> bool:
 
     Other folders of that name, of training runs for example, do not hide what comes with the package.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if str(path) not in (*NAMES, TEXT_ENCODER) or path.is_file():
         return False
     return not any((path / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME, "text_encoder", "unet"))

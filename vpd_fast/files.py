@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vpd_fast.errors import brief
+from vpd_fast.errors import InputError, brief
 
 # The two files of a model's folder, named as transformers and diffusers name theirs.
 WEIGHTS_NAME = "model.safetensors"
@@ -48,6 +48,14 @@ _MARKS = (
 )
 
 Writer = Callable[[Path], object]
+
+
+def as_path(value: object, name: str) -> Path:
+    """Return the argument of that name as a path. Raises InputError for what no path can be."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise InputError(f"{name} must be a path, a string or pathlib.Path, got {brief(value)}")
+    return Path(text)
 
 
 def require_regular(path: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Moved:
         if isinstance(value, PackedWeight):
             return value.for_device(self._device)
         if isinstance(value, Statistics):
-            return value._replace(data=self.there(value.data))
+            return replace(value, data=self.there(value.data))
         return value
 
     def back(self, result: Any) -> Any:

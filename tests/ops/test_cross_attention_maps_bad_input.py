@@ -48,7 +48,7 @@ def test_bad_values_are_named() -> None:
         (dict(weight=None), "weight must be a finite Python number, got None"),
         (dict(need_maps=None), "need_maps must be True or False, got None"),
         (dict(average_heads="no"), "average_heads must be True or False, got 'no'"),
-        (dict(q=q.to_sparse()), "q must be a dense tensor, got layout torch.sparse_coo"),
+        (dict(q=q.to_sparse()), "q must be a dense tensor, got a tensor of layout torch.sparse_coo"),
         (dict(impl=None), "impl must be a string, got None"),
         (dict(categories=ids.to("meta"), num_categories=1), "categories must be on cpu as q is, got meta"),
         (dict(categories=ids + 3, num_categories=3), "in \\[0, num_categories=3\\), got values from 3 to 3"),

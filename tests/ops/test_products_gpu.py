@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -108,7 +110,7 @@ def test_statistics_and_repetition(kernels: str, precision: torch.dtype) -> None
     x, weight, results = tensor(2, 256, 640), weight_of(320, 640, precision), []
     for _ in range(3):
         statistics = empty_statistics(2, 256, 320)
-        statistics = statistics._replace(data=statistics.data.to(DEVICE))
+        statistics = replace(statistics, data=statistics.data.to(DEVICE))
         results.append(ops.linear(x, weight, norm="layer", statistics=statistics, impl=kernels))
         assert_statistics(statistics, results[-1])
     assert all(torch.equal(results[0], other) for other in results[1:])

@@ -17,7 +17,7 @@ from vpd_fast.checkpoints.report import ConvertReport, unused_reason
 from vpd_fast.checkpoints.save import pretrained_writers, write_safetensors
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, write_files, write_json
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, as_path, write_files, write_json
 
 TARGETS = ("pretrained", "vpd", "ldm", "diffusers")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,7 +44,7 @@ def convert(
     """
     if to not in TARGETS:
         raise InputError(f"convert: to must be one of {', '.join(TARGETS)}, got {to!r}")
-    destination = Path(destination)
+    destination = as_path(destination, "destination")
     checkpoint = open_checkpoint(source, ema=ema)
     report = ConvertReport(checkpoint.path, destination, checkpoint.format, to, placeholders=checkpoint.placeholders)
     make_writers = _vpd_writers if to in ("pretrained", "vpd") else _stable_diffusion_writers

@@ -20,7 +20,7 @@ from vpd_fast.checkpoints.names import below, choose_root, ldm_averages, roots, 
 from vpd_fast.checkpoints.pickles import Placeholder
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError, brief
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, find_weights
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, as_path, find_weights
 from vpd_fast.tasks import TASKS
 
 # Prefixes of the depth model as ported to mmsegmentation 1.x -> prefixes in the released depth checkpoint.
@@ -49,7 +49,7 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True, ema: bool = False) -
     ema: the averages over the training (EMA), which some files have beside the weights. Raises CheckpointError,
     also where there are none.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if ema and (bundled.is_bundled(path) or (path / WEIGHTS_NAME).is_file()):
         raise CheckpointError(f"{path}: {_NO_AVERAGES}")
     if bundled.is_bundled(path):

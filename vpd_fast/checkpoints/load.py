@@ -16,7 +16,8 @@ from vpd_fast.checkpoints.formats import is_backbone, ldm_to_vpd, open_checkpoin
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
 from vpd_fast.checkpoints.report import LoadReport, first_names
 from vpd_fast.config import BackboneConfig, VPDConfig
-from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.errors import CheckpointError, InputError, brief
+from vpd_fast.files import as_path
 from vpd_fast.models.vpd import VPD
 from vpd_fast.tasks import TASKS
 
@@ -45,8 +46,8 @@ def load_checkpoint(
     The model is in eval mode and carries a `LoadReport` as `load_report`. Raises CheckpointError: unreadable or hostile
     file, another task, missing weights, shapes that do not fit; InputError for an unknown task or override.
     """
-    if task is not None and task not in TASKS:
-        raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task is not None and not (isinstance(task, str) and task in TASKS):
+        raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {brief(task)}")
     checkpoint = open_checkpoint(path, mmap=mmap, ema=ema)
     config = vpd_config(checkpoint, config_overrides, task)
     model = _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype)
@@ -69,7 +70,7 @@ def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[s
 
 def load_pretrained(folder: str | Path, **options: Any) -> VPD:
     """Load a model from a folder written by `save_pretrained`, or bundled weights; options as in `load_checkpoint`."""
-    if not is_bundled(folder) and not Path(folder).is_dir():
+    if not is_bundled(folder) and not as_path(folder, "folder").is_dir():
         raise CheckpointError(f"{folder}: expected a folder written by save_pretrained, or one of {', '.join(NAMES)}")
     return load_checkpoint(folder, **options)
 

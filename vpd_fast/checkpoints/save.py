@@ -17,7 +17,7 @@ from vpd_fast.checkpoints.infer import ENCODER
 from vpd_fast.checkpoints.names import without_wrappers
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import CheckpointError
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, write_files
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, as_path, write_files
 from vpd_fast.models.vpd import VPD
 
 
@@ -26,7 +26,7 @@ def save_pretrained(model: VPD, folder: str | Path) -> None:
 
     Dtypes are kept. Raises CheckpointError when the folder cannot be written; then nothing in it has changed.
     """
-    write_files(pretrained_writers(Path(folder), model.config, model.state_dict()), CheckpointError)
+    write_files(pretrained_writers(as_path(folder, "folder"), model.config, model.state_dict()), CheckpointError)
 
 
 def pretrained_writers(folder: Path, config: VPDConfig, tensors: Mapping[str, Tensor]) -> dict[Path, Writer]:

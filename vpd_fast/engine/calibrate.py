@@ -34,6 +34,8 @@ Batch = tuple[Tensor, ...]  # arguments of one call of a model
 
 def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) -> list[Batch]:
     """Calibration images as arguments of calls, a referring model's with sentences. Raises InputError for bad ones."""
+    if not isinstance(calibration, (Tensor, Sequence)):
+        raise InputError(f"calibration must be images or a list of them, got {type(calibration).__name__}")
     items = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not items:
         raise InputError("calibration has no images")
@@ -45,7 +47,7 @@ def check_batches(calibration: Sequence[Tensor | Batch] | Tensor, model: VPD) ->
         images: Any = item
         if referring and isinstance(item, tuple) and len(item) == 2:
             images, sentences = item
-        if isinstance(images, Tensor) and images.dim() == 3:
+        if isinstance(images, Tensor) and images.dim() == 3 and not images.is_nested:
             images = images[None]
         try:
             checks.images(images, model.device, model.dtype, SIZE_MULTIPLE // 2 if depth else SIZE_MULTIPLE)

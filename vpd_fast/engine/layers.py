@@ -189,8 +189,7 @@ def from_parts(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) 
     if kind != GroupNorm.kind:
         data = tensors.pop("weight")
         sizes = settings.pop("n"), settings.pop("k")
-        weight = PackedWeight(data, tensors.pop("weight_scales", None), tensors.pop("weight_sums", None), *sizes)
-        weight.require_consistent()
-        settings["weight"] = weight
+        vectors = tensors.pop("weight_scales", None), tensors.pop("weight_sums", None)
+        settings["weight"] = PackedWeight(data, *vectors, *sizes)
         settings["out_dtype"] = OUT_DTYPES[settings["out_dtype"]]
     return KINDS[kind](**{"bias": None, **settings, **tensors})

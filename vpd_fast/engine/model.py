@@ -81,6 +81,7 @@ class FastVPD(Engine, Perceiver):
 
     @torch.no_grad()
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
+        self._check_latents(latents, context)
         if context.stride(0) == 0:
             context = context[:1]  # one text for all images
         text = self._text(context)

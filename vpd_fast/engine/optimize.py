@@ -16,7 +16,7 @@ from vpd_fast.engine.layers import Layers
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import ACTIVATIONS, PRECISIONS, Policy
 from vpd_fast.engine.specs import Spec, layer_specs
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 from vpd_fast.models.vpd import VPD
 from vpd_fast.progress import ProgressBar
 
@@ -114,7 +114,7 @@ def _check_choices(
     model: VPD,
 ) -> tuple[Policy, torch.device]:
     """The policy and the device that were meant. Raises InputError where they do not fit each other or the layers."""
-    policy = policy or Policy()
+    policy = Policy() if policy is None else policy
     if not isinstance(policy, Policy):
         raise InputError(f"policy must be a vpd_fast.engine.Policy, got {type(policy).__name__}")
     policy.check_names([spec.name for spec in specs if spec.kind != "group_norm"])
@@ -129,8 +129,8 @@ def _check_model(model: VPD, precision: str) -> None:
         raise InputError("model is a fast model already; optimize the plain model")
     if not isinstance(model, VPD):
         raise InputError(f"model must be a vpd_fast.VPD, got {type(model).__name__}")
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {brief(precision)}")
     if model.device.type not in ("cpu", "cuda"):
         raise InputError(f"model must be on the CPU or a GPU, got {model.device}")
     if model.dtype != torch.float32:
@@ -140,8 +140,8 @@ def _check_model(model: VPD, precision: str) -> None:
 def _device(device: torch.device | str | None, model: VPD) -> torch.device:
     try:
         found = model.device if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device must be the name of a device, got {device!r}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"device must be the name of a device, got {brief(device)}") from error
     if found.type not in ("cpu", "cuda"):
         raise InputError(f"device must be the CPU or a GPU, got {found}")
     if found.type == "cuda" and not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vpd_fast.config import PRECISIONS as DTYPES
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 
 PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 # What the layers of an engine of that precision hand to each other.
@@ -48,11 +48,13 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.precisions, Mapping):
-            raise InputError(f"policy.precisions must map layer names to precisions, got {self.precisions!r}")
+            raise InputError(f"policy.precisions must map layer names to precisions, got {brief(self.precisions)}")
         for pattern, precision in self.precisions.items():
-            if precision not in PRECISIONS:
+            if not isinstance(pattern, str) or not isinstance(precision, str) or precision not in PRECISIONS:
                 expected = ", ".join(PRECISIONS)
-                raise InputError(f"policy.precisions[{pattern!r}] must be one of {expected}, got {precision!r}")
+                raise InputError(
+                    f"policy.precisions[{brief(pattern)}] must be one of {expected}, got {brief(precision)}"
+                )
 
     def precision(self, name: str, default: str) -> tuple[torch.dtype, str]:
         """Dtype of the weight of layer `name` in an engine of precision `default`, and the reason."""

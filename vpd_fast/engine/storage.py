@@ -19,7 +19,7 @@ from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import NAMES
 from vpd_fast.engine.specs import layer_specs
 from vpd_fast.errors import CheckpointError
-from vpd_fast.files import write_files, write_json
+from vpd_fast.files import as_path, write_files, write_json
 from vpd_fast.models.vpd import VPD
 from vpd_fast.ops.packing import ROWS_ONLY
 
@@ -36,7 +36,7 @@ def save_engine(model: FastVPD, folder: str | Path) -> None:
 
     Nothing half-written stays behind. Raises CheckpointError if the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     tensors = {f"{CONDITIONING}:{name}": t for name, t in model.state_dict().items()}
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -66,7 +66,7 @@ def load_engine(folder: str | Path, device: torch.device | str = "cpu") -> FastV
     was made on; one that was made with Policy(winograd=False) runs on both. Raises CheckpointError if the folder is no
     engine, or one for another device.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     settings = _read_settings(folder)
     try:
         config = VPDConfig.from_dict(settings["config"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 from vpd_fast.inference.finite import FiniteCheck
 from vpd_fast.inference.results import AttentionMaps, ReferringResult
 from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
@@ -52,9 +52,10 @@ class ReferringPredictor:
 
     def __post_init__(self) -> None:
         self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
-        sentences = (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
+        text = self.text or () if isinstance(self.text, str | None) else self.text
+        sentences = tuple(text) if isinstance(text, Iterable) and not isinstance(text, str) else (text,)
         if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
-            raise InputError(f"text must be a sentence or a list of sentences, none empty, got {self.text!r}")
+            raise InputError(f"text must be a sentence or a list of sentences, none empty, got {brief(self.text)}")
         given = self.tokens
         self._tokens = self._embed(sentences) if given is None else self._given_tokens(given, sentences)
         self.tokens = self._tokens
@@ -85,8 +86,9 @@ class ReferringPredictor:
     def _checked(self, tokens: Tensor, what: str) -> Tensor:
         config = self.model.config
         expected = (config.tokens, config.backbone.context_dim)
-        came = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3 or came[1:] != expected or not came[0]:
+        dense = isinstance(tokens, torch.Tensor) and tokens.layout == torch.strided and not tokens.is_nested
+        came = tuple(tokens.shape) if dense else type(tokens).__name__
+        if not dense or tokens.is_meta or tokens.dim() != 3 or came[1:] != expected or not came[0]:
             raise InputError(f"{what} shape {came}; expected (sentences, {expected[0]}, {expected[1]})")
         return tokens.to(self.model.device, self.model.dtype)
 

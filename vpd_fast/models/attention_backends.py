@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.errors import InputError, MissingDependencyError, brief
 
 PLAIN = "plain"
 FLASH_ATTN_MAX_HEAD_DIM = 256
@@ -34,8 +34,8 @@ def attention(backend: str, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: 
 
 def check_backend(name: str) -> None:
     """Raises InputError for an unknown name, MissingDependencyError if the package behind it cannot be imported."""
-    if name not in BACKENDS:
-        raise InputError(f"attention_backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise InputError(f"attention_backend must be one of {', '.join(map(repr, BACKENDS))}, got {brief(name)}")
     if name in _MODULES:
         try:
             importlib.import_module(_MODULES[name])

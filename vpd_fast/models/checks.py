@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
+
+MAX_BATCH = 1 << 31
 
 
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise InputError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
     return value
 
 
@@ -42,6 +46,24 @@ def images(value: Tensor, device: torch.device, dtype: torch.dtype, multiple: in
     _place("images", value, device, dtype)
 
 
+def latents(value: Tensor, channels: int, multiple: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError unless latents are (B,channels,h,w) on device, of dtype, h and w multiples of `multiple`."""
+    shape = _tensor("latents", value).shape
+    if len(shape) != 4 or shape[1] != channels or any(not size or size % multiple for size in shape[2:]):
+        raise InputError(
+            f"latents must have shape (B, {channels}, h, w), h and w multiples of {multiple}, got {tuple(shape)}"
+        )
+    _place("latents", value, device, dtype)
+
+
+def context(value: Tensor, batch: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError unless the context is (batch or 1,L,width) on device and of dtype."""
+    shape = _tensor("context", value).shape
+    if len(shape) != 3 or shape[0] not in (1, batch) or not shape[1] or shape[2] != width:
+        raise InputError(f"context must have shape ({batch} or 1, L, {width}), got {tuple(shape)}")
+    _place("context", value, device, dtype)
+
+
 def tokens(value: Tensor, expected: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
     """Raises InputError unless tokens are (B,T,C) with (T,C) as expected, on device and of dtype."""
     _tensor("tokens", value)
@@ -68,14 +90,41 @@ def same_batch(images: Tensor, value: Tensor, name: str) -> None:
         raise InputError(f"{name} must have one row per image ({images.shape[0]}), got shape {tuple(value.shape)}")
 
 
+def features_of_levels(features: Sequence[Tensor], levels: int) -> None:
+    """Raises InputError unless features are (B,C,h,w), one of each level."""
+    if not isinstance(features, (list, tuple)) or len(features) != levels:
+        raise InputError(f"features must be a list of {levels} tensors, got {brief(type(features).__name__)}")
+    for i, feature in enumerate(features):
+        if _tensor(f"features[{i}]", feature).dim() != 4:
+            raise InputError(f"features[{i}] must have shape (B, C, h, w), got {tuple(feature.shape)}")
+
+
 def feature_channels(features: Sequence[Tensor], expected: tuple[int, ...]) -> None:
     """Raises InputError unless features have the channels that the head was built for.
 
     Self-attention maps have one channel per position, so they depend on the image's size.
     """
+    features_of_levels(features, len(expected))
     got = tuple(f.shape[1] for f in features)
     if got != expected:
         raise InputError(
             f"features must have {list(expected)} channels, got {list(got)}; "
             "self-attention maps fix the image size to base_size"
         )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def size(value: tuple[int, int] | None) -> None:
+    """Raises InputError unless it is None or (height, width), positive integers."""
+    good = isinstance(value, Sequence) and len(value) == 2 and all(_is_int(n) and n > 0 for n in value)
+    if value is not None and not good:
+        raise InputError(f"size must be None or (height, width), two positive integers, got {brief(value)}")
+
+
+def batch_size(value: int) -> None:
+    """Raises InputError unless it is a number of images."""
+    if not _is_int(value) or not 0 <= value < MAX_BATCH:
+        raise InputError(f"batch_size must be an integer from 0 to {MAX_BATCH - 1}, got {brief(value)}")

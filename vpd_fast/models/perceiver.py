@@ -74,6 +74,7 @@ class Perceiver:
     def decode(self, features: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """Features -> logits (B,classes,h,w) at 1/8 of the image, or resized bilinearly to `size`."""
         checks.feature_channels(features, self.config.feature_channels)
+        checks.size(size)
         logits = self._head(features)
         if size is None:
             return logits
@@ -81,6 +82,7 @@ class Perceiver:
 
     def split_maps(self, features: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Undo the concatenation: features without maps, and {level: cross-attention maps (B,L,h,w)}."""
+        checks.features_of_levels(features, len(self.config.feature_channels))
         widths = [self.config.backbone.model_channels * m for m in self.config.backbone.channel_mult]
         tokens = self.config.context_tokens if any("cross" in s for s in self.config.map_sources) else 0
         plain = [f[:, :width] for f, width in zip(features, widths, strict=True)]
@@ -97,6 +99,12 @@ class Perceiver:
 
         return predict(self, source, **options)
 
+    def _check_latents(self, latents: Tensor, context: Tensor) -> None:
+        """Raises InputError unless they are what `features` takes."""
+        backbone, place = self.config.backbone, (self.device, self.dtype)
+        checks.latents(latents, backbone.in_channels, 2 ** (len(backbone.channel_mult) - 1), *place)
+        checks.context(context, len(latents), backbone.context_dim, *place)
+
     def _adapted(self, texts: Tensor) -> Tensor:
         """Text features (..., context_dim) through the text adapter."""
         return self.conditioning.text_adapter(texts, self.conditioning.gamma)
@@ -109,6 +117,7 @@ class SegmentationPerceiver(Perceiver):
 
     def context(self, batch_size: int = 1) -> Tensor:
         """Adapted class embeddings (batch_size,num_classes,context_dim), the same for every image."""
+        checks.batch_size(batch_size)
         return self._adapted(self.conditioning.class_embeddings).expand(batch_size, -1, -1)
 
     def extract_feat(self, images: Tensor) -> list[Tensor]:
@@ -155,6 +164,7 @@ class DepthPerceiver(Perceiver):
         """Adapted embedding (B,1,context_dim) of the scenes `class_ids` (B,) long; None: the mean over all scenes."""
         scenes = self.conditioning.class_embeddings
         if class_ids is None:
+            checks.batch_size(batch_size)
             return self._adapted(scenes.mean(0, keepdim=True))[:, None].expand(batch_size, -1, -1)
         checks.class_ids(class_ids, self.config.num_scenes, self.device)
         return self._adapted(scenes[class_ids])[:, None]
@@ -171,6 +181,7 @@ class DepthPerceiver(Perceiver):
         An infinite output of the head is NaN here, not the depth 0 or max_depth.
         """
         checks.feature_channels(features, self.config.feature_channels)
+        checks.size(size)
         x = self._head(features, size)
         # x - x is 0, but NaN where x is infinite, of which a sigmoid would make the depth 0 or max_depth.
         return torch.sigmoid(x + (x - x)) * self.config.max_depth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpd_fast.errors import InputError
 from vpd_fast.models.modules import ModuleList
 
 
@@ -65,6 +66,12 @@ class FPNHead(nn.Module):
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """Four maps of `channels` channels, high resolution first -> logits (B,num_classes,h,w) at the highest one."""
+        batch, _, height, width = pyramid[-1].shape
+        if self.training and batch * height * width == 1:
+            raise InputError(
+                "the head's batch norms have one number per channel, of which there are no statistics: train with a "
+                "batch_size of at least 2, or with images larger than 64x64 (size)"
+            )
         x = self.scale_heads[0](pyramid[0])
         for head, level in zip(self.scale_heads[1:], pyramid[1:], strict=True):
             # The sizes already agree for images that are multiples of 64; this is an exact no-op then.

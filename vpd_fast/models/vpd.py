@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.config import PRECISIONS, SIZE_MULTIPLE, VPDConfig
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 from vpd_fast.models import checks
 from vpd_fast.models.attention import CrossAttention
 from vpd_fast.models.attention_backends import PLAIN, check_backend
@@ -99,6 +99,16 @@ class VPD(Backbone, Perceiver):
         return latents if self.config.latent_scale == 1.0 else latents * self.config.latent_scale
 
     def features(self, latents: Tensor, context: Tensor) -> list[Tensor]:
+        self._check_latents(latents, context)
+        config, levels = self.config.backbone, len(self.config.backbone.channel_mult)
+        # Channels in a group at the lowest level, where the first block has those of the level above.
+        per_group = config.model_channels * min(config.channel_mult[-2:]) // 32
+        if per_group == 1 and len(latents) * latents[0, 0].numel() == 4 ** (levels - 1):
+            raise InputError(
+                "the UNet's group norms have one number per group, of which there are no statistics, for one image of "
+                f"64x64 with model_channels={config.model_channels}: take larger images (size), at least 2 of them "
+                "(batch_size), or more model_channels"
+            )
         if self.attention_backend != PLAIN and context.stride(0) == 0:
             context = context[:1]  # one text for all images: its keys and values are computed once
         return self.backbone.unet(latents, context)
@@ -111,16 +121,20 @@ class VPD(Backbone, Perceiver):
         """
         count = len(self.config.backbone.channel_mult)
         known = range(count)
+        if not isinstance(levels, (bool, Iterable)) or isinstance(levels, Tensor):
+            raise InputError(f"levels must be True, False or numbers of levels, got {brief(type(levels))}")
         chosen = (known if levels else ()) if isinstance(levels, bool) else tuple(levels)
-        wrong = [level for level in chosen if level not in known]
+        wrong = [level for level in chosen if not isinstance(level, int) or level not in known]
         if wrong:
-            raise InputError(f"levels must be 0 to {count - 1}, got {wrong[0]!r}")
+            raise InputError(f"levels must be 0 to {count - 1}, got {brief(wrong[0])}")
         self.backbone.unet.set_gradient_checkpointing(chosen)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> torch.nn.modules.module._IncompatibleKeys:
         """Load a state dict as torch.nn.Module does, without what VPD never runs (`sd_model.*`, the UNet's `out.*`)."""
+        if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+            raise InputError(f"state_dict must map names to tensors, got {brief(state_dict)}")
         used = {key: value for key, value in state_dict.items() if not key.startswith(UNUSED_KEYS)}
         return super().load_state_dict(used, strict=strict, assign=assign)
 

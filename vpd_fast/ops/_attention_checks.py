@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.ops._checks import FLOATS, check, check_tensor
+from vpd_fast.errors import brief
+from vpd_fast.ops._checks import FLOATS, MAX_FLOAT32, check, check_choice, check_tensor, is_int
 
 QKV_DTYPES = (*FLOATS, torch.float64)
 REDUCTIONS = ("mean", "sum")
-MAX_NUMBER = torch.finfo(torch.float32).max
 MAX_CATEGORIES = 2**31 - 1
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> float:
     """Checks what all operators on q, k and v share and returns the scale. Raises InputError."""
-    check(is_int(heads) and heads > 0, f"heads must be a positive int, got {heads!r}")
+    check(is_int(heads) and heads > 0, f"heads must be a positive int, got {brief(heads)}")
     check_tensor("q", q, "B N heads*D", QKV_DTYPES, may_be_empty="B N")
     batch, _, width = q.shape
     check(width % heads == 0, f"heads={heads} must divide the width of q, got q of shape {tuple(q.shape)}")
@@ -37,19 +37,11 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
     return (width // heads) ** -0.5 if scale is None else check_number("scale", scale)
 
 
-def is_int(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
 def check_number(name: str, value: Any) -> float:
     """A Python number as float. Raises InputError for anything else and for what float32 cannot hold."""
     good = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    check(good and -MAX_NUMBER <= value <= MAX_NUMBER, f"{name} must be a finite Python number, got {value!r}")
+    check(good and -MAX_FLOAT32 <= value <= MAX_FLOAT32, f"{name} must be a finite Python number, got {brief(value)}")
     return float(value)
-
-
-def check_flag(name: str, value: Any) -> None:
-    check(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
 
 
 def check_categories(
@@ -60,13 +52,14 @@ def check_categories(
     device: torch.device,
 ) -> tuple[Tensor | None, int, bool]:
     """(categories, number of maps, reduce == "mean"). Raises InputError; the ids are checked when they are read."""
-    check(reduce in REDUCTIONS, f"reduce must be 'mean' or 'sum', got {reduce!r}")
+    check_choice("reduce", reduce, REDUCTIONS)
     if categories is None:
-        check(num_categories is None, f"num_categories={num_categories!r} needs categories")
+        check(num_categories is None, f"num_categories={brief(num_categories)} needs categories")
         return None, tokens, reduce == "mean"
     if not isinstance(categories, Tensor):
-        good = isinstance(categories, Sequence) and all(is_int(i) and abs(i) <= MAX_CATEGORIES for i in categories)
-        check(good, f"categories must be a tensor or sequence of {tokens} integers, got {categories!r}")
+        good = isinstance(categories, Sequence) and not isinstance(categories, (str, bytes))
+        good = good and all(is_int(i) and abs(i) <= MAX_CATEGORIES for i in categories)
+        check(good, f"categories must be a tensor or sequence of {tokens} integers, got {brief(categories)}")
         if num_categories is None:
             num_categories = max(categories, default=-1) + 1
             check(num_categories > 0, "categories are all negative: give num_categories")
@@ -74,11 +67,12 @@ def check_categories(
     check_tensor("categories", categories, "L", (torch.int64, torch.int32), L=tokens)
     check(categories.device == device, f"categories must be on {device} as q is, got {categories.device}")
     if num_categories is None:
+        check(not categories.is_meta, "categories have no values on the meta device: give num_categories")
         num_categories = int(categories.max()) + 1
         check(num_categories > 0, "categories are all negative: give num_categories")
     check(
         is_int(num_categories) and 0 < num_categories <= MAX_CATEGORIES,
-        f"num_categories must be a positive int of 31 bits, got {num_categories!r}",
+        f"num_categories must be a positive int of 31 bits, got {brief(num_categories)}",
     )
     return categories, num_categories, reduce == "mean"
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 
 MAX_SIDE = 1 << 24  # of an image: far beyond what fits into memory, far below what overflows
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,9 +20,41 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises InputError unless the value is one of the choices, which are strings, dtypes or None."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise InputError(f"{name} must be {_listed(choices)}, got {brief(value)}")
+
+
+def kind_of(value: Any) -> str:
+    """What a message says of a value that is no dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        return brief(value)
+    kinds = {"nested": value.is_nested, "negative view": value.is_neg(), "zero": value._is_zerotensor()}
+    return f"a tensor of layout {value.layout}{''.join(f' ({kind})' for kind, found in kinds.items() if found)}"
+
+
+def _listed(choices: Sequence[Any]) -> str:
+    *others, last = (repr(choice).removeprefix("torch.") for choice in choices)
+    return f"{', '.join(others)} or {last}"
+
+
+def is_int(value: Any) -> bool:
+    """Whether the value is an integer, also one that torch.compile leaves open, and no bool."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_dense(value: Any) -> bool:
+    """Whether the value is a tensor whose elements lie in memory as they are, at regular distances."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+    # The compiler knows no views of these kinds.
+    return dense and (torch.compiler.is_compiling() or not (value.is_neg() or value._is_zerotensor()))
+
+
 def check_impl(impl: Any) -> str:
     """The name of an implementation, whatever it names. Raises InputError for what is no name."""
-    check(isinstance(impl, str), f"impl must be a string, got {impl!r}")
+    if not isinstance(impl, str) or not impl.isascii():  # PyTorch takes no other text
+        raise InputError(f"impl must be a string, got {brief(impl)}")
     return impl
 
 
@@ -42,8 +74,7 @@ def check_tensor(
         >>> check_tensor("k", k, "B L D", D=q.shape[-1], may_be_empty="B")
     """
     words = shape.split()
-    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    if strided and value.dtype in dtypes and len(value.shape) == len(words):
+    if is_dense(value) and value.dtype in dtypes and len(value.shape) == len(words):
         empty = may_be_empty.split()
         pairs = zip(words, value.shape, strict=True)
         if all(size == sizes.get(word, size) and (size != 0 or word in empty) for word, size in pairs):
@@ -58,8 +89,8 @@ def _explain_tensor(
     expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} must be a tensor of shape ({expected}), got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise InputError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if not is_dense(value):
+        raise InputError(f"{name} must be a dense tensor, got {kind_of(value)}")
     shape = tuple(value.shape)
     if len(shape) != len(words) or any(size != sizes.get(word, size) for word, size in zip(words, shape, strict=True)):
         raise InputError(f"{name} must have shape ({expected}), got {shape}")
@@ -93,20 +124,27 @@ def check_places(op: str, device: torch.device, tensors: dict[str, torch.Tensor 
     check_no_gradients(op, tensors)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises InputError unless the value is a bool."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {brief(value)}")
+
+
 def check_eps(eps: Any) -> float:
     """`eps` as float. Raises InputError unless it is a finite number that is not negative."""
-    good = isinstance(eps, (int, float)) and 0 <= eps < math.inf
-    check(good, f"eps must be a finite number that is not negative, got {eps!r}")
+    good = isinstance(eps, (int, float)) and 0 <= eps <= MAX_FLOAT32
+    if not good:
+        raise InputError(f"eps must be a finite number that is not negative, got {brief(eps)}")
     return float(eps)
 
 
 def check_size(name: str, value: Any) -> tuple[int, int]:
     """(height, width) as a tuple. Raises InputError unless both are positive integers of at most MAX_SIDE."""
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise InputError(f"{name} must be (height, width), got {value!r}")
+        raise InputError(f"{name} must be (height, width), got {brief(value)}")
     for number in value:
-        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)) or number < 1:
-            raise InputError(f"{name} must be two positive integers (height, width), got {value!r}")
+        if not is_int(number) or number < 1:
+            raise InputError(f"{name} must be two positive integers (height, width), got {brief(value)}")
         if number > MAX_SIDE:
-            raise InputError(f"{name} must be at most {MAX_SIDE} pixels high and wide, got {value!r}")
+            raise InputError(f"{name} must be at most {MAX_SIDE} pixels high and wide, got {brief(value)}")
     return value[0], value[1]

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 from vpd_fast.ops._checks import check_impl
 
 LIBRARY = torch.library.Library("vpd_fast", "DEF")
@@ -113,7 +113,7 @@ class Op:
                     raise InputError(f"impl={impl!r} of {self.name} cannot run here: {reason}")
                 return candidate
         names = ", ".join(repr(i.name) for i in self.implementations)
-        raise InputError(f"impl must be 'auto' or an implementation of {self.name} ({names}), got {impl!r}")
+        raise InputError(f"impl must be 'auto' or an implementation of {self.name} ({names}), got {brief(impl)}")
 
 
 def schema(arguments: type) -> str:
@@ -182,8 +182,8 @@ def explain(name: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         >>> vpd_fast.ops.explain("upsample_argmax", torch.zeros(1, 2, 8, 8), (16, 16))
         {'cuda': 'logits are on cpu, not on a GPU', 'cpu': 'ok', 'triton': 'logits are on cpu, not on a GPU', ...}
     """
-    if name not in _OPS:
-        raise InputError(f"name must be an operator of vpd_fast ({', '.join(_OPS)}), got {name!r}")
+    if not isinstance(name, str) or name not in _OPS:
+        raise InputError(f"name must be an operator of vpd_fast ({', '.join(_OPS)}), got {brief(name)}")
     kwargs.pop("impl", None)
     arguments = _OPS[name].bind(*args, **kwargs)
     return {i.name: i.refuse(arguments) or "ok" for i in _OPS[name].implementations}

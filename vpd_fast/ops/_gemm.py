@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
-from vpd_fast.ops._checks import check, check_not_expanded, check_places, check_tensor
+from vpd_fast.ops._checks import check, check_choice, check_not_expanded, check_places, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
@@ -117,7 +117,7 @@ def check_weight(weight: Any, k: int, activation: str | None, matrices: int | No
         raise InputError(f"weight must have {k} columns as the input says, got {weight.k}")
     if weight.dtype == torch.int8 and weight.k > MAX_COLUMNS_8_BITS:
         raise InputError(f"weight of 8 bits must have at most {MAX_COLUMNS_8_BITS} columns, got {weight.k}")
-    check(activation in ACTIVATIONS, f"activation must be None, 'relu', 'silu' or 'geglu', got {activation!r}")
+    check_choice("activation", activation, ACTIVATIONS)
     if activation != "geglu":
         return weight.n
     if weight.n % 2:
@@ -152,7 +152,7 @@ def check_gemm(
         check_tensor("scale", scale, "C", DTYPES[:1], C=channels)
     if residual is not None:
         check_tensor("residual", residual, " ".join(shape), DTYPES, "B", **shape)
-    check(out_dtype in (None, *DTYPES), f"out_dtype must be None, float32, bfloat16 or float16, got {out_dtype!r}")
+    check_choice("out_dtype", out_dtype, (None, *DTYPES))
     if out is None:
         out = x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
     else:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import MAX_SIDE, check, check_places, check_size, check_tensor
+from vpd_fast.ops._checks import MAX_SIDE, check, check_flag, check_places, check_size, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._layout import rows_contiguous
@@ -77,14 +77,14 @@ def conv2d(
     channels = _gemm.check_sources(x, x2, "B H W C")
     batch, height, width, _ = x.shape
     kernel = check_size("kernel", kernel)
-    check(_is_integer(stride, 1), f"stride must be a positive integer, got {stride!r}")
+    check(_is_integer(stride, 1), f"stride must be a positive integer, got {brief(stride)}")
     padding = _check_padding(padding)
-    check(isinstance(upsample, bool), f"upsample must be True or False, got {upsample!r}")
+    check_flag("upsample", upsample)
     if upsample and (kernel, stride, any(padding)) != ((2, 2), 1, False):
         raise InputError(f"upsample needs kernel (2, 2), stride 1, padding 0, got {kernel}, {stride}, {padding}")
     matrices = 4 if upsample else 1
     n_out = _gemm.check_weight(weight, kernel[0] * kernel[1] * channels, activation, matrices)
-    check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
+    check_flag("silu", silu)
     top, left, bottom, right = padding
     sides = (height + top + bottom - kernel[0]) // stride + 1, (width + left + right - kernel[1]) // stride + 1
     sides = (2 * height, 2 * width) if upsample else sides
@@ -95,7 +95,7 @@ def conv2d(
     if ranges is not None:
         check_tensor("ranges", ranges, "B 2 parts", DTYPES[:1], "B", **{"B": batch, "2": 2})
         check_places("conv2d", x.device, {"ranges": ranges})
-    data, run = check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out)
+    data, run = check_statistics("statistics", statistics, batch, sides[0] * sides[1], n_out, x.device)
     if upsample and height * width % run:
         raise InputError(f"statistics.run must divide the {height * width} positions of a phase, got {run}")
     arguments = Conv2dArguments(
@@ -112,7 +112,9 @@ def _is_integer(value: Any, least: int) -> bool:
 def _check_padding(padding: Any) -> tuple[int, int, int, int]:
     sides = (padding,) * 4 if isinstance(padding, int) else padding
     fits = isinstance(sides, Sequence) and len(sides) == 4 and all(_is_integer(side, 0) for side in sides)
-    check(fits, f"padding must be an integer, or (top, left, bottom, right), none of them negative, got {padding!r}")
+    check(
+        fits, f"padding must be an integer, or (top, left, bottom, right), none of them negative, got {brief(padding)}"
+    )
     top, left, bottom, right = sides
     return top, left, bottom, right
 

@@ -28,12 +28,11 @@ from vpd_fast.ops._attention import (
 )
 from vpd_fast.ops._attention_checks import (
     check_addend,
-    check_flag,
     check_maps_arguments,
     flat_maps,
     maps_dtype,
 )
-from vpd_fast.ops._checks import FLOATS, check, check_not_expanded
+from vpd_fast.ops._checks import FLOATS, check, check_flag, check_not_expanded
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
 from vpd_fast.ops.cross_attention_maps_backward import (
     CROSS_ATTENTION_MAPS_BACKWARD,
@@ -84,8 +83,8 @@ def cross_attention_maps(
     q, k, v = _autocast(q, k, v)
     shared = check_maps_arguments(q, k, v, heads, scale, categories, num_categories, reduce, weight)
     count = shared["num_maps"]
-    check_flag("need_maps", need_maps)
-    check_flag("average_heads", average_heads)
+    for name, flag in (("map_grad", map_grad), ("need_maps", need_maps), ("average_heads", average_heads)):
+        check_flag(name, flag)
     shape = (q.shape[0], q.shape[1], count) if average_heads else (q.shape[0], heads, q.shape[1], count)
     check(need_maps or addend is None, "addend needs need_maps=True")
     check_addend(addend, shape, maps_dtype(q), q.device)

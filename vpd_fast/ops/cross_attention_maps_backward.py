@@ -17,9 +17,9 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._attention import MapsArguments, cpu_refuses, kernel_options, no_autocast, triton_refuses
-from vpd_fast.ops._attention_checks import check_flag, check_maps_arguments, maps_dtype
+from vpd_fast.ops._attention_checks import check_maps_arguments, maps_dtype
 from vpd_fast.ops._categories import category_addresses
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._checks import check, check_flag, check_tensor
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
 from vpd_fast.ops._layout import address_and_strides, last_contiguous, leading_strides
 
@@ -51,6 +51,7 @@ def cross_attention_maps_backward(
     """
     shared = check_maps_arguments(q, k, v, heads, scale, categories, num_categories, reduce, weight)
     batch, length, width = q.shape
+    check_flag("average_heads", average_heads)
     check(grad_out is not None or grad_maps is not None, "grad_out and grad_maps are both None")
     if grad_out is not None:
         sizes = {"B": batch, "N": length, "heads*D": width}
@@ -61,7 +62,6 @@ def cross_attention_maps_backward(
         check_tensor("grad_maps", grad_maps, words, (maps_dtype(q),), may_be_empty=words, **sizes)
     for name, grad in (("grad_out", grad_out), ("grad_maps", grad_maps)):
         check(grad is None or grad.device == q.device, f"{name} must be on {q.device} as q is")
-    check_flag("average_heads", average_heads)
     arguments = CrossAttentionMapsBackwardArguments(
         **shared, grad_out=grad_out, grad_maps=grad_maps, average_heads=average_heads
     )

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import FLOATS, check, check_eps, check_places, check_tensor
+from vpd_fast.errors import brief
+from vpd_fast.ops._checks import FLOATS, check, check_eps, check_flag, check_places, check_tensor
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, rows_contiguous
 from vpd_fast.ops.availability import triton_missing
@@ -58,16 +59,16 @@ def group_norm_affine(
     check_tensor("x", x, "B H W C1", FLOATS, may_be_empty="B")
     batch, height, width, channels = x.shape
     named: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
-    known = check_statistics("statistics", statistics, batch, height * width, channels)
+    known = check_statistics("statistics", statistics, batch, height * width, channels, x.device)
     if x2 is not None:
         check_tensor("x2", x2, "B H W C2", FLOATS, may_be_empty="B", B=batch, H=height, W=width)
         channels += x2.shape[3]
         named["x2"] = x2
     check(x2 is not None or statistics2 is None, "statistics2 must be None as x2 is")
-    known2 = check_statistics("statistics2", statistics2, batch, height * width, channels - x.shape[3])
+    known2 = check_statistics("statistics2", statistics2, batch, height * width, channels - x.shape[3], x.device)
     check_tensor("weight", weight, "C", FLOATS[:1], C=channels)
     check_tensor("bias", bias, "C", FLOATS[:1], C=channels)
-    check(isinstance(groups, int) and groups > 0, f"groups must be a positive integer, got {groups!r}")
+    check(isinstance(groups, int) and groups > 0, f"groups must be a positive integer, got {brief(groups)}")
     check(channels % groups == 0, f"groups must divide the {channels} channels, got {groups}")
     eps = check_eps(eps)
     if ranges is not None:
@@ -75,7 +76,7 @@ def group_norm_affine(
         check(ranges.is_contiguous(), f"ranges must be contiguous, got strides {ranges.stride()}")
     if scale is not None:
         check_tensor("scale", scale, "C", FLOATS[:1], C=channels)
-    check(isinstance(silu, bool), f"silu must be True or False, got {silu!r}")
+    check_flag("silu", silu)
     named |= {"statistics": known[0], "statistics2": known2[0], "ranges": ranges, "scale": scale}
     check_places("group_norm_affine", x.device, {"x": x, **named})
     arguments = GroupNormAffineArguments(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_eps
+from vpd_fast.ops._checks import check_choice, check_eps
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
@@ -66,11 +66,11 @@ def linear(
     """
     k = _gemm.check_sources(x, x2, "B M K")
     n_out = _gemm.check_weight(weight, k, activation)
-    check(norm in (None, "layer"), f"norm must be None or 'layer', got {norm!r}")
+    check_choice("norm", norm, (None, "layer"))
     eps = check_eps(eps)
     shape = {"B": x.shape[0], "M": x.shape[1], "N": n_out}
     shared = _gemm.check_gemm("linear", shape, x, x2, weight, bias, affine, scale, activation, residual, out, out_dtype)
-    data, run = check_statistics("statistics", statistics, x.shape[0], x.shape[1], n_out)
+    data, run = check_statistics("statistics", statistics, x.shape[0], x.shape[1], n_out, x.device)
     arguments = LinearArguments(*shared, norm=norm == "layer", eps=eps, statistics=data, run=run)
     LINEAR(arguments, impl)
     return arguments.out

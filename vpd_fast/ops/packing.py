@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
+from vpd_fast.ops._checks import check, check_choice, check_tensor, is_dense, is_int, kind_of
 
 PANEL = 32  # rows of the weight that a kernel handles side by side
 WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers along k that share 32 bits, on CPUs
@@ -23,6 +24,7 @@ def geglu_rows(n: int) -> Tensor:
     Values and gates alternate in runs of 16 (the last run may be shorter), so that both are in one panel of the packed
     weight: `PackedWeight.pack(weight[geglu_rows(n)][None], dtype)`, and likewise the bias.
     """
+    check(is_int(n) and n > 0, f"n must be a positive integer, got {brief(n)}")
     runs = torch.arange(n).split(PANEL // 2)
     return torch.cat([part for run in runs for part in (run, run + n)])
 
@@ -36,6 +38,8 @@ class PackedWeight:
         GPUs: (matrices, n, k), which float16 and float8_e4m3fn always are. The numbers are the same.
     scales: (matrices,n) float32 for int8 and float8_e4m3fn, else None: B = data * scales.
     weight_sums: (matrices,n) float32 for int8, else None: sums of data over k, by which a zero point is subtracted.
+
+    Raises InputError unless the tensors have the shapes and dtypes that n and k say, and are on one device.
     """
 
     data: Tensor
@@ -43,6 +47,30 @@ class PackedWeight:
     weight_sums: Tensor | None
     n: int
     k: int
+
+    def __post_init__(self) -> None:
+        for name, size in (("n", self.n), ("k", self.k)):
+            check(is_int(size) and size > 0, f"weight: {name} must be a positive integer, got {brief(size)}")
+        check(is_dense(self.data), f"weight: data must be a dense tensor, got {kind_of(self.data)}")
+        shape, dtype, what = tuple(self.data.shape), self.data.dtype, f"weight {self.n}x{self.k}"
+        width = WIDTHS.get(dtype, 1)
+        expected = [(self.n, self.k)]  # in rows, or in panels
+        if dtype in WIDTHS:
+            expected.append((-(-self.n // PANEL), -(-self.k // width), PANEL * width))
+        if dtype not in (*WIDTHS, *ROWS_ONLY) or shape[1:] not in expected or not shape[0]:
+            raise InputError(f"{what} is stored as {dtype} {shape}")
+        for name, vector, kinds in (
+            ("scales", self.scales, MAX_8_BITS),
+            ("weight_sums", self.weight_sums, (torch.int8,)),
+        ):
+            if (vector is not None) != (dtype in kinds):
+                expected_kinds = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
+                raise InputError(f"{what} of {dtype}: only {expected_kinds} must have {name}")
+            if vector is None:
+                continue
+            check_tensor(f"{name} of {what}", vector, "matrices n", (torch.float32,), matrices=shape[0], n=self.n)
+            if vector.device != self.data.device:
+                raise InputError(f"{name} of {what} must be on {self.data.device} as data is, got {vector.device}")
 
     @property
     def matrices(self) -> int:
@@ -59,25 +87,6 @@ class PackedWeight:
         """float32, bfloat16, float16, int8 or float8_e4m3fn."""
         return self.data.dtype
 
-    def require_consistent(self) -> None:
-        """Raises ValueError unless the tensors have the shapes and dtypes that n and k say."""
-        if self.dtype in ROWS_ONLY:
-            expected: tuple[int, ...] = (self.matrices, self.n, self.k)
-        else:
-            width = WIDTHS.get(self.dtype, 1)
-            expected = (self.matrices, -(-self.n // PANEL), -(-self.k // width), PANEL * width)
-        if self.dtype not in (*WIDTHS, *ROWS_ONLY) or self.data.shape != expected:
-            raise ValueError(f"weight {self.n}x{self.k} is stored as {self.dtype} {tuple(self.data.shape)}")
-        for name, vector, kinds in (
-            ("scales", self.scales, MAX_8_BITS),
-            ("weight_sums", self.weight_sums, (torch.int8,)),
-        ):
-            if (vector is not None) != (self.dtype in kinds):
-                expected_kinds = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
-                raise ValueError(f"weight {self.n}x{self.k} of {self.dtype}: only {expected_kinds} must have {name}")
-            if vector is not None and (vector.shape != (self.matrices, self.n) or vector.dtype != torch.float32):
-                raise ValueError(f"{name} of weight {self.n}x{self.k} are {vector.dtype} {tuple(vector.shape)}")
-
     @property
     def nbytes(self) -> int:
         """Memory of all its tensors."""
@@ -89,10 +98,10 @@ class PackedWeight:
 
         Raises InputError for other shapes and dtypes, and for 8 bits if the weight is not finite.
         """
+        check(is_dense(weight), f"weight must be a dense tensor (matrices, n, k), got {kind_of(weight)}")
         if weight.dim() != 3 or not weight.is_floating_point() or 0 in weight.shape:
             raise InputError(f"weight must be a floating-point tensor (matrices, n, k), got {tuple(weight.shape)}")
-        if dtype not in (*WIDTHS, *ROWS_ONLY):
-            raise InputError(f"dtype must be one of {', '.join(map(str, (*WIDTHS, *ROWS_ONLY)))}, got {dtype}")
+        check_choice("dtype", dtype, (*WIDTHS, *ROWS_ONLY))
         scales = sums = None
         if dtype in MAX_8_BITS:
             weight, scales = _scaled(weight, MAX_8_BITS[dtype])
@@ -104,8 +113,11 @@ class PackedWeight:
         return cls(data, scales, sums, *weight.shape[1:])
 
     def for_device(self, device: torch.device | str) -> PackedWeight:
-        """The same numbers on that device, in the layout that its kernels read."""
-        device = torch.device(device)
+        """The same numbers on that device, in the layout that its kernels read. Raises InputError for no device."""
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"device must be the name of a device, got {brief(device)}") from error
         data = self.data if device.type == "cpu" else self.numbers().contiguous()
         if device.type == "cpu" and self.data.dim() == 3 and self.dtype not in ROWS_ONLY:
             data = _panels(self.data)
@@ -137,7 +149,11 @@ def _panels(numbers: Tensor) -> Tensor:
 def _scaled(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Returns rows divided by their scales, so that they are at most `limit`, and the scales (matrices,n)."""
     largest = weight.abs().amax(2)
-    if not torch.isfinite(largest).all():
+    try:
+        finite = bool(torch.isfinite(largest).all())
+    except RuntimeError as error:  # a tensor without memory
+        raise InputError(f"weight has no values: it is on the {weight.device} device") from error
+    if not finite:
         raise InputError("weight has values that are not finite, which 8 bits with a scale cannot hold")
     scales = torch.where(largest > 0, largest / limit, 1.0).float()
     return (weight / scales[:, :, None]).clamp_(-limit, limit), scales

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpd_fast.errors import InputError
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.errors import InputError, brief
+from vpd_fast.ops._checks import check, check_tensor, is_int
 
+MAX_RUN = 1 << 30
 PLANES = 5  # mean, its rounding error, M2 (sum of squared deviations), minimum, maximum
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """Statistics of each channel of an activation (B, ..., C), in runs of positions.
 
-    data: (B, runs, 5, C) float32. run: positions of a run; the last may have fewer.
+    data: (B, runs, 5, C) float32, contiguous but for its first stride. run: positions of a run; the last may have
+    fewer. Raises InputError unless they are.
     """
 
     data: Tensor
     run: int
+
+    def __post_init__(self) -> None:
+        good = is_int(self.run) and 0 < self.run <= MAX_RUN
+        check(good, f"statistics.run must be a positive integer of at most {MAX_RUN}, got {brief(self.run)}")
+        check_tensor("statistics.data", self.data, "B runs 5 C", (torch.float32,), "B", **{"5": PLANES})
+        channels = self.data.shape[3]
+        if self.data.stride()[1:] != (PLANES * channels, channels, 1):
+            got = self.data.stride()
+            raise InputError(f"statistics.data must be contiguous but for its first stride, got strides {got}")
 
 
 def run_length(positions: int) -> int:
@@ -36,18 +49,16 @@ def statistics_shape(batch: int, positions: int, channels: int) -> tuple[int, in
 
 
 def check_statistics(
-    name: str, statistics: Any, batch: int, positions: int, channels: int
+    name: str, statistics: Any, batch: int, positions: int, channels: int, device: torch.device
 ) -> tuple[Tensor | None, int]:
     """Returns (data, run), or (None, 1) for None. Raises InputError unless they are statistics of such activations."""
     if statistics is None:
         return None, 1
     check(isinstance(statistics, Statistics), f"{name} must be Statistics, got {type(statistics).__name__}")
-    data, run = statistics
-    check(isinstance(run, int) and run > 0, f"{name}.run must be a positive integer, got {run!r}")
+    data, run = statistics.data, statistics.run
     sizes = {"B": batch, "runs": -(-positions // run), "5": PLANES, "C": channels}
     check_tensor(f"{name}.data", data, "B runs 5 C", (torch.float32,), "B", **sizes)
-    if data.stride()[1:] != (PLANES * channels, channels, 1):
-        raise InputError(f"{name}.data must be contiguous but for its first stride, got strides {data.stride()}")
+    check(data.device == device, f"{name}.data must be on {device} as x is, got {data.device}")
     return data, run
 
 

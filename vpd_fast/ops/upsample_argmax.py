@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from vpd_fast import _native
-from vpd_fast.ops._checks import check, check_size, check_tensor
+from vpd_fast.errors import InputError, brief
+from vpd_fast.ops._checks import MAX_SIDE, check_flag, check_size, check_tensor, is_int
 from vpd_fast.ops._dispatch import Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import dtype_name
 from vpd_fast.ops.availability import triton_missing
@@ -42,6 +43,7 @@ def upsample_argmax(
     Returns (B, H, W) int64, as torch.argmax does. Raises InputError for a wrong shape, dtype, size or impl.
     """
     check_tensor("logits", logits, "B C h w", may_be_empty="B")
+    check_flag("align_corners", align_corners)
     return UPSAMPLE_ARGMAX(UpsampleArgmaxArguments(logits, check_size("size", size), align_corners), impl)
 
 
@@ -70,10 +72,9 @@ def upsample_argmax_windows(
     image, and for windows that do not cover it.
     """
     for name, starts in (("ys", ys), ("xs", xs)):
-        check(
-            len(starts) > 0 and all(isinstance(start, int) for start in starts),
-            f"{name} must be one or more integers, the edges of the windows in pixels, got {starts!r}",
-        )
+        if not isinstance(starts, Sequence) or not starts or not all(is_int(i) and abs(i) <= MAX_SIDE for i in starts):
+            got = brief(starts)
+            raise InputError(f"{name} must be one or more integers, the edges of the windows in pixels, got {got}")
     check_tensor("logits", logits, "B windows C h w", may_be_empty="B", windows=len(ys) * len(xs))
     crop_size, image_size = check_size("crop_size", crop_size), check_size("image_size", image_size)
     size = image_size if size is None else check_size("size", size)

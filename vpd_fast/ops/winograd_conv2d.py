@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, brief
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_tensor
+from vpd_fast.ops._checks import check, check_choice, check_flag, check_tensor, is_int
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
 
@@ -73,7 +73,7 @@ def winograd_weight(weight: Tensor, taps: int) -> Tensor:
     Returns (taps, N, C) float32, computed in float64. Raises InputError for a wrong shape, dtype or taps.
     """
     check_tensor("weight", weight, "N C height width", (*DTYPES, torch.float64), height=3, width=3)
-    check(taps in STEPS, f"taps must be 9, 16 or 36, got {taps!r}")
+    check(is_int(taps) and taps in STEPS, f"taps must be 9, 16 or 36, got {brief(taps)}")
     transform = torch.tensor(_WEIGHT[taps], dtype=torch.float64, device=weight.device)
     by_position = weight.detach().double().flatten(2)
     products = torch.einsum("iy,jx->ijyx", transform, transform).flatten(2).flatten(0, 1)
@@ -120,9 +120,9 @@ def winograd_conv2d(
         >>> winograd_conv2d(x, weight, layer.bias, affine=group_norm_affine(x, gamma, beta, 32, 1e-6), silu=True)
     """
     channels = _gemm.check_sources(x, x2, "B H W C")
-    for name, flag in (("silu", silu), ("upsample", upsample)):
-        check(isinstance(flag, bool), f"{name} must be True or False, got {flag!r}")
-    check(activation in ACTIVATIONS, f"activation must be None, 'relu' or 'silu', got {activation!r}")
+    check_flag("silu", silu)
+    check_flag("upsample", upsample)
+    check_choice("activation", activation, ACTIVATIONS)
     n = _gemm.check_weight(weight, channels, activation, None)
     if weight.matrices != 9 if upsample else weight.matrices not in (16, 36):
         expected = "9 taps with upsample=True" if upsample else "16 or 36 taps without upsample"
@@ -184,7 +184,7 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
 def _cpu(call: WinogradArguments) -> None:
     dense = call.dense()
     _native.load("_C").winograd_conv2d(
-        shape=tuple(call.x.shape[:3]), matrices=call.weight.matrices, **_gemm.native_arguments(dense)
+        shape=tuple(call.x.shape[:3]), matrices=len(call.data), **_gemm.native_arguments(dense)
     )
     call.keep(dense.out)
 

@@ -102,13 +102,16 @@ def _wide_grey(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _channels_last(tensor: torch.Tensor, name: str) -> np.ndarray:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = f"{'nested' if tensor.is_nested else tensor.layout}, on {tensor.device}"
+        raise ImageError(f"{name}: a tensor ({kind}) without pixels in memory; expected a dense one")
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise ImageError(
             f"{name}: a tensor of shape {tuple(tensor.shape)}; expected (3,H,W) or (1,H,W), a list for several images"
         )
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise ImageError(f"{name}: a tensor of {tensor.dtype}; expected uint8 or floats in [0,1]")
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().resolve_neg()
     return (tensor if tensor.dtype == torch.uint8 else tensor.float()).permute(1, 2, 0).numpy()
 
 
