@@ -53,7 +53,7 @@ def test_a_step_is_relative_to_the_root_mean_square() -> None:
 
 def test_all_of_it_is_small_in_a_wheel() -> None:
     files = [path for path in bundled.ASSETS.rglob("*") if path.is_file()]
-    assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 9.6e6
+    assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 8e6
 
 
 @pytest.mark.parametrize("task", TASKS)
