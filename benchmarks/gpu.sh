@@ -61,8 +61,6 @@ part() { # part NAME COMMAND...
     fi
 }
 
-has() { [[ $dry == 1 ]] || "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" 2>/dev/null; }
-
 tests() {
     local parallel=()
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
@@ -114,13 +112,7 @@ sanitizer() {
 }
 
 # What it has measured it keeps, so another call goes on where the time was over.
-tune() {
-    if has vpd_fast.cli.tune; then
-        part tune "$python" -c 'from vpd_fast.cli.main import run; run()' tune --seconds 420
-    else
-        skip tune "there is no vpd-fast tune"
-    fi
-}
+tune() { part tune "$python" -m vpd_fast tune --seconds 420; }
 
 # Batch sizes apart, as with e2e.
 train() {

@@ -15,7 +15,6 @@ layers find more in the cache. `roofline.py --device FILE` compares the file wit
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import sys
 import time
@@ -29,13 +28,13 @@ import torch
 import vpd_fast
 from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench import peaks
+from vpd_fast.bench.catalog import why_unusable
 from vpd_fast.bench.engine_pass import MODELS, Label, LabelledPass, labelled
 from vpd_fast.bench.environment import device_name
 from vpd_fast.bench.operations import Operation, ValuesAreFine, empty_engine, trace
 from vpd_fast.bench.parity import make_images
 from vpd_fast.bench.statistics import percentile
 from vpd_fast.bench.timing import measure, table, write_rows
-from vpd_fast.engine import Policy
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
@@ -103,16 +102,6 @@ def timed_on_gpu(run: LabelledPass, images: torch.Tensor, rounds: int) -> Pass:
     return found
 
 
-def usable_precisions(device: str) -> list[str]:
-    """Precisions that the device has instructions for."""
-    found = []
-    for precision in PRECISIONS:
-        with contextlib.suppress(InputError):
-            Policy().check_device(precision, torch.device(device))
-            found.append(precision)
-    return found
-
-
 def counted(model: VPDConfig, precision: str, kind: str, images: torch.Tensor) -> dict[Key, list[Operation]]:
     """Operations of a pass by part, with their products."""
     found: dict[Key, list[Operation]] = defaultdict(list)
@@ -158,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no NVIDIA GPU here")
     config, rows = MODELS[args.model], []
-    peak = peaks.measured(args.device, usable_precisions(args.device))
+    peak = peaks.measured(args.device, [p for p in PRECISIONS if why_unusable(p, args.device) is None])
     print("GFLOP/s of a large matrix product:", ", ".join(f"{name} {rate:.0f}" for name, rate in peak.items()))
     plain = functools.cache(lambda: randomize(VPD.empty(config), seed=0).eval().to(args.device))
     for precision in args.precision:

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.bench.parity import agreement, passes
-from vpd_fast.bench.statistics import rows_of
-from vpd_fast.bench.suites import on_devices
-from vpd_fast.bench.timing import measure
+from vpd_fast.bench.suites import on_devices, side_by_side
 from vpd_fast.bench.variants import Case, ModelVariant, plain_labels
 from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.errors import InputError
@@ -30,9 +26,6 @@ CASES = {
     "a fifth as wide, 256x256": (VPDConfig(num_classes=20, channels=64, base_size=256, backbone=SMALL), Case(256)),
     "full size, 512x512": (VPDConfig(), Case(512)),
 }
-SOME = pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] if "full" in name else []) for name in CASES]
-)
 
 
 @functools.lru_cache(maxsize=1)
@@ -41,8 +34,12 @@ def plain_model(case: str, device: str) -> VPD:
     return randomize(VPD.empty(CASES[case][0]), seed=0).eval().to(device)
 
 
-def variants_of(case: str, precision: str, device: str) -> dict[str, ModelVariant]:
-    """The plain and the fast model. Fails if they do not agree, because then times mean nothing."""
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] if "full" in name else []) for name in CASES]
+)
+@on_devices("precision", CPU_PRECISIONS, PRECISIONS)
+def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
+    """The plain and the fast model, on a GPU as called: fast models bring their own CUDA graphs."""
     model = plain_model(case, device)
     try:
         fast = vpd_fast.optimize(model, precision)
@@ -55,20 +52,6 @@ def variants_of(case: str, precision: str, device: str) -> dict[str, ModelVarian
         outputs[name] = variant.run()[1]
     found = agreement(outputs[precision], outputs["plain"])
     assert passes(found, precision), f"{precision} does not agree with the plain model: {found}"
-    return variants
-
-
-SIDE_BY_SIDE = pytest.mark.parametrize(
-    ("device", "precision"), on_devices(CPU_PRECISIONS, PRECISIONS), indirect=["device"]
-)
-
-
-@SOME
-@SIDE_BY_SIDE
-def test_side_by_side(case: str, precision: str, device: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
-    """On a GPU as called: fast models bring their own CUDA graphs."""
-    variants = variants_of(case, precision, device)
     calls = {name: variant.run for name, variant in variants.items()}
-    times = measure(calls, device, rounds=10, seconds=60, graphs=False)
-    rows = rows_of(times, "plain", case=case, threads=torch.get_num_threads())
+    rows = side_by_side(calls, device, rounds=10, seconds=60, graphs=False, case=case)
     keep([row for row in rows if row["variant"] == precision or precision == CPU_PRECISIONS[0]])

@@ -9,9 +9,7 @@ import torch
 from torch.nn.functional import group_norm, silu
 
 from vpd_fast import ops
-from vpd_fast.bench.statistics import rows_of
-from vpd_fast.bench.suites import on_devices, some_of, variants_of
-from vpd_fast.bench.timing import measure
+from vpd_fast.bench.suites import CPU_DTYPES, DTYPES, on_devices, side_by_side, some_of, variants_of
 
 CASES = {  # height and width, channels of the sources; 32 groups as everywhere in Stable Diffusion 1.5
     "512x512x128": (512, (128,)),
@@ -21,18 +19,18 @@ CASES = {  # height and width, channels of the sources; 32 groups as everywhere 
     "32x32x640": (32, (640,)),
     "8x8x(1280+1280)": (8, (1280, 1280)),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_DTYPES = ("float32", "bfloat16")
 
 
-def all_variants(case: str, dtype: torch.dtype, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+@on_devices("dtype", CPU_DTYPES, DTYPES)
+@pytest.mark.parametrize("case", some_of(CASES, ("128x128x512", "64x64x320")))
+def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
     """PyTorch reads channels-last images too; its functions take one tensor, so joining two is part of its time."""
     side, channels = CASES[case]
     generator = torch.Generator().manual_seed(0)
-    sources = [torch.randn(1, side, side, c, generator=generator).to(device, dtype) for c in channels]
+    sources = [torch.randn(1, side, side, c, generator=generator).to(device, DTYPES[dtype]) for c in channels]
     x, x2 = sources[0], sources[1] if len(sources) > 1 else None
     weight, bias = (torch.randn(sum(channels), generator=generator).to(device) for _ in range(2))
-    like = weight.to(dtype), bias.to(dtype)
+    like = weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype])
 
     def joined() -> torch.Tensor:
         return (x if x2 is None else torch.cat([x, x2], -1)).permute(0, 3, 1, 2)
@@ -43,34 +41,20 @@ def all_variants(case: str, dtype: torch.dtype, device: str) -> dict[str, Callab
         shift = bias.unflatten(0, (32, -1)) - mean[:, :, None] * scale
         return torch.stack([scale.flatten(1), shift.flatten(1)], 1)
 
-    def native(impl: str) -> torch.Tensor:
-        return ops.group_norm_affine(x, weight, bias, 32, 1e-5, x2, impl=impl)
-
     def normalised() -> torch.Tensor:
         return group_norm(joined(), 32, *like, 1e-5)
 
-    # What our operators behind the statistics do while they read, PyTorch does in a pass of its own.
-    activated = {"pytorch group_norm, silu": lambda: silu(normalised())} if device == "cuda" else {}
-    variants = {"pytorch group_norm": normalised, **activated, "pytorch var_mean": statistics}
-    return variants | variants_of("group_norm_affine", device, native, all_levels=True)
-
-
-def require_parity(variants: dict[str, Callable[[], torch.Tensor]]) -> None:
-    """No time is reported for numbers that are not GroupNorm's."""
-    expected = variants["pytorch var_mean"]()
-    for name, variant in variants.items():
-        if not name.startswith("pytorch group_norm"):
-            torch.testing.assert_close(
-                variant(), expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
-            )
-
-
-@pytest.mark.parametrize(("device", "dtype"), on_devices(CPU_DTYPES, DTYPES), indirect=["device"])
-@pytest.mark.parametrize("case", some_of(CASES, ("128x128x512", "64x64x320")))
-def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
-    variants = all_variants(case, DTYPES[dtype], device)
-    require_parity(variants)
-    side, channels = CASES[case]
+    variants = {"pytorch group_norm": normalised}
+    if (
+        device == "cuda"
+    ):  # what our operators behind the statistics do while they read, PyTorch does in a pass of its own
+        variants["pytorch group_norm, silu"] = lambda: silu(normalised())
+    variants["pytorch var_mean"] = statistics
+    ours = variants_of(
+        "group_norm_affine", device, lambda impl: ops.group_norm_affine(x, weight, bias, 32, 1e-5, x2, impl=impl), True
+    )
+    expected = statistics()
+    for name, variant in ours.items():  # no time is reported for numbers that are not GroupNorm's
+        torch.testing.assert_close(variant(), expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
     gigabytes = side * side * sum(channels) * DTYPES[dtype].itemsize / 1e9  # the activations, read once
-    facts = {"case": case, "dtype": dtype, "threads": torch.get_num_threads()}
-    keep(rows_of(measure(variants, device, seconds=5), "pytorch group_norm", gigabytes, **facts))
+    keep(side_by_side(variants | ours, device, seconds=5, gigabytes=gigabytes, case=case, dtype=dtype))

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.bench import gpu_libraries, onednn
-from vpd_fast.bench.statistics import rows_of
-from vpd_fast.bench.suites import library_variant, on_devices, some_of, variants_of
-from vpd_fast.bench.timing import measure
+from vpd_fast.bench import libraries
+from vpd_fast.bench.suites import library_variant, on_devices, side_by_side, some_of, variants_of
 from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # rows, widths of the sources, columns of the weight, what is fused
@@ -44,16 +42,18 @@ MAIN = "qkv at 64"
 TYPICAL = (MAIN, "ff and proj_out at 16", "geglu at 8")
 
 
-def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[], Tensor]]:
+@on_devices("precision", libraries.PRECISIONS, libraries.GPU_PRECISIONS)
+@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
+def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     rows, widths, n, fused = CASES[case]
-    k, dtype = sum(widths), gpu_libraries.activations(precision)
+    k, dtype = sum(widths), libraries.activations(precision)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, normal: bool = True) -> Tensor:
         return (torch.randn if normal else torch.rand)(*shape, generator=generator).to(device)
 
-    x, x2 = ([random(1, rows, width).to(dtype) for width in widths] + [None])[:2]
-    matrix, bias = random(n, k) / k**0.5, random(n)
+    sources = [random(1, rows, width).to(dtype) for width in widths]
+    matrix, bias, order = random(n, k) / k**0.5, random(n), torch.arange(n)
     options = {}
     if fused in ("norm", "geglu"):
         options["norm"] = "layer"
@@ -61,17 +61,16 @@ def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[
         options["residual"] = random(1, rows, n).to(dtype)
     if fused == "affine":
         options["affine"] = random(1, 2, k, normal=False)
-    order = ops.geglu_rows(n // 2) if fused == "geglu" else torch.arange(n)
     if fused == "geglu":
-        options["activation"] = "geglu"
-    weight = PackedWeight.pack(matrix[order][None], gpu_libraries.PRECISIONS[precision]).for_device(device)
-    ordered = bias[order]
+        options["activation"], order = "geglu", ops.geglu_rows(n // 2)
+    weight = PackedWeight.pack(matrix[order][None], libraries.GPU_PRECISIONS[precision]).for_device(device)
+    ordered, x2 = bias[order], sources[1] if len(sources) > 1 else None
 
     def native(impl: str) -> Tensor:
-        return ops.linear(x, weight, ordered, x2=x2, impl=impl, **options)
+        return ops.linear(sources[0], weight, ordered, x2=x2, impl=impl, **options)
 
     def eager(dtype: torch.dtype = dtype, rows: slice = slice(None)) -> Tensor:
-        a = torch.cat([t[:, rows].to(dtype) for t in (x, x2) if t is not None], -1)
+        a = torch.cat([x[:, rows].to(dtype) for x in sources], -1)
         a = F.layer_norm(a, (k,)) if "norm" in options else a
         if "affine" in options:
             a = a * options["affine"][:, :1].to(dtype) + options["affine"][:, 1:].to(dtype)
@@ -85,21 +84,11 @@ def all_variants(case: str, precision: str, device: str) -> dict[str, Callable[[
     few = slice(0, 64)
     exact = eager(torch.float64, few)
     for variant in ours.values():
-        onednn.require_parity(variant()[:, few], exact, precision)
+        libraries.require_parity(variant()[:, few], exact, precision)
+    library, _ = libraries.NAMES[device]
+    variants = library_variant(library, lambda: libraries.linear(rows, matrix, bias, precision))
     # Beside 8 bits it would take minutes where a CPU has no instructions for bfloat16.
-    step_by_step = {} if precision == "int8" and onednn.emulates_bfloat16(device) else {"eager": eager}
-    name, library = ("onednn", onednn) if device == "cpu" else ("cublas", gpu_libraries)
-    return library_variant(name, lambda: library.linear(rows, matrix, bias, precision)) | step_by_step | ours
-
-
-@pytest.mark.parametrize(
-    ("device", "precision"), on_devices(onednn.PRECISIONS, gpu_libraries.PRECISIONS), indirect=["device"]
-)
-@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
-def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
-    variants = all_variants(case, precision, device)
-    rows, widths, n, _ = CASES[case]
-    gflop = 2 * rows * sum(widths) * n / 1e9
-    facts = {"case": case, "precision": precision, "threads": torch.get_num_threads()}
-    baseline = next(iter(variants))  # the library, if it takes these sizes
-    keep(rows_of(measure(variants, device, rounds=10, seconds=6), baseline, gflop=gflop, **facts))
+    if precision != "int8" or not libraries.emulates_bfloat16(device):
+        variants["eager"] = eager
+    facts = {"case": case, "precision": precision, "gflop": 2 * rows * k * n / 1e9}
+    keep(side_by_side(variants | ours, device, rounds=10, seconds=6, **facts))

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import ops
-from vpd_fast.bench import onednn
-from vpd_fast.bench.statistics import rows_of
-from vpd_fast.bench.suites import on_devices, some_of, variants_of
-from vpd_fast.bench.timing import measure
+from vpd_fast.bench import libraries
+from vpd_fast.bench.suites import on_devices, side_by_side, some_of, variants_of
 from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # side of the input, channels of its sources, of the result, whether it is enlarged
@@ -36,42 +34,38 @@ MAIN = "320->320 at 64"
 TYPICAL = (MAIN, "1280->1280 at 16")
 
 
-def all_variants(case: str, precision: str) -> dict[str, Callable[[], Tensor]]:
+# CPUs are the only devices that it has a kernel for.
+@on_devices("precision", libraries.PRECISIONS, ())
+@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
+def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     """Full: SiLU of an affine input, bias and residual. The level of the machine; for the main case every level."""
     side, channels, n, upsample = CASES[case]
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype, k, high = libraries.activations(precision), sum(channels), side * (2 if upsample else 1)
     generator = torch.Generator().manual_seed(0)
-    x, x2 = ([torch.randn(1, side, side, c, generator=generator).to(dtype) for c in channels] + [None])[:2]
-    kernel = torch.randn(n, sum(channels), 3, 3, generator=generator) / (9 * sum(channels)) ** 0.5
-    bias, zoom = torch.randn(n, generator=generator), 2 if upsample else 1
-    residual = torch.randn(1, side * zoom, side * zoom, n, generator=generator).to(dtype)
-    affine = torch.randn(1, 2, sum(channels), generator=generator) * 0.5 + 1
-    taps = 9 if upsample else 36 if precision == "float32" else 16
-    weight = PackedWeight.pack(ops.winograd_weight(kernel, taps), onednn.PRECISIONS[precision])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sources = [random(1, side, side, c).to(dtype) for c in channels]
+    kernel, bias = random(n, k, 3, 3) / (9 * k) ** 0.5, random(n)
+    full = {"residual": random(1, high, high, n).to(dtype), "affine": random(1, 2, k) * 0.5 + 1, "silu": True}
+    matrices = 9 if upsample else 36 if precision == "float32" else 16
+    weight = PackedWeight.pack(ops.winograd_weight(kernel, matrices), libraries.PRECISIONS[precision])
+    shape = {"x2": sources[1] if len(sources) > 1 else None, "upsample": upsample}
 
     def native(impl: str, **options: Tensor | bool) -> Tensor:
-        return ops.winograd_conv2d(x, weight, bias, x2=x2, upsample=upsample, impl=impl, **options)
+        return ops.winograd_conv2d(sources[0], weight, bias, impl=impl, **shape, **options)
 
-    joined = torch.cat([t for t in (x, x2) if t is not None], -1).permute(0, 3, 1, 2)
+    joined = torch.cat(sources, -1).permute(0, 3, 1, 2)
     joined = F.interpolate(joined.float(), scale_factor=2).to(joined) if upsample else joined
     rows = slice(0, 6)
     exact = F.conv2d(joined[:, :, :7].double(), kernel.double(), bias.double(), padding=1)[:, :, rows]
-    onednn.require_parity(native("cpu")[:, rows], exact.permute(0, 2, 3, 1), precision)
-    full = {"affine": affine, "silu": True, "residual": residual}
+    libraries.require_parity(native("cpu")[:, rows], exact.permute(0, 2, 3, 1), precision)
     ours = variants_of("winograd_conv2d", "cpu", lambda impl: native(impl, **full), all_levels=case == MAIN)
-    return {
-        "onednn": onednn.conv2d(joined, kernel, bias, 1, precision),
+    variants = {
+        "onednn": libraries.conv2d(joined, kernel, bias, 1, precision),
         "cpu": lambda: native("cpu"),
         **{name.replace("cpu", "cpu full"): variant for name, variant in ours.items()},
     }
-
-
-# CPUs are the only devices that it has a kernel for.
-@pytest.mark.parametrize(("device", "precision"), on_devices(onednn.PRECISIONS, ()), indirect=["device"])
-@pytest.mark.parametrize("case", some_of(CASES, TYPICAL))
-def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
-    variants = all_variants(case, precision)
-    side, channels, n, upsample = CASES[case]
-    gflop = 2 * 9 * sum(channels) * n * (side * (2 if upsample else 1)) ** 2 / 1e9
-    facts = {"case": case, "precision": precision, "threads": torch.get_num_threads()}
-    keep(rows_of(measure(variants, device, rounds=10, seconds=8), "onednn", gflop=gflop, **facts))
+    facts = {"case": case, "precision": precision, "gflop": 2 * 9 * k * n * high**2 / 1e9}
+    keep(side_by_side(variants, device, rounds=10, seconds=8, **facts))

@@ -13,16 +13,12 @@ agree with those of "plain", from the same weights and latents; the latents of i
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vpd_fast import VPD
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench.engine_pass import MODELS
-from vpd_fast.bench.environment import device_name, peak_bytes, reset_peak
+from vpd_fast.bench.environment import device_name, peak_memory
 from vpd_fast.bench.parity import GATES as LATENT_GATES
 from vpd_fast.bench.parity import cosine, make_images
-from vpd_fast.bench.timing import table, write_rows
+from vpd_fast.bench.timing import Stopwatch, table, write_rows
+from vpd_fast.bench.variants import Case, Source
+from vpd_fast.bench.worker import Worker, WorkerError
 from vpd_fast.models.attention_backends import PLAIN
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer
@@ -80,11 +78,11 @@ DEFAULT = {"cpu": list(VARIANTS)[:-1], "cuda": list(VARIANTS)}
 
 
 class Step:
-    """A model with everything that a step needs; the same for every process."""
+    """A model with everything that a step needs, in the process that measures it; the same for every variant."""
 
-    def __init__(self, variant: Variant, model_name: str, batch: int, size: int, device: str) -> None:
-        self.variant, self.device = variant, device
-        model = randomize(VPD.empty(MODELS[model_name]), seed=0).to(device).train()
+    def __init__(self, source: Source, variant: Variant, config: VPDConfig, batch: int, size: int) -> None:
+        self.variant, self.device = variant, source.device
+        model = randomize(VPD.empty(config), seed=0).to(self.device).train()
         model.attention_backend = variant.backend
         set_recompute(model, variant.recompute)
         self.encode = FrozenEncoder(model, variant.encoder)
@@ -97,7 +95,7 @@ class Step:
         dtype = torch.bfloat16 if variant.precision == "bf16" else None
         module: nn.Module = TrainStep(model, self.task, dtype)
         self.forward = torch.compile(module) if variant.compiled else module
-        self.batch = {"image": make_images(batch, size), "target": make_labels(batch, size, model.config.num_classes)}
+        self.batch = {"image": make_images(batch, size), "target": make_labels(batch, size, config.num_classes)}
 
     def inputs(self) -> dict[str, Tensor]:
         """What forward takes, with the latents made anew."""
@@ -106,18 +104,79 @@ class Step:
             found["latents"] = found["latents"].to(memory_format=torch.channels_last)
         return found
 
-    def run(self, around: Callable[[str], Any]) -> Tensor:
-        """One step; each of its four parts inside `around(name)`. Returns the loss."""
-        with around("encoder"):
-            inputs = self.inputs()
-        with around("forward"):
-            loss = self.forward(inputs)
-        with around("backward"):
-            loss.backward()
-        with around("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def optimize(self) -> None:
+        """The end of a step: new weights, and no gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def run(self) -> tuple[Tensor, dict[str, float]]:
+        """One step: the loss, and the seconds of its four parts."""
+        watch = Stopwatch(self.device)
+        inputs = self.inputs()
+        watch.lap("encoder")
+        loss = self.forward(inputs)
+        watch.lap("forward")
+        loss.backward()
+        watch.lap("backward")
+        self.optimize()
+        watch.lap("optimizer")
+        return loss.detach(), watch.seconds
+
+    def first_pass(self, latents: Tensor | None = None) -> tuple[dict[str, Tensor], int]:
+        """{"loss", "latents", "<group>": gradients}, and bytes that forward keeps for backward.
+
+        latents: of the baseline, from which to find loss and gradients. It is the optimizer's first step, too.
+        """
+        inputs = self.inputs()
+        own = inputs["latents"].cpu()
+        if latents is not None:
+            inputs["latents"] = torch.empty_like(inputs["latents"]).copy_(latents)  # as it lies in memory
+        dropouts = [(m, m.p) for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+        for module, _ in dropouts:  # what it leaves out depends on dtypes and strides
+            module.p = 0.0
+        if self.variant.compiled:  # whose tensors nobody but the compiler sees
+            loss, kept = self.forward(inputs), 0
+        else:
+            with LiveMemory([*inputs.values(), *self.model.parameters(), *self.model.buffers()]) as live:
+                loss = self.forward(inputs)
+                kept = live.bytes()
+        loss.backward()
+        for module, p in dropouts:
+            module.p = p
+        gradients = sampled_gradients(self.model, self.groups)
+        self.optimize()
+        return {"loss": loss.detach().cpu(), "latents": own.contiguous(), **gradients}, kept
+
+    def measure(self, steps: int, reference: Path, is_baseline: bool) -> dict[str, Any]:
+        """The row of the variant: agreement with the baseline, and times if that is enough.
+
+        reference: the file with the baseline's numbers, which the baseline writes.
+        """
+        expected = None if is_baseline else load_file(reference)
+        found, kept = self.first_pass(expected["latents"] if expected else None)
+        if expected is None:
+            save_file(found, reference)
+        numbers = agreement(found, expected or found)
+        passed = passes(numbers, self.variant)
+        row = {
+            "loss": round(found["loss"].item(), 5),
+            "loss_difference": float(f"{numbers.pop('loss'):.3g}"),
+            **{f"cosine_{group}": round(value, 6) for group, value in numbers.items()},
+            "parity": "passed" if passed else "failed",
+            **({"activations_gib": round(kept / 2**30, 3)} if kept else {}),
+        }
+        return row | self.timed(steps) if passed else row
+
+    def timed(self, steps: int) -> dict[str, Any]:
+        """Medians of some steps, and the most memory they had."""
+        for _ in range(2 if self.device == "cuda" else 0):  # more to warm up: graphs, tuning
+            self.run()
+        passes, _, peak = peak_memory(self.device, lambda: [self.run()[1] for _ in range(steps)])
+        times = {"p50_ms": [sum(seconds.values()) for seconds in passes]}
+        times |= {f"{name}_ms": [seconds[name] for seconds in passes] for name in passes[0]}
+        row = {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()}
+        row |= {f"{of.__name__}_ms": round(1e3 * of(times["p50_ms"]), 1) for of in (min, max)}
+        return {"steps": steps, **row, "peak_gib": round(peak / 2**30, 2)}
 
 
 def set_recompute(model: VPD, what: str) -> None:
@@ -174,131 +233,34 @@ def passes(numbers: dict[str, float], variant: Variant) -> bool:
     return latents and numbers["loss"] <= loss and all(value >= least for value in gradients)
 
 
-# Measuring, in the variant's own process
-
-
-@contextmanager
-def clock(times: dict[str, list[float]], name: str, device: str) -> Iterator[None]:
-    """Add the seconds of what is inside to times[name]."""
-    start = time.perf_counter()
-    yield
-    if device == "cuda":
-        torch.cuda.synchronize()
-    times.setdefault(name, []).append(time.perf_counter() - start)
-
-
-def first_pass(step: Step, latents: Tensor | None = None) -> tuple[dict[str, Tensor], int]:
-    """{"loss", "latents", "<group>": gradients}, and bytes that forward keeps for backward.
-
-    latents: of the baseline, from which to find loss and gradients. It is the optimizer's first step, too.
-    """
-    inputs = step.inputs()
-    own = inputs["latents"].cpu()
-    if latents is not None:
-        inputs["latents"] = torch.empty_like(inputs["latents"]).copy_(latents)  # as it lies in memory
-    dropouts = [
-        (module, module.p) for module in step.model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)
-    ]
-    for module, _ in dropouts:  # what it leaves out depends on dtypes and strides
-        module.p = 0.0
-    if step.variant.compiled:  # whose tensors nobody but the compiler sees
-        loss, kept = step.forward(inputs), 0
-    else:
-        with LiveMemory([*inputs.values(), *step.model.parameters(), *step.model.buffers()]) as live:
-            loss = step.forward(inputs)
-            kept = live.bytes()
-    loss.backward()
-    for module, p in dropouts:
-        module.p = p
-    found = {"loss": loss.detach().cpu(), "latents": own.contiguous(), **sampled_gradients(step.model, step.groups)}
-    step.optimizer.step()
-    step.optimizer.zero_grad(set_to_none=True)
-    return found, kept
-
-
-def measure(name: str, options: argparse.Namespace, batch: int, folder: Path) -> dict[str, Any]:
-    """The row of a variant: agreement with the baseline, whose numbers are in `folder`, and times if that is enough."""
-    variant = VARIANTS[name]
-    step = Step(variant, options.model, batch, options.size, options.device)
-    reference = folder / f"{batch}.safetensors"
-    expected = None if name == BASELINE else load_file(reference)
-    found, kept = first_pass(step, expected["latents"] if expected else None)
-    if expected is None:
-        save_file(found, reference)
-    numbers = agreement(found, expected or found)
-    passed = passes(numbers, variant)
-    row = {
-        "loss": round(found["loss"].item(), 5),
-        "loss_difference": float(f"{numbers.pop('loss'):.3g}"),
-        **{f"cosine_{group}": round(value, 6) for group, value in numbers.items()},
-        "parity": "passed" if passed else "failed",
-        **({"activations_gib": round(kept / 2**30, 3)} if kept else {}),
-    }
-    return row | timed(step, options.steps) if passed else row
-
-
-def timed(step: Step, steps: int) -> dict[str, Any]:
-    """Medians of some steps, and the most memory they had."""
-    times: dict[str, list[float]] = {}
-    cuda = step.device == "cuda"
-    if cuda:
-        for _ in range(2):  # more to warm up: graphs, tuning
-            step.run(lambda _: clock({}, "", "cuda"))
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_peak()
-    for _ in range(steps):
-        with clock(times, "step", step.device):
-            step.run(lambda name: clock(times, name, "cpu"))  # on a GPU: until its kernels are launched
-    peak = torch.cuda.max_memory_allocated() if cuda else peak_bytes()
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "steps": steps,
-        "p50_ms": round(1e3 * median.pop("step"), 1),
-        "min_ms": round(1e3 * min(times["step"]), 1),
-        "max_ms": round(1e3 * max(times["step"]), 1),
-        **({} if cuda else {f"{name}_ms": round(1e3 * value, 1) for name, value in median.items()}),
-        "peak_gib": round(peak / 2**30, 2),
-    }
-
-
 # The program
 
 
-def in_own_process(arguments: list[str]) -> tuple[int, str]:
-    """Exit code of this program with those arguments, and what it printed to stderr."""
-    done = subprocess.run([sys.executable, __file__, *arguments], stderr=subprocess.PIPE, text=True, check=False)
-    return done.returncode, done.stderr
-
-
-def rows_of_batch(options: argparse.Namespace, batch: int, folder: Path) -> list[dict[str, Any]]:
+def rows_of_batch(options: argparse.Namespace, batch: int, source: Source) -> list[dict[str, Any]]:
     """A row per variant, each from a process of its own, ratios included."""
     rows: list[dict[str, Any]] = []
-    names = [BASELINE, *(name for name in options.variants if name != BASELINE)]
-    for name in names:
-        row = {"case": f"{batch}x3x{options.size}x{options.size}", "variant": name}
-        answer = folder / "row.json"
-        answer.unlink(missing_ok=True)
-        arguments = [
-            "--device", options.device, "--batch", str(batch), "--size", str(options.size), "--steps",
-            str(options.steps), "--model", options.model, "--one", name, str(folder),
-        ]  # fmt: skip
-        code, printed = in_own_process(arguments)
-        if answer.exists():
-            row |= json.loads(answer.read_text())
-        else:
-            last = next((line for line in reversed(printed.splitlines()) if line.strip()), "it printed nothing")
-            row["error"] = f"the process ended with exit code {code}: {last.strip()}"
-        if "p50_ms" in row and "p50_ms" in (rows or [row])[0]:
-            row["speedup"] = round((rows or [row])[0]["p50_ms"] / row["p50_ms"], 2)
+    for name in [BASELINE, *(name for name in options.variants if name != BASELINE)]:
+        row = {"case": str(Case(options.size, batch)), "variant": name}
+        sizes = {"config": MODELS[options.model], "batch": batch, "size": options.size}
+        worker = Worker(partial(Step, variant=VARIANTS[name], **sizes), source, name)
+        try:
+            worker.wait()
+            reference = source.scratch / f"{batch}.safetensors"
+            row |= worker.call("measure", options.steps, reference, name == BASELINE)
+        except WorkerError as error:
+            row["error"] = str(error)
+        finally:
+            worker.close()
         rows.append(row)
+        if "p50_ms" in row and "p50_ms" in rows[0]:
+            row["speedup"] = round(rows[0]["p50_ms"] / row["p50_ms"], 2)
         print(table([row]), flush=True)
         if name == BASELINE and "error" in row:
             break
     return rows
 
 
-def estimates(options: argparse.Namespace, batch: int) -> dict[str, float]:
+def estimates(config: VPDConfig, batch: int, size: int) -> dict[str, float]:
     """GiB of activations by `estimate_memory`: with plain attention and nothing recomputed, and with ours."""
     ways = {
         "plain, nothing recomputed": {"attention_backend": PLAIN},
@@ -306,8 +268,7 @@ def estimates(options: argparse.Namespace, batch: int) -> dict[str, float]:
         "bf16": {"precision": "bf16"},
         "bf16 recomputed": {"precision": "bf16", "checkpointing": True},
     }
-    config = MODELS[options.model]
-    found = {name: estimate_memory(config, batch_size=batch, size=options.size, **way) for name, way in ways.items()}
+    found = {name: estimate_memory(config, batch_size=batch, size=size, **way) for name, way in ways.items()}
     return {name: round(parts["activations"] / 2**30, 3) for name, parts in found.items()}
 
 
@@ -320,27 +281,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="that are timed, after one or more to warm up")
     parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", help="besides plain (default: for the device)")
     parser.add_argument("--model", choices=list(MODELS), default="full", help="small: a fifth as wide, for a quick try")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("PyTorch finds no NVIDIA GPU here")
     options.variants = options.variants or DEFAULT[options.device]
-    if options.one:
-        name, folder = options.one[0], Path(options.one[1])
-        row = measure(name, options, options.batch[0], folder)
-        (folder / "row.json").write_text(json.dumps(row))
-        return 0
 
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {"model": options.model, "activations_gib_estimated": {}}
+    estimated: dict[str, dict[str, float]] = {}
+    facts = {"model": options.model, "activations_gib_estimated": estimated}
     with tempfile.TemporaryDirectory() as folder:
+        source = Source(Path(folder), Path(folder), torch.get_num_threads(), options.device)
         for batch in options.batch:  # what is measured is kept if the next one is interrupted
-            facts["activations_gib_estimated"][str(batch)] = estimates(options, batch)
-            rows += rows_of_batch(options, batch, Path(folder))
+            estimated[str(batch)] = estimates(MODELS[options.model], batch, options.size)
+            rows += rows_of_batch(options, batch, source)
             path = write_rows("train_step", options.device, rows, **facts)
     print(f"segmentation model on {device_name(options.device)}, random weights: {path}")
     print(table(rows))
-    for batch, ways in facts["activations_gib_estimated"].items():
+    for batch, ways in estimated.items():
         print(f"activations of batch {batch}, estimated, GiB: {', '.join(f'{n} {v}' for n, v in ways.items())}")
     bad = [row["variant"] for row in rows if row.get("parity") != "passed"]
     if bad:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,13 @@ TYPES = {
 }
 OPTIONS = ("num_warps", "num_stages")
 
-Launch = tuple[Any, dict[str, Any]]  # kernel, arguments
+LAUNCHES: list[tuple[Any, dict[str, Any]]] = []  # kernels and arguments, recorded instead of run
+RECORDED = (
+    *(_gemm, _prologue, _statistics, cross_attention_maps, cross_attention_maps_backward, group_norm_affine),
+    *(self_attention, upsample_argmax),
+)
+for _module in RECORDED:
+    _module.launch = lambda kernel, grid, on, **arguments: LAUNCHES.append((kernel, arguments))
 
 
 def shapes() -> Iterator[tuple[torch.dtype, int, int, int, int | None]]:
@@ -88,14 +95,11 @@ def statistics_of(out: torch.Tensor) -> Statistics:
     return Statistics(empty(*statistics_shape(1, positions, channels), dtype=torch.float32), run_length(positions))
 
 
-def layer_launches() -> list[Launch]:
-    """What layers of the UNet and the encoder launch: few and many rows, all that can be fused."""
-    recorded: list[Launch] = []
-    for module in (_gemm, _prologue, _statistics, group_norm_affine):
-        module.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
+def launch_layers() -> None:
+    """Layers of the UNet and the encoder: few and many rows, all that can be fused."""
     float32 = torch.float32
-    for precision in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-        dtype = torch.float32 if precision == torch.float32 else torch.bfloat16
+    for precision in (float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        dtype = float32 if precision == float32 else torch.bfloat16
         for rows, widths, n, options in (
             (4096, (320,), 960, {"norm": "layer"}),
             (4096, (320,), 2560, {"norm": "layer", "activation": "geglu"}),
@@ -135,37 +139,25 @@ def layer_launches() -> list[Launch]:
             group_norm_affine.forward([x], [known], vector, vector, 32, 1e-5, affine, **options)
             options["scale"] = empty(2 * channels, dtype=float32)
             group_norm_affine.forward([x, x], [known, known], *[options["scale"]] * 2, 32, 1e-5, affine, **options)
-    return recorded
 
 
-def one_head_launches() -> list[Launch]:
+def launch_one_head() -> None:
     """The KL encoder's attention, with large and with small tiles."""
-    recorded: list[Launch] = []
-    self_attention.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in (4096, 256):
-            q = empty(1, length, 512, dtype=dtype)
-            self_attention.forward(q, q, q, q, heads=1, scale=0.1)
-    return recorded
+    for dtype, length in product((torch.float32, torch.bfloat16), (4096, 256)):
+        q = empty(1, length, 512, dtype=dtype)
+        self_attention.forward(q, q, q, q, heads=1, scale=0.1)
 
 
-def label_launches() -> list[Launch]:
+def launch_labels() -> None:
     """Labels of one image and of windows, which more and more overlap."""
-    recorded: list[Launch] = []
-    upsample_argmax.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
-    for dtype in (torch.float32, torch.bfloat16):
-        for taps in (2, 4, 8, 9):
-            axis = empty(512, taps, dtype=torch.int64), empty(512, taps, dtype=torch.float32)
-            logits = empty(1, 1, 2, 150, 64, 64, dtype=dtype)
-            upsample_argmax.forward(logits, axis, axis, empty(1, 512, 512, dtype=torch.int64))
-    return recorded
+    for dtype, taps in product((torch.float32, torch.bfloat16), (2, 4, 8, 9)):
+        axis = empty(512, taps, dtype=torch.int64), empty(512, taps, dtype=torch.float32)
+        logits = empty(1, 1, 2, 150, 64, 64, dtype=dtype)
+        upsample_argmax.forward(logits, axis, axis, empty(1, 512, 512, dtype=torch.int64))
 
 
-def attention_launches(dtype: torch.dtype, rows: int, dim: int, tokens: int, count: int | None) -> list[Launch]:
-    """What forward and backward launch, recorded instead of run; the tensors have no memory."""
-    recorded: list[Launch] = []
-    for module in (cross_attention_maps, cross_attention_maps_backward):
-        module.launch = lambda kernel, grid, on, **arguments: recorded.append((kernel, arguments))
+def launch_attention(dtype: torch.dtype, rows: int, dim: int, tokens: int, count: int | None) -> None:
+    """Forward and backward with maps, of as many categories as `count` says."""
     q, k = (empty(*shape, HEADS * dim, dtype=dtype) for shape in ((2, rows), (1, tokens)))
     maps = empty(2, rows, count or tokens, dtype=torch.float32)
     categories = count and SimpleNamespace(
@@ -179,7 +171,6 @@ def attention_launches(dtype: torch.dtype, rows: int, dim: int, tokens: int, cou
     for one_pass in (True, False):
         cross_attention_maps.forward(q, k, k, q, maps, maps, **options, one_pass=one_pass)
     cross_attention_maps_backward.backward(q, maps, q, k, k, q, k, k, **options)
-    return recorded
 
 
 def source(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
@@ -238,11 +229,6 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[s
     }
 
 
-def dtype_of(value: Any) -> torch.dtype | None:
-    """Of a tensor."""
-    return value.dtype if isinstance(value, torch.Tensor) else None
-
-
 def first_operand(arguments: dict[str, Any]) -> torch.Tensor | None:
     """The tensor whose dtype is that of the products, or the input."""
     return next((arguments[name] for name in ("q", "a", "x", "probabilities", "logits") if name in arguments), None)
@@ -257,24 +243,27 @@ def _resources_of_job(i: int) -> dict[str, Any]:
 
 def main() -> int:
     """Prints the table. Returns the exit code."""
+    for shape in shapes():
+        launch_attention(*shape)
+    launch_one_head()
+    launch_layers()
+    launch_labels()
     different = {}
-    attention = [launch for shape in shapes() for launch in attention_launches(*shape)]
-    for kernel, arguments in [*attention, *one_head_launches(), *layer_launches(), *label_launches()]:
+    for kernel, arguments in LAUNCHES:
         constants = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr]
         operand, missing = first_operand(arguments), [n for n, value in arguments.items() if value is None]
         dtype = None if operand is None else operand.dtype
         aligned = all(arguments.get(name, 0) % 16 == 0 for name in ("a_channels", "a2_channels", "K"))
         different.setdefault((kernel.__name__, dtype, aligned, *missing, *constants), (kernel, arguments))
-    jobs = [
+    # Forked, because kernels cannot be sent to another process; a child knows its jobs by their numbers.
+    _JOBS.extend(
         (*launch, capability)
         for launch in different.values()
         for capability in CAPABILITIES
-        if capability >= 90 or not any(dtype_of(x) == torch.float8_e4m3fn for x in launch[1].values())
-    ]
-    # Forked, because kernels cannot be sent to another process; a child knows its jobs by their numbers.
-    _JOBS.extend(jobs)
+        if capability >= 90 or torch.float8_e4m3fn not in {getattr(x, "dtype", None) for x in launch[1].values()}
+    )
     with multiprocessing.get_context("fork").Pool() as pool:
-        rows = pool.map(_resources_of_job, range(len(jobs)), chunksize=1)
+        rows = pool.map(_resources_of_job, range(len(_JOBS)), chunksize=1)
     print(table(rows))
     return 1 if any(row["spilled_bytes"] or row["tensor_cores"] == "missing" for row in rows) else 0
 

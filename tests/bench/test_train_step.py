@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.bench import engine_pass, timing
+from vpd_fast.bench.variants import Source
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer, UNetBlock
 from vpd_fast.training.groups import parameter_groups
@@ -33,9 +33,24 @@ def here(monkeypatch, script):
     backbone = BackboneConfig(model_channels=32, context_dim=32, num_heads=4, vae_ch=32)
     tiny = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=backbone)
     monkeypatch.setattr(benchmark, "MODELS", {"small": tiny})
-
-    monkeypatch.setattr(benchmark, "in_own_process", lambda arguments: (benchmark.main(arguments), ""))
+    monkeypatch.setattr(benchmark, "Worker", Here)
     return benchmark
+
+
+class Here:
+    """Stands for a worker whose process is this one."""
+
+    def __init__(self, make, source, _: str) -> None:
+        self.step = make(source)
+
+    def wait(self) -> None:
+        """It is made."""
+
+    def call(self, action: str, *arguments):
+        return getattr(self.step, action)(*arguments)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 def test_as_a_program(script, results, capsys) -> None:
@@ -82,10 +97,16 @@ def test_what_does_not_agree_is_not_timed(here, results, monkeypatch, capsys) ->
 
 def test_a_process_that_ends_is_a_row(script, results, monkeypatch) -> None:
     benchmark = script("train_step")
-    monkeypatch.setattr(benchmark, "in_own_process", lambda arguments: (-9, "much\nKilled\n"))
+    call = benchmark.Worker.call
+
+    def killed(self, *message):
+        self._process.kill()
+        return call(self, *message)
+
+    monkeypatch.setattr(benchmark.Worker, "call", killed)
     assert benchmark.main([*SMALL, "--variants", "fp32"]) == 1
     (row,) = results()["rows"]
-    assert row["error"] == "the process ended with exit code -9: Killed"
+    assert row["error"] == "the process was killed, most likely because there was not enough memory"
 
 
 def test_sampled_gradients_stand_for_all_of_them(script) -> None:
@@ -144,21 +165,20 @@ def test_labels(script) -> None:
     assert 0.02 < (labels == 255).float().mean() < 0.25
 
 
-def test_steps_change_weights_and_leave_no_gradients(here) -> None:
+def test_steps_change_weights_and_leave_no_gradients(here, tmp_path) -> None:
     """The recomputed bf16 step on small shapes, part by part."""
     benchmark = here
-    step = benchmark.Step(benchmark.VARIANTS["bf16 recomputed"], "small", 1, 128, "cpu")
+    config = benchmark.MODELS["small"]
+    step = benchmark.Step(Source(tmp_path, tmp_path, 1), benchmark.VARIANTS["bf16 recomputed"], config, 1, 128)
     before = step.model.unet.unet.diffusion_model.input_blocks[0][0].weight.detach().clone()
     encoder = {name: t.clone() for name, t in step.model.encoder_vq.state_dict().items()}
-    times: dict[str, list[float]] = {}
-    loss = step.run(lambda name: benchmark.clock(times, name, "cpu"))
+    loss, seconds = step.run()
     assert torch.isfinite(loss)
-    assert list(times) == ["encoder", "forward", "backward", "optimizer"]
+    assert list(seconds) == ["encoder", "forward", "backward", "optimizer"]
     assert not torch.equal(step.model.unet.unet.diffusion_model.input_blocks[0][0].weight, before)
     assert all(torch.equal(t, encoder[name]) for name, t in step.model.encoder_vq.state_dict().items())
     assert all(p.grad is None for p in step.model.parameters())
-    options = argparse.Namespace(model="small", size=128)
-    estimated = benchmark.estimates(options, 1)
+    estimated = benchmark.estimates(config, 1, 128)
     assert estimated["bf16 recomputed"] < estimated["bf16"]
 
 

@@ -112,13 +112,21 @@ def choose_in_process(
         precisions = list(FAST if device == "cpu" else GATES)
     _check_precisions(precisions, GATES)
     for precision in precisions:
-        try:
-            Policy().check_device(precision, torch.device(device))
-        except InputError as error:
-            missing.append(f"fast {precision}: {error}")
+        reason = why_unusable(precision, device)
+        if reason is not None:
+            missing.append(f"fast {precision}: {reason}")
             continue
         names += [f"fast {precision}", *([f"fast {precision}{WITHOUT_GRAPHS}"] if device == "cuda" else [])]
     return names[1:], missing
+
+
+def why_unusable(precision: str, device: str) -> str | None:
+    """Why a fast model of that precision cannot run on the device, or None."""
+    try:
+        Policy().check_device(precision, torch.device(device))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def may_be_replayed(name: str) -> bool:

@@ -95,9 +95,9 @@ class LabelledPass:
     def prepare(self, batch: int) -> None:
         """Makes the text or scene for so many images, so that it is no part of a pass."""
         if batch not in self._conditioning:
-            depth = self.model.config.task == "depth"  # the mean of all scenes
-            parts = (None, batch) if depth else conditioning(self.model.config, batch)
-            self._conditioning[batch] = tuple(x.to(self.model.device) if isinstance(x, Tensor) else x for x in parts)
+            config, device = self.model.config, self.model.device
+            scenes = (None, batch)  # the mean of all
+            self._conditioning[batch] = scenes if config.task == "depth" else conditioning(config, batch, device)
 
     def of_layer(self, name: str, layer: Any) -> Callable[..., Label]:
         """What makes the label of a layer's call from its arguments."""

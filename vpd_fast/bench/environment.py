@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def environment(device: str) -> dict[str, Any]:
 
 def resident_bytes() -> int:
     """Memory of this process now (Linux)."""
-    return _status("VmRSS")
+    return _kilobytes("VmRSS", _STATUS)
 
 
 def peak_bytes() -> int:
     """Most memory this process had, since it started or since `reset_peak` (Linux)."""
-    return _status("VmHWM")
+    return _kilobytes("VmHWM", _STATUS)
 
 
 def reset_peak() -> None:
@@ -76,8 +77,19 @@ def reset_peak() -> None:
     _CLEAR.write_text("5")
 
 
-def _status(name: str) -> int:
-    return _kilobytes(name, _STATUS)
+def peak_memory(device: str, call: Callable[[], Any]) -> tuple[Any, int, int]:
+    """The result of a call, bytes in use before it, and the most in use during it: of the process, or of the GPU."""
+    if device == "cpu":
+        reset_peak()
+        before = resident_bytes()
+        return call(), before, peak_bytes()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return result, before, torch.cuda.max_memory_allocated()
 
 
 def _kilobytes(name: str, path: Path) -> int:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vpd_fast.bench import telemetry
-from vpd_fast.bench.environment import peak_bytes, reset_peak
+from vpd_fast.bench.environment import peak_memory
 from vpd_fast.bench.operations import ValuesAreFine
-from vpd_fast.bench.parity import Outputs
-from vpd_fast.bench.timing import L2_FLUSH_BYTES, as_graph
-from vpd_fast.bench.variants import WHOLE, Case, ModelVariant, Source, Stopwatch, Variant
+from vpd_fast.bench.timing import L2_FLUSH_BYTES, Stopwatch, as_graph
+from vpd_fast.bench.variants import WHOLE, Case, ModelVariant, Source, Variant
 from vpd_fast.bench.worker import WorkerError
 from vpd_fast.models import VPD
 
@@ -82,12 +81,15 @@ class Turn:
         """
         with _failures():
             self._variant.prepare(case)
-            result, peak = self._first_pass()
+            device = self._source.device
+            result, before, peak = peak_memory(device, lambda: self._variant.run()[1])
             result.save(outputs)
+            if device == "cuda":
+                peak += (nbytes(self._variant.model) if isinstance(self._variant, ModelVariant) else 0) - before
             if self._source.timed == "replays":
                 with torch.inference_mode(), ValuesAreFine():
                     self._replay = as_graph(self._variant.run)
-            for _ in range(3 if self._source.device == "cuda" else 0):  # warm up
+            for _ in range(3 if device == "cuda" else 0):  # warm up
                 self.run()
         return {"resident": 0, "peak": peak}
 
@@ -110,18 +112,6 @@ class Turn:
     def close(self) -> None:
         """Forget the graph; the variant is kept by the source."""
         self._replay = None
-
-    def _first_pass(self) -> tuple[Outputs, int]:
-        if self._source.device == "cpu":
-            reset_peak()
-            return self._variant.run()[1], peak_bytes()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        outputs = self._variant.run()[1]
-        torch.cuda.synchronize()
-        weights = nbytes(self._variant.model) if isinstance(self._variant, ModelVariant) else 0
-        return outputs, weights + torch.cuda.max_memory_allocated() - before
 
 
 def nbytes(model: Any) -> int:

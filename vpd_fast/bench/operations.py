@@ -64,22 +64,6 @@ class Operation:
         return seconds * 1e3, bound
 
 
-class ForDevice(Policy):
-    """The policy for a kind of device, whatever device the weights are on."""
-
-    kind = "cuda"
-
-    def winograd_matrices(self, side: int, channels: int, dtype: torch.dtype, upsample: bool, device: str) -> tuple:
-        """Return the taps of Winograd's algorithm for that kind of device."""
-        return super().winograd_matrices(side, channels, dtype, upsample, self.kind)
-
-
-class ForCPU(ForDevice):
-    """The policy for CPUs, whatever device the weights are on."""
-
-    kind = "cpu"
-
-
 class ValuesAreFine(TorchFunctionMode):
     """Nobody asks for the values of tensors: checks of them pass, and a text that was seen before is the same one.
 
@@ -113,9 +97,9 @@ class Workspaces(WorkspacePool):
 
 def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
     """The fast model for a kind of device, of tensors without memory: it can be called, but computes nothing."""
-    plain, policy = VPD.empty(config).eval(), {"cpu": ForCPU, "cuda": ForDevice}[kind]()
+    plain, dtype = VPD.empty(config).eval(), ACTIVATIONS[precision]
     with ValuesAreFine():
-        built = [build_layer(spec, precision, policy, ACTIVATIONS[precision]) for spec in layer_specs(plain)]
+        built = [build_layer(spec, precision, Policy(), dtype, device=kind) for spec in layer_specs(plain)]
     layers = {info.name: layer for layer, info in built}
     kept = {name: t for name, t in plain.state_dict().items() if FastVPD.is_conditioning(config, name)}
     model = FastVPD(config, kept, layers, tuple(info for _, info in built), precision)

@@ -72,6 +72,11 @@ def passes(found: dict[str, Any], precision: str) -> bool:
     return all(value >= GATES[precision] for value in cosines)
 
 
+def failed(row: dict[str, Any]) -> bool:
+    """Whether a row of `report.row_of` has no times, or times of something that does not agree."""
+    return "error" in row or row.get("parity") == "failed"
+
+
 def make_images(batch: int, size: int) -> Tensor:
     """Images (batch,3,size,size) in [-1,1], always the same: smooth regions with some noise, as photos have."""
     generator = torch.Generator().manual_seed(size)

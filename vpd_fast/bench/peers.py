@@ -10,14 +10,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpd_fast.bench.parity import Outputs, make_images
-from vpd_fast.bench.variants import Case, Source, Stopwatch, Variant, conditioning
+from vpd_fast.bench.timing import Stopwatch
+from vpd_fast.bench.variants import Case, Source, Variant, conditioning
 from vpd_fast.models.attention import CrossAttention
 from vpd_fast.models.autoencoder import AttnBlock
 
@@ -74,16 +75,14 @@ def _context(model: VPD) -> Tensor:
 @torch.no_grad()
 def make_diffusers(source: Source, dtype: torch.dtype, compiled: bool = False) -> Variant:
     """diffusers' AutoencoderKL encoder and UNet2DConditionModel, in channels-last if that is faster, or compiled."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
     from vpd_fast.checkpoints.convert import unet_config, vae_config
     from vpd_fast.checkpoints.ldm_diffusers import Layout, unet_to_diffusers, vae_to_diffusers
 
-    model = source.load()
+    diffusers, model = importlib.import_module("diffusers"), source.load()
     backbone, layout = model.config.backbone, Layout.of_config(model.config.backbone)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config(backbone))
-        vae = AutoencoderKL.from_config(vae_config(backbone))
+        unet = diffusers.UNet2DConditionModel.from_config(unet_config(backbone))
+        vae = diffusers.AutoencoderKL.from_config(vae_config(backbone))
     # VPD never runs the UNet's output layers; without them the result is its last feature map.
     unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()
     vae.decoder = vae.post_quant_conv = nn.Identity()
@@ -139,10 +138,8 @@ def _fused_attention(self: CrossAttention, q: Tensor, k: Tensor, v: Tensor, _: A
 
 def make_openvino(source: Source, precision: str) -> Variant:
     """OpenVINO's CPU plugin on our plain modules without maps; INT8 by NNCF's quantisation after training."""
-    sys.modules["openvino_telemetry"] = None  # its processes would compute while others are measured
-    import openvino
-
-    model = source.load()
+    cast("dict[str, Any]", sys.modules)["openvino_telemetry"] = None  # its processes would compute while others do
+    openvino, model = importlib.import_module("openvino"), source.load()
     context = _context(model).detach()
     for module in model.modules():  # the operation that OpenVINO has a kernel for
         if isinstance(module, CrossAttention):
@@ -161,8 +158,7 @@ def make_openvino(source: Source, precision: str) -> Variant:
         with torch.no_grad():
             graph = openvino.convert_model(module.eval(), example_input=inputs, input=[tuple(inputs.shape)])
         if precision == "int8":
-            import nncf
-
+            nncf = importlib.import_module("nncf")
             data = nncf.Dataset(examples(), lambda x: x.numpy())
             graph = nncf.quantize(graph, data, subset_size=INT8_IMAGES, model_type=nncf.ModelType.TRANSFORMER)
         compiled = core.compile_model(graph, "CPU", settings)

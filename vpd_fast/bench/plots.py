@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vpd_fast.bench.parity import failed
+from vpd_fast.bench.statistics import number
 from vpd_fast.bench.variants import STAGES
 from vpd_fast.errors import MissingDependencyError
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 COLOURS = {"encoder": "#568ee2", "unet": "#f09646", "head": "#78be6e", "post": "#c86ebe", "text": "#d2c85a"}
-WHOLE, REST = "#8c929e", "#8c929e"  # of a pass that is not cut into stages, of what lies between layers
+REST = "#8c929e"  # of a pass that is not cut into stages, and of what lies between layers
 ORDER = ("text", *STAGES, "all")
 FAILED = "#e25858"
 LARGEST_DOT = 4000  # points^2, of a group of layers that is all of the floor
@@ -55,20 +57,28 @@ def stage_bars(rows: Sequence[Row], footer: str) -> Figure:
     for axis, (case, group) in zip(axes, cases.items(), strict=True):
         longest = max((row.get("ms_per_image", 0) for row in group), default=0) or 1
         for y, row in enumerate(group):
-            left = 0.0
-            for stage, size in _stages_per_image(row).items():
-                axis.barh(y, size, 0.72, left, color=COLOURS.get(stage, WHOLE))
-                left += size
-            failed = "error" in row or row.get("parity") == "failed"
-            colour = FAILED if failed else "black"
-            axis.text(left + longest / 100, y, _note(row), va="center", fontsize=9, color=colour)
-        axis.set_yticks(range(len(group)), [row["variant"] for row in group])
+            end = _bar(axis, y, _stages_per_image(row)) + longest / 100
+            axis.text(end, y, _note(row), va="center", fontsize=9, color=FAILED if failed(row) else "black")
         axis.set_xlim(0, 1.3 * longest)
-        axis.invert_yaxis()
-        axis.set_title(f"{group[0]['task']}, {case}: ms per image", loc="left", fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
+        _label_bars(axis, [row["variant"] for row in group], f"{group[0]['task']}, {case}: ms per image")
     _legend(figure, STAGES, footer)
     return figure
+
+
+def _bar(axis: Axes, y: int, stages: dict[str, float]) -> float:
+    """Draw a bar cut into stages; where it ends."""
+    left = 0.0
+    for stage, size in stages.items():
+        axis.barh(y, size, 0.72, left, color=COLOURS.get(stage, REST))
+        left += size
+    return left
+
+
+def _label_bars(axis: Axes, names: Sequence[str], title: str) -> None:
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _stages_per_image(row: Row) -> dict[str, float]:
@@ -81,18 +91,14 @@ def _stages_per_image(row: Row) -> dict[str, float]:
 
 
 def _note(row: Row) -> str:
-    time = _number(row["ms_per_image"]) if "ms_per_image" in row else ""
-    if "error" in row or row.get("parity") == "failed":
+    time = number(row["ms_per_image"]) if "ms_per_image" in row else ""
+    if failed(row):
         return f"{time} FAILED".strip()
     if "speedup" in row:
         return f"{time}  {row['speedup']:.2f}x"
     if "backbone_speedup" in row:
         return f"{time}  {row['backbone_speedup']:.2f}x (encoder + UNet)"
     return time
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _legend(figure: Figure, stages: Sequence[str], footer: str) -> None:
@@ -158,8 +164,8 @@ def _roofs(axis: Axes, result: dict[str, Any], rows: Sequence[Row], device: Devi
 def _title(result: dict[str, Any]) -> str:
     total, size = result["total"], result["size"]
     text = f"{result['task']}, {result['precision']}, {result['batch']}x3x{size}x{size}: "
-    text += f"at least {_number(total['floor_ms'])} ms"
-    return text + (f", measured {_number(total['ms'])} ms" if "ms" in total else "")
+    text += f"at least {number(total['floor_ms'])} ms"
+    return text + (f", measured {number(total['ms'])} ms" if "ms" in total else "")
 
 
 def _floor_bars(axis: Axes, results: Sequence[dict[str, Any]]) -> None:
@@ -169,17 +175,11 @@ def _floor_bars(axis: Axes, results: Sequence[dict[str, Any]]) -> None:
         for key, word in (("floor_ms", "floor"), ("ms", "measured")):
             if key not in total:
                 continue
-            left = 0.0
-            for row in sorted(result["totals"]["stage"], key=lambda row: ORDER.index(row["stage"])):
-                size = max(row.get(key, 0.0), 0.0)
-                axis.barh(len(names), size, 0.72, left, color=COLOURS.get(row["stage"], REST))
-                left += size
+            rows = sorted(result["totals"]["stage"], key=lambda row: ORDER.index(row["stage"]))
+            end = _bar(axis, len(names), {row["stage"]: max(row.get(key, 0.0), 0.0) for row in rows})
             gap = f"  {total['ms'] / total['floor_ms']:.2f}x the floor" if key == "ms" else ""
-            axis.text(left, len(names), f" {_number(total[key])}{gap}", va="center", fontsize=9)
+            axis.text(end, len(names), f" {number(total[key])}{gap}", va="center", fontsize=9)
             names.append(f"{result['precision']} {word}")
-    axis.set_yticks(range(len(names)), names)
     axis.margins(x=0.25)
     axis.set_xlim(left=0)
-    axis.invert_yaxis()
-    axis.set_title("ms per pass, by stage", loc="left", fontsize=11)
-    axis.spines[["top", "right"]].set_visible(False)
+    _label_bars(axis, names, "ms per pass, by stage")

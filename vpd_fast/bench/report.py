@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vpd_fast.bench.catalog import ENTRIES
-from vpd_fast.bench.parity import GATES, passes
+from vpd_fast.bench.parity import GATES, failed, passes
 from vpd_fast.bench.runner import Measurement, Seconds
-from vpd_fast.bench.statistics import milliseconds, percentile, speedup
+from vpd_fast.bench.statistics import milliseconds, number, percentile, speedup
 from vpd_fast.bench.variants import BACKBONE, STAGES, WHOLE
 
 if TYPE_CHECKING:
@@ -86,21 +87,38 @@ def _median_ms(seconds: Sequence[Seconds], stages: Sequence[str]) -> float:
     return round(1e3 * percentile(_total(seconds, stages), 50), 4)
 
 
-COLUMNS = (
-    "variant",
-    "ms per image",
-    "p20 - p80",
-    "speed-up",
-    "encoder",
-    "UNet",
-    "head",
-    "post",
-    "encoder + UNet",
-    "features",
-    "logits",
-    "labels",
-    "peak MiB",
-)
+def _per_image(row: Row, value: float | None) -> str:
+    """Milliseconds of a batch as those of an image."""
+    return "" if value is None else number(value * row["ms_per_image"] / row["p50_ms"])
+
+
+def _stage(stage: str, row: Row) -> str:
+    return _per_image(row, row["stages_ms"].get(stage))
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _memory(row: Row) -> str:
+    memory = row["peak_mib"]
+    return f"{memory.get('run', 0):.0f}" + (f" ({memory['loaded']:.0f} from disk)" if "loaded" in memory else "")
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "variant": lambda row: row["variant"],
+    "ms per image": lambda row: number(row["ms_per_image"]),
+    "p20 - p80": lambda row: " - ".join(_per_image(row, row[name]) for name in ("p20_ms", "p80_ms")),
+    "speed-up": lambda row: "FAILED" if failed(row) else _times(row.get("speedup")),
+    **{"UNet" if stage == "unet" else stage: partial(_stage, stage) for stage in STAGES},
+    "encoder + UNet": lambda row: (
+        f"{_per_image(row, row.get('backbone_ms'))} {_times(row.get('backbone_speedup')):>7}".strip()
+    ),
+    "features": lambda row: f"{min(row['cosines']['features']):.5f}" if "cosines" in row else "",
+    "logits": lambda row: f"{row['cosines']['logits']:.5f}" if "logits" in row.get("cosines", {}) else "",
+    "labels": lambda row: f"{100 * row['equal_labels']:.2f} %" if "equal_labels" in row else "",
+    "peak MiB": _memory,
+}
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -110,53 +128,13 @@ def table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     timed = f", {first['timed']}" if "timed" in first else ""
     shown = Table(title=f"{first['task']}, {first['case']}, {first['threads']} threads{timed}", title_justify="left")
-    for i, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(*_cells(row), style="red" if "error" in row or row.get("parity") == "failed" else None)
+        missing = [row["variant"], "FAILED" if "error" in row else "not measured"]
+        cells = [cell(row) for cell in COLUMNS.values()] if "p50_ms" in row else missing
+        shown.add_row(*cells, style="red" if failed(row) else None)
     return shown
-
-
-def _cells(row: Row) -> list[str]:
-    if "p50_ms" not in row:
-        return [row["variant"], "FAILED" if "error" in row else "not measured"]
-    batch = row["p50_ms"] / row["ms_per_image"]
-    stages = [_number(row["stages_ms"].get(stage), 1 / batch) for stage in STAGES]
-    verdict = "FAILED" if row.get("parity") == "failed" else _times(row.get("speedup"))
-    backbone = f"{_number(row.get('backbone_ms'), 1 / batch)} {_times(row.get('backbone_speedup')):>7}".strip()
-    cosines = row.get("cosines", {})
-    memory = row["peak_mib"]
-    peak = f"{memory.get('run', 0):.0f}"
-    if "loaded" in memory:
-        peak += f" ({memory['loaded']:.0f} from disk)"
-    return [
-        row["variant"],
-        _number(row["ms_per_image"]),
-        f"{_number(row['p20_ms'], 1 / batch)} - {_number(row['p80_ms'], 1 / batch)}",
-        verdict,
-        *stages,
-        backbone,
-        _cosine(min(cosines["features"])) if cosines else "",
-        _cosine(cosines["logits"]) if "logits" in cosines else "",
-        f"{100 * row['equal_labels']:.2f} %" if "equal_labels" in row else "",
-        peak,
-    ]
-
-
-def _number(value: float | None, factor: float = 1.0) -> str:
-    """Milliseconds with three digits or so."""
-    if value is None:
-        return ""
-    value *= factor
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def _cosine(value: float) -> str:
-    return f"{value:.5f}"
 
 
 def remarks(rows: Sequence[Row], left_out: Sequence[str]) -> list[str]:

@@ -60,14 +60,11 @@ class _Member:
     loaded: Case | None = None
     error: str | None = None
 
-    def prepare(self, case: Case) -> None:
-        """One pass for the case, unless it was the last one anyway."""
+    def prepare(self, case: Case) -> dict[str, int]:
+        """One pass for the case, unless it was the last one anyway; what `Measurement` has of its memory."""
         if self.case != case or "run" not in self.memory:
             self.memory["run"] = self.worker.prepare(case, self.outputs)["peak"]
             self.case = case
-
-    def memory_of(self, case: Case) -> dict[str, int]:
-        """What `Measurement` has of it."""
         names = ("run", "build", "loaded") if case == self.loaded else ("run", "build")
         return {name: self.memory[name] for name in names if self.memory.get(name)}
 
@@ -185,13 +182,8 @@ class Bench:
         members = [*([base] if base else []), *group]
         found = {member.name: self._entry(case, member.name, base.name if base else None) for member in members}
         for member in members:
-            try:
-                if not member.error:
-                    self.on_step(f"{member.name}: first pass, {case}", 1)
-                    member.prepare(case)
-                    found[member.name].memory = member.memory_of(case)
-            except WorkerError as error:
-                self._drop(member, error)
+            memory = self._try(member, f"{member.name}: first pass, {case}", partial(member.prepare, case))
+            found[member.name].memory = memory or found[member.name].memory
         if base and not base.error:
             expected = Outputs.load(base.outputs)
             for member in group:
@@ -209,12 +201,9 @@ class Bench:
             seconds: dict[str, Seconds] = {}
             for i in range(len(members)):  # another variant goes first in every round
                 member = members[(i + turn) % len(members)]
-                try:
-                    if not member.error:
-                        self.on_step(f"{case}, round {turn + 1}: {member.name}", 1)
-                        seconds[member.name] = member.worker.run()
-                except WorkerError as error:
-                    self._drop(member, error)
+                passed = self._try(member, f"{case}, round {turn + 1}: {member.name}", member.worker.run)
+                if passed:
+                    seconds[member.name] = passed
             for name, values in seconds.items():  # a round that was interrupted does not count
                 found[name].seconds.append(values)
                 if base and base.name in seconds:
@@ -231,9 +220,16 @@ class Bench:
         self.measurements.append(Measurement(case, name, baseline))
         return self.measurements[-1]
 
-    def _drop(self, member: _Member, error: WorkerError) -> None:
-        member.error = str(error)
-        self._close([member])
+    def _try(self, member: _Member, text: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What the call returns, unless the member's process is no more, or ends because of it."""
+        if not member.error:
+            self.on_step(text, 1)
+            try:
+                return call()
+            except WorkerError as error:
+                member.error = str(error)
+                self._close([member])
+        return None
 
     def _close(self, members: list[_Member]) -> None:
         for member in list(members):

@@ -10,14 +10,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which `percent` of the values lie, interpolated."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    return float(numpy.percentile(values, percent))
 
 
 def speedup(baseline: Sequence[float], values: Sequence[float]) -> float:
@@ -28,6 +26,11 @@ def speedup(baseline: Sequence[float], values: Sequence[float]) -> float:
 def milliseconds(values: Sequence[float]) -> dict[str, Any]:
     """Rounds, and p20, p50 and p80 of seconds in milliseconds."""
     return {"rounds": len(values)} | {f"p{p}_ms": round(1e3 * percentile(values, p), 4) for p in (20, 50, 80)}
+
+
+def number(value: float) -> str:
+    """Three digits or so, for tables and pictures."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def rows_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import shutil
 import statistics
 import subprocess
@@ -57,38 +59,32 @@ def _uuid() -> str | None:
 
 
 def _reader() -> Callable[[], Sample] | None:
-    uuid = _uuid()
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
-    except Exception:  # not installed, no driver, or a part of a GPU: every NVML has errors of its own
-        return _sample_of_nvidia_smi if _sample_of_nvidia_smi() else None
-
-    def read() -> Sample:
-        return {
-            "sm_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-            "memory_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
-            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "celsius": float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-        }
-
-    try:
+    # Not installed, no driver, a part of a GPU, a quantity that it does not tell: every NVML has errors of its own.
+    with contextlib.suppress(Exception):
+        read = _sample_of_nvml(importlib.import_module("pynvml"))
         read()
-    except Exception:  # a quantity that this GPU does not tell
-        return _sample_of_nvidia_smi if _sample_of_nvidia_smi() else None
-    return read
+        return read
+    return _sample_of_nvidia_smi if _sample_of_nvidia_smi() else None
+
+
+def _sample_of_nvml(nvml: Any) -> Callable[[], Sample]:
+    nvml.nvmlInit()
+    uuid = _uuid()
+    handle = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(0)
+    return lambda: {
+        "sm_mhz": float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        "memory_mhz": float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        "watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+        "celsius": float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+    }
 
 
 def _sample_of_nvidia_smi() -> Sample:
     """What it tells, without what it does not ("[N/A]")."""
     sample: Sample = {}
     for field, text in zip(FIELDS, _nvidia_smi(*FIELDS.values()), strict=False):
-        try:
+        with contextlib.suppress(ValueError):
             sample[field] = float(text)
-        except ValueError:
-            continue
     return sample
 
 

@@ -5,16 +5,16 @@ How times become numbers is in `vpd_fast.bench.statistics`.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vpd_fast.bench.environment import environment, kind_of_machine, peak_bytes, reset_peak, resident_bytes
+from vpd_fast.bench.environment import environment, kind_of_machine, peak_memory
 from vpd_fast.bench.statistics import percentile
 from vpd_fast.files import write_files, write_json
 
@@ -30,16 +30,44 @@ def _seconds_cpu(function: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+class Stopwatch:
+    """Seconds of stages that follow each other; on a GPU between events, which are waited for at the end."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._now = time.perf_counter if device == "cpu" else _event
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def lap(self, stage: str) -> None:
+        """End the stage that began with the last call."""
+        self._marks.append((stage, self._now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each stage."""
+        return {stage: _between(start, end) for (_, start), (stage, end) in pairwise(self._marks)}
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def seconds_on_gpu(function: Callable[[], Any], flush: torch.Tensor | None) -> float:
     """One call between two events, with a cold L2 cache; without `flush`, with what the call before left in it."""
     if flush is not None:
         flush.zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+    watch = Stopwatch("cuda")
     function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    watch.lap("")
+    return watch.seconds[""]
 
 
 def _as_graphs(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
@@ -121,21 +149,9 @@ def measure(
 def extra_memory(device: str, function: Callable[[], Any]) -> int:
     """Bytes that a call needs at its peak, beyond its result: of the GPU, or of the process (Linux)."""
     function()  # what is made once, such as workspaces, does not count
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = function()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        reset_peak()
-        before = resident_bytes()
-        result = function()
-        peak = peak_bytes()
+    result, before, peak = peak_memory(device, function)
     tensors = result if isinstance(result, (tuple, list)) else [result]
-    own = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-    return max(0, peak - before - own)
+    return max(0, peak - before - sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor)))
 
 
 def copy_gb_per_s(device: str) -> float:
@@ -144,14 +160,6 @@ def copy_gb_per_s(device: str) -> float:
     target = torch.empty_like(source)
     times = measure({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"]
     return 2 * source.numel() * 4 / percentile(times, 20) / 1e9
-
-
-def matmul_gflop_per_s(device: str, dtype: torch.dtype) -> float:
-    """Measured rate of a large matrix product: the peak for compute-bound computations."""
-    side = 8192 if device == "cuda" else 1536
-    a = torch.randn(side, side, device=device).to(dtype)
-    times = measure({"product": lambda: a @ a}, device, rounds=10)["product"]
-    return 2 * side**3 / percentile(times, 20) / 1e9
 
 
 def write_rows(suite: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:

@@ -13,14 +13,14 @@ import torch
 
 import vpd_fast
 from vpd_fast.bench.environment import environment
-from vpd_fast.bench.parity import make_images
 from vpd_fast.bench.timing import L2_FLUSH_BYTES, as_graph, seconds_on_gpu
-from vpd_fast.bench.variants import conditioning
+from vpd_fast.bench.variants import Case, ModelVariant
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import MissingDependencyError
 from vpd_fast.files import write_files
 from vpd_fast.models import VPD
 from vpd_fast.models.random_weights import randomize
+from vpd_fast.ops import upsample_argmax
 from vpd_fast.ops.availability import triton_missing
 
 REPLAYS = 9
@@ -99,23 +99,20 @@ def tune(
     model = randomize(VPD(config), seed=0).eval().to(device)
     table: dict[str, Any] = {}
     for precision in precisions:
-        fast = vpd_fast.optimize(model, precision)
-        fast.graphs = False
+        variant = ModelVariant(vpd_fast.optimize(model, precision), upsample_argmax, graphs=False)
         for batch in batches:
             for size in sizes:
                 start, before = time.monotonic(), len(measurements.found)
-                context = fast.context(
-                    *(c.to(device) if isinstance(c, torch.Tensor) else c for c in conditioning(config, batch))
-                )
+                variant.prepare(Case(size, batch))
                 with tuning.tuning(measurements.choose):
-                    fast.decode(fast.features(fast.encode(make_images(batch, size).to(device)), context))
+                    variant.run()
                 table = tuning.to_json(measurements.found, environment("cuda"))
                 table["configs"] = kept + table["configs"]
                 text = json.dumps(table, indent=1) + "\n"
                 write_files({path: lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")})
                 new = len(measurements.found) - before
                 report(f"{precision} {batch}x{size}x{size}: {new} products in {time.monotonic() - start:.0f} s")
-        del fast
+        del variant
     if measurements.left_out:
         report(f"{measurements.left_out} products were left to the rule after {seconds:.0f} s; run it again for them")
     return table

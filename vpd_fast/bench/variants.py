@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from vpd_fast.bench.parity import Outputs, make_images
+from vpd_fast.bench.timing import Stopwatch
 from vpd_fast.config import LATENT_STRIDE, VPDConfig
 from vpd_fast.models import VPD
 from vpd_fast.ops import upsample_argmax
@@ -76,46 +75,15 @@ class Variant(Protocol):
         ...
 
 
-class Stopwatch:
-    """Seconds of stages that follow each other; on a GPU between events, which are waited for at the end."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self._now = time.perf_counter if device == "cpu" else _event
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
-
-    def lap(self, stage: str) -> None:
-        """End the stage that began with the last call."""
-        self._marks.append((stage, self._now()))
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The seconds of each stage."""
-        return {stage: _between(start, end) for (_, start), (stage, end) in pairwise(self._marks)}
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(start: Any, end: Any) -> float:
-    if isinstance(end, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def conditioning(config: VPDConfig, batch: int) -> tuple:
+def conditioning(config: VPDConfig, batch: int, device: torch.device | str = "cpu") -> tuple:
     """What `VPD.context` takes besides images: the same random sentence, or the first scene, for every image."""
     if config.task == "segmentation":
         return (batch,)
     if config.task == "referring":
-        sentence = torch.randn(
-            1, config.tokens, config.backbone.context_dim, generator=torch.Generator().manual_seed(0)
-        )
-        return (sentence.expand(batch, -1, -1).contiguous(),)
-    return (torch.zeros(batch, dtype=torch.long),)
+        shape = (1, config.tokens, config.backbone.context_dim)
+        sentence = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return (sentence.expand(batch, -1, -1).contiguous().to(device),)
+    return (torch.zeros(batch, dtype=torch.long, device=device),)
 
 
 class ModelVariant:
@@ -146,8 +114,7 @@ class ModelVariant:
         self._images = make_images(case.batch, case.size).to(device)
         if self._channels_last:
             self._images = self._images.to(torch.bfloat16, memory_format=torch.channels_last)
-        parts = conditioning(self.model.config, case.batch)
-        self._conditioning = tuple(x.to(device) if isinstance(x, Tensor) else x for x in parts)
+        self._conditioning = conditioning(self.model.config, case.batch, device)
 
     def run(self) -> tuple[dict[str, float], Outputs]:
         """One forward pass; depth has metres for logits and no labels."""

@@ -27,10 +27,11 @@ class WorkerError(Exception):
 class Worker:
     """The process of one variant; it starts making it at once, and `wait` says when that is done.
 
-    make: takes the source. A call that fails raises WorkerError, and the worker is of no use any more.
+    make: takes the source; returns a variant, or another object whose methods are called. A call that fails raises
+    WorkerError, and the worker is of no use any more.
     """
 
-    def __init__(self, make: Callable[[Source], Variant], source: Source, name: str) -> None:
+    def __init__(self, make: Callable[[Source], Any], source: Source, name: str) -> None:
         self._log = source.scratch / f"{name.replace(' ', '-')}-{os.urandom(4).hex()}.log"
         self._connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_serve, args=(theirs, make, source, self._log), name=name)
@@ -43,15 +44,15 @@ class Worker:
 
     def prepare(self, case: Case, outputs: Path) -> dict[str, int]:
         """One pass for the case, whose results are saved as `outputs`; {"resident", "peak"} of it."""
-        return self._ask("prepare", case, outputs)
+        return self.call("prepare", case, outputs)
 
     def run(self) -> dict[str, float]:
         """One pass of the case that was prepared last: seconds of each stage."""
-        return self._ask("run")
+        return self.call("run")
 
     def save(self, folder: Path) -> None:
         """Save a fast model."""
-        self._ask("save", folder)
+        self.call("save", folder)
 
     def close(self) -> None:
         """End the process: at once if it is waiting, by force if it computes."""
@@ -61,9 +62,10 @@ class Worker:
         self._process.join()
         self._process.close()
 
-    def _ask(self, *message: Any) -> Any:
+    def call(self, action: str, *arguments: Any) -> Any:
+        """Run one of `_ACTIONS`, or a method of what `make` returned, there; its result."""
         try:
-            self._connection.send(message)
+            self._connection.send((action, *arguments))
         except OSError as error:
             raise WorkerError(self._why_gone()) from error
         return self._receive()
@@ -91,7 +93,7 @@ class Worker:
         return f"the process ended with exit code {code}: {last.strip()}"
 
 
-def _serve(connection: Connection, make: Callable[[Source], Variant], source: Source, log: Path) -> None:
+def _serve(connection: Connection, make: Callable[[Source], Any], source: Source, log: Path) -> None:
     """What the process does: answers every message with (succeeded, value)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started it ends it
     with log.open("w") as file:  # libraries print; the terminal belongs to the one who started it
@@ -102,17 +104,18 @@ def _serve(connection: Connection, make: Callable[[Source], Variant], source: So
         connection.send((True, _memory()))
         while True:
             try:
-                message, *arguments = connection.recv()
+                action, *arguments = connection.recv()
             except EOFError:
                 return
-            connection.send((True, _ACTIONS[message](variant, *arguments)))
+            run = _ACTIONS.get(action) or getattr(type(variant), action)
+            connection.send((True, run(variant, *arguments)))
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().split("\n")
         connection.send((False, f"{type(error).__name__}: {lines[0]}"))
 
 
-def _make(make: Callable[[Source], Variant], source: Source) -> Variant:
+def _make(make: Callable[[Source], Any], source: Source) -> Any:
     import torch
 
     with contextlib.suppress(ImportError):  # transformers and diffusers bring it
@@ -140,13 +143,8 @@ def _prepare(variant: Variant, case: Case, path: Path) -> dict[str, int]:
     return memory
 
 
-def _run(variant: Variant) -> dict[str, float]:
-    seconds, _ = variant.run()
-    return seconds
-
-
-def _save(variant: Any, folder: Path) -> None:
-    variant.model.save(folder)
-
-
-_ACTIONS: dict[str, Callable[..., Any]] = {"prepare": _prepare, "run": _run, "save": _save}
+_ACTIONS: dict[str, Callable[..., Any]] = {
+    "prepare": _prepare,
+    "run": lambda variant: variant.run()[0],
+    "save": lambda variant, folder: variant.model.save(folder),
+}
