@@ -15,7 +15,7 @@ out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" &
 python=${PYTHON:-$(command -v python || command -v python3)}
 dry=${GPU_SH_DRY:-0}
 export VPD_FAST_RESULTS=$out PYTHONUNBUFFERED=1
-failed=() rows=()
+failed=() rows=() # of the summary: name, status, seconds; name, status, seconds; ...
 limited=(timeout -s INT -k 20 "${LIMIT:-540}") # interrupted, pytest and our scripts have written what they measured
 
 build() {
@@ -24,13 +24,9 @@ build() {
         { tail -n 40 "$out/build.log"; echo "gpu.sh: the build failed, see $out/build.log"; exit 1; }
 }
 
-note() { # note NAME STATUS SECONDS
-    rows+=("$1 $2 $3")
-}
-
 skip() { # skip NAME REASON
     echo "== $1: $2; nothing was run"
-    note "$1" skipped 0
+    rows+=("$1" skipped 0)
 }
 
 part() { # part NAME COMMAND...
@@ -44,7 +40,7 @@ part() { # part NAME COMMAND...
     fi
     if [[ -e $out/$name.done && ${FORCE:-0} != 1 ]]; then
         echo "== $name: done before (FORCE=1 runs it again)"
-        note "$name" before 0
+        rows+=("$name" before 0)
         return
     fi
     echo "== $name"
@@ -52,11 +48,11 @@ part() { # part NAME COMMAND...
     status=${PIPESTATUS[0]}
     if [[ $status == 0 ]]; then
         touch "$out/$name.done"
-        note "$name" passed $((SECONDS - start))
+        rows+=("$name" passed $((SECONDS - start)))
     else
         echo "== $name: FAILED with exit code $status, see $out/$name.log"
         rm -f "$out/$name.done"
-        note "$name" "failed($status)" $((SECONDS - start))
+        rows+=("$name" "failed($status)" $((SECONDS - start)))
         failed+=("$name")
     fi
 }
@@ -123,21 +119,11 @@ train() {
 }
 
 summary() {
-    local row name status seconds separator=
-    printf '\n%-24s %-12s %s\n' part status seconds
-    for row in "${rows[@]}"; do
-        read -r name status seconds <<<"$row"
-        printf '%-24s %-12s %s\n' "$name" "$status" "$seconds"
-    done
-    {
-        printf '{"rows": ['
-        for row in "${rows[@]}"; do
-            read -r name status seconds <<<"$row"
-            printf '%s\n {"part": "%s", "status": "%s", "seconds": %s}' "$separator" "$name" "$status" "$seconds"
-            separator=,
-        done
-        printf '\n]}\n'
-    } >"$out/summary.json.tmp" && mv "$out/summary.json.tmp" "$out/summary.json"
+    local json
+    printf '\n'
+    printf '%-24s %-12s %s\n' part status seconds "${rows[@]}"
+    printf -v json '\n {"part": "%s", "status": "%s", "seconds": %s},' "${rows[@]}"
+    printf '{"rows": [%s\n]}\n' "${json%,}" >"$out/summary.json.tmp" && mv "$out/summary.json.tmp" "$out/summary.json"
 }
 
 known=(tests tune ops e2e layers slow sanitizer train) # tuned before it is measured

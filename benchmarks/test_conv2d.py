@@ -11,11 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import libraries
-from vpd_fast.bench.suites import library_variant, on_devices, side_by_side, some_of, variants_of
+from vpd_fast.bench.suites import library_variant, on_devices, random_tensors, side_by_side, some_of, variants_of
 from vpd_fast.ops.packing import PackedWeight
 
 AROUND, LOWER_RIGHT = (1, 1, 1, 1), (0, 0, 1, 1)  # padding, elsewhere and in the encoder
@@ -40,18 +39,14 @@ TYPICAL = (MAIN, "1280->1280 at 8")
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     side, channels, n, stride, padding, active = CASES[case]
     dtype, k = libraries.activations(precision), sum(channels)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
+    random = random_tensors(device)
     sources = [random(1, side, side, c).to(dtype) for c in channels]
     kernel, bias = random(n, k, 3, 3) / (9 * k) ** 0.5, random(n)
     packed = PackedWeight.pack(kernel.permute(0, 2, 3, 1).flatten(1)[None], libraries.GPU_PRECISIONS[precision])
     weight, affine = packed.for_device(device), random(1, 2, k) * 0.5 + 1 if active else None
     joined = torch.cat(sources, -1).permute(0, 3, 1, 2)
-    how = {"x2": sources[1] if len(sources) > 1 else None, "affine": affine, "silu": active}
-    how |= {"kernel": (3, 3), "stride": stride, "padding": padding}
+    x, x2 = (*sources, None)[:2]
+    how = {"x2": x2, "affine": affine, "silu": active, "kernel": (3, 3), "stride": stride, "padding": padding}
 
     # Three rows in float64.
     a = joined[:, :, : 2 * stride + 3].double()
@@ -61,7 +56,7 @@ def test_side_by_side(case: str, precision: str, device: str, keep: Callable) ->
     exact = F.conv2d(F.pad(a, (left, right, top, bottom)), kernel.double(), bias.double(), stride=stride)[:, :, :3]
 
     ours = variants_of(
-        "conv2d", device, lambda impl: ops.conv2d(sources[0], weight, bias, impl=impl, **how), all_levels=case == MAIN
+        "conv2d", device, lambda impl: ops.conv2d(x, weight, bias, impl=impl, **how), all_levels=case == MAIN
     )
     for variant in ours.values():
         libraries.require_parity(variant()[:, :3], exact.permute(0, 2, 3, 1), precision)

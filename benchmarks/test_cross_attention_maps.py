@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vpd_fast import ops
+from vpd_fast.bench import suites
 from vpd_fast.bench.attention import eager_with_maps, require_parity, sdpa, sdpa_and_maps
-from vpd_fast.bench.suites import CPU_DTYPES, DTYPES, EXHAUSTIVE, Variants, on_devices, side_by_side, variants_of
+from vpd_fast.bench.suites import DTYPES, EXHAUSTIVE, Variants, side_by_side
 
 HEADS = 8
 # Image side -> (queries, head dimension, layers) of the UNet's 16 cross-attentions.
@@ -37,9 +38,8 @@ GRADIENT_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def inputs(shape: tuple[int, int, int], tokens: int, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """q and, for a context that all images share, k and v."""
     queries, dim, _ = shape
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((batch, queries), (1, tokens), (1, tokens))
-    return [torch.randn(*size, HEADS * dim, generator=generator).to(dtype).to(device) for size in sizes]
+    random, sizes = suites.random_tensors(device), ((batch, queries), (1, tokens), (1, tokens))
+    return [random(*size, HEADS * dim).to(dtype) for size in sizes]
 
 
 def keep_rows(keep: Callable, variants: Variants, tensors: list[Tensor], passes: float, **facts: Any) -> None:
@@ -66,7 +66,7 @@ def all_cases() -> list:
     return cases
 
 
-@on_devices("dtype", CPU_DTYPES, CPU_DTYPES)
+@suites.on_devices("dtype", suites.CPU_DTYPES, suites.CPU_DTYPES)
 @pytest.mark.parametrize("case", all_cases())
 def test_forward(case: tuple[int, int, int, int], dtype: str, device: str, keep: Callable) -> None:
     side, index, tokens, batch = case
@@ -88,7 +88,7 @@ def test_forward(case: tuple[int, int, int, int], dtype: str, device: str, keep:
         if case == MAIN:
             compiled = torch.compile(eager_with_maps, fullgraph=True, dynamic=False)
             variants["compiled eager"] = lambda: compiled(q, k, v, HEADS)
-        variants |= variants_of(
+        variants |= suites.variants_of(
             "cross_attention_maps",
             device,
             lambda impl: ops.cross_attention_maps(q, k, v, HEADS, impl=impl),

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import group_norm, silu
 
 from vpd_fast import ops
-from vpd_fast.bench.suites import CPU_DTYPES, DTYPES, on_devices, side_by_side, some_of, variants_of
+from vpd_fast.bench.suites import CPU_DTYPES, DTYPES, on_devices, random_tensors, side_by_side, some_of, variants_of
 
 CASES = {  # height and width, channels of the sources; 32 groups as everywhere in Stable Diffusion 1.5
     "512x512x128": (512, (128,)),
@@ -26,14 +26,14 @@ CASES = {  # height and width, channels of the sources; 32 groups as everywhere 
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
     """PyTorch reads channels-last images too; its functions take one tensor, so joining two is part of its time."""
     side, channels = CASES[case]
-    generator = torch.Generator().manual_seed(0)
-    sources = [torch.randn(1, side, side, c, generator=generator).to(device, DTYPES[dtype]) for c in channels]
-    x, x2 = sources[0], sources[1] if len(sources) > 1 else None
-    weight, bias = (torch.randn(sum(channels), generator=generator).to(device) for _ in range(2))
+    random = random_tensors(device)
+    sources = [random(1, side, side, c).to(DTYPES[dtype]) for c in channels]
+    x, x2 = (*sources, None)[:2]
+    weight, bias = random(sum(channels)), random(sum(channels))
     like = weight.to(DTYPES[dtype]), bias.to(DTYPES[dtype])
 
     def joined() -> torch.Tensor:
-        return (x if x2 is None else torch.cat([x, x2], -1)).permute(0, 3, 1, 2)
+        return (x if x2 is None else torch.cat(sources, -1)).permute(0, 3, 1, 2)
 
     def statistics() -> torch.Tensor:
         variance, mean = torch.var_mean(joined().float().unflatten(1, (32, -1)), dim=(2, 3, 4), correction=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import libraries
-from vpd_fast.bench.suites import library_variant, on_devices, side_by_side, some_of, variants_of
+from vpd_fast.bench.suites import library_variant, on_devices, random_tensors, side_by_side, some_of, variants_of
 from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # rows, widths of the sources, columns of the weight, what is fused
@@ -47,12 +47,9 @@ TYPICAL = (MAIN, "ff and proj_out at 16", "geglu at 8")
 def test_side_by_side(case: str, precision: str, device: str, keep: Callable) -> None:
     rows, widths, n, fused = CASES[case]
     k, dtype = sum(widths), libraries.activations(precision)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, normal: bool = True) -> Tensor:
-        return (torch.randn if normal else torch.rand)(*shape, generator=generator).to(device)
-
+    random = random_tensors(device)
     sources = [random(1, rows, width).to(dtype) for width in widths]
+    x, x2 = (*sources, None)[:2]
     matrix, bias, order = random(n, k) / k**0.5, random(n), torch.arange(n)
     options = {}
     if fused in ("norm", "geglu"):
@@ -60,17 +57,17 @@ def test_side_by_side(case: str, precision: str, device: str, keep: Callable) ->
     if fused == "residual":
         options["residual"] = random(1, rows, n).to(dtype)
     if fused == "affine":
-        options["affine"] = random(1, 2, k, normal=False)
+        options["affine"] = random(1, 2, k).abs()
     if fused == "geglu":
         options["activation"], order = "geglu", ops.geglu_rows(n // 2)
     weight = PackedWeight.pack(matrix[order][None], libraries.GPU_PRECISIONS[precision]).for_device(device)
-    ordered, x2 = bias[order], sources[1] if len(sources) > 1 else None
+    ordered = bias[order]
 
     def native(impl: str) -> Tensor:
-        return ops.linear(sources[0], weight, ordered, x2=x2, impl=impl, **options)
+        return ops.linear(x, weight, ordered, x2=x2, impl=impl, **options)
 
     def eager(dtype: torch.dtype = dtype, rows: slice = slice(None)) -> Tensor:
-        a = torch.cat([x[:, rows].to(dtype) for x in sources], -1)
+        a = torch.cat([t[:, rows].to(dtype) for t in sources], -1)
         a = F.layer_norm(a, (k,)) if "norm" in options else a
         if "affine" in options:
             a = a * options["affine"][:, :1].to(dtype) + options["affine"][:, 1:].to(dtype)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from vpd_fast import ops
 from vpd_fast.bench.attention import eager, require_parity, sdpa
-from vpd_fast.bench.suites import CPU_DTYPES, DTYPES, Variants, on_devices, side_by_side, some_of, variants_of
+from vpd_fast.bench.suites import (
+    CPU_DTYPES,
+    DTYPES,
+    Variants,
+    on_devices,
+    random_tensors,
+    side_by_side,
+    some_of,
+    variants_of,
+)
 
 # Positions, heads, head dimension, layers of that kind in the segmentation model.
 SHAPES = {
@@ -31,8 +39,7 @@ MOST_PROBABILITIES = 1 << 28  # of one layer: eager PyTorch holds three tensors 
 def test_side_by_side(case: str, dtype: str, device: str, keep: Callable) -> None:
     """q, k and v are slices of one projection; the main case has the kernel of every instruction set."""
     length, heads, dim, layers = SHAPES[case]
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(1, length, 3 * heads * dim, generator=generator).to(device, DTYPES[dtype]).chunk(3, dim=-1)
+    qkv = random_tensors(device)(1, length, 3 * heads * dim).to(DTYPES[dtype]).chunk(3, dim=-1)
     variants: Variants = {"sdpa": lambda: sdpa(*qkv, heads)}
     if heads * length**2 <= MOST_PROBABILITIES:
         variants["eager"] = lambda: eager(*qkv, heads)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.bench import libraries
-from vpd_fast.bench.suites import on_devices, side_by_side, some_of, variants_of
+from vpd_fast.bench.suites import on_devices, random_tensors, side_by_side, some_of, variants_of
 from vpd_fast.ops.packing import PackedWeight
 
 CASES = {  # side of the input, channels of its sources, of the result, whether it is enlarged
@@ -41,20 +41,16 @@ def test_side_by_side(case: str, precision: str, device: str, keep: Callable) ->
     """Full: SiLU of an affine input, bias and residual. The level of the machine; for the main case every level."""
     side, channels, n, upsample = CASES[case]
     dtype, k, high = libraries.activations(precision), sum(channels), side * (2 if upsample else 1)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    random = random_tensors(device)
     sources = [random(1, side, side, c).to(dtype) for c in channels]
     kernel, bias = random(n, k, 3, 3) / (9 * k) ** 0.5, random(n)
     full = {"residual": random(1, high, high, n).to(dtype), "affine": random(1, 2, k) * 0.5 + 1, "silu": True}
     matrices = 9 if upsample else 36 if precision == "float32" else 16
     weight = PackedWeight.pack(ops.winograd_weight(kernel, matrices), libraries.PRECISIONS[precision])
-    shape = {"x2": sources[1] if len(sources) > 1 else None, "upsample": upsample}
+    x, x2 = (*sources, None)[:2]
 
     def native(impl: str, **options: Tensor | bool) -> Tensor:
-        return ops.winograd_conv2d(sources[0], weight, bias, impl=impl, **shape, **options)
+        return ops.winograd_conv2d(x, weight, bias, x2=x2, upsample=upsample, impl=impl, **options)
 
     joined = torch.cat(sources, -1).permute(0, 3, 1, 2)
     joined = F.interpolate(joined.float(), scale_factor=2).to(joined) if upsample else joined

@@ -98,7 +98,7 @@ def test_tensors_with_and_without_memory_count_the_same(
     policy = vpd_fast.engine.Policy(winograd=kind == "cpu")
     config = VPDConfig(task=task, base_size=64, channels=32, backbone=small_backbone)
     model = vpd_fast.optimize(randomize(VPD(config), seed=0).eval(), "int8", policy=policy)
-    model._workspaces = operations.Workspaces(model.device, kind)
+    model._workspaces = operations.workspaces(model.device, kind)
     real = operations.trace(model, torch.zeros(2, 3, 64, 64))
     empty = operations.trace(operations.empty_engine(config, "int8", kind), torch.empty(2, 3, 64, 64, device="meta"))
     assert [o.label for o in real if o.label.kind != "glue"] == [o.label for o in empty if o.label.kind != "glue"]

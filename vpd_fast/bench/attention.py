@@ -31,7 +31,8 @@ def eager_with_maps(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """The result by scaled_dot_product_attention."""
-    return scaled_dot_product_attention(*(by_heads(x, heads) for x in (q, k, v))).transpose(1, 2).flatten(2)
+    q, k, v = (by_heads(x, heads) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def sdpa_and_maps(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:

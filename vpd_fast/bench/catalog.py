@@ -16,10 +16,6 @@ from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.models.attention_backends import BACKENDS, PLAIN, check_backend
 
 
-def _nothing_missing() -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Entry:
     """A variant that can be made.
@@ -30,7 +26,7 @@ class Entry:
 
     make: Callable[[Source], Variant]
     precision: str | None
-    why_missing: Callable[[], str | None] = _nothing_missing
+    why_missing: Callable[[], str | None] = lambda: None
     size: float = 2.0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
-import importlib.metadata
 import re
 import subprocess
 from collections.abc import Callable
@@ -39,25 +38,27 @@ def _isa() -> str | None:
 def environment(device: str) -> dict[str, Any]:
     """Device, threads, instruction set, versions, commit, time."""
     report = info.collect()
-    try:
-        here = Path(__file__).parent  # of a source checkout; an installed package has none
-        known = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True)
-        command = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
-        git = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = None if known.returncode else git.stdout.strip() or None
-    except OSError:  # no git
-        commit = None
-    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    versions = report["required"] | report["optional"]
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "isa": _isa(),
         "vpd_fast": report["vpd_fast"],
-        "commit": commit,
+        "commit": _commit(),
         "python": report["python"],
-        **{name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
+        **{name: versions[name] for name in PACKAGES if versions[name]},
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; an installed package has none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
+        return subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not under it
+        return None
 
 
 def resident_bytes() -> int:

@@ -98,14 +98,13 @@ class Turn:
         with _failures():
             if self._source.flush is not None:
                 self._source.flush.zero_()
-            if self._source.timed == "replays":
+            if self._replay is None:
+                seconds = self._variant.run()[0]
+            else:
                 watch = Stopwatch(self._source.device)
-                assert self._replay is not None, "prepare comes before run"
                 self._replay()
                 watch.lap(WHOLE)
                 seconds = watch.seconds
-            else:
-                seconds = self._variant.run()[0]
         self._source.telemetry(f"{self._source.timed} {self._name}")
         return seconds
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,19 +79,12 @@ class ValuesAreFine(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Workspaces(WorkspacePool):
-    """Workspaces of a model for a kind of device, whatever device its tensors are on."""
-
-    def __init__(self, device: torch.device, kind: str) -> None:
-        super().__init__(device)
-        self._kind = kind
-
-    @contextmanager
-    def lease(self) -> Iterator[Workspace]:
-        """Lease a workspace that finds statistics of activations where that kind of device does."""
-        with super().lease() as memory:
-            memory.finds_statistics = Workspace(torch.device(self._kind)).finds_statistics
-            yield memory
+def workspaces(device: torch.device, kind: str) -> WorkspacePool:
+    """Memory of a model for one call at a time that finds statistics where that kind of device does."""
+    pool, memory = WorkspacePool(device), Workspace(device)
+    memory.finds_statistics = Workspace(torch.device(kind)).finds_statistics
+    pool._idle.append(memory)
+    return pool
 
 
 def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
@@ -103,7 +95,7 @@ def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
     layers = {info.name: layer for layer, info in built}
     kept = {name: t for name, t in plain.state_dict().items() if FastVPD.is_conditioning(config, name)}
     model = FastVPD(config, kept, layers, tuple(info for _, info in built), precision)
-    model._workspaces = Workspaces(model.device, kind)
+    model._workspaces = workspaces(model.device, kind)
     return model
 
 

@@ -60,29 +60,17 @@ def _gpu(name: str, source: str, tflop: dict[str, float], gb_per_s: float, multi
 
 
 _PUBLISHED = "published: dense products with float32 or int32 sums, at boost clock; float32 itself without TF32"
+_SUSTAINED = "assumed: what large products keep up under the power limit, at 1.755 GHz; measured rates replace it"
+_AMPERE = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0, "int8": 624.0}
+_ADA = {"fp32": 82.6, "bf16": 165.2, "fp16": 165.2, "int8": 660.6, "fp8": 330.3}
 _HOPPER = {"fp32": 66.9, "bf16": 989.4, "fp16": 989.4, "int8": 1978.9, "fp8": 1978.9}
+_HOPPER_SUSTAINED = {"fp32": 59.3, "bf16": 790.0, "fp16": 790.0, "int8": 1380.0, "fp8": 1380.0}
 DEVICES = {
     "h200": _gpu("H200 SXM", _PUBLISHED, _HOPPER, 4800, 132, 1.98),
     "h100": _gpu("H100 SXM", _PUBLISHED, _HOPPER, 3350, 132, 1.98),
-    "a100": _gpu(
-        "A100 SXM 80 GB", _PUBLISHED, {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0, "int8": 624.0}, 2039, 108, 1.41
-    ),
-    "rtx4090": _gpu(
-        "RTX 4090",
-        _PUBLISHED,
-        {"fp32": 82.6, "bf16": 165.2, "fp16": 165.2, "int8": 660.6, "fp8": 330.3},
-        1008,
-        128,
-        2.52,
-    ),
-    "h200-sustained": _gpu(
-        "H200 SXM, sustained",
-        "assumed: what large products keep up under the power limit, at 1.755 GHz; measured rates replace it",
-        {"fp32": 59.3, "bf16": 790.0, "fp16": 790.0, "int8": 1380.0, "fp8": 1380.0},
-        4300,
-        132,
-        1.755,
-    ),
+    "a100": _gpu("A100 SXM 80 GB", _PUBLISHED, _AMPERE, 2039, 108, 1.41),
+    "rtx4090": _gpu("RTX 4090", _PUBLISHED, _ADA, 1008, 128, 2.52),
+    "h200-sustained": _gpu("H200 SXM, sustained", _SUSTAINED, _HOPPER_SUSTAINED, 4300, 132, 1.755),
 }
 
 

@@ -42,6 +42,12 @@ def on_devices(name: str, cpu: Iterable[str], cuda: Iterable[str]) -> pytest.Mar
     return pytest.mark.parametrize(("device", name), values, indirect=["device"])
 
 
+def random_tensors(device: str) -> Callable[..., torch.Tensor]:
+    """What makes normal random numbers of a shape on the device, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(device)
+
+
 def variants_of(name: str, device: str, call: Callable[[str], Any], all_levels: bool = False) -> Variants:
     """call(impl) of operator `name` for every implementation that is for the device.
 
