@@ -17,7 +17,6 @@ import re
 import secrets
 import socket
 import stat
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vpd_fast.errors import InputError, brief
+from vpd_fast.forks import Lock
 
 # The two files of a model's folder, named as transformers and diffusers name theirs.
 WEIGHTS_NAME = "model.safetensors"
@@ -36,7 +36,7 @@ MAX_DEPTH = 32  # of lists and objects inside each other in such a file
 MAX_FOREIGN_AGE = 24 * 3600  # seconds: older temporary files of other machines, which cannot be asked, are left over
 _TEMPORARY = re.compile(r"\.(\d+)-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 _cleaned: set[str] = set()  # folders
-_cleaned_lock = threading.Lock()
+_cleaned_lock = Lock()
 _BYTES_OF_NAMES = "surrogateescape"
 # UTF-32 first: its mark begins with UTF-16's.
 _MARKS = (

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import socket
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from vpd_fast.errors import InputError
 from vpd_fast.files import process_exists
+from vpd_fast.forks import Lock
 
 try:
     import fcntl
@@ -20,7 +20,7 @@ except ImportError:  # Windows, where the exclusive creation of the file and its
     fcntl = None
 
 _held: set[str] = set()  # the system's locks are those of processes: they do not keep two runs of one process apart
-_held_lock = threading.Lock()
+_held_lock = Lock()
 
 
 class RunLock:

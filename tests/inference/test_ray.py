@@ -111,3 +111,14 @@ def test_a_job(tmp_path, paths) -> None:
     for path in paths[:3]:
         np.testing.assert_array_equal(rows[path]["labels"], model.predict(path).labels)
     assert rows[paths[3]]["error"]
+
+
+def test_whatever_a_decoder_raises_is_the_error_of_its_image(paths, monkeypatch) -> None:
+    from vpd_fast.inference import ray
+
+    actual = ray.read_image
+    monkeypatch.setattr(ray, "read_image", lambda source: 1 // 0 if "1.png" in source else actual(source))
+    found = Predictor(model=functools.partial(small, "segmentation"), device="cpu")({"path": np.array(paths[:3])})
+    assert [error == "" for error in found["error"]] == [True, False, True]
+    assert found["error"][1] == f"{paths[1]}: cannot be read (ZeroDivisionError: integer division or modulo by zero)"
+    assert found["labels"][1].shape == (0, 0)

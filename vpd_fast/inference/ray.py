@@ -17,7 +17,7 @@ from vpd_fast.engine import load_engine, optimize
 from vpd_fast.engine.storage import SETTINGS
 from vpd_fast.errors import ImageError, InputError, MissingDependencyError
 from vpd_fast.inference.predict import make_predictor
-from vpd_fast.inference.predict_images import within_memory
+from vpd_fast.inference.predict_images import image_error, within_memory
 from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
@@ -68,15 +68,24 @@ class Predictor:
         errors = []
         for i, value in enumerate(batch[source]):
             image = str(value) if isinstance(value, str | Path) else np.asarray(value)
-            try:
-                result = within_memory(lambda image: self._predict(read_image(image)), image)
-                column[i] = np.ascontiguousarray(result.values, dtype=self._dtype)
-                errors.append("")
-            except (ImageError, InputError) as error:
-                column[i] = np.empty((0,) * self._dimensions, self._dtype)
-                errors.append(" ".join(str(error).split()))
+            result = self._result(image, str(batch["path"][i]) if "path" in batch else f"image {i}")
+            failed = isinstance(result, Exception)
+            column[i] = np.empty((0,) * self._dimensions, self._dtype) if failed else result
+            errors.append(" ".join(str(result).split()) if failed else "")
         kept = {name: values for name, values in batch.items() if name != "image"}
         return {**kept, self._field: column, "error": np.array(errors, dtype=object)}
+
+    def _result(self, source: str | np.ndarray, name: str) -> np.ndarray | Exception:
+        """Return the values of an image's result, or its error."""
+        try:
+            image = read_image(source)
+        except Exception as error:
+            return image_error(error, name, "cannot be read")
+        try:
+            result = within_memory(self._predict, image)
+        except (ImageError, InputError) as error:
+            return error
+        return np.ascontiguousarray(result.values, dtype=self._dtype)
 
 
 def predict_dataset(
