@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from vpd_fast import VPD, VPDConfig, __version__
 from vpd_fast.cli.main import run
+from vpd_fast.errors import TruncationWarning
 from vpd_fast.models.random_weights import randomize
 
 
@@ -254,6 +256,60 @@ def test_maps_of_the_words_of_a_sentence(small, photo, tmp_path, monkeypatch):
     (sentence,) = results["images"][0]["sentences"]
     assert [m["name"] for m in sentence["maps"]] == ["the", "dog", "left", "of", "the (2)", "cat"]
     assert _names(tmp_path / "out") == {"photo_maps.png", "maps.json"}
+
+
+def test_words_are_drawn_whole_and_those_that_are_cut_off_are_told(small, photo, tmp_path, monkeypatch, capsys):
+    class Encoder:
+        def __init__(self, name, device):
+            pass
+
+        def embed_sentences(self, sentences, tokens):
+            warnings.warn("is told as a note", TruncationWarning, stacklevel=2)
+            return torch.randn(len(sentences), tokens, 64, generator=torch.Generator().manual_seed(0))
+
+        def token_names(self, sentence, tokens):
+            return ["<start>", "a", "uni", "corn", "<end>", *["<pad>"] * (tokens - 5)]
+
+        def word_tokens(self, sentence, tokens):
+            return [("a", range(1, 2)), ("unicorn", range(2, 4))]
+
+        def sentence_notes(self, sentences, tokens):
+            return [f"'ring' left out of {len(sentences)} for {tokens}"]
+
+    monkeypatch.setattr("vpd_fast.models.text.TextEncoder", Encoder)
+    options = [str(photo), *small("referring"), "--text-encoder", "my/clip", "--text", "a unicorn ring"]
+    for command, more, names in (
+        ("predict", [], None),
+        ("maps", ["--separate"], ["a", "unicorn"]),
+        ("maps", ["--tokens"], ["a", "uni", "corn"]),
+    ):
+        output = tmp_path / f"{command}{len(more)}"
+        assert run([command, *options, *more, "-o", str(output)]) == 0
+        results = _results(output, "results.json" if names is None else "maps.json")
+        assert results["notes"][-1] == "'ring' left out of 1 for 8"
+        printed = capsys.readouterr()
+        assert "note: 'ring' left out of 1 for 8" in printed.out
+        assert "is told as a note" not in printed.err
+        if names is not None:
+            (sentence,) = results["images"][0]["sentences"]
+            assert [drawn["name"] for drawn in sentence["maps"]] == names
+        if more == ["--separate"]:
+            assert results["images"][0]["files"][1:] == ["photo_maps/001_a.png", "photo_maps/002_unicorn.png"]
+
+
+def test_depth_beyond_16_bit_millimetres_is_told(photo, tmp_path, capsys, small_backbone):
+    config = VPDConfig(task="depth", base_size=64, num_scenes=3, max_depth=80.0, backbone=small_backbone)
+    config.save(tmp_path / "depth.json")
+    command = ["predict", str(photo), "--random-weights", "1", "--config", str(tmp_path / "depth.json"), "--no-flip"]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 0
+    note = "depths up to 80 m do not fit into 16-bit millimetres: the PNGs have 256 levels per metre"
+    assert f"note: {note}" in capsys.readouterr().out
+    results = _results(tmp_path / "out")
+    assert note in results["notes"]
+    (record,) = results["images"]
+    assert record["depth_scale"] == 256
+    stored = np.asarray(Image.open(tmp_path / "out" / "photo.png")).max() / 256
+    assert stored == pytest.approx(record["metres"]["max"], abs=1 / 256)
 
 
 def test_convert(small, tmp_path, capsys, small_backbone):
