@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from vpd_fast.bench.environment import kind_of_machine
 from vpd_fast.bench.regression import NOISE, StoredRatios, gated
 
+pytest_plugins = ["pytester"]
 CONFTEST = Path(__file__).parents[2] / "benchmarks" / "conftest.py"
 SUITE = """
 import json
@@ -35,36 +34,24 @@ ROWS = [BASELINE, BASELINE | {"variant": "sdpa", "speedup": 2.0}, KERNEL]
 
 
 @pytest.fixture
-def benchmarks(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a suite that measured these rows, with our conftest and a folder of ratios of its own."""
+def benchmarks(pytester: pytest.Pytester, tmp_path) -> Callable[..., tuple[int, str]]:
+    """Runs a suite that measured these rows, with our conftest and a folder of ratios: exit code, printed text."""
+    (pytester.path / "test_example.py").write_text(SUITE)
+    (pytester.path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu:\n    slow:\n")
+    shutil.copy(CONFTEST, pytester.path)
 
-    def run(rows: list[dict], *options: str) -> subprocess.CompletedProcess:
-        suite = tmp_path / "suite"
-        suite.mkdir(exist_ok=True)
-        shutil.copy(CONFTEST, suite)
-        (suite / "test_example.py").write_text(SUITE)
-        (suite / "rows.json").write_text(json.dumps(rows))
-        (suite / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu:\n    slow:\n")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pytest",
-            "-q",
-            str(suite),
-            "--ratios",
-            str(tmp_path / "ratios"),
-            *options,
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=suite)
+    def run(rows: list[dict], *options: str) -> tuple[int, str]:
+        (pytester.path / "rows.json").write_text(json.dumps(rows))
+        done = pytester.runpytest_inprocess("-q", f"--ratios={tmp_path / 'ratios'}", *options)
+        return done.ret, done.stdout.str()
 
     return run
 
 
 def test_a_regression_fails_and_noise_does_not(benchmarks, tmp_path) -> None:
-    done = benchmarks(ROWS)
-    assert (done.returncode, "no ratios are stored for this kind of machine" in done.stdout) == (0, True), done.stdout
-    assert benchmarks(ROWS, "--store-ratios").returncode == 0
+    code, printed = benchmarks(ROWS)
+    assert (code, "no ratios are stored for this kind of machine" in printed) == (0, True), printed
+    assert benchmarks(ROWS, "--store-ratios")[0] == 0
     path = tmp_path / "ratios" / kind_of_machine("cpu") / "regression.json"
     (stored,) = json.loads(path.read_text())["rows"]  # of what is ours
     assert stored == {
@@ -77,19 +64,19 @@ def test_a_regression_fails_and_noise_does_not(benchmarks, tmp_path) -> None:
     }
 
     noisy = KERNEL | {"speedup": 4.0 * (1 - NOISE) + 0.01, "over_sdpa": 0.1, "p50_ms": 90.0, "rounds": 3}
-    done = benchmarks([*ROWS[:2], noisy])
-    assert done.returncode == 0
-    assert "1 of 1 rows compared" in done.stdout
+    code, printed = benchmarks([*ROWS[:2], noisy])
+    assert code == 0
+    assert "1 of 1 rows compared" in printed
     slower = KERNEL | {"speedup": 4.0 * (1 - NOISE) - 0.01, "over_sdpa": 1.4}
-    done = benchmarks([*ROWS[:2], slower])
-    assert done.returncode == 1
-    assert "SLOWER: example, 64x64, 2, cpu avx2: speedup was 4.0, now 2.99, over_sdpa was 2.0, now 1.4" in done.stdout
+    code, printed = benchmarks([*ROWS[:2], slower])
+    assert code == 1
+    assert "SLOWER: example, 64x64, 2, cpu avx2: speedup was 4.0, now 2.99, over_sdpa was 2.0, now 1.4" in printed
 
 
 def test_nothing_is_stored_of_a_run_that_failed(benchmarks, tmp_path) -> None:
-    done = benchmarks(ROWS, "--store-ratios", "-m", "exhaustive or not exhaustive")
-    assert done.returncode == 1
-    assert "not among the typical cases" in done.stdout
+    code, printed = benchmarks(ROWS, "--store-ratios", "-m", "exhaustive or not exhaustive")
+    assert code == 1
+    assert "not among the typical cases" in printed
     assert not (tmp_path / "ratios").exists()
 
 

@@ -1,39 +1,46 @@
-"""Triton's interpreter without what it does again for every call of a device function.
+"""Triton's interpreter without what it does again and again, which is a third of its time.
 
-The interpreter replaces the members of `triton.language` when a kernel starts. It does so again at each call of a
-device function, `tl.sum` and `tl.zeros` among them: it looks through some hundred members of five classes and modules,
-finds them replaced already, and that is most of its time.
+It replaces the members of `triton.language` when a kernel starts, and again at each call of a device function, `tl.sum`
+and `tl.zeros` among them: it looks through some hundred members of five classes and modules, and finds them replaced
+already. And for most operations it writes down a table of all types to look one up.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 
-def patch_language_once_per_launch() -> None:
-    """Lets the interpreter, if it is the one described above, replace members once per launch of a kernel."""
+def make_interpreter_faster() -> None:
+    """Changes the interpreter, if it is the one described above; results are the same."""
     if importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
-    scope = getattr(interpreter, "_LangPatchScope", None)
-    if scope is None or hasattr(interpreter.GridExecutor.__call__, "__wrapped__"):
-        return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    if hasattr(interpreter, "_LangPatchScope") and not hasattr(interpreter.GridExecutor.__call__, "__wrapped__"):
+        _replace_members_once_per_launch(interpreter)
+    if hasattr(interpreter, "_get_np_dtype") and not hasattr(interpreter._get_np_dtype, "__wrapped__"):
+        _remember_types(interpreter)
+
+
+def _replace_members_once_per_launch(interpreter: ModuleType) -> None:
+    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     modules = {id(interpreter.tl), id(interpreter.tl.core)}
     replaced: set[int] = set()  # of a launch: the modules, by id
     launches = 0
 
-    def patch_once(function: Callable) -> Any:
+    def replace_once(function: Callable) -> Any:
         needed = {id(value) for value in function.__globals__.values()} & modules
         if launches and needed <= replaced:
-            return scope()
+            return interpreter._LangPatchScope()
         replaced.update(needed)
-        return patch(function)
+        return replace(function)
 
-    def launch_once(self: Any, *arguments: Any, **options: Any) -> None:
+    @functools.wraps(launch)
+    def launch_with_one_replacement(self: Any, *arguments: Any, **options: Any) -> None:
         nonlocal launches
         launches += 1
         try:
@@ -42,6 +49,19 @@ def patch_language_once_per_launch() -> None:
             launches -= 1
             replaced.clear()
 
-    launch_once.__wrapped__ = launch
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_once
+    interpreter._patch_lang = replace_once
+    interpreter.GridExecutor.__call__ = launch_with_one_replacement
+
+
+def _remember_types(interpreter: ModuleType) -> None:
+    look_up = interpreter._get_np_dtype
+    found: dict[str, Any] = {}  # by the name of the type of an element
+
+    @functools.wraps(look_up)
+    def numpy_type(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = look_up(dtype)
+        return found[name]
+
+    interpreter._get_np_dtype = numpy_type

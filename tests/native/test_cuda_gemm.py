@@ -162,8 +162,12 @@ def test_orders_of_threads_and_copies_do_not_change_a_bit(machine: ModuleType, p
 
 
 @paths
-def test_what_is_not_finite_stays_in_its_rows(machine: ModuleType, instructions: str, device: Device) -> None:
-    p = make(Case(dtype=torch.bfloat16, height=6, width=6, kernel=(3, 3), padding=(1, 1, 1, 1)))
+@pytest.mark.parametrize("activation", ["", "relu", "silu"])
+def test_what_is_not_finite_stays_in_its_rows(
+    machine: ModuleType, instructions: str, device: Device, activation: str
+) -> None:
+    case = Case(dtype=torch.bfloat16, height=6, width=6, kernel=(3, 3), padding=(1, 1, 1, 1), activation=activation)
+    p = make(case)
     expected = run(machine, p, instructions, device).clone()
     p.sources[0][0, 2, 3, 5] = float("nan")
     actual = run(machine, p, instructions, device)

@@ -252,6 +252,17 @@ def test_what_is_not_finite_stays_in_its_row(impl: str, norm: str | None, specia
         assert torch.equal(out[:, others], expected[:, others])
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "geglu"])
+def test_activations_keep_nan(impl: str, activation: str) -> None:
+    x, weight = randn(1, 9, 20), make_weight(64, 20, torch.float32)
+    expected = ops.linear(x, weight, activation=activation, impl=impl)
+    x[0, 4, 7] = float("nan")
+    out = ops.linear(x, weight, activation=activation, impl=impl)
+    assert out[0, 4].isnan().all()
+    others = torch.arange(9) != 4
+    assert torch.equal(out[:, others], expected[:, others])
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
