@@ -151,9 +151,17 @@ def test_prologue(impl: str, first: int, second: int, parts: tuple[str, ...], pr
     check(impl, x, make_weight(18, k, precision), randn(18), x2=x2, **{name: whole[name] for name in parts})
 
 
-def test_layer_norm_of_numbers_far_from_zero(impl: str) -> None:
-    """The mean is 1000 times the deviation: the variance must not be a difference of large numbers."""
-    check(impl, 1000 + randn(1, 9, 320), make_weight(33, 320, torch.float32), norm="layer")
+@pytest.mark.parametrize(
+    ("precision", "k", "mean"),
+    [(torch.float32, 320, 1000), (torch.float32, 37, 1000), (torch.bfloat16, 37, 1000), (torch.int8, 37, 100)],
+)
+def test_layer_norm_of_numbers_far_from_zero(impl: str, precision: torch.dtype, k: int, mean: float) -> None:
+    """The variance must not be a difference of large numbers, and the zeros that fill a row up must not be normalised
+    and counted to its range.
+
+    Numbers of about 1000 are rounded to 3e-5, a 400th of a step of 8 bits, which would move one in most rows.
+    """
+    check(impl, mean + randn(1, 9, k), make_weight(33, k, precision), norm="layer")
 
 
 def test_eps(impl: str) -> None:
