@@ -89,8 +89,10 @@ def applied(root: Path, mutant: Mutant) -> Iterator[str | None]:
 
 def rebuild(root: Path) -> bool:
     """Compiles what has changed of the CPU's native module, for one instruction set; whether that was possible."""
+    hook = root / "baseline.cmake"
+    hook.write_text('set(CMAKE_SYSTEM_PROCESSOR "one without levels")\n')  # a quarter of the work
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = os.environ | {"VPD_FAST_CUDA": "OFF", "CMAKE_ARGS": "-DVPD_FAST_BASELINE_ONLY=ON"}
+    environment = os.environ | {"VPD_FAST_CUDA": "OFF", "CMAKE_ARGS": f"-DCMAKE_PROJECT_INCLUDE={hook}"}
     return not subprocess.run(command, cwd=root, env=environment, stdout=subprocess.DEVNULL).returncode
 
 
