@@ -25,7 +25,7 @@ def peak():
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 start = peak()
-model = load_checkpoint(sys.argv[1])
+model = load_checkpoint(sys.argv[1], mmap=sys.argv[2] == "mapped")
 loaded = peak()
 total = sum(float(p.sum()) for p in model.parameters())
 print(loaded - start, peak() - start)
@@ -49,21 +49,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
-    ("name", "when_loaded", "when_used"),
+    ("name", "how", "most"),
     [
-        ("pretrained", 0.07, 1.05),  # pages come in when the weights are used
-        ("zip.pth", 0.07, 1.05),
-        ("legacy.pth", 1.05, 1.05),  # read at once: the format aligns nothing
-        ("half.pth", 1.55, 1.55),  # the float32 copy and the mapped float16 original
+        ("pretrained", "mapped", 1.05),  # looking for NaN brings the pages in, which the system may drop again
+        ("zip.pth", "mapped", 1.05),
+        ("pretrained", "read", 1.05),
+        ("zip.pth", "read", 1.05),
+        ("legacy.pth", "read", 1.05),
+        ("half.pth", "read", 1.55),  # the float32 copy and the mapped float16 original
     ],
 )
-def test_peak_memory(folder: Path, name: str, when_loaded: float, when_used: float) -> None:
+def test_peak_memory(folder: Path, name: str, how: str, most: float) -> None:
     size = (folder / "zip.pth").stat().st_size / MEBIBYTE
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder / name)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM, str(folder / name), how], capture_output=True, text=True, check=True
     )
     loaded, used = (float(value) for value in result.stdout.split())
     print(f"{name}: {size:.0f} MiB of weights, {loaded:.0f} MiB after loading, {used:.0f} MiB at most")
     assert used > 0.9 * size  # the measurement sees the weights
-    assert loaded < when_loaded * size
-    assert used < when_used * size
+    assert loaded < most * size
+    assert used < most * size

@@ -55,7 +55,7 @@ class Source:
         """Return the plain model, its weights in the file until they are used."""
         from vpd_fast.checkpoints import load_checkpoint
 
-        return load_checkpoint(self.checkpoint)
+        return load_checkpoint(self.checkpoint, mmap=True)
 
     def optimize(self, precision: str) -> FastVPD:
         """Return the fast model."""

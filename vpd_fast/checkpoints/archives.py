@@ -9,11 +9,12 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from vpd_fast.checkpoints import pickles
+from vpd_fast.checkpoints.mapped import MappedFile
 from vpd_fast.checkpoints.pickles import Global, PickleError, Unpickled
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -108,14 +109,8 @@ def _load(stream: Any, persistent_load: Callable[[Any], Any]) -> Unpickled:
     return pickles.load(stream, persistent_load, _CONSTRUCTORS, _NAMES)
 
 
-def map_file(path: Path) -> torch.UntypedStorage:
-    """Map the file into private memory: writing to tensors over it copies the page, the file stays as it is."""
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-    return cast("torch.UntypedStorage", storage)  # PyTorch declares any kind of storage
-
-
-def read_zip(path: Path) -> Unpickled:
-    """Read a file of torch.save (1.6 or later); its tensors are views of a private memory map of the file."""
+def read_zip(path: Path) -> tuple[Unpickled, MappedFile]:
+    """Read a file of torch.save (1.6 or later); its tensors are views of the mapped file, which is returned too."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entries = {entry.filename: entry for entry in archive.infolist()}
         roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
@@ -128,7 +123,7 @@ def read_zip(path: Path) -> Unpickled:
             raise PickleError("written on a big-endian machine")
         if entries[f"{root}data.pkl"].compress_type != zipfile.ZIP_STORED:
             raise PickleError("a compressed zip archive; torch.save does not compress")
-        mapped = map_file(path)
+        mapped = MappedFile(path)
         storages: dict[str, _Storage] = {}
 
         def persistent_load(pid: Any) -> _Storage:
@@ -141,7 +136,7 @@ def read_zip(path: Path) -> Unpickled:
                 storages[key] = storage
             return _same_dtype(storages[key], storage)
 
-        return _load(io.BytesIO(archive.read(f"{root}data.pkl")), persistent_load)
+        return _load(io.BytesIO(archive.read(f"{root}data.pkl")), persistent_load), mapped
 
 
 def _same_dtype(known: _Storage, asked: _Storage) -> _Storage:
@@ -154,7 +149,7 @@ def _same_dtype(known: _Storage, asked: _Storage) -> _Storage:
     return asked
 
 
-def _entry_bytes(file: Any, entry: zipfile.ZipInfo, mapped: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+def _entry_bytes(file: Any, entry: zipfile.ZipInfo, mapped: MappedFile, nbytes: int) -> torch.UntypedStorage:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < nbytes:
         raise PickleError(
             f"archive entry {entry.filename!r} is compressed or shorter than the {nbytes} bytes of its tensor"
@@ -164,10 +159,9 @@ def _entry_bytes(file: Any, entry: zipfile.ZipInfo, mapped: torch.UntypedStorage
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise PickleError(f"archive entry {entry.filename!r} has a damaged header")
     start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-    if start + nbytes > mapped.nbytes():
+    if start + nbytes > mapped.size:
         raise PickleError(f"archive entry {entry.filename!r} runs past the end of the file")
-    data = mapped[start : start + nbytes]
-    return data.clone() if start % 8 else data  # torch aligns its entries; other tools may not
+    return mapped.storage(start, nbytes)
 
 
 def is_legacy(head: bytes) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vpd_fast.checkpoints.infer import infer_backbone
+from vpd_fast.checkpoints.mapped import MappedFile
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError
 
@@ -25,6 +26,7 @@ class Checkpoint:
     format: "pretrained" (own folder), "bundled" (of the package), "vpd" (released or own file), "mmseg" (depth port),
     "ldm" or "diffusers". tensors: by ldm names for the last two, else by VPD names. config: only where the checkpoint
     stores one of ours. metadata: class_names, max_depth and num_heads where known. contents: what else the file holds.
+    files: those that tensors are mapped from.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class Checkpoint:
     contents: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    files: tuple[MappedFile, ...] = ()
 
     @property
     def is_stable_diffusion(self) -> bool:

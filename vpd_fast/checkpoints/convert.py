@@ -59,7 +59,7 @@ def _vpd_writers(
     expected = empty_model(config, checkpoint.path).state_dict()
     taken, loading = match_weights(checkpoint, checkpoint.tensors, expected, config.task)
     raise_missing(loading)
-    tensors = {key: reader.to_dtype(tensor, dtype) for key, tensor in taken.items()}
+    tensors = _converted(checkpoint.path, taken, dtype)
     report.written = list(tensors)
     report.dropped = dict(loading.ignored)
     if loading.unexpected:
@@ -67,6 +67,13 @@ def _vpd_writers(
     if report.target_format == "pretrained":
         return pretrained_writers(report.destination, config, tensors)
     return _file_writer(report.destination, tensors, _released(tensors, config), config)
+
+
+def _converted(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    converted = {key: reader.to_dtype(tensor, dtype) for key, tensor in tensors.items()}
+    for key, tensor in converted.items():
+        reader.require_finite(path, key, tensor, tensors[key])
+    return converted
 
 
 def _file_writer(
@@ -94,7 +101,7 @@ def _stable_diffusion_writers(
     else:
         tensors, backbone = vpd_to_ldm(checkpoint.tensors), vpd_config(checkpoint, overrides).backbone
         _drop(report, [key for key in checkpoint.tensors if not is_backbone(key)], "VPD's text adapter and head")
-    tensors = {key: reader.to_dtype(tensor, dtype) for key, tensor in tensors.items()}
+    tensors = _converted(checkpoint.path, tensors, dtype)
     _note_lacking(tensors, report)
     if report.target_format == "ldm":
         report.written = list(tensors)

@@ -16,6 +16,7 @@ from vpd_fast import bundled
 from vpd_fast.checkpoints import ldm_diffusers, reader
 from vpd_fast.checkpoints.checkpoint import CONFIG_KEY, LDM_TEXT, LDM_UNET, LDM_VAE, Checkpoint
 from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_task
+from vpd_fast.checkpoints.mapped import MappedFile, copied
 from vpd_fast.checkpoints.names import below, choose_root, ldm_averages, roots, without_root
 from vpd_fast.checkpoints.pickles import Placeholder
 from vpd_fast.config import BackboneConfig, VPDConfig
@@ -49,16 +50,24 @@ def open_checkpoint(path: str | Path, *, mmap: bool = True, ema: bool = False) -
     ema: the averages over the training (EMA), which some files have beside the weights. Raises CheckpointError,
     also where there are none.
     """
-    path = as_path(path, "path")
+    checkpoint = _open(as_path(path, "path"), ema)
+    if not mmap:
+        checkpoint.tensors = {key: copied(tensor, checkpoint.files) for key, tensor in checkpoint.tensors.items()}
+        checkpoint.files = ()
+    return checkpoint
+
+
+def _open(path: Path, ema: bool) -> Checkpoint:
     if ema and (bundled.is_bundled(path) or (path / WEIGHTS_NAME).is_file()):
         raise CheckpointError(f"{path}: {_NO_AVERAGES}")
     if bundled.is_bundled(path):
         return open_bundled(str(path))
     if path.is_dir():
-        return _open_folder(path, mmap, ema)
-    raw = reader.read_file(path, mmap=mmap, ema=ema)
+        return _open_folder(path, ema)
+    raw = reader.read_file(path, ema=ema)
     raw.tensors = _model_in(raw, ema and not raw.averaged)
     checkpoint = Checkpoint(path, _format_of(raw), raw.tensors, placeholders=raw.placeholders, skipped=raw.skipped)
+    checkpoint.files = raw.files
     if checkpoint.format == "mmseg":
         checkpoint.tensors = _from_mmseg(raw.tensors)
     meta = raw.metadata.get("meta")
@@ -196,13 +205,13 @@ def open_bundled(name: str) -> Checkpoint:
     return Checkpoint(Path(name), "bundled", tensors, config, {bundled.RECORD: record})
 
 
-def _open_folder(folder: Path, mmap: bool, ema: bool) -> Checkpoint:
+def _open_folder(folder: Path, ema: bool) -> Checkpoint:
     if (folder / "unet").is_dir() or (folder / _AVERAGED_UNET).is_dir():
-        return _open_diffusers(folder, mmap, ema)
+        return _open_diffusers(folder, ema)
     if (folder / WEIGHTS_NAME).is_file() and (folder / CONFIG_NAME).is_file():
         config = _parse_config(reader.read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
-        raw = reader.read_file(folder / WEIGHTS_NAME, mmap=mmap)
-        return Checkpoint(folder, "pretrained", raw.tensors, config)
+        raw = reader.read_file(folder / WEIGHTS_NAME)
+        return Checkpoint(folder, "pretrained", raw.tensors, config, files=raw.files)
     present = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
     raise CheckpointError(
         f"{folder}: expected {CONFIG_NAME} and {WEIGHTS_NAME} (save_pretrained) or unet/ and vae/ (diffusers); "
@@ -210,14 +219,15 @@ def _open_folder(folder: Path, mmap: bool, ema: bool) -> Checkpoint:
     )
 
 
-def _open_diffusers(folder: Path, mmap: bool, ema: bool) -> Checkpoint:
+def _open_diffusers(folder: Path, ema: bool) -> Checkpoint:
     part = folder / (_AVERAGED_UNET if ema else "unet")
     if ema and not part.is_dir():
         raise CheckpointError(f"{folder}: {_NO_AVERAGES} (they would be in {_AVERAGED_UNET}/)")
     if not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder}: has no vae/, the VAE that encodes images; expected it beside unet/")
-    unet = _diffusers_tensors(part, "diffusion_pytorch_model", mmap)
-    vae = _diffusers_tensors(folder / "vae", "diffusion_pytorch_model", mmap)
+    unet, files = _diffusers_tensors(part, "diffusion_pytorch_model")
+    vae, more = _diffusers_tensors(folder / "vae", "diffusion_pytorch_model")
+    files += more
     layout = ldm_diffusers.Layout.of_diffusers(unet, vae)
     try:
         tensors = _prefixed(LDM_UNET, ldm_diffusers.unet_from_diffusers(unet, layout))
@@ -226,14 +236,15 @@ def _open_diffusers(folder: Path, mmap: bool, ema: bool) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from error
     parts = {p.name for p in folder.iterdir() if p.is_dir()} - {"unet", "vae", _AVERAGED_UNET}
     if (folder / "text_encoder").is_dir():
-        text = _diffusers_tensors(folder / "text_encoder", "model", mmap)
+        text, more = _diffusers_tensors(folder / "text_encoder", "model")
+        files += more
         # transformers 5 leaves this prefix out of the files it writes.
         tensors |= _prefixed(LDM_TEXT + "text_model.", {k.removeprefix("text_model."): v for k, v in text.items()})
         parts.discard("text_encoder")
     metadata = {}
     if (part / CONFIG_NAME).is_file():
         metadata["num_heads"] = _heads(part / CONFIG_NAME)
-    return Checkpoint(folder, "diffusers", tensors, metadata=metadata, contents=tuple(sorted(parts)))
+    return Checkpoint(folder, "diffusers", tensors, metadata=metadata, contents=tuple(sorted(parts)), files=files)
 
 
 def _heads(path: Path) -> int:
@@ -251,26 +262,26 @@ def _heads(path: Path) -> int:
     return heads
 
 
-def _diffusers_tensors(folder: Path, stem: str, mmap: bool) -> dict[str, Tensor]:
-    """Read the tensors of one sub-folder, whole or in shards."""
+def _diffusers_tensors(folder: Path, stem: str) -> tuple[dict[str, Tensor], tuple[MappedFile, ...]]:
+    """Read the tensors of one sub-folder, whole or in shards, and return with them the files that they lie in."""
     found = find_weights(folder, stem)
     if found is None:
         raise CheckpointError(
             f"{folder}: expected {stem}.safetensors or .bin (also .fp16 or in shards) and found neither"
         )
     if found.path.suffix == ".json":
-        return _read_shards(found.path, mmap)
-    return reader.read_file(found.path, mmap=mmap).tensors
+        return _read_shards(found.path)
+    raw = reader.read_file(found.path)
+    return raw.tensors, raw.files
 
 
-def _read_shards(index: Path, mmap: bool) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[MappedFile, ...]]:
     names = reader.read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
         raise CheckpointError(f"{index}: no weight_map of file names in the same folder")
-    tensors: dict[str, Tensor] = {}
-    for name in dict.fromkeys(names.values()):
-        tensors |= reader.read_file(index.parent / name, mmap=mmap).tensors
-    return tensors
+    shards = [reader.read_file(index.parent / name) for name in dict.fromkeys(names.values())]
+    tensors = {key: tensor for raw in shards for key, tensor in raw.tensors.items()}
+    return tensors, tuple(file for raw in shards for file in raw.files)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Builds models from checkpoints. Weights stay where they lie in the memory-mapped file: there is no second copy."""
+"""Builds models from checkpoints. There is no second copy of the weights, neither when they are read nor mapped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vpd_fast.checkpoints import reader
 from vpd_fast.checkpoints.checkpoint import LDM_VAE, Checkpoint
 from vpd_fast.checkpoints.formats import is_backbone, ldm_to_vpd, open_checkpoint
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
+from vpd_fast.checkpoints.mapped import copied
 from vpd_fast.checkpoints.report import LoadReport, first_names
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError, brief
@@ -29,7 +30,7 @@ def load_checkpoint(
     allow_missing: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    mmap: bool = True,
+    mmap: bool = False,
     ema: bool = False,
     **config_overrides: Any,
 ) -> VPD:
@@ -37,20 +38,21 @@ def load_checkpoint(
     one of the miniatures that come with it ("shapes-segmentation", "shapes-referring", "shapes-depth").
 
     task: what the checkpoint must hold; None: whatever it holds. allow_missing: weights the file lacks keep their fresh
-    initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: on the CPU,
-    float32 weights stay in the file until used; they may be trained, which does not change the file, but the file must
-    not be overwritten in place meanwhile. config_overrides: VPDConfig or BackboneConfig fields that shapes do not tell
+    initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: True leaves
+    float32 weights on the CPU in the file until they are used; they may be trained, which does not change the file, but
+    the file must not be overwritten in place, by torch.save for example, while the model lives: that ends the process.
+    config_overrides: VPDConfig or BackboneConfig fields that shapes do not tell
     (num_heads, max_depth, base_size, ...). ema: the averages over the training (EMA) in place of the weights; an
     error where the file has none.
 
     The model is in eval mode and carries a `LoadReport` as `load_report`. Raises CheckpointError: unreadable or hostile
-    file, another task, missing weights, shapes that do not fit; InputError for an unknown task or override.
+    file, another task, weights that are missing, not finite or of other shapes; InputError: unknown task or override.
     """
     if task is not None and not (isinstance(task, str) and task in TASKS):
         raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {brief(task)}")
-    checkpoint = open_checkpoint(path, mmap=mmap, ema=ema)
+    checkpoint = open_checkpoint(path, ema=ema)
     config = vpd_config(checkpoint, config_overrides, task)
-    model = _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype)
+    model = _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype, mmap)
     model.load_report.notes += _assumptions(checkpoint, config, config_overrides)
     return model
 
@@ -83,7 +85,7 @@ def load_stable_diffusion(
     allow_missing: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    mmap: bool = True,
+    mmap: bool = False,
     ema: bool = False,
 ) -> VPD:
     """Make a model for fine-tuning: encoder and UNet of Stable Diffusion 1.x, everything else freshly initialised.
@@ -93,7 +95,7 @@ def load_stable_diffusion(
     and depth unless allow_missing, which leaves them zero. All else (eval mode, report, options, errors) as in
     `load_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, mmap=mmap, ema=ema)
+    checkpoint = open_checkpoint(path, ema=ema)
     if not checkpoint.is_stable_diffusion:
         raise CheckpointError(
             f"{path}: is a VPD model; expected Stable Diffusion 1.x (load this file with load_checkpoint)"
@@ -113,7 +115,7 @@ def load_stable_diffusion(
             f"{config.backbone.context_dim}) tensor or a file with it (made from class names by vpd_fast.models.text), "
             "or allow_missing=True to fill them in later"
         )
-    return _build(checkpoint, tensors, config, allow_missing, device, dtype, fresh_heads=True)
+    return _build(checkpoint, tensors, config, allow_missing, device, dtype, mmap, fresh_heads=True)
 
 
 def vpd_config(checkpoint: Checkpoint, overrides: Mapping[str, Any], task: str | None = None) -> VPDConfig:
@@ -200,6 +202,7 @@ def _build(
     allow_missing: bool,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    mmap: bool,
     fresh_heads: bool = False,
 ) -> VPD:
     dtype = dtype or torch.float32
@@ -219,6 +222,9 @@ def _build(
     addresses: set[int] = set()
     for key, tensor in taken.items():
         weight = reader.to_dtype(tensor, dtype, device)
+        if not mmap:
+            weight = copied(weight, checkpoint.files)  # unless it was converted
+        reader.require_finite(checkpoint.path, key, weight, tensor)
         # Two names for the same bytes in the file are still two parameters.
         # Counters are copied, or they alone would keep a file mapped whose weights have all been converted.
         repeated = weight.data_ptr() in addresses

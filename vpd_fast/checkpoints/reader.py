@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from vpd_fast.checkpoints import archives
+from vpd_fast.checkpoints.mapped import MappedFile, copied
 from vpd_fast.checkpoints.names import without_wrappers
 from vpd_fast.checkpoints.pickles import Unpickled
+from vpd_fast.checkpoints.safetensors_files import read_safetensors
 from vpd_fast.checkpoints.state_dicts import find_state_dict
 from vpd_fast.errors import CheckpointError
 from vpd_fast.files import read_json_object, require_regular
+from vpd_fast.models.finite import all_finite, why_not_finite
 
 _EXPECTED = "expected a PyTorch checkpoint (.pth, .pt, .ckpt, .bin), a .safetensors file or a checkpoint folder"
 _MAX_SAFETENSORS_HEADER = 100_000_000
@@ -36,6 +39,12 @@ class RawFile:
     placeholders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     averaged: bool = False
+    mapped: MappedFile | None = None
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The mapped file that tensors lie in, if they do."""
+        return () if self.mapped is None else (self.mapped,)
 
 
 def read_file(path: str | Path, *, mmap: bool = True, ema: bool = False) -> RawFile:
@@ -43,31 +52,38 @@ def read_file(path: str | Path, *, mmap: bool = True, ema: bool = False) -> RawF
 
     ema: the averages over the training, where the file has them beside the weights as a state dict of their own.
     mmap: tensors stay on disk until used; they can be written to without changing the file, but the file must not be
-    overwritten in place while they live (replacing it by rename is fine). False reads everything into memory.
+    overwritten in place while they live (replacing it by rename is fine). False reads all tensors into memory.
     Raises CheckpointError: missing, empty, truncated, damaged or unknown file.
     """
     path = Path(path)
     with _explained(path):
         head = _head(path)
         if _is_safetensors(path, head):
-            raw = _read_safetensors(path)
+            tensors, metadata, mapped = read_safetensors(path)
+            raw = RawFile(path, without_wrappers(tensors), dict(metadata), mapped=mapped)
         elif head.startswith(b"PK\x03\x04"):
-            raw = _from_object(path, archives.read_zip(path), ema)
+            unpickled, mapped = archives.read_zip(path)
+            raw = _from_object(path, unpickled, ema)
+            raw.mapped = mapped
         elif archives.is_legacy(head):
             raw = _from_object(path, archives.read_legacy(path), ema)
         else:
             raise CheckpointError(f"{path}: {_guess(head)}; {_EXPECTED}")
         if not mmap:
-            raw.tensors = {key: tensor.clone() for key, tensor in raw.tensors.items()}
+            raw.tensors = {key: copied(tensor, raw.files) for key, tensor in raw.tensors.items()}
     return raw
 
 
 def read_tensor(path: str | Path) -> Tensor:
-    """Read the only tensor of a file, such as VPD's class_embeddings.pth. Raises CheckpointError if there are more."""
+    """Read the only tensor of a file, such as VPD's class_embeddings.pth. Raises CheckpointError if there are more, or
+    it is not finite."""
     raw = read_file(path)
     if len(raw.tensors) != 1:
         raise CheckpointError(f"{path}: expected one tensor, the file holds {len(raw.tensors)}")
-    return next(iter(raw.tensors.values())).clone()
+    tensor = copied(next(iter(raw.tensors.values())), raw.files)
+    if not all_finite(tensor):
+        raise CheckpointError(f"{path}: {why_not_finite(tensor, tensor)}")
+    return tensor
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -132,15 +148,6 @@ def _guess(head: bytes) -> str:
     return "is not a checkpoint"
 
 
-def _read_safetensors(path: Path) -> RawFile:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = dict(file.metadata() or {})
-    return RawFile(path, without_wrappers(tensors), metadata)
-
-
 def _from_object(path: Path, unpickled: Unpickled, ema: bool) -> RawFile:
     value = unpickled.value
     placeholders = tuple(sorted(unpickled.placeholders))
@@ -160,6 +167,12 @@ def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:
             name = str(tensor.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def require_finite(path: Path, key: str, tensor: Tensor, stored: Tensor) -> None:
+    """Raise CheckpointError, which names the weight, unless all of `tensor`, made of what was `stored`, is finite."""
+    if not all_finite(tensor):
+        raise CheckpointError(f"{path}: {key} {why_not_finite(tensor, stored)}")
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Tensor:

@@ -81,6 +81,8 @@ def _to_engine(source: Path, destination: Path, precision: str, device: str, ema
         raise InputError(f"{destination} is a file; an engine is a folder")
     # GPUs have no Winograd kernels; what a CPU has no instructions for, it can still pack.
     policy = Policy() if device == "cpu" else Policy(winograd=False, emulate=True)
-    fast = optimize(load_checkpoint(source, ema=ema), precision, policy=policy, progress=error_console().is_terminal)
+    fast = optimize(
+        load_checkpoint(source, ema=ema, mmap=True), precision, policy=policy, progress=error_console().is_terminal
+    )
     fast.save(destination)
     typer.echo(str(fast.report()))

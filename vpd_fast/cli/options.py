@@ -152,7 +152,7 @@ class ModelOptions:
         elif (self.checkpoint / SETTINGS).exists():
             return self._load_engine(self.checkpoint, device)
         else:
-            model = load_checkpoint(self.checkpoint, task=self.task, device=place, ema=self.ema)
+            model = load_checkpoint(self.checkpoint, task=self.task, device=place, ema=self.ema, mmap=True)
         if self.precision is not None:
             return optimize(model, self.precision, device=device)
         model.attention_backend = self.attention_backend

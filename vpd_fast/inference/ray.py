@@ -131,5 +131,5 @@ def _load(checkpoint: Any, make: Any, task: str | None, precision: str | None, d
     elif (Path(checkpoint) / SETTINGS).exists():
         return load_engine(checkpoint, place)
     else:
-        model = load_checkpoint(checkpoint, task=task, device="cpu" if precision else place)
+        model = load_checkpoint(checkpoint, task=task, device="cpu" if precision else place, mmap=True)
     return optimize(model, precision, device=place) if precision else model.to(place)

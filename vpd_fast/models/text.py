@@ -28,6 +28,7 @@ from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError,
 from vpd_fast.files import find_weights, read_text, write_files
 from vpd_fast.forks import Lock
 from vpd_fast.labels import IMAGENET_TEMPLATES
+from vpd_fast.models.finite import all_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -388,6 +389,9 @@ def _load_model(folder: Path, vocabulary: int) -> nn.Module:
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of a CLIP text encoder, e.g. {missing[0]}")
+    spoiled = next((name for name, weight in model.named_parameters() if not all_finite(weight)), None)
+    if spoiled is not None:
+        raise CheckpointError(f"{folder}: {spoiled} has values that are NaN or infinite; the weights are damaged")
     if vocabulary > model.config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {vocabulary} tokens, the text encoder only {model.config.vocab_size}"
