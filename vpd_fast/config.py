@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vpd_fast.errors import InputError
-from vpd_fast.files import write_json
+from vpd_fast.errors import InputError, brief
+from vpd_fast.fields import between, build, check_fields
+from vpd_fast.files import read_json_object, write_json
 from vpd_fast.tasks import TASKS
 
 # Names of precisions, as users write them, and their dtypes in PyTorch; the second are those with kernels for CPUs.
@@ -34,36 +35,34 @@ class BackboneConfig:
     vae_ch, vae_ch_mult, vae_num_res_blocks: the KL encoder. in_channels: latent channels.
     """
 
-    model_channels: int = 320
-    context_dim: int = 768
-    num_heads: int = 8
-    num_res_blocks: int = 2
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    attention_resolutions: tuple[int, ...] = (4, 2, 1)
-    vae_ch: int = 128
-    vae_ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    vae_num_res_blocks: int = 2
-    in_channels: int = 4
+    model_channels: int = between(32, 2**13, default=320)
+    context_dim: int = between(1, 2**16, default=768)
+    num_heads: int = between(1, 2**10, default=8)
+    num_res_blocks: int = between(1, 8, default=2)
+    channel_mult: tuple[int, ...] = between(1, 64, default=(1, 2, 4, 4))
+    attention_resolutions: tuple[int, ...] = between(1, 64, default=(4, 2, 1))
+    vae_ch: int = between(32, 2**13, default=128)
+    vae_ch_mult: tuple[int, ...] = between(1, 64, default=(1, 2, 4, 4))
+    vae_num_res_blocks: int = between(1, 8, default=2)
+    in_channels: int = between(1, 2**10, default=4)
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "attention_resolutions", "vae_ch_mult"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("model_channels", "context_dim", "num_heads", "num_res_blocks", "vae_ch", "in_channels"):
-            value = getattr(self, name)
-            _check(isinstance(value, int) and value > 0, f"BackboneConfig.{name} must be a positive int, got {value!r}")
+        check_fields(self)
         for name in ("model_channels", "vae_ch"):
             value = getattr(self, name)
             _check(value % 32 == 0, f"BackboneConfig.{name} must be a multiple of 32 (the norms' groups), got {value}")
+        for name in ("channel_mult", "vae_ch_mult"):
+            value = getattr(self, name)
+            _check(
+                len(value) == 4,
+                f"BackboneConfig.{name} must have 4 levels, as in Stable Diffusion 1.x, got {brief(value)}",
+            )
         _check(
             all((self.model_channels * m) % self.num_heads == 0 for m in self.channel_mult),
             f"BackboneConfig.num_heads={self.num_heads} does not divide the UNet widths "
             f"{[self.model_channels * m for m in self.channel_mult]}",
         )
-        for name in ("channel_mult", "vae_ch_mult"):
-            value = getattr(self, name)
-            _check(
-                len(value) == 4, f"BackboneConfig.{name} must have 4 levels, as in Stable Diffusion 1.x, got {value}"
-            )
+        _check(len(self.attention_resolutions) <= 8, "BackboneConfig.attention_resolutions has more than 8 levels")
 
 
 @dataclass(frozen=True)
@@ -91,39 +90,29 @@ class VPDConfig:
     """
 
     task: str = "segmentation"
-    num_classes: int = 150
-    tokens: int = 40
-    num_scenes: int = 27
-    max_depth: float = 10.0
-    channels: int = 256
-    base_size: int = 512
+    num_classes: int = between(1, 2**20, default=150)
+    tokens: int = between(1, 2**16, default=40)
+    num_scenes: int = between(1, 2**20, default=27)
+    max_depth: float = between(1e-6, 1e9, default=10.0)
+    channels: int = between(1, 2**16, default=256)
+    base_size: int = between(1, 2**16, default=512)
     use_attn: bool | None = None
     attn_selector: str = "up_cross+down_cross"
-    max_attn_size: int | None = None
-    gamma_init_value: float = 1e-4
+    max_attn_size: int | None = between(0, 2**16, default=None)
+    gamma_init_value: float = between(-1e6, 1e6, default=1e-4)
     map_grad: bool = False
-    latent_scale: float = 1.0
+    latent_scale: float = between(-1e6, 1e6, default=1.0)
     train_encoder: bool = False
-    text_hidden_dim: int | None = None
+    text_hidden_dim: int | None = between(1, 2**16, default=None)
     class_names: tuple[str, ...] = ()
     text_encoder: str | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
     def __post_init__(self) -> None:
-        _check(self.task in TASKS, f"VPDConfig.task must be one of {', '.join(TASKS)}, got {self.task!r}")
-        if isinstance(self.backbone, dict):
-            object.__setattr__(self, "backbone", _from_dict(BackboneConfig, self.backbone))
+        check_fields(self)
+        _check(self.task in TASKS, f"VPDConfig.task must be one of {', '.join(TASKS)}, got {brief(self.task)}")
         if self.use_attn is None:
             object.__setattr__(self, "use_attn", TASKS[self.task].maps)
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        for name in ("num_classes", "tokens", "num_scenes", "channels", "base_size"):
-            value = getattr(self, name)
-            _check(isinstance(value, int) and value > 0, f"VPDConfig.{name} must be a positive int, got {value!r}")
-        _check(
-            self.text_encoder is None or isinstance(self.text_encoder, str),
-            f"VPDConfig.text_encoder must be a name or a folder, got {self.text_encoder!r}",
-        )
-        _check(self.max_depth > 0, f"VPDConfig.max_depth must be positive (metres), got {self.max_depth!r}")
         _check(
             self.base_size % SIZE_MULTIPLE == 0,
             f"VPDConfig.base_size must be a multiple of {SIZE_MULTIPLE}, got {self.base_size}",
@@ -131,7 +120,8 @@ class VPDConfig:
         unknown = [name for name in self.map_sources if name not in MAP_SOURCES]
         _check(
             not unknown,
-            f"VPDConfig.attn_selector: unknown {unknown}; expected names out of {', '.join(MAP_SOURCES)} joined by '+'",
+            f"VPDConfig.attn_selector: unknown {brief(unknown)}; "
+            f"expected names out of {', '.join(MAP_SOURCES)} joined by '+'",
         )
         named = self.embedding_count
         _check(
@@ -188,8 +178,8 @@ class VPDConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VPDConfig:
-        """Invert `to_dict`. Raises InputError on unknown fields."""
-        return _from_dict(cls, values)
+        """Invert `to_dict`. Raises InputError on unknown fields and on values of other types or out of their ranges."""
+        return build(cls, values)
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
@@ -197,19 +187,9 @@ class VPDConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> VPDConfig:
-        """Read a JSON file written by `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a JSON file written by `save`. Raises OSError, ValueError."""
+        return cls.from_dict(read_json_object(path))
 
     def replace(self, **changes: Any) -> VPDConfig:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
-
-
-def _from_dict(cls: type, values: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    _check(not unknown, f"{cls.__name__}: unknown fields {unknown}; known are {sorted(known)}")
-    try:
-        return cls(**values)
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{cls.__name__}: a field has a value of the wrong type ({error})") from error

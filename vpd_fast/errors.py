@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from typing import Any
 
 MAX_SHOWN = 120  # characters of a value in a message
 
@@ -47,6 +48,14 @@ class _Brief(reprlib.Repr):
         self.maxlevel = 2
         self.maxtuple = self.maxlist = self.maxdict = self.maxset = 4
         self.maxstring = self.maxother = self.maxlong = MAX_SHOWN
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(bytes(x[:MAX_SHOWN]))
+
+    repr_bytearray = repr_bytes
+
+    def repr_Tensor(self, x: Any, level: int) -> str:
+        return f"Tensor{tuple(x.shape)}"
 
 
 def brief(value: object) -> str:

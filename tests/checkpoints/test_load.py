@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -373,11 +374,14 @@ def test_unwritable_targets_leave_nothing_behind(golden: Callable, tmp_path: Pat
     ("change", "expected"),
     [
         ({"task": "pose"}, "task must be one of"),
-        ({"nonsense": 1}, "unknown fields"),
+        ({"nonsense": 1}, "nonsense is not a setting"),
+        ({"latent_scale": math.nan}, "config.json: NaN is no JSON"),
+        ({"latent_scale": "x"}, "latent_scale must be a number"),
         ({"num_scenes": 9}, r"class_embeddings has shape \(7, 64\), expected \(9, 64\)"),
-        ({"backbone": {"num_res_blocks": 10**9}}, "num_res_blocks is 2, expected 1000000000"),
+        ({"backbone": {"num_res_blocks": 10**9}}, "num_res_blocks must be from 1 to 8"),
+        ({"backbone": {"num_res_blocks": 3}}, "num_res_blocks is 2, expected 3"),
         ({"backbone": 3}, "not valid"),
-        ({"num_scenes": 2**62}, "sizes do not make a valid"),
+        ({"num_scenes": 2**62}, "num_scenes must be from 1"),
     ],
 )
 def test_broken_configuration(golden: Callable, tmp_path: Path, change: dict, expected: str) -> None:

@@ -194,6 +194,7 @@ def test_missing_vae_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a VAE alone"):
         open_checkpoint(saved(tmp_path / "vae.ckpt", vae))
     (tmp_path / "folder" / "unet").mkdir(parents=True)
+    save_file(unet, tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="no vae/, the VAE"):
         open_checkpoint(tmp_path / "folder")
 

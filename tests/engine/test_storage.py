@@ -102,6 +102,19 @@ def test_settings_of_another_engine(tmp_path: Path) -> None:
         ("unet.conv_in", {"k": 1}, "stored as"),
         ("unet.conv_in", {"out_dtype": "load"}, "load"),
         ("unet.input_blocks.1.1.proj_in", {"kind": "group_norm"}, "do not fit"),
+        ("unet.conv_in", {"kernel": 3}, r"conv_in: kernel is 3, expected \(3, 3\)"),
+        ("unet.conv_in", {"kernel": [9, 1]}, r"kernel is \(9, 1\)"),
+        ("unet.conv_in", {"stride": 0}, "stride is 0, expected 1"),
+        ("unet.conv_in", {"padding": [1, 1]}, "padding is"),
+        ("unet.conv_in", {"silu": "yes"}, "silu is 'yes', expected False"),
+        ("unet.conv_in", {"activation": "tanh"}, "activation is 'tanh', expected None"),
+        ("unet.conv_in", {"out_dtype": "float32"}, "out_dtype is torch.float32, expected torch.bfloat16"),
+        ("unet.conv_in", {"out_dtype": []}, "do not fit"),
+        ("unet.conv_in", {"n": "x"}, "do not fit"),
+        ("unet.conv_in", {"colour": 1}, "do not fit"),
+        ("unet.input_blocks.1.1.proj_in", {"eps": "x"}, "eps is 'x'"),
+        ("unet.input_blocks.1.1.norm", {"groups": 7}, "groups is 7, expected 32"),
+        ("unet.input_blocks.1.1.norm", {"eps": True}, "eps is True"),
         ("unet.input_blocks.1.1.proj_in", None, "not those of the configuration"),
     ],
 )
@@ -118,6 +131,57 @@ def test_spoiled_layers(tmp_path: Path, name: str, change: dict | None, message:
     (tmp_path / "engine.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message):
         vpd_fast.load_engine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("unet.conv_in:bias", lambda t: t[1:], "bias is torch.float32"),
+        ("unet.conv_in:bias", lambda t: t.half(), "bias is torch.float16"),
+        ("unet.conv_in:bias", lambda t: t * torch.nan, "bias has 32 of 32 values that are NaN"),
+        ("unet.conv_in:bias", lambda t: None, "bias is missing"),
+        ("unet.input_blocks.1.1.norm:weight", lambda t: t[None], "do not fit"),
+        ("conditioning:gamma", lambda t: t * torch.inf, "gamma has .* NaN or infinite"),
+        ("conditioning:gamma", lambda t: t[1:], "gamma is"),
+        ("conditioning:gamma", lambda t: t.double(), "gamma is torch.float64"),
+        ("conditioning:gamma", lambda t: None, "beside the layers"),
+    ],
+)
+def test_spoiled_tensors(tmp_path: Path, key: str, change: object, message: str) -> None:
+    vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
+    tensors = load_file(tmp_path / "engine.safetensors")
+    spoiled = change(tensors.pop(key))
+    save_file(tensors if spoiled is None else tensors | {key: spoiled}, tmp_path / "engine.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        vpd_fast.load_engine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: "[" * 100_000, "not a JSON file of settings"),
+        (lambda s: json.dumps(s).replace('"eps": 1e-05', '"eps": NaN', 1), "NaN is no JSON"),
+        (lambda s: json.dumps(s | {"config": {**s["config"], "latent_scale": "x"}}), "latent_scale must be a number"),
+        (lambda s: with_backbone(s, num_res_blocks=10**9), "num_res_blocks must be from 1 to 8"),
+        (lambda s: with_backbone(s, num_res_blocks=8, vae_num_res_blocks=8), "layers; a model of this configuration"),
+        (lambda s: json.dumps(s | {"precision": "int4"}), "do not fit"),
+        (lambda s: json.dumps(s | {"precision": ["int8"]}), "do not fit"),
+        (lambda s: json.dumps(s | {"layers": list(s["layers"])}), "do not fit"),
+        (lambda s: json.dumps(s | {"report": [{"name": 5}]}), "do not fit"),
+        (lambda s: json.dumps([s]), "JSON object"),
+    ],
+)
+def test_spoiled_settings(tmp_path: Path, change: object, message: str) -> None:
+    vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
+    (tmp_path / "engine.json").write_text(change(json.loads((tmp_path / "engine.json").read_text())))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        vpd_fast.load_engine(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+def with_backbone(settings: dict, **changes: int) -> str:
+    backbone = {**settings["config"]["backbone"], **changes}
+    return json.dumps({**settings, "config": {**settings["config"], "backbone": backbone}})
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:

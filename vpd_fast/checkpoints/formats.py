@@ -5,7 +5,6 @@ VPD models: the names of the released checkpoints. Stable Diffusion: the names o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_task
 from vpd_fast.checkpoints.mapped import MappedFile, copied
 from vpd_fast.checkpoints.names import below, choose_root, ldm_averages, roots, without_root
 from vpd_fast.checkpoints.pickles import Placeholder
-from vpd_fast.config import BackboneConfig, VPDConfig
-from vpd_fast.errors import CheckpointError, InputError, brief
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, as_path, find_weights
+from vpd_fast.config import VPDConfig
+from vpd_fast.errors import CheckpointError, brief
+from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, as_path, find_weights, parse_json
 from vpd_fast.tasks import TASKS
 
 # Prefixes of the depth model as ported to mmsegmentation 1.x -> prefixes in the released depth checkpoint.
@@ -176,13 +175,8 @@ def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_config(values: Any, path: Path) -> VPDConfig:
     try:
-        if isinstance(values, str):
-            values = json.loads(values)
-        config = VPDConfig.from_dict(values)
-        if not isinstance(config.backbone, BackboneConfig):
-            raise InputError(f"backbone is {config.backbone!r}, expected its sizes")
-        return config
-    except (InputError, TypeError, ValueError, AttributeError) as error:
+        return VPDConfig.from_dict(parse_json(values) if isinstance(values, str) else values)
+    except ValueError as error:  # InputError is one
         raise CheckpointError(f"{path}: its stored configuration is not valid: {error}") from error
 
 
@@ -192,8 +186,8 @@ def open_bundled(name: str) -> Checkpoint:
         raise CheckpointError(f"{name} is a text encoder; expected one of {', '.join(bundled.NAMES)}")
     own, shared = (reader.read_file(bundled.asset(part)) for part in (name, bundled.SHARED))
     try:
-        config = VPDConfig.from_dict(json.loads(own.metadata[CONFIG_KEY]))
-        record = dict(json.loads(own.metadata[bundled.RECORD]))
+        config = VPDConfig.from_dict(parse_json(own.metadata[CONFIG_KEY]))
+        record = dict(parse_json(own.metadata[bundled.RECORD]))
         tensors = {
             f"{config.key_prefix}{ENCODER}{key}": tensor for key, tensor in bundled.unpack(shared.tensors).items()
         }
@@ -223,9 +217,9 @@ def _open_diffusers(folder: Path, ema: bool) -> Checkpoint:
     part = folder / (_AVERAGED_UNET if ema else "unet")
     if ema and not part.is_dir():
         raise CheckpointError(f"{folder}: {_NO_AVERAGES} (they would be in {_AVERAGED_UNET}/)")
+    unet, files = _diffusers_tensors(part, "diffusion_pytorch_model")
     if not (folder / "vae").is_dir():
         raise CheckpointError(f"{folder}: has no vae/, the VAE that encodes images; expected it beside unet/")
-    unet, files = _diffusers_tensors(part, "diffusion_pytorch_model")
     vae, more = _diffusers_tensors(folder / "vae", "diffusion_pytorch_model")
     files += more
     layout = ldm_diffusers.Layout.of_diffusers(unet, vae)

@@ -11,15 +11,16 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from vpd_fast.checkpoints import limits
+
 _MARK = object()
-_MAX_KEY_DEPTH = 4
 
 
 class PickleError(ValueError):
     """The stream is not a well-formed pickle, or needs a feature that no checkpoint uses."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Global:
     """A class or function the pickle refers to, by name only."""
 
@@ -29,7 +30,7 @@ class Global:
         return f"Global({self.name})"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Placeholder:
     """Stands for an object of a class that is not rebuilt. It keeps what was stored and does nothing."""
 
@@ -50,21 +51,59 @@ class Unpickled:
     placeholders: set[str]
 
 
+@dataclass
+class Budget:
+    """What the pickles of one file have used of `limits`; each method raises PickleError beyond one."""
+
+    opcodes: int = 0
+    tensors: int = 0
+    copies: int = 0
+    tuple_keys: int = 0
+
+    def use(self, what: str, count: int, most: int) -> None:
+        """Count something that a file may have only so often."""
+        used = getattr(self, what) + count
+        setattr(self, what, used)
+        if used > most:
+            raise PickleError(f"more than {most} {what.replace('_', ' ')}; expected a checkpoint")
+
+    def key(self, key: Any) -> None:
+        """Look at the key of a dictionary, whose hash must not take long or be like those of many others."""
+        if isinstance(key, int) and not -limits.MAX_KEY < key < limits.MAX_KEY:
+            raise PickleError("an int that large is the key of a dictionary")
+        if not isinstance(key, tuple):
+            return
+        self.use("tuple_keys", 1, limits.MAX_TUPLE_KEYS)
+        layer, items = [key], 0
+        for _ in range(limits.MAX_KEY_DEPTH):
+            items += sum(len(item) for item in layer)
+            if items > limits.MAX_KEY_ITEMS:
+                raise PickleError(f"a dictionary key of more than {limits.MAX_KEY_ITEMS} items")
+            layer = [item for inner in layer for item in inner if isinstance(item, tuple)]
+        if layer:
+            raise PickleError("dictionary key nested too deeply")
+
+
 Constructor = Callable[..., Any]
 
 
-def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
+def _ordered_dict(budget: Budget, items: Any = ()) -> dict[Any, Any]:
     if not isinstance(items, (list, tuple)):
         raise PickleError("OrderedDict with unexpected arguments")
+    budget.use("copies", 2 * len(items), limits.MAX_COPIES)
     result: dict[Any, Any] = {}
     for pair in items:
         key, value = pair
-        _set_item(result, key, value)
+        budget.key(key)
+        result[key] = value
     return result
 
 
-def _sequence(items: Any = ()) -> list[Any]:
-    return list(items) if isinstance(items, (list, tuple)) else []
+def _sequence(budget: Budget, items: Any = ()) -> list[Any]:
+    if not isinstance(items, (list, tuple)):
+        return []
+    budget.use("copies", len(items), limits.MAX_COPIES)
+    return list(items)
 
 
 CONTAINERS: dict[str, Constructor] = {
@@ -73,7 +112,7 @@ CONTAINERS: dict[str, Constructor] = {
     "collections.Counter": lambda *_: {},
     "builtins.set": _sequence,  # sets become lists: their members may be placeholders
     "builtins.frozenset": _sequence,
-    "torch.Size": lambda items=(): tuple(_sequence(items)),
+    "torch.Size": lambda budget, items=(): tuple(_sequence(budget, items)),
 }
 
 
@@ -82,31 +121,23 @@ def load(
     persistent_load: Callable[[Any], Any],
     constructors: Mapping[str, Constructor] | None = None,
     names: Container[str] = (),
+    budget: Budget | None = None,
 ) -> Unpickled:
     """Read one pickle from `stream`, leaving it just behind the pickle.
 
-    persistent_load(pid): what a persistent id stands for. constructors: {"module.name": function of the call's
-    arguments} added to CONTAINERS; they must be safe for any arguments. names: globals understood without being called.
+    persistent_load(pid): what a persistent id stands for. constructors: {"module.name": function of the budget and the
+    call's arguments} added to CONTAINERS; they must be safe for any arguments. names: globals understood without being
+    called. budget: shared by the pickles of a file.
     Raises PickleError, or ValueError, TypeError, KeyError and IndexError for malformed streams.
     """
-    machine = _Machine(persistent_load, {**CONTAINERS, **(constructors or {})}, names)
+    budget = budget or Budget()
+    machine = _Machine(persistent_load, {**CONTAINERS, **(constructors or {})}, names, budget)
     for opcode, argument, _ in pickletools.genops(stream):
+        budget.opcodes += 1
+        if budget.opcodes > limits.MAX_OPCODES:
+            raise PickleError(f"a pickle of more than {limits.MAX_OPCODES} instructions; expected a checkpoint")
         machine.step(opcode.name, argument)
     return Unpickled(machine.pop(), machine.placeholders)
-
-
-def _set_item(target: Any, key: Any, value: Any) -> None:
-    _check_key(key, _MAX_KEY_DEPTH)
-    target[key] = value
-
-
-def _check_key(key: Any, depth: int) -> None:
-    """Hashing a deeply nested tuple would overflow the C stack."""
-    if isinstance(key, tuple):
-        if depth == 0:
-            raise PickleError("dictionary key nested too deeply")
-        for item in key:
-            _check_key(item, depth - 1)
 
 
 def _name(value: Any) -> str:
@@ -144,7 +175,9 @@ class _Machine:
         persistent_load: Callable[[Any], Any],
         constructors: Mapping[str, Constructor],
         names: Container[str],
+        budget: Budget,
     ) -> None:
+        self.budget = budget
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.placeholders: set[str] = set()
@@ -179,11 +212,15 @@ class _Machine:
 
     def call(self, function: Any, args: Any) -> Any:
         """What REDUCE, NEWOBJ and the like do in a real unpickler; here it is a table look-up."""
-        args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+        if isinstance(args, (tuple, list)):
+            self.budget.use("copies", len(args), limits.MAX_COPIES)
+            args = tuple(args)
+        else:
+            args = (args,)
         if isinstance(function, Global):
             constructor = self.constructors.get(function.name)
             if constructor is not None:
-                return constructor(*args)
+                return constructor(self.budget, *args)
             wrapped = _WRAPPERS.get(function.name)
             if wrapped is not None:
                 function, args = wrapped(args)
@@ -191,6 +228,8 @@ class _Machine:
         return Placeholder(_name(function), args)
 
     def refer(self, name: str) -> None:
+        if len(name) > limits.MAX_NAME:
+            raise PickleError(f"a class whose name has {len(name)} characters")
         if name not in self.constructors and name not in self.names and name not in _WRAPPERS:
             self.placeholders.add(name)
         self.stack.append(Global(name))
@@ -213,6 +252,8 @@ class _Machine:
         self.memo[len(self.memo)] = self.stack[-1]
 
     def op_PUT(self, index: int) -> None:
+        if not 0 <= int(index) < limits.MAX_MEMO:
+            raise PickleError("an object of the pickle has too large a number")
         self.memo[int(index)] = self.stack[-1]
 
     def op_GET(self, index: int) -> None:
@@ -279,7 +320,8 @@ class _Machine:
         if not isinstance(target, dict):
             raise PickleError(f"cannot set items of {_name(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            _set_item(target, key, value)
+            self.budget.key(key)
+            target[key] = value
 
     # objects
     def op_GLOBAL(self, argument: str) -> None:

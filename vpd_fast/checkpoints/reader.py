@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from vpd_fast.checkpoints import archives
+from vpd_fast.checkpoints.limits import MAX_NAME, MAX_SHARED
 from vpd_fast.checkpoints.mapped import MappedFile, copied
 from vpd_fast.checkpoints.names import without_wrappers
 from vpd_fast.checkpoints.pickles import Unpickled
 from vpd_fast.checkpoints.safetensors_files import read_safetensors
 from vpd_fast.checkpoints.state_dicts import find_state_dict
-from vpd_fast.errors import CheckpointError
-from vpd_fast.files import read_json_object, require_regular
+from vpd_fast.errors import CheckpointError, brief
+from vpd_fast.files import MAX_SETTINGS, read_json_object, require_regular
 from vpd_fast.models.finite import all_finite, why_not_finite
 
 _EXPECTED = "expected a PyTorch checkpoint (.pth, .pt, .ckpt, .bin), a .safetensors file or a checkpoint folder"
-_MAX_SAFETENSORS_HEADER = 100_000_000
 
 
 @dataclass
@@ -60,6 +60,7 @@ def read_file(path: str | Path, *, mmap: bool = True, ema: bool = False) -> RawF
         head = _head(path)
         if _is_safetensors(path, head):
             tensors, metadata, mapped = read_safetensors(path)
+            _check_sizes(path, tensors)
             raw = RawFile(path, without_wrappers(tensors), dict(metadata), mapped=mapped)
         elif head.startswith(b"PK\x03\x04"):
             unpickled, mapped = archives.read_zip(path)
@@ -128,7 +129,7 @@ def _head(path: Path) -> bytes:
 def _is_safetensors(path: Path, head: bytes) -> bool:
     if path.suffix == ".safetensors" and not head.startswith(b"version https://git-lfs"):
         return True
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_SETTINGS
 
 
 def _guess(head: bytes) -> str:
@@ -152,11 +153,31 @@ def _from_object(path: Path, unpickled: Unpickled, ema: bool) -> RawFile:
     value = unpickled.value
     placeholders = tuple(sorted(unpickled.placeholders))
     if isinstance(value, Tensor):
-        return RawFile(path, {"": value}, {}, placeholders)
+        _check_sizes(path, {"": value})
+        return RawFile(path, {"": _plain(value)}, {}, placeholders)
     state, metadata, found = find_state_dict(value, ema)
     tensors = {key: item for key, item in state.items() if isinstance(key, str) and isinstance(item, Tensor)}
-    skipped = tuple(str(key) for key in state if key not in tensors)
+    _check_sizes(path, tensors)
+    tensors = {key: _plain(tensor) for key, tensor in tensors.items()}
+    skipped = tuple(key if isinstance(key, str) else brief(key) for key in state if key not in tensors)
     return RawFile(path, without_wrappers(tensors), metadata, placeholders, skipped, found)
+
+
+def _check_sizes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that together are much larger than the file that they are said to be in."""
+    size, total = path.stat().st_size, sum(tensor.nbytes for tensor in tensors.values())
+    if total > size + MAX_SHARED:
+        raise ValueError(f"tensors of {total} bytes share the memory of a file of {size} bytes")
+    long = next((key for key in tensors if len(key) > MAX_NAME), None)
+    if long is not None:
+        raise ValueError(f"a weight whose name has {len(long)} characters, {brief(long)}")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor with elements of its own: neither repeated, as by expand(), nor negated when read."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    repeated = any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.contiguous() if repeated or torch._debug_has_internal_overlap(tensor) == 1 else tensor
 
 
 def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_SHOWN = 5
+_SHOWN, _MAX_SHOWN = 5, 80
 
 # Weights that VPD does not have, by name, and why leaving them out is right. First match wins.
 _UNUSED = tuple(
@@ -85,7 +85,7 @@ class LoadReport:
 
 def first_names(names: Iterable[str]) -> str:
     """Return '3: a, b, c', shortened after the first few."""
-    names = list(names)
+    names = [name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..." for name in names]
     more = f", ... and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{len(names)}: {', '.join(names[:_SHOWN])}{more}"
 

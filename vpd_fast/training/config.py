@@ -11,9 +11,9 @@ from typing import Any
 
 from vpd_fast.config import CPU_PRECISIONS, BackboneConfig, VPDConfig
 from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.fields import build, check_keys, close_names, field_names
 from vpd_fast.files import read_text
 from vpd_fast.tasks import TASKS
-from vpd_fast.training.settings import build, check_keys, close_names, field_names
 
 PRESETS = Path(__file__).parent / "presets"
 PRESET_BASE = "base"  # the preset that the others build on; not a run of its own
