@@ -196,9 +196,33 @@ MUTANTS = {
     ),
     "keys of pickled dictionaries nest without end": Mutant(
         "vpd_fast/checkpoints/pickles.py",
-        "        if depth == 0:\n",
-        "        if depth == -(10**9):\n",
+        "        if layer:\n            raise PickleError(",
+        "        if False:\n            raise PickleError(",
         "tests/checkpoints/test_hostile_files.py",
+    ),
+    "weights that are NaN are loaded": Mutant(
+        "vpd_fast/models/finite.py",
+        "return bool(tensor.sum().isfinite()) or",
+        "return True or",
+        "tests/checkpoints/test_load.py -k finite",
+    ),
+    "models lie in the files that they were loaded from": Mutant(
+        "vpd_fast/checkpoints/load.py",
+        "if not mmap:",
+        "if False:",
+        "tests/checkpoints/test_load.py -k mapped_and_not",
+    ),
+    "one of two weights of the same name is taken": Mutant(
+        "vpd_fast/checkpoints/names.py",
+        "if name in renamed:",
+        "if False:",
+        "tests/checkpoints/test_names.py -k become_one",
+    ),
+    "what engine.json says of layers is believed": Mutant(
+        "vpd_fast/engine/storage.py",
+        "if type(found) is not type(value) or found != value:",
+        "if False:",
+        "tests/engine/test_storage.py -k spoiled_layers",
     ),
     "files are written in place": Mutant(
         "vpd_fast/files.py",
