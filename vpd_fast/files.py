@@ -33,6 +33,7 @@ CONFIG_NAME = "config.json"
 
 MAX_SETTINGS = 2**24  # bytes of a JSON file of settings
 MAX_DEPTH = 32  # of lists and objects inside each other in such a file
+MAX_ITEMS = 2**21  # of its lists and objects together
 MAX_FOREIGN_AGE = 24 * 3600  # seconds: older temporary files of other machines, which cannot be asked, are left over
 _TEMPORARY = re.compile(r"\.(\d+)-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 _cleaned: set[str] = set()  # folders
@@ -110,8 +111,8 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text.removeprefix("\ufeff"), parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError(f"lists and objects inside each other more than {MAX_DEPTH} deep") from None
-    _check_depth(value)
+        raise ValueError(f"lists inside lists more than {MAX_DEPTH} deep") from None
+    check_size(value)
     return value
 
 
@@ -119,11 +120,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON, and no setting")
 
 
-def _check_depth(value: Any) -> None:
-    layer, depth = [value], 0
+def check_size(value: Any) -> None:
+    """Raise ValueError for settings nested without end, or so large when shared parts are counted each time."""
+    layer, depth, items = [value], 0, 0
     while layer:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"lists and objects inside each other more than {MAX_DEPTH} deep")
+        items += len(layer)
+        if depth > MAX_DEPTH or items > MAX_ITEMS:
+            raise ValueError(
+                f"lists and objects inside each other more than {MAX_DEPTH} deep, or over {MAX_ITEMS} values"
+            )
         inner: list[Any] = []
         for item in layer:
             inner += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()

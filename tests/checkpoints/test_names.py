@@ -227,3 +227,33 @@ def test_heads_and_variants_of_diffusers_folders(tmp_path: Path, heads: dict, ex
         assert open_checkpoint(tmp_path / "sd").metadata["num_heads"] == expected
     with pytest.raises(CheckpointError, match="unet_ema/"):
         open_checkpoint(tmp_path / "sd", ema=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: {**state(), "unet.unet.diffusion_model.input_blocks.99999999999.0.weight": torch.ones(1)},
+        lambda: {**state(), "unet.unet.diffusion_model.input_blocks.0.0.weight": torch.ones(0, 4, 3, 3)},
+        lambda: {**state(), "unet.unet.diffusion_model.input_blocks.0.0.weight": torch.ones(5)},
+        lambda: {**state(), "neck.lateral_convs.0.conv.weight": torch.ones(())},
+    ],
+)
+def test_names_and_shapes_of_no_network(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(CheckpointError, match="model|Stable Diffusion"):
+        load_checkpoint(saved(tmp_path / "a.pth", content()))
+
+
+def test_numbers_in_names_of_diffusers(tmp_path: Path) -> None:
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        key = f"{'encoder.' * (part == 'vae')}down_blocks.0.resnets.999999999.norm1.weight"
+        save_file({key: torch.ones(1)}, tmp_path / part / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="have the number '999999999'"):
+        open_checkpoint(tmp_path)
+
+
+def test_counters_have_their_dtype(tmp_path: Path) -> None:
+    key = next(key for key in state() if key.endswith("num_batches_tracked"))
+    path = saved(tmp_path / "a.pth", {**state(), key: torch.tensor(3, dtype=torch.uint16)})
+    counter = load_checkpoint(path, num_heads=4, base_size=128).state_dict()[key]
+    assert (counter.dtype, int(counter)) == (torch.int64, 3)

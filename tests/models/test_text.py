@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -346,6 +347,36 @@ def test_folder_without_a_clip(tmp_path, clip):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="holds no readable CLIP text encoder"):
         TextEncoder(clip, cache_dir=tmp_path / "cache").embed_classes(["wall"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: json.dumps(values | {"num_hidden_layers": 10**9}), "num_hidden_layers is 1000000000"),
+        (lambda values: json.dumps({"text_config": values | {"vocab_size": 10**12}}), "vocab_size is"),
+        (lambda values: "[" * 100_000, "lists inside lists"),
+    ],
+)
+def test_folder_with_the_settings_of_a_giant(tmp_path, clip, change, message):
+    values = json.loads((clip / "config.json").read_text())
+    (clip / "config.json").write_text(change(values))
+    with pytest.raises(CheckpointError, match=message):
+        TextEncoder(clip, remember=False).embed_classes(["wall"])
+
+
+def test_folder_with_a_pipe(tmp_path, clip):
+    (clip / "model.safetensors").unlink()
+    os.mkfifo(clip / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a pipe, a device or a socket"):
+        TextEncoder(clip, remember=False).embed_classes(["wall"])
+
+
+def test_folder_with_weights_that_are_nan(tmp_path, clip):
+    tensors = text.load_file(clip / "model.safetensors")
+    name = next(key for key in tensors if "final_layer_norm.weight" in key)
+    text.save_file(tensors | {name: tensors[name] * torch.nan}, clip / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"final_layer_norm\.weight has values that are NaN"):
+        TextEncoder(clip, remember=False).embed_classes(["wall"])
 
 
 def test_folder_with_half_a_clip(tmp_path, clip):

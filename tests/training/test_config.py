@@ -154,3 +154,12 @@ def test_precision_of_the_machine():
         for supported, precision in ((True, "bf16"), (False, "fp32")):
             patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
             assert build.choose_precision("auto", cpu) == precision
+
+
+def test_settings_that_stand_for_more_than_memory_holds(tmp_path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    for text in ("\n".join(lines), "data: " + "[" * 10_000):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(InputError, match="is not readable YAML"):
+            load_config(tmp_path / "a.yaml")

@@ -98,7 +98,7 @@ def _rebuild(budget: Budget, storage: Any, dtype: Any, offset: Any, size: Any, s
         )
     tensor = torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
     views = metadata if isinstance(metadata, dict) else {}
-    tensor = torch._neg_view(tensor) if views.get("neg") is True else tensor
+    tensor = torch.ops.aten._neg_view.default(tensor) if views.get("neg") is True else tensor
     return tensor.conj() if views.get("conj") is True and dtype.is_complex else tensor
 
 

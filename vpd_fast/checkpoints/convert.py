@@ -205,8 +205,8 @@ def _text_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
         hidden = tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
         positions = tensors["text_model.embeddings.position_embedding.weight"].shape[0]
-    except KeyError as error:
-        raise CheckpointError(f"the text encoder is not CLIP's: {error} is missing") from error
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"the text encoder is not CLIP's: {error} is missing, or of another shape") from error
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",

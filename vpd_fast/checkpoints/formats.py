@@ -222,8 +222,8 @@ def _open_diffusers(folder: Path, ema: bool) -> Checkpoint:
         raise CheckpointError(f"{folder}: has no vae/, the VAE that encodes images; expected it beside unet/")
     vae, more = _diffusers_tensors(folder / "vae", "diffusion_pytorch_model")
     files += more
-    layout = ldm_diffusers.Layout.of_diffusers(unet, vae)
     try:
+        layout = ldm_diffusers.Layout.of_diffusers(unet, vae)
         tensors = _prefixed(LDM_UNET, ldm_diffusers.unet_from_diffusers(unet, layout))
         tensors |= _prefixed(LDM_VAE, ldm_diffusers.vae_from_diffusers(vae, layout))
     except CheckpointError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vpd_fast.config import LATENT_STRIDE, MAP_SOURCES, VPDConfig
 from vpd_fast.config import BackboneConfig as Backbone
-from vpd_fast.errors import CheckpointError, InputError
+from vpd_fast.errors import CheckpointError, brief
 from vpd_fast.tasks import TASKS
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,8 +52,12 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, Any] | None = None, **ov
             values.setdefault("class_names", tuple(names))
         return _with_maps(values, _map_channels(shapes, task, backbone), overrides)
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"not a complete {task} model: cannot find the shape of {error}") from error
-    except InputError as error:
+        raise CheckpointError(
+            f"not a complete {task} model: cannot find the shape of {brief(error.args[0])}"
+        ) from error
+    except CheckpointError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:  # InputError is one; sizes of 0, other numbers of dimensions
         raise CheckpointError(f"these weights do not make a valid {task} model: {error}") from error
 
 
@@ -71,8 +75,11 @@ def infer_backbone(unet: Shapes, vae: Shapes, **overrides: Any) -> Backbone:
     try:
         return Backbone(**{**_backbone_values(unet, vae), **overrides})
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"not a complete Stable Diffusion 1.x: cannot find the shape of {error}") from error
-    except InputError as error:
+        missing = brief(error.args[0])
+        raise CheckpointError(f"not a complete Stable Diffusion 1.x: cannot find the shape of {missing}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"not Stable Diffusion 1.x: {error}") from error
 
 
@@ -80,7 +87,8 @@ def _backbone_values(unet: Shapes, vae: Shapes) -> dict[str, Any]:
     width, latent = unet["input_blocks.0.0.weight"][:2]
     blocks = next((i for i in range(1, len(unet)) if f"input_blocks.{i + 1}.0.op.weight" in unet), 0)
     count = 1 + max(int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.", key)))
-    firsts = list(range(1, count, blocks + 1))
+    # There are no more blocks than weights, whatever number a name has.
+    firsts = list(range(1, min(count, len(unet)), blocks + 1))
     if not blocks or len(firsts) != 4:
         raise CheckpointError(f"not Stable Diffusion 1.x: its UNet has {len(firsts)} levels, expected 4")
     values: dict[str, Any] = {

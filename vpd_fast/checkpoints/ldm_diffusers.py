@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vpd_fast.config import BackboneConfig
-from vpd_fast.errors import CheckpointError
+from vpd_fast.errors import CheckpointError, brief
 
 _UNET_RESNET = {
     "in_layers.0": "norm1",
@@ -28,6 +28,7 @@ _VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _VAE_MATRIX = re.compile(r"mid\.attn_1\.(q|k|v|proj_out)\.weight$")
+_MAX_DIGITS = 2  # of the number of a level or a block
 _PROJECTION = re.compile(r"\.proj_(in|out)\.weight$")
 
 
@@ -65,7 +66,10 @@ class Layout:
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:
-    return 1 + max((int(m[1]) for key in keys if (m := re.match(pattern, key))), default=-1)
+    numbers = [m[1] for key in keys if (m := re.match(pattern, key))]
+    if any(len(number) > _MAX_DIGITS for number in numbers):
+        raise CheckpointError(f"names of weights have the number {brief(max(numbers, key=len))}; expected SD 1.x's")
+    return 1 + max(map(int, numbers), default=-1)
 
 
 def unet_modules(layout: Layout) -> dict[str, str]:
@@ -177,6 +181,6 @@ def _rename(tensors: Mapping[str, Any], modules: Mapping[str, str], network: str
         while prefix and prefix not in modules:
             prefix = prefix.rpartition(".")[0]
         if not prefix:
-            raise CheckpointError(f"{key!r} is not a weight of Stable Diffusion 1.x's {network}")
+            raise CheckpointError(f"{brief(key)} is not a weight of Stable Diffusion 1.x's {network}")
         renamed[modules[prefix] + key[len(prefix) :]] = value
     return renamed

@@ -227,6 +227,8 @@ def _build(
         reader.require_finite(checkpoint.path, key, weight, tensor)
         # Two names for the same bytes in the file are still two parameters.
         # Counters are copied, or they alone would keep a file mapped whose weights have all been converted.
+        if not weight.is_floating_point():
+            weight = weight.to(expected[key].dtype)
         repeated = weight.data_ptr() in addresses
         weights[key] = weight.clone() if repeated or not weight.is_floating_point() else weight
         addresses.add(weight.data_ptr())

@@ -41,7 +41,7 @@ class MappedFile:
         if not tensor.is_contiguous() or not tensor.numel() or tensor.is_neg() or tensor.is_conj():
             return tensor.clone()
         result = torch.empty(tensor.shape, dtype=tensor.dtype)
-        rest = memoryview(result.view(-1).view(torch.uint8).numpy())
+        rest = result.view(-1).view(torch.uint8).numpy().data
         self._file.seek(tensor.data_ptr() - self._start)
         while rest:
             count = self._file.readinto(rest)

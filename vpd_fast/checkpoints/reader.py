@@ -176,8 +176,10 @@ def _check_sizes(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _plain(tensor: Tensor) -> Tensor:
     """Return a tensor with elements of its own: neither repeated, as by expand(), nor negated when read."""
     tensor = tensor.resolve_conj().resolve_neg()
-    repeated = any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.contiguous() if repeated or torch._debug_has_internal_overlap(tensor) == 1 else tensor
+    if not tensor.numel():
+        return tensor
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if tensor.numel() > span else tensor
 
 
 def dtype_names(tensors: dict[str, Tensor]) -> dict[str, int]:

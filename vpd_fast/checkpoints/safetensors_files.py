@@ -40,17 +40,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Map
 
 
 def _tensor(file: MappedFile, data: int, key: str, entry: Any) -> Tensor:
-    values = entry if isinstance(entry, dict) else {}
-    shape, dtype, ends = values.get("shape"), values.get("dtype"), values.get("data_offsets")
-    known = isinstance(dtype, str) and dtype in _DTYPES
-    if not (known and _are_sizes(shape) and _are_sizes(ends) and len(ends) == 2):
+    values: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype = _DTYPES.get(str(values.get("dtype")))
+    shape, ends = _sizes(values.get("shape")), _sizes(values.get("data_offsets"))
+    if dtype is None or shape is None or ends is None or len(ends) != 2:
         raise ValueError(f"tensor {brief(key)} is described as {brief(entry)}")
-    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if ends[1] - ends[0] != nbytes:
         raise ValueError(f"tensor {brief(key)} has {ends[1] - ends[0]} bytes, {dtype} {brief(shape)} has {nbytes}")
-    storage = file.storage(data + ends[0], nbytes)
-    return torch.empty(0, dtype=_DTYPES[dtype]).set_(storage, 0, tuple(shape))
+    storage: Any = file.storage(data + ends[0], nbytes)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**62 for n in values)
+def _sizes(values: Any) -> tuple[int, ...] | None:
+    """Return a list of sizes as a tuple, None for anything else."""
+    if not isinstance(values, list) or len(values) > 64:
+        return None
+    return tuple(values) if all(type(n) is int and 0 <= n < 2**62 for n in values) else None

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from vpd_fast import bundled
 from vpd_fast.errors import CheckpointError, InputError, MissingDependencyError, TruncationWarning, brief
-from vpd_fast.files import find_weights, read_text, write_files
+from vpd_fast.files import find_weights, read_json_object, read_text, require_regular, write_files
 from vpd_fast.forks import Lock
 from vpd_fast.labels import IMAGENET_TEMPLATES
 from vpd_fast.models.finite import all_finite
@@ -41,6 +41,11 @@ TEMPLATE_TOKENS = 20  # what VPD padded its prompts to; it only cuts off class n
 SENTENCE_BATCH = 32
 _CACHE_HINT = "$VPD_FAST_CACHE names a folder for them"
 _FORMAT = "1"  # part of every cache key: change it when the same input should give other numbers
+
+_MAX_SIZES = {
+    "num_hidden_layers": 100, "hidden_size": 2**14, "intermediate_size": 2**17, "num_attention_heads": 2**10,
+    "max_position_embeddings": 2**16, "vocab_size": 2**20,
+}  # fmt: skip
 
 WORDS = "words.txt"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -376,6 +381,8 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def _load_model(folder: Path, vocabulary: int) -> nn.Module:
     """The text encoder of a CLIP or diffusers folder, all of it, and large enough for the tokenizer's vocabulary."""
+    for part in set(_subfolders(folder)):
+        _check_sizes(part)
     with _reading(folder):
         from transformers import CLIPTextModel
 
@@ -397,6 +404,25 @@ def _load_model(folder: Path, vocabulary: int) -> nn.Module:
             f"{folder}: the tokenizer has {vocabulary} tokens, the text encoder only {model.config.vocab_size}"
         )
     return model
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise CheckpointError where something in a folder is no file, or its configuration is that of a giant.
+
+    transformers would wait for the one, and lay out the other before it looks at the weights.
+    """
+    try:
+        for path in folder.iterdir():
+            require_regular(path)
+        values = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no readable CLIP text encoder: {error}") from error
+    inner = values.get("text_config")
+    for settings in (values, inner if isinstance(inner, dict) else {}):
+        for name, most in _MAX_SIZES.items():
+            value = settings.get(name, 1)
+            if isinstance(value, (int, float)) and not value <= most:
+                raise CheckpointError(f"{folder}: {name} is {brief(value)} in config.json; expected at most {most}")
 
 
 @contextlib.contextmanager
@@ -438,6 +464,8 @@ def _read_words(folder: Path | None) -> tuple[str, ...]:
 def _fingerprint(folder: Path) -> str:
     """Identity of a local encoder: a hash of its files. Large weights count by size and time; hashing them is slow."""
     weights, words = _subfolders(folder)
+    for part in {weights, words}:
+        _check_sizes(part)
     digest = hashlib.sha256()
     for path in (weights / "config.json", *(words / name for name in _TOKENIZER_FILES)):
         if path.exists():

@@ -12,7 +12,7 @@ from typing import Any
 from vpd_fast.config import CPU_PRECISIONS, BackboneConfig, VPDConfig
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.fields import build, check_keys, close_names, field_names
-from vpd_fast.files import read_text
+from vpd_fast.files import check_size, read_text
 from vpd_fast.tasks import TASKS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -308,7 +308,10 @@ def _read(name: str | Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     yaml = _yaml()
     try:
         values = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        check_size(values)  # anchors can stand for more than memory holds
+    except RecursionError:
+        raise InputError(f"{path}: is not readable YAML (lists in lists without end)") from None
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise InputError(f"{path}: is not readable YAML ({' '.join(str(error).split())})") from error
     if values is None:
         values = {}
