@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
-from vpd_fast.errors import CheckpointError
+from vpd_fast.engine import Policy
+from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models.random_weights import randomize
 
 SMALL = BackboneConfig(model_channels=32, num_heads=4, context_dim=16, vae_ch=32)
@@ -182,6 +183,22 @@ def test_spoiled_settings(tmp_path: Path, change: object, message: str) -> None:
 def with_backbone(settings: dict, **changes: int) -> str:
     backbone = {**settings["config"]["backbone"], **changes}
     return json.dumps({**settings, "config": {**settings["config"], "backbone": backbone}})
+
+
+@pytest.mark.parametrize(
+    ("precision", "value", "message"),
+    [
+        ("fp32", torch.nan, r"unet\.conv_in: its weight has 1 of \d+ values that are NaN"),
+        ("bf16", torch.inf, r"unet\.conv_in: its weight has 1 of \d+ values that are NaN or infinite"),
+        ("fp16", 7e4, r"unet\.conv_in: its weight has values up to 7e\+04, which float16 cannot hold"),
+    ],
+)
+def test_weights_that_an_engine_cannot_hold(precision: str, value: float, message: str) -> None:
+    model = small_model("segmentation")
+    with torch.no_grad():
+        model.unet.unet.diffusion_model.input_blocks[0].get_submodule("0").weight.view(-1)[0] = value
+    with pytest.raises(InputError, match=message):
+        vpd_fast.optimize(model, precision, policy=Policy(winograd=False, emulate=True))
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:

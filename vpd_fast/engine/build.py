@@ -12,6 +12,8 @@ from vpd_fast.engine.layers import Conv2d, GemmLayer, GroupNorm, Layer, Linear, 
 from vpd_fast.engine.policy import NAMES, Policy
 from vpd_fast.engine.rewrites import phase_weights
 from vpd_fast.engine.specs import Spec
+from vpd_fast.errors import InputError
+from vpd_fast.models.finite import all_finite, why_not_finite
 from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.winograd_conv2d import winograd_weight
 
@@ -56,6 +58,7 @@ def build_layer(
     weight, bias = weight.detach(), None if bias is None else bias.detach().float().clone()
     if bias is not None and spec.kind == "group_norm":
         layer: Layer = GroupNorm(weight.float().clone(), bias, **spec.settings)
+        _require_finite(spec.name, layer, weight)
         return layer, LayerInfo(spec.name, GroupNorm.kind, "fp32", tuple(weight.shape), "statistics", 2 * weight.nbytes)
     dtype, reason = policy.precision(spec.name, precision)
     shape = tuple(weight.shape)
@@ -74,11 +77,20 @@ def build_layer(
         algorithm = PHASES if spec.upsample and not matrices else ALGORITHMS[matrices]
         reason = "; ".join(filter(None, (choice if spec.side else "", reason)))
     layer = kind(packed.for_device(weight.device), bias, out_dtype, scale, **settings)
+    _require_finite(spec.name, layer, weight)
     info = LayerInfo(
         spec.name, kind.kind, NAMES[dtype], shape, algorithm, sum(t.nbytes for t in layer.tensors().values()),
         spec.rewrites, reason,
     )  # fmt: skip
     return layer, info
+
+
+def _require_finite(name: str, layer: Layer, weight: Tensor) -> None:
+    """Raises InputError for a weight that was not finite, or is not in the layer's dtype."""
+    for part, tensor in layer.tensors().items():
+        if not all_finite(tensor):
+            made_of = weight if part == "weight" else tensor
+            raise InputError(f"layer {name}: its {part} {why_not_finite(tensor, made_of)}")
 
 
 def _convolution(
