@@ -170,7 +170,7 @@ def test_views_that_are_not_what_is_stored(tmp_path: Path, zipped: bool, mmap: b
     values = torch.randn(6, dtype=torch.complex64)
     views = {
         "conjugate": values.conj(),
-        "negative": values.conj().imag,
+        "negative": values.clone().conj().imag,
         "both": values.conj()[1:4],
         "expanded": torch.ones(1).expand(5),
         "expanded row": torch.arange(3.0).expand(4, 3),

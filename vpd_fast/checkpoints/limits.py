@@ -5,7 +5,7 @@ Each limit is far above what checkpoints have, and small files that exceed one a
 
 from __future__ import annotations
 
-MAX_OPCODES = 1_000_000  # of the pickles in a file: each may make an object
+MAX_OPCODES = 2_000_000  # of the pickles in a file: each may make an object
 MAX_TENSORS = 100_000  # that they rebuild
 MAX_COPIES = 8_000_000  # items of lists and tuples that are copied although the file has them once
 MAX_KEY_DEPTH, MAX_KEY_ITEMS = 4, 64  # of a tuple that is the key of a dictionary
