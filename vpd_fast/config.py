@@ -179,7 +179,7 @@ class VPDConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VPDConfig:
         """Invert `to_dict`. Raises InputError on unknown fields and on values of other types or out of their ranges."""
-        return build(cls, values)
+        return build(cls, values, strict=True)
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""

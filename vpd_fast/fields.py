@@ -43,15 +43,18 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def build(cls: type, values: Any, where: str = "") -> Any:
-    """Make the dataclass `cls` of a mapping of its fields, sections inside likewise. Raises InputError."""
+def build(cls: type, values: Any, where: str = "", strict: bool = False) -> Any:
+    """Make the dataclass `cls` of a mapping of its fields, sections inside likewise; if strict, no number is a text.
+
+    Raises InputError.
+    """
     if dataclasses.is_dataclass(values):
         return values
     if not isinstance(values, Mapping):
         raise InputError(f"{where or 'the configuration'} must be a section of settings, got {brief(values)}")
     check_keys(values, field_names(cls), where)
     hints = _hints(cls)
-    return cls(**{key: _convert(value, hints[key], _join(where, key)) for key, value in values.items()})
+    return cls(**{key: _convert(value, hints[key], _join(where, key), strict) for key, value in values.items()})
 
 
 def _convert(value: Any, hint: Any, where: str, strict: bool = False) -> Any:
@@ -60,7 +63,7 @@ def _convert(value: Any, hint: Any, where: str, strict: bool = False) -> Any:
     YAML 1.1 reads 8e-5 as a string, so numbers may be strings, unless strict.
     """
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return build(hint, value, where, strict)
     if isinstance(hint, types.UnionType):
         options = typing.get_args(hint)
         if value is None and type(None) in options:

@@ -93,7 +93,7 @@ def load_engine(folder: str | Path, device: torch.device | str = "cpu", *, mmap:
         model = VPD.empty(config)
         _require_layers(model, layers, ACTIVATIONS[settings["precision"]])
         _require_conditioning(model, conditioning)
-        infos = tuple(build(LayerInfo, row, "report") for row in settings["report"])
+        infos = tuple(build(LayerInfo, row, "report", strict=True) for row in settings["report"])
         device = torch.device(device)
         _require_device(layers, device)
         layers = {name: layer.for_device(device) for name, layer in layers.items()}
