@@ -99,3 +99,11 @@ def test_torchrun(file, tmp_path):
     assert done.stdout.count("1 steps done") == 1
     assert done.stderr.count("no SyncBatchNorm on CPUs") == 1
     assert (folder / "best" / "model.safetensors").is_file()
+
+
+def test_images_too_small_for_statistics_name_the_setting(file, tmp_path, capsys):
+    config = file("segmentation", batch_size=1)
+    assert run(["train", config, "-o", str(tmp_path / "run")]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "of which there are no statistics" in err
+    assert "batch_size" in err
