@@ -188,3 +188,45 @@ def test_under_torchrun(roots, small, tmp_path):
     assert values["two"]["metrics"] == values["one"]["metrics"]
     for table in ("per_image.csv", "per_class.csv", "worst.html"):
         assert (tmp_path / "two" / table).read_bytes() == (tmp_path / "one" / table).read_bytes()
+
+
+def test_options_of_the_data_set(roots, small, tmp_path, capsys):
+    common = ["evaluate", "--data", "folder", "--task", "segmentation", *small("segmentation", num_classes=2)]
+    root = miniature.folder(tmp_path / "pairs", "segmentation", 2)
+    (root / "classes.txt").write_text("ground\nbox\n")
+    for path in (root / "masks/val").iterdir():
+        with Image.open(path) as image:
+            mask = image.point(lambda label: 255 if label else 0)
+        mask.save(path)
+    common += ["--root", str(root), "-o", str(tmp_path / "out"), "--worst", "0", "--json"]
+    assert run(common) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any("classes have no pixel in the masks: box" in note for note in notes)
+    assert any("--data-option binary=true" in note for note in notes)
+    assert run([*common, "--data-option", "binary=true", "--data-option", "exif=false"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert not any("no pixel" in note for note in values["notes"])
+    assert (values["data"]["binary"], values["data"]["exif"]) == (True, False)
+    for option, message in (
+        ("binary", "--data-option must be NAME=VALUE, got 'binary'"),
+        ("depth_scale=many", "depth_scale must be units per metre, above 0 (1000 for millimetres), got 'many'"),
+        ("colour=1", "unexpected keyword argument 'colour'"),
+    ):
+        assert run([*common, "--data-option", option]) == 2
+        assert message in _error(capsys)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_mask_whose_name_is_not_utf8(roots, small, tmp_path, capsys, broken):
+    names = [os.fsencode(roots["folder"]) + b"/%s/val/caf\xe9.png" % kind for kind in (b"images", b"masks")]
+    for place, name in zip(("images", "masks"), names, strict=True):
+        os.rename(roots["folder"] / place / "val/val_0.png", name)
+    if broken:
+        with open(names[1], "wb") as file:
+            file.write(b"broken")
+    command = ["evaluate", "--data", "folder", "--root", str(roots["folder"]), *small("segmentation", num_classes=5)]
+    assert run([*command, "-o", str(tmp_path / "out")]) == int(broken)
+    values = json.loads((tmp_path / "out/metrics.json").read_text("utf-8", "surrogateescape"))
+    assert [row["name"] for row in values["failed"]] == ["val/caf\udce9"] * broken
+    assert values["count"] == 3 - broken
+    assert (b"caf\xe9" in (tmp_path / "out/per_image.csv").read_bytes()) != broken

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from vpd_fast import VPD
 from vpd_fast.cli.main import run
@@ -54,6 +56,7 @@ def test_a_dry_run_writes_nothing(file, task, tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     assert run(["train", config, "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert "note:" not in out.replace("note: the weights are random", "")
     count = {"segmentation": (4, 4), "referring": (4, 2), "depth": (4, 4)}[task]
     assert f"{task}: {count[0]} samples to train on, {count[1]} to evaluate on" in out
     assert "6 steps of 2 images (1 processes x 1 x 2), 3.0 epochs" in out
@@ -107,3 +110,18 @@ def test_images_too_small_for_statistics_name_the_setting(file, tmp_path, capsys
     err = " ".join(capsys.readouterr().err.split())
     assert "of which there are no statistics" in err
     assert "batch_size" in err
+
+
+def test_a_dry_run_tells_of_labels_that_look_wrong(file, data, tmp_path, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(data / "segmentation", root)
+    for path in (root / "annotations/training").iterdir():
+        Image.new("L", (96, 64), 2).save(path)
+    (root / "images/training/more.png").write_bytes(b"")
+    config = file("segmentation", data={"root": str(root)})
+    assert run(["train", config, "--dry-run", "--no-step"]) == 0
+    out = capsys.readouterr().out
+    assert "note: training data: 1 left out: files in" in out
+    assert (
+        "note: training data: of 4 samples looked at: 4 of 5 classes have no pixel in the masks: ground, green" in out
+    )

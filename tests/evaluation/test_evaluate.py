@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import threading
@@ -141,6 +142,56 @@ def test_images_without_labels_count_nowhere(make_model):
     assert [row["error"] for row in found.failed] == ["beyond: labels from 9 to 9; expected 0 to 4, or 255 for pixels "
                                                       "without a label"]  # fmt: skip
     assert all(math.isfinite(value) for value in found.metrics.values())
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("line 3"), OSError(36, "File name too long"), RecursionError(), MemoryError()]
+)
+def test_whatever_reading_raises_is_a_failed_sample(make_model, error):
+    model, dataset = make_model("depth"), make_dataset("depth", 2)
+    dataset.samples.append(error)
+    found = evaluate(model, dataset, crop="none")
+    assert [row["name"] for row in found.failed] == ["image 2"]
+    assert found.failed[0]["error"].startswith("image 2: the sample cannot be read (")
+    assert found.count == 2
+    with pytest.raises(DatasetError, match="image 2: the sample cannot be read"):
+        evaluate(model, dataset, crop="none", strict=True)
+
+
+def test_classes_that_never_occur_and_what_a_data_set_left_out_are_told(make_model):
+    model, dataset = make_model("segmentation"), make_dataset("segmentation", 2)
+    dataset.notes = ["3 left out: files without a mask; the first: a.jpg"]
+    for sample in dataset.samples:
+        sample.target[sample.target == 2] = 255
+    assert evaluate(model, dataset).notes == [
+        "data set: 3 left out: files without a mask; the first: a.jpg",
+        "1 of 5 classes have no pixel in the masks: tree",
+    ]
+    for sample in dataset.samples:
+        sample.target[...] = 255
+    with pytest.raises(
+        DatasetError, match=r"none of the 2 samples could be measured.*100.0% of the pixels are ignored"
+    ):
+        evaluate(model, dataset)
+
+
+def test_depths_in_another_unit_are_told(make_model):
+    model, dataset = make_model("depth"), make_dataset("depth", 2)
+    for sample in dataset.samples:
+        sample.target[:-1] *= 1000
+    notes = evaluate(model, dataset, crop="none").notes
+    assert len(notes) == 1
+    assert "of the known depths are between 0.001 and 10 metres: are the files in another unit?" in notes[0]
+    for sample in dataset.samples:
+        sample.target[-1] *= 1000
+    with pytest.raises(DatasetError, match=r"none of the 2 samples.*; 0.0% of the known depths are between"):
+        evaluate(model, dataset, crop="none")
+
+
+def test_one_text_is_one_sentence(make_model):
+    model, dataset = make_model("referring"), make_dataset("referring", 1)
+    dataset.samples[0] = dataclasses.replace(dataset.samples[0], sentences="a thing")
+    assert [row["sentence"] for row in evaluate(model, dataset, text_encoder=embed).per_image] == ["a thing"]
 
 
 def test_limit_progress_and_reading_ahead(make_model):

@@ -142,6 +142,12 @@ def test_paths_that_no_file_can_have(name):
     assert len(str(raised.value)) < 600
 
 
+def test_no_other_program_is_run_for_an_image(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.eps")
+    with pytest.raises(ImageError, match=r"a.eps.* of no known image format"):
+        read_image(tmp_path / "a.eps")
+
+
 def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ImageError, match="the path is no file"):
@@ -219,7 +225,7 @@ def _only_if_registered(monkeypatch):
     monkeypatch.setattr(_Registered, "done", False)
     calls: list[int] = []
 
-    def open_image(file: object) -> Image.Image:
+    def open_image(file: object, formats: object) -> Image.Image:
         calls.append(1)
         if not _Registered.done or len(calls) < 2:
             raise UnidentifiedImageError("cannot identify image file")

@@ -222,6 +222,7 @@ class DepthMetrics:
             raise InputError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
         self.min_depth, self.max_depth, self.crop = float(min_depth), float(max_depth), crop
         self.images = self.uncropped = self.known = self.measured = 0
+        self.farthest = 0.0
         self._sums = {name: ExactSum() for name in DEPTH_METRICS}
 
     def valid(self, target: np.ndarray) -> np.ndarray:
@@ -254,6 +255,7 @@ class DepthMetrics:
 
     def count(self, target: np.ndarray) -> None:
         """Count the pixels with a depth (`known`), and those of them between min_depth and max_depth (`measured`)."""
+        self.farthest = max(self.farthest, float(target.max()))
         self.known += int((target > 0).sum())
         self.measured += int(((target > self.min_depth) & (target < self.max_depth)).sum())
 
@@ -262,6 +264,7 @@ class DepthMetrics:
         mine, theirs = ((m.min_depth, m.max_depth, m.crop) for m in (self, other))
         if mine != theirs:
             raise InputError(f"cannot add depth metrics of (min, max, crop) {theirs} to ones of {mine}")
+        self.farthest = max(self.farthest, other.farthest)
         for name in ("images", "uncropped", "known", "measured"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, terms in self._sums.items():

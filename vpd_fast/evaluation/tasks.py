@@ -197,7 +197,7 @@ class Depth:
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
         metrics = self.metrics
-        notes = depth_notes(metrics.known, metrics.measured, metrics.min_depth, metrics.max_depth)
+        notes = depth_notes(metrics.known, metrics.measured, metrics.farthest, metrics.min_depth, metrics.max_depth)
         if metrics.uncropped:
             notes.append(
                 f"the Eigen crop is for images of 480x640 pixels; {metrics.uncropped} of {metrics.images} were "

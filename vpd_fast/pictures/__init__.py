@@ -7,5 +7,6 @@ of classes. canvas.py: predictions over a photo, legends, scales and captions.
 
 # Of the image files in a folder; some need a package beside Pillow, and the error says which.
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif"
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
+    ".heic", ".heif", ".avif",
 )  # fmt: skip

@@ -18,6 +18,7 @@ from vpd_fast.pictures.pillow_limits import MAX_PIXELS, pillow_limits
 # it imports them itself.
 Image.init()
 
+REFUSED = ("EPS",)  # for which Pillow runs another program, Ghostscript, with the file's path
 TOO_LARGE = "not enough memory for an image of this size"
 MAX_NAME = 240  # characters of a path in messages
 MAX_REASON = 200  # characters of a decoder's message
@@ -109,7 +110,7 @@ _PLUGINS = (
 
 def _identify(file: BinaryIO, name: str, what: str) -> Image.Image:
     try:
-        return Image.open(file)
+        return _pillow_open(file)
     except UnidentifiedImageError as error:
         size = file.seek(0, 2)
         file.seek(0)
@@ -129,7 +130,11 @@ def _identify(file: BinaryIO, name: str, what: str) -> Image.Image:
     if plugin.register is not None:
         getattr(module, plugin.register)()
     file.seek(0)
-    return Image.open(file)
+    return _pillow_open(file)
+
+
+def _pillow_open(file: BinaryIO) -> Image.Image:
+    return Image.open(file, formats=[name for name in Image.ID if name not in REFUSED])
 
 
 def _plugin_for(head: bytes) -> _Plugin | None:
