@@ -56,10 +56,11 @@ def test_survey(tmp_path):
     for path in (tmp_path / "own/masks/train").iterdir():
         miniature.write_image(path, np.where(np.arange(96) % 2, 255, 0).astype(np.uint8) + np.zeros((64, 1), np.uint8))
     (tmp_path / "own/masks/train/train_0.png").write_bytes(b"broken")
-    first, second = survey(data, 10)
+    first, second, third = survey(data, 10)
     assert first.startswith("of 4 samples looked at: 1 cannot be read; the first: ")
     assert "train_0.png" in first
     assert second == "of 4 samples looked at: 4 of 5 classes have no pixel in the masks: red, green, blue, yellow"
+    assert third.endswith("50.0% of the pixels have the value 255, which is ignored: are these black and white masks?")
     data = open_dataset("nyu", miniature.nyu(tmp_path / "nyu"), "train", depth_scale=2)
     assert "The option depth_scale says" in survey(data, 10)[0]
     assert survey(open_dataset("nyu", tmp_path / "nyu", "train"), 10) == []
