@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from vpd_fast.files import find_weights, read_json_object, read_text, require_re
 from vpd_fast.forks import Lock
 from vpd_fast.labels import IMAGENET_TEMPLATES
 from vpd_fast.models.finite import all_finite
+from vpd_fast.models.truncation import Words
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +83,7 @@ class TextEncoder:
         self._lock = Lock(reentrant=True)
         self._loaded_tokenizer: Any = None
         self._loaded_model: nn.Module | None = None
-        self._words_in = functools.lru_cache(maxsize=1024)(self._split_words)
+        self._words_of_texts = Words(self._tokenizer)
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> Tensor:
         """Class or scene names -> (n, C) float32: the mean of the pooled outputs over all templates.
@@ -144,72 +144,16 @@ class TextEncoder:
 
         Raises the errors of `embed_sentences`.
         """
-        rows, first = [], 1  # after the start
-        for word, count in self._words_in(_texts("sentence", [sentence])[0]):
-            if first < tokens - 1:
-                rows.append((word, range(first, min(first + count, tokens - 1))))
-            first += count
-        return rows
+        return self._words_of_texts.rows(_texts("sentence", [sentence])[0], tokens)
 
     def sentence_notes(self, sentences: Sequence[str], tokens: int = 40) -> list[str]:
         """What `embed_sentences` cuts off: a line for each sentence that has more than `tokens` tokens."""
-        notes = []
-        for sentence in sentences:
-            left_out = self._left_out(sentence, tokens - 2)
-            if left_out:
-                notes.append(
-                    f"{sentence!r} has more than the {tokens} tokens that the model takes: "
-                    f"{', '.join(map(repr, left_out))} left out"
-                )
-        return notes
+        return self._words_of_texts.notes_on_sentences(sentences, tokens)
 
     def class_notes(self, names: Sequence[str], templates: Sequence[str] = IMAGENET_TEMPLATES) -> list[str]:
         """What `embed_classes` cuts off: a line for each name whose end is left out of some of the prompts."""
-        notes = []
-        for name in names:
-            name = name.replace("_", " ")
-            # Most words are left out where most stand before the name.
-            cut = [words for words in (self._left_out_of(template, name) for template in templates) if words]
-            if cut:
-                notes.append(
-                    f"the class name {name!r} does not fit into the {TEMPLATE_TOKENS} tokens of {len(cut)} of "
-                    f"{len(templates)} prompts: {', '.join(map(repr, max(cut, key=len)))} left out"
-                )
-        return notes
-
-    def _left_out_of(self, template: str, name: str) -> list[str]:
-        """The words of a class name that a prompt has no room for."""
-        prefix = template[: template.index("{}")]
-        before = sum(count for _, count in self._words_in(prefix)) if self._can_tokenize else 0
-        return self._left_out(name, TEMPLATE_TOKENS - 2 - before)
-
-    def _left_out(self, text: str, room: int) -> list[str]:
-        """The words that are not whole in the first `room` tokens of a text."""
-        if len(text.lower().encode()) <= room or not self._can_tokenize:  # a token is at least one byte
-            return []
-        words = self._words_in(text)
-        ends = itertools.accumulate(count for _, count in words)
-        return [word for (word, _), end in zip(words, ends, strict=True) if end > room]
-
-    @functools.cached_property
-    def _can_tokenize(self) -> bool:
-        """Whether there is a tokenizer: what is cached can be had without one, but not what is cut off."""
-        try:
-            self._tokenizer()
-        except (CheckpointError, MissingDependencyError):
-            return False
-        return True
-
-    def _split_words(self, text: str) -> tuple[tuple[str, int], ...]:
-        """The words of a text, as the tokenizer spells them, and how many tokens each has."""
-        tokenizer, words, parts = self._tokenizer(), [], []
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for number, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
-            parts.append(number)
-            if token.endswith("</w>"):
-                words.append((tokenizer.decode(parts).strip(), len(parts)))
-                parts = []
-        return tuple(words)
+        names = [name.replace("_", " ") for name in names]
+        return self._words_of_texts.notes_on_classes(names, templates, TEMPLATE_TOKENS)
 
     def _embed(
         self, texts: list[str], settings: dict[str, Any], batch_size: int, embed: Callable[[list[str]], Tensor]
