@@ -59,6 +59,14 @@ def test_json_that_is_no_setting(text: str) -> None:
         files.parse_json(text)
 
 
+def test_settings_that_share_their_parts() -> None:
+    shared: list = [1] * 1000
+    for _ in range(12):  # 10**39 values in a few kilobytes, as anchors of YAML can make them
+        shared = [shared] * 1000
+    with pytest.raises(ValueError, match="more than"):
+        files.check_size(shared)
+
+
 def test_large_settings_are_not_read(tmp_path: Path) -> None:
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(files.MAX_SETTINGS + 1)

@@ -126,11 +126,11 @@ def check_size(value: Any) -> None:
     while layer:
         items += len(layer)
         if depth > MAX_DEPTH or items > MAX_ITEMS:
-            raise ValueError(
-                f"lists and objects inside each other more than {MAX_DEPTH} deep, or over {MAX_ITEMS} values"
-            )
+            raise ValueError(f"lists inside lists more than {MAX_DEPTH} deep, or more than {MAX_ITEMS} values")
         inner: list[Any] = []
         for item in layer:
+            if len(inner) > MAX_ITEMS:
+                break
             inner += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         layer, depth = inner, depth + 1
 

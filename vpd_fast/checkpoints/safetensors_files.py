@@ -48,8 +48,8 @@ def _tensor(file: MappedFile, data: int, key: str, entry: Any) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if ends[1] - ends[0] != nbytes:
         raise ValueError(f"tensor {brief(key)} has {ends[1] - ends[0]} bytes, {dtype} {brief(shape)} has {nbytes}")
-    storage: Any = file.storage(data + ends[0], nbytes)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    tensor: Any = torch.empty(0, dtype=dtype)
+    return tensor.set_(file.storage(data + ends[0], nbytes), 0, shape)
 
 
 def _sizes(values: Any) -> tuple[int, ...] | None:

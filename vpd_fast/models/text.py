@@ -357,7 +357,8 @@ def _check_sizes(folder: Path) -> None:
     """
     try:
         for path in folder.iterdir():
-            require_regular(path)
+            if path.exists():  # in the hub's cache some are links to what was not downloaded
+                require_regular(path)
         values = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no readable CLIP text encoder: {error}") from error
