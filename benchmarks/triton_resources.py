@@ -1,4 +1,4 @@
-"""Registers, shared memory, spills and tensor-core instructions of the Triton kernels, as passes of VPD launch them.
+"""Registers, shared memory, spills and tensor-core instructions of the Triton kernels, as VPD's shapes launch them.
 
 Compiles for sm_80 and sm_90 without a GPU; exits with 1 if a kernel spills, or if a 16-bit matrix product does not run
 on tensor cores. Takes a few minutes the first time; Triton keeps what it has compiled.
@@ -24,26 +24,23 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vpd_fast import VPDConfig
-from vpd_fast.bench.engine_pass import labelled
-from vpd_fast.bench.operations import ValuesAreFine, empty_engine
 from vpd_fast.bench.timing import table
-from vpd_fast.engine.policy import PRECISIONS
 from vpd_fast.kernels import (
     _gemm,
     _prologue,
     _statistics,
+    conv2d,
     cross_attention_maps,
     cross_attention_maps_backward,
     group_norm_affine,
+    linear,
     self_attention,
     upsample_argmax,
 )
-from vpd_fast.ops import Statistics, registry
+from vpd_fast.ops import PackedWeight, Statistics, registry
 from vpd_fast.ops.statistics import run_length, statistics_shape
 
 HEADS = 8
@@ -85,35 +82,70 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-class _Recorder(TorchDispatchMode):
-    """Has every operator that is called launch its Triton kernels, too, on tensors that have no memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "vpd_fast":
-            operator = registry()[func._schema.name.partition("::")[2]]
-            (triton_,) = (i for i in operator.implementations if i.name == "triton")
-            triton_.run(operator.arguments(*args[:-1]))
-        return func(*args, **(kwargs or {}))
+def empty_weight(n: int, k: int, precision: torch.dtype) -> PackedWeight:
+    """A weight of n rows and k columns for GPUs."""
+    scales = empty(1, n, dtype=torch.float32) if precision.itemsize == 1 else None
+    sums = scales if precision == torch.int8 else None
+    return PackedWeight(empty(1, n, k, dtype=precision), scales, sums, n, k)
 
 
-def launch_pass(precision: str) -> None:
-    """A pass of the segmentation model at 512x512, encoder to labels."""
-    images = torch.empty(1, 3, 512, 512, device="meta")
-    with labelled(empty_engine(VPDConfig(), precision, "cuda")) as run, torch.no_grad(), ValuesAreFine(), _Recorder():
-        run(images)
+def statistics_of(out: torch.Tensor) -> Statistics:
+    """Statistics to fill, of an activation (1, ..., C)."""
+    positions, channels = out[..., 0].numel(), out.shape[-1]
+    return Statistics(empty(*statistics_shape(1, positions, channels), dtype=torch.float32), run_length(positions))
 
 
-def launch_norms() -> None:
-    """Statistics that are known and not, of one tensor and two, without and with factors of calibration."""
+def launch_layers() -> None:
+    """Layers of the UNet and the encoder: few and many rows, all that can be fused."""
+    float32 = torch.float32
+    for precision in (float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        dtype = float32 if precision == float32 else torch.bfloat16
+        for rows, widths, n, options in (
+            (4096, (320,), 960, {"norm": "layer"}),
+            (4096, (320,), 2560, {"norm": "layer", "activation": "geglu"}),
+            (4096, (1280, 320), 320, {"residual": empty(1, 4096, 320, dtype=dtype)}),
+            (64, (5120, 1280), 1280, {"residual": empty(1, 64, 1280, dtype=dtype)}),
+            (64, (1280,), 10240, {"norm": "layer", "activation": "geglu"}),
+            (1024, (790,), 256, {}),  # features with maps, which are not aligned
+            (256, (1430,), 256, {"norm": "layer"}),
+        ):
+            x, x2 = ([empty(1, rows, width, dtype=dtype) for width in widths] + [None])[:2]
+            out = empty(1, rows, n // 2 if "activation" in options else n, dtype=dtype)
+            options |= {"statistics": statistics_of(out)} if "residual" in options else {}
+            weight, bias = empty_weight(n, sum(widths), precision), empty(n, dtype=float32)
+            linear.forward(registry()["linear"].bind(x, weight, bias, x2=x2, out=out, **options))
+        for side, widths, n, kernel, stride, padding, active in (
+            (512, (128,), 128, 3, 1, (1, 1, 1, 1), True),
+            (64, (640, 320), 320, 3, 1, (1, 1, 1, 1), True),
+            (64, (320,), 320, 3, 2, (1, 1, 1, 1), False),
+            (16, (1280,), 1280, 2, 1, (1, 0, 0, 1), False),
+            (8, (1280,), 1280, 3, 1, (1, 1, 1, 1), True),
+            (64, (4,), 320, 3, 1, (1, 1, 1, 1), False),
+        ):
+            x, x2 = ([empty(1, side, side, width, dtype=dtype) for width in widths] + [None])[:2]
+            channels, out = sum(widths), empty(1, side // stride, side // stride, n, dtype=dtype)
+            weight, bias = empty_weight(n, kernel * kernel * channels, precision), empty(n, dtype=float32)
+            options = {"kernel": (kernel, kernel), "stride": stride, "padding": padding, "silu": active}
+            options |= {"residual": out, "out": out, "statistics": statistics_of(out)}
+            if active:
+                options["affine"] = empty(1, 2, channels, dtype=float32)
+                options["ranges"] = empty(1, 2, 32, dtype=float32)
+            conv2d.forward(registry()["conv2d"].bind(x, weight, bias, x2=x2, **options))
     for channels in (128, 320, 2560):
-        x, vector = empty(1, 4096, channels, dtype=torch.bfloat16), empty(channels, dtype=torch.float32)
-        affine, ranges = empty(1, 2, channels, dtype=torch.float32), empty(1, 2, 32, dtype=torch.float32)
-        data = empty(*statistics_shape(1, 4096, channels), dtype=torch.float32)
-        for known in (None, Statistics(data, run_length(4096))):
+        x, vector = empty(1, 4096, channels, dtype=torch.bfloat16), empty(channels, dtype=float32)
+        affine, ranges = empty(1, 2, channels, dtype=float32), empty(1, 2, 32, dtype=float32)
+        for known in (None, statistics_of(x)):
             options = {"ranges": None if known is None else ranges, "silu": True}
             group_norm_affine.forward([x], [known], vector, vector, 32, 1e-5, affine, **options)
-            options["scale"] = empty(2 * channels, dtype=torch.float32)
+            options["scale"] = empty(2 * channels, dtype=float32)
             group_norm_affine.forward([x, x], [known, known], *[options["scale"]] * 2, 32, 1e-5, affine, **options)
+
+
+def launch_one_head() -> None:
+    """The KL encoder's attention, with large and with small tiles."""
+    for dtype, length in product((torch.float32, torch.bfloat16), (4096, 256)):
+        q = empty(1, length, 512, dtype=dtype)
+        self_attention.forward(q, q, q, q, heads=1, scale=0.1)
 
 
 def launch_labels() -> None:
@@ -213,9 +245,8 @@ def main() -> int:
     """Prints the table. Returns the exit code."""
     for shape in shapes():
         launch_attention(*shape)
-    for precision in PRECISIONS:
-        launch_pass(precision)
-    launch_norms()
+    launch_one_head()
+    launch_layers()
     launch_labels()
     different = {}
     for kernel, arguments in LAUNCHES:
