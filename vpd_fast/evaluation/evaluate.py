@@ -133,35 +133,36 @@ def _run(
     score = "IoU" if primary == "oIoU" else primary  # of one image or sentence
     with closing(read_ahead(indices, partial(load_sample, dataset), workers, workers)) as samples:
         for done, (index, sample) in enumerate(samples, 1):
-            findings = _measure(task, sample)
-            if isinstance(findings, Exception):
+            measured = _measure(task, sample)
+            if isinstance(measured, Exception):
                 if strict:
-                    raise findings
-                name, message = failure(dataset, index, findings)
-                if isinstance(findings, MemoryError | torch.OutOfMemoryError):
+                    raise measured
+                name, message = failure(dataset, index, measured)
+                if isinstance(measured, MemoryError | torch.OutOfMemoryError):
                     message = TOO_LARGE
                 part.failed.append({"index": index, "name": name, "error": message})
             else:
+                name, findings = measured
                 if findings:
                     part.count += 1
                 else:
-                    part.left_out.append({"index": index, "name": sample.name})
+                    part.left_out.append({"index": index, "name": name})
                 for number, finding in enumerate(findings):
-                    part.rows.append({"index": index, "name": sample.name, **finding.row})
-                    cases.offer(index, number, sample.name, f"{score} {show(score, finding.row[score])}", finding)
+                    part.rows.append({"index": index, "name": name, **finding.row})
+                    cases.offer(index, number, name, f"{score} {show(score, finding.row[score])}", finding)
             report(done, len(indices), task.metrics.compute())
     part.seconds = time.perf_counter() - start
 
 
 def _measure(
     task: Segmentation | Referring | Depth, sample: Sample | VPDFastError
-) -> list[Finding] | VPDFastError | MemoryError | torch.OutOfMemoryError:
-    """Return the findings of a sample, or the error it was not read for or that the model raises about it."""
+) -> tuple[str, list[Finding]] | Exception:
+    """Return the name and the findings of a sample, or why it was not read or what the model raises about it."""
     if isinstance(sample, VPDFastError):
         return sample
     try:
         check_sample(sample)
-        return task.measure(sample)
+        return sample.name, task.measure(sample)
     except SAMPLE_ERRORS as error:
         return error
 

@@ -98,7 +98,8 @@ class Referring:
 
     def measure(self, sample: Sample) -> list[Finding]:
         """Return a finding per sentence."""
-        sentences = [sample.sentences] if isinstance(sample.sentences, str) else list(sample.sentences)
+        given: Any = sample.sentences  # a data set of one's own may have one text
+        sentences: list[str] = [given] if isinstance(given, str) else list(given)
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
             raise DatasetError(
                 f"{sample.name}: the sentences are {sample.sentences!r}; expected at least one, none empty"

@@ -29,7 +29,7 @@ class _InForce:
         self.lock = Lock()
         self.readers = 0
         self.before: dict[tuple[Any, str], Any] = {}
-        self.filters: list[Any] = []
+        self.filters: Any = []
 
     def enter(self) -> None:
         with self.lock:
@@ -50,7 +50,8 @@ class _InForce:
     def restore(self) -> None:
         for (module, name), value in self.before.items():
             setattr(module, name, value)
-        for filters in (self.filters, warnings.filters):
+        current: Any = warnings.filters
+        for filters in (self.filters, current):
             added = [entry for entry in filters if getattr(entry[3], "pattern", None) == _QUIET]
             for entry in added:
                 with suppress(ValueError):
