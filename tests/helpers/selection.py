@@ -1,31 +1,33 @@
 """Which cases of a product of parameters run by default where each of them is slow: interpreted and emulated kernels.
 
 Native kernels and references run the whole product, which costs little. Of interpreted and emulated cases those run by
-default that together contain every value of every parameter, and every pair of values as far as MAX_CASES allow; all
-others are marked slow. Cases that once failed are kept by the marker `always`.
+default that together contain every value of every parameter, and pairs of values as far as MAX_CASES allow; all others
+are marked slow. Cases that once failed are kept by the marker `always`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-MAX_CASES = 24  # of a test function
+MAX_CASES = 10  # of a test function, or as many as its values need
 
 
 def covering(cases: Sequence[Sequence[int]], limit: int = MAX_CASES) -> list[int]:
     """Returns the positions of the cases to run, in order; each case is the number of each of its parameters' values.
 
-    Greedy: single values count most until all are there, then pairs, so that a selection cut at `limit` is the widest.
+    Greedy: single values count most until all are there, whatever the limit, then pairs, so that a selection cut at
+    `limit` is the widest.
     """
     left = [*range(len(cases))]
     missing = {part for case in cases for part in _parts(case)}
+    values = {part for part in missing if len(part) == 1}
     chosen: list[int] = []
-    while left and missing and len(chosen) < limit:
+    while left and missing and (len(chosen) < limit or missing & values):
         best = max(left, key=lambda i: (sum(_weight(part) for part in _parts(cases[i]) if part in missing), -i))
         left.remove(best)
         chosen.append(best)
@@ -33,11 +35,20 @@ def covering(cases: Sequence[Sequence[int]], limit: int = MAX_CASES) -> list[int
     return sorted(chosen)
 
 
+def numbered(cases: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Returns the parameters of each case as numbers of their distinct values, those that are written alike.
+
+    pytest's own `callspec.indices` count sets of parameters, so that each case would have values of its own.
+    """
+    values: dict[str, dict[str, int]] = defaultdict(dict)
+    return [[values[name].setdefault(repr(value), len(values[name])) for name, value in case.items()] for case in cases]
+
+
 def _parts(case: Sequence[int]) -> Iterator[tuple]:
     """Its values and pairs of values, each with the parameters' positions."""
-    numbered = [*enumerate(case)]
-    yield from ((value,) for value in numbered)
-    yield from itertools.combinations(numbered, 2)
+    values = [*enumerate(case)]
+    yield from ((value,) for value in values)
+    yield from itertools.combinations(values, 2)
 
 
 def _weight(part: tuple) -> int:
@@ -47,10 +58,10 @@ def _weight(part: tuple) -> int:
 def is_interpreted(item: pytest.Item) -> bool:
     """Whether a test runs Triton's interpreter or emulated CUDA kernels, once for each of its cases."""
     params: dict[str, Any] = item.callspec.params
-    if "triton" in [value for value in params.values() if isinstance(value, str)]:
+    if {"triton", "emulated"} & {value for value in params.values() if isinstance(value, str)}:
         return True
     folder = item.path.parent.name
-    return (folder == "kernels" and params.get("device") == "cpu") or (
+    return (folder in ("kernels", "ops") and params.get("device") == "cpu") or (
         folder == "native" and "cuda" in item.fixturenames
     )
 
@@ -62,7 +73,7 @@ def mark_what_a_selection_leaves_out(items: Iterable[pytest.Item]) -> None:
         if hasattr(item, "callspec") and "gpu" not in item.keywords and is_interpreted(item):
             functions[item.path, item.originalname].append(item)
     for cases in functions.values():
-        chosen = covering([[*item.callspec.indices.values()] for item in cases])
+        chosen = covering(numbered([item.callspec.params for item in cases]))
         for i in set(range(len(cases))) - set(chosen):
             if "always" not in cases[i].keywords:
                 cases[i].add_marker(pytest.mark.slow)

@@ -145,6 +145,8 @@ def test_upsampling(impl: str, height: int, width: int, transformed: bool, preci
 @pytest.mark.parametrize("channels", [3, 4, 790])
 def test_channels_that_are_not_aligned(impl: str, channels: int, precision: torch.dtype) -> None:
     """Of an image, of latents and of features with maps: pixels that begin anywhere, also in a larger tensor."""
+    if impl == "triton" and channels > 4:
+        channels = 70  # the interpreter takes as long for each block of channels
     wide = randn(1, 3, 4, channels + 3, dtype=torch.bfloat16)
     weight, bias = make_weight(5, 9 * channels, precision), randn(5)
     for x in (wide[..., :channels], wide[..., 3:]):

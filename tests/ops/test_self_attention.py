@@ -53,7 +53,11 @@ def test_head_dims(impl: str, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1, 1024, 1024, 8, 40), (2, 256, 256, 8, 80), (1, 64, 64, 8, 160)])
 def test_sizes_of_the_unet(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k, v = make_qkv(*shape, dtype=dtype)
-    check_forward(impl, q[:, :80] if impl == "triton" else q, k, v, 8)  # the interpreter takes a second for each tile
+    heads = 8
+    if impl == "triton":  # the interpreter takes a second for each tile
+        heads = 2
+        q, k, v = (x[..., : 2 * shape[4]] for x in (q[:, :80], k, v))
+    check_forward(impl, q, k, v, heads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,14 +114,15 @@ def test_what_is_not_finite_is_nan_where_it_matters(impl: str, dtype: torch.dtyp
     # A new reference splits the sums of the other queries of its tile, too: 150 terms in another order, each rounded to
     # 2^-24, which may flip a rounding to bfloat16.
     limit = 150 * 2.0**-24 if dtype == torch.float32 else torch.finfo(dtype).eps
-    for special in (float("nan"), float("inf"), -float("inf")):
+    specials = (float("nan"), float("inf"), -float("inf"))
+    for special in specials[:2] if impl == "triton" else specials:
         changed = q.clone()
         changed[1, 20, 9] = special  # head 1
         new = ops.self_attention(changed, k, v, heads, impl=impl)
         assert new[1, 20, 8:16].isnan().all()
         new[1, 20, 8:16] = out[1, 20, 8:16]
         assert error(new, out.double()) <= limit
-        for key in (0, 5, 149):
+        for key in (0, 149) if impl == "triton" else (0, 5, 149):
             changed = v.clone()
             changed[0, key, 3] = special
             new = ops.self_attention(q, k, changed, heads, impl=impl)

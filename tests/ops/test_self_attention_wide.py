@@ -52,8 +52,11 @@ def test_tiles_and_their_rests(device: str, large_tiles: bool, shape: tuple[int,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_do_not_change_a_bit(device: str, dtype: torch.dtype) -> None:
-    """Of heads of several images, of whole tiles of rows, and of few rows; and neither does a second run."""
-    q, k, v = make_qkv(2, 70, 60, 2, 260, dtype=dtype, device=device)
+    """Of heads of several images, of whole tiles of rows, and of few rows; and neither does a second run.
+
+    Narrow heads, which are computed in the same way, in fewer steps of the interpreter.
+    """
+    q, k, v = make_qkv(2, 70, 60, 2, 68, dtype=dtype, device=device)
     whole = run(q, k, v, 2)
     check(whole, q, k, v, 2)
     for rows in (3 * 70, 70, 69, 40):  # in memory at a time, of 64 probabilities
@@ -85,7 +88,7 @@ def test_several_images_share_a_launch(monkeypatch) -> None:
 
 def test_what_is_not_finite(device: str) -> None:
     """In the second tile of keys, which the other tiles know of by its highest score only."""
-    q, k, v = make_qkv(1, 70, 300, 1, 264, device=device)
+    q, k, v = make_qkv(1, 70, 300, 1, 72, device=device)
     exact = run(q, k, v, 1)
     for special in (float("nan"), float("inf")):
         changed = k.clone()
