@@ -3,7 +3,7 @@
 Neither PyTorch, nor a GPU, nor the network is needed. Environment:
 
     VPD_FAST_CUDA=AUTO|ON|OFF   build vpd_fast._C_cuda when nvcc is found (AUTO, default), always (ON) or never (OFF)
-    CMAKE_ARGS                  further arguments for CMake's configure step
+    CMAKE_ARGS                  further arguments for CMake's configure step, such as those of .ci/sanitize
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ const char* isa_name(Isa isa);
      : (ISA) == ::vpd::Isa::avx512    ? ::vpd::avx512::FUNCTION(__VA_ARGS__)      \
      : (ISA) == ::vpd::Isa::avx2      ? ::vpd::avx2::FUNCTION(__VA_ARGS__)        \
                                       : ::vpd::baseline::FUNCTION(__VA_ARGS__))
+#elif defined(VPD_HAVE_AVX2)
+#define VPD_DISPATCH(ISA, FUNCTION, ...) \
+    ((ISA) == ::vpd::Isa::avx2 ? ::vpd::avx2::FUNCTION(__VA_ARGS__) : ::vpd::baseline::FUNCTION(__VA_ARGS__))
 #else
 #define VPD_DISPATCH(ISA, FUNCTION, ...) ((void)(ISA), ::vpd::baseline::FUNCTION(__VA_ARGS__))
 #endif
