@@ -121,7 +121,10 @@ def test_statistics_that_lie(data: Any, run: Any, message: str) -> None:
         Statistics(data, run)
 
 
-def test_statistics_are_frozen() -> None:
+def test_statistics_are_frozen_and_can_be_taken_apart() -> None:
     statistics = Statistics(torch.zeros(1, 2, 5, 3), 16)
+    data, run = statistics
+    assert data is statistics.data
+    assert run == 16
     with pytest.raises(dataclasses.FrozenInstanceError):
         statistics.run = 4  # type: ignore[misc]

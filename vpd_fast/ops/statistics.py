@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,10 @@ class Statistics:
         if self.data.stride()[1:] != (PLANES * channels, channels, 1):
             got = self.data.stride()
             raise InputError(f"statistics.data must be contiguous but for its first stride, got strides {got}")
+
+    def __iter__(self) -> Iterator[Any]:
+        """Data and run, so that `data, run = statistics` takes them apart."""
+        return iter((self.data, self.run))
 
 
 def run_length(positions: int) -> int:
