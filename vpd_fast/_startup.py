@@ -45,7 +45,7 @@ def set_handlers(handler: Callable[[int, FrameType | None], Any]) -> dict[int, A
 
     Returns the handlers until now.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)
