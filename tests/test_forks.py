@@ -15,7 +15,7 @@ from PIL import Image
 from vpd_fast.forks import Lock
 from vpd_fast.pictures.pillow_limits import pillow_limits
 
-LIMIT = 60  # seconds, with other work beside
+LIMIT = 300  # seconds, with other work beside
 
 
 def script(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -77,7 +77,7 @@ def test_children_of_a_process_that_reads_can_read(tmp_path):
         for _ in range(8):
             child = os.fork()
             if not child:
-                signal.alarm(10)
+                signal.alarm(60)
                 read_image("a.png"), read_mask(Path("a.png"))
                 os._exit(0)
             hung += os.waitpid(child, 0)[1] != 0
@@ -107,7 +107,7 @@ def test_children_of_a_process_that_has_computed_compute_with_one_thread(tmp_pat
         assert torch.get_num_threads() > 1
         child = os.fork()
         if not child:
-            signal.alarm(40)
+            signal.alarm(200)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 again = compute()
