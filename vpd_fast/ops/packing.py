@@ -54,7 +54,7 @@ class PackedWeight:
         check(is_dense(self.data), f"weight: data must be a dense tensor, got {kind_of(self.data)}")
         shape, dtype, what = tuple(self.data.shape), self.data.dtype, f"weight {self.n}x{self.k}"
         width = WIDTHS.get(dtype, 1)
-        expected = [(self.n, self.k)]  # in rows, or in panels
+        expected: list[tuple[int, ...]] = [(self.n, self.k)]  # in rows, or in panels
         if dtype in WIDTHS:
             expected.append((-(-self.n // PANEL), -(-self.k // width), PANEL * width))
         if dtype not in (*WIDTHS, *ROWS_ONLY) or shape[1:] not in expected or not shape[0]:
