@@ -122,7 +122,8 @@ def test_names_that_are_not_utf8(model, images, tmp_path, capfd, monkeypatch) ->
     assert run(command) == 1
     assert os.path.exists(os.fsencode(out) + b"/caf\xe9.png")
     assert records(out / "results.jsonl")["bad\udcff.jpg"]["error"]
-    assert b"bad\xff.jpg" in (out / "failed.txt").read_bytes()
+    name, _, reason = (out / "failed.txt").read_text("utf-8").partition("\t")
+    assert (json.loads(name), "bad\\udcff.jpg: cannot read the image" in reason) == ("bad\udcff.jpg", True)
     (images / "bad\udcff.jpg").write_bytes((images / "a.jpg").read_bytes())
     assert run([*command, "--resume"]) == 0
     assert records(out / "results.jsonl").keys() == {"caf\udce9.jpg", "bad\udcff.jpg"}

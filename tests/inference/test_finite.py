@@ -61,10 +61,9 @@ def options(task: str) -> dict[str, Tensor]:
     return {"tokens": torch.randn(2, 6, 32, generator=generator)} if task == "referring" else {}
 
 
-# Emulated arithmetic of fp8 is slow.
 CASES = [
     *((task, precision, place) for task in TASKS for precision in (None, "fp32", "bf16", "int8") for place in PLACES),
-    ("segmentation", "fp8", "UNet"),
+    pytest.param("segmentation", "fp8", "UNet", marks=pytest.mark.slow),  # two minutes of emulated arithmetic
 ]
 
 

@@ -44,7 +44,7 @@ def test_bad_values_are_named() -> None:
         (dict(scale="x"), "scale must be a finite Python number, got 'x'"),
         (dict(scale=float("nan")), "scale must be a finite Python number, got nan"),
         (dict(scale=1e39), "scale must be a finite Python number, got 1e\\+39"),
-        (dict(scale=torch.ones(())), "scale must be a finite Python number, got tensor"),
+        (dict(scale=torch.ones(())), "scale must be a finite Python number, got Tensor\\(\\)"),
         (dict(weight=None), "weight must be a finite Python number, got None"),
         (dict(need_maps=None), "need_maps must be True or False, got None"),
         (dict(average_heads="no"), "average_heads must be True or False, got 'no'"),

@@ -58,8 +58,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: some images of several failed. 2: wrong usage or input, after one line "error: ..." on stderr.
     130: interrupted by SIGINT or SIGTERM, or training stopped by one, with its steps saved.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor terminals take it
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor terminals take it
     with interruptible():
         return _run(arguments)
 
