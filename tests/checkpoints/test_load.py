@@ -3,130 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
 import json
 import math
 import random
-import subprocess
-import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from vpd_fast import VPD, BackboneConfig, VPDConfig
 from vpd_fast.checkpoints import (
-    convert,
     load_checkpoint,
     load_pretrained,
     load_stable_diffusion,
-    read_tensor,
     save_pretrained,
 )
-from vpd_fast.checkpoints.formats import vpd_to_ldm
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models import VPDDepth
 
+from ..helpers.released import (
+    NAMES,
+    check_same,
+    check_same_outputs,
+    mmseg_port,
+    outputs,
+    reference_model,
+    reference_weights,
+    released,
+    stable_diffusion,
+)
+
 CASES = ("seg_small", "refer_small", "depth_small")
-NAMES = tuple(f"class {i}" for i in range(6))
-
-
-@functools.cache
-def weights_of(golden: Callable, name: str) -> dict[str, Tensor]:
-    case = golden(name)
-    return case.state_dict({key: tuple(shape) for key, shape in case.keys.items()})
-
-
-def reference_weights(case: Any) -> dict[str, Tensor]:
-    """Everything the original model's state dict holds, unused parts included."""
-    return dict(weights_of(type(case), case.name))
-
-
-def reference_model(case: Any, **changes: Any) -> VPD:
-    """The plain model with these weights."""
-    model = VPD(case.config.replace(**changes))
-    model.load_state_dict(reference_weights(case))
-    return model.eval()
-
-
-def released(case: Any) -> dict[str, Any]:
-    """The containers of the original training code."""
-    weights = OrderedDict(reference_weights(case))
-    if case.settings["task"] == "segmentation":
-        meta = {"mmcv_version": "1.6.2", "CLASSES": NAMES, "PALETTE": [[0, 0, 0]] * 6, "config": "norm_cfg = 1"}
-        return {"meta": meta, "state_dict": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
-    arguments = argparse.Namespace(max_depth=8.0, model="vpd")
-    if case.settings["task"] == "depth":
-        weights = OrderedDict((f"module.{key}", value) for key, value in weights.items())
-    return {"model": weights, "optimizer": {}, "epoch": 3, "args": arguments, "lr_scheduler": {"last_epoch": 3}}
-
-
-def mmseg_port(case: Any) -> dict[str, Any]:
-    """The depth model as mmsegmentation 1.x saves it: 28 embeddings, the image decoder still there."""
-    table = (
-        ("encoder.layer1.", "decode_head.conv1."),
-        ("encoder.layer2.0.", "decode_head.conv2."),
-        ("encoder.out_layer.", "decode_head.conv_aggregation."),
-        ("encoder.", "backbone."),
-        ("decoder.", "decode_head.decoder."),
-        ("last_layer_depth.", "decode_head.depth_pred_layer."),
-    )
-    weights = {}
-    for key, value in reference_weights(case).items():
-        ours, theirs = next(pair for pair in table if key.startswith(pair[0]))
-        weights[theirs + key[len(ours) :]] = value
-    embeddings = weights["backbone.class_embeddings"]
-    weights["backbone.class_embeddings"] = torch.cat([embeddings, embeddings.mean(0, keepdim=True)])
-    weights["backbone.encoder_vq.decoder.conv_in.weight"] = torch.ones(4, 4, 3, 3)
-    meta = {"dataset_meta": {"classes": ("a", "b")}, "seed": 1}
-    return {"meta": meta, "state_dict": weights, "message_hub": {"log_scalars": argparse.Namespace()}}
-
-
-def stable_diffusion(case: Any) -> dict[str, Tensor]:
-    """ldm's names: the UNet and encoder of the case, and parts that VPD leaves out."""
-    weights = vpd_to_ldm(reference_weights(case))
-    weights["first_stage_model.decoder.conv_in.weight"] = torch.ones(32, 4, 3, 3)
-    weights["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"] = torch.ones(9, 64)
-    weights["model_ema.diffusion_modelout0weight"] = torch.ones(32)
-    weights |= {"betas": torch.ones(10), "sqrt_recip_alphas_cumprod": torch.ones(10), "model_ema.decay": torch.ones(())}
-    return weights
-
-
-def outputs(model: VPD) -> Tensor:
-    """The model's answer for a small picture, in float64: equal weights leave rounding of 1e-16 an operation."""
-    model = copy.deepcopy(model).double()
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(1, 3, 64, 64, generator=generator).double()
-    with torch.no_grad():
-        if model.config.task == "depth":
-            return model(images, torch.tensor([3]))["pred_d"]
-        tokens = torch.randn(1, model.config.tokens, model.config.backbone.context_dim, generator=generator).double()
-        return model(images, tokens) if model.config.task == "referring" else model(images)
-
-
-def check_same_outputs(model: VPD, expected: VPD) -> None:
-    # Not bit by bit: libraries choose loops by the alignment of the weights, and that of a mapped file is arbitrary.
-    # In float64 a few thousand roundings of 1e-16 stay below 1e-12; a wrong weight does not stay below 1e-9.
-    torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-9, atol=1e-9)
-
-
-def check_same(model: VPD, case: Any) -> None:
-    assert model.config.task == case.settings["task"]
-    assert not model.training
-    expected = reference_model(case, max_depth=model.config.max_depth)
-    weights = model.state_dict()
-    assert list(weights) == list(expected.state_dict())
-    for key, value in expected.state_dict().items():
-        assert torch.equal(weights[key], value), key
-    check_same_outputs(model, expected)
-    requires = {name: p.requires_grad for name, p in expected.named_parameters()}
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == requires
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -311,49 +220,6 @@ def test_dtypes(golden: Callable, tmp_path: Path, stored: torch.dtype) -> None:
         load_checkpoint(path, dtype=torch.int8)
 
 
-@pytest.mark.parametrize("kind", ["zip", "safetensors"])
-def test_training_a_mapped_model_leaves_the_file_alone(golden: Callable, tmp_path: Path, kind: str) -> None:
-    case = golden("seg_small")
-    if kind == "zip":
-        path = tmp_path / "a.pth"
-        torch.save(reference_weights(case), path)
-    else:
-        path = tmp_path / "a.safetensors"
-        save_file(reference_weights(case), path)
-    before = path.read_bytes()
-    model = load_checkpoint(path, num_heads=4, base_size=128).train()
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(torch.rand(2, 3, 64, 64)).square().mean().backward()
-    optimizer.step()
-    moved = [name for name, p in model.named_parameters() if not torch.equal(p, start[name])]
-    assert "decode_head.conv_seg.weight" in moved
-    assert "unet.unet.diffusion_model.input_blocks.0.0.weight" in moved
-    assert path.read_bytes() == before
-
-
-def test_names_for_the_same_bytes_become_separate_parameters(golden: Callable, tmp_path: Path) -> None:
-    weights = reference_weights(golden("seg_small"))
-    first, second = "neck.fpn_convs.0.conv.weight", "neck.fpn_convs.1.conv.weight"
-    weights[second] = weights[first]
-    torch.save(weights, tmp_path / "a.pth")
-    state = load_checkpoint(tmp_path / "a.pth", num_heads=4, base_size=128).state_dict()
-    state[first].zero_()
-    assert torch.equal(state[second], weights[second])
-
-
-def test_saving_over_the_file_that_is_loaded(golden: Callable, tmp_path: Path) -> None:
-    case = golden("depth_small")
-    reference_model(case).save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path)
-    with torch.no_grad():
-        model.last_layer_depth[2].bias += 1
-    save_pretrained(model, tmp_path)
-    again = load_pretrained(tmp_path)
-    check_same_outputs(again, model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
 def test_unwritable_targets_leave_nothing_behind(golden: Callable, tmp_path: Path) -> None:
     model = reference_model(golden("depth_small"))
     (tmp_path / "file").write_text("in the way")
@@ -457,92 +323,3 @@ def test_the_class_decides_the_task(small_backbone: BackboneConfig, tmp_path: Pa
     VPD(VPDConfig(num_classes=2, channels=32, backbone=small_backbone)).save_pretrained(tmp_path / "seg")
     with pytest.raises(CheckpointError, match="holds a segmentation model; expected depth"):
         VPDDepth.from_pretrained(tmp_path / "seg")
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "own"])
-def test_saving_over_the_file_that_is_loaded_by_other_means(golden: Callable, tmp_path: Path, name: str) -> None:
-    """torch.save and safetensors cut the file first: a model that still lay in it would end the process."""
-    program = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from vpd_fast import VPD
-path = Path(sys.argv[1])
-model = VPD.from_checkpoint(path, num_heads=4, base_size=128)
-path = path / "model.safetensors" if path.is_dir() else path
-with torch.no_grad():
-    model.decode_head.conv_seg.bias += 1
-if path.suffix == ".pth":
-    torch.save({"model": model.state_dict()}, path)
-else:
-    save_file(model.state_dict(), path)
-"""
-    model = reference_model(golden("seg_small"))
-    path = tmp_path / name
-    model.save_pretrained(tmp_path / "own")
-    if name == "a.pth":
-        torch.save({"model": model.state_dict()}, path)
-    elif name == "a.safetensors":
-        save_file(model.state_dict(), path)
-    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
-    loaded = load_checkpoint(path, num_heads=4, base_size=128)
-    key = "decode_head.conv_seg.bias"
-    assert torch.equal(loaded.state_dict()[key], model.state_dict()[key] + 1)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-
-
-@pytest.mark.parametrize("kind", ["zip", "safetensors"])
-def test_models_that_are_mapped_and_not(golden: Callable, tmp_path: Path, kind: str) -> None:
-    case, path = golden("depth_small"), tmp_path / f"a.{kind}"
-    weights = {key: value.contiguous() for key, value in reference_weights(case).items()}
-    if kind == "zip":
-        torch.save(weights, path)
-    else:
-        save_file(weights, path)
-    key = "last_layer_depth.0.weight"
-    mapped, read = (load_checkpoint(path, num_heads=4, base_size=128, mmap=mmap) for mmap in (True, False))
-    assert torch.equal(mapped.state_dict()[key], weights[key])
-    data = bytearray(path.read_bytes())
-    path.write_bytes(data.replace(weights[key].numpy().tobytes(), bytes(weights[key].nbytes)))  # as long as before
-    assert torch.equal(read.state_dict()[key], weights[key])
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite(golden: Callable, tmp_path: Path, kind: str, value: float) -> None:
-    weights = dict(reference_weights(golden("depth_small")))
-    key = "last_layer_depth.0.weight"
-    weights[key] = weights[key].clone()
-    weights[key].view(-1)[3] = value
-    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pth")
-    if kind == "safetensors":
-        save_file({k: v.contiguous() for k, v in weights.items()}, path)
-    else:
-        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
-    for mmap in (False, True):
-        with pytest.raises(CheckpointError, match=rf"{key} has 1 of \d+ values that are NaN or infinite"):
-            load_checkpoint(path, num_heads=4, base_size=128, mmap=mmap)
-    with pytest.raises(CheckpointError, match=rf"{key} has 1 of"):
-        convert(path, tmp_path / "b", to="pretrained", num_heads=4, base_size=128)
-    assert not (tmp_path / "b" / "model.safetensors").exists()
-
-
-def test_weights_too_large_for_a_dtype(golden: Callable, tmp_path: Path) -> None:
-    weights = dict(reference_weights(golden("depth_small")))
-    key = "last_layer_depth.0.weight"
-    weights[key] = weights[key].clone()
-    weights[key].view(-1)[3] = 7e4
-    torch.save(weights, tmp_path / "a.pth")
-    options = {"num_heads": 4, "base_size": 128}
-    message = rf"{key} has values up to 7e\+04, which float16 cannot hold; choose bfloat16"
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(tmp_path / "a.pth", dtype=torch.float16, **options)
-    with pytest.raises(CheckpointError, match=message):
-        convert(tmp_path / "a.pth", tmp_path / "b", to="pretrained", dtype=torch.float16, **options)
-    assert load_checkpoint(tmp_path / "a.pth", dtype=torch.bfloat16, **options).state_dict()[key].max() > 6e4
-
-
-def test_class_embeddings_that_are_not_finite(golden: Callable, tmp_path: Path) -> None:
-    torch.save(torch.full((3, 4), torch.nan), tmp_path / "e.pth")
-    with pytest.raises(CheckpointError, match="12 of 12 values"):
-        read_tensor(tmp_path / "e.pth")

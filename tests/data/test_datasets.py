@@ -327,7 +327,8 @@ def test_the_unit_of_depths(tmp_path, kind):
     options = {"task": "depth"} if kind == "folder" else {}
     metres = open_dataset(kind, root, "train", **options).load(0).target
     scaled = open_dataset(kind, root, "train", depth_scale=256, **options).load(0).target
-    np.testing.assert_allclose(scaled, metres * (1000 / 256), rtol=1e-6)
+    # A quotient each, and a product: three roundings of 2^-24.
+    np.testing.assert_allclose(scaled, metres * (1000 / 256), rtol=2**-22)
     for scale in (0, -1, float("nan"), "m", True):
         with pytest.raises(InputError, match="depth_scale must be units per metre"):
             open_dataset(kind, root, "train", depth_scale=scale, **options)
@@ -336,7 +337,7 @@ def test_the_unit_of_depths(tmp_path, kind):
     with pytest.raises(DatasetError, match=f"{path.name}: depths of 8 bits, which end at 255 millimetres"):
         open_dataset(kind, root, "train", **options).load(0)
     target = open_dataset(kind, root, "train", depth_scale=25.5, **options).load(0).target
-    np.testing.assert_allclose(target, 200 / 25.5, rtol=1e-6)
+    np.testing.assert_allclose(target, 200 / 25.5, rtol=2**-24)  # one rounding of a quotient
 
 
 def test_nyu_tells_what_has_no_partner(tmp_path):

@@ -1,4 +1,4 @@
-"""Many images: parts, names, records that survive, reading ahead."""
+"""Many images: records that survive, errors of single ones, reading ahead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.inference import predict_images as loop
-from vpd_fast.inference.listing import Shard, read_list, relative_name, walk_images
+from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.predict_images import predict_images
 from vpd_fast.inference.records import FULL, Records, ResultsFile, recorded_names
 from vpd_fast.inference.resuming import drop_cut_line
@@ -51,54 +51,6 @@ def note(result: int, name: str) -> dict:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_shards_take_each_item_once() -> None:
-    parts = [list(Shard(i, 3).take(range(11))) for i in range(3)]
-    assert parts == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
-    assert Shard.parse("2/8") == Shard(2, 8)
-    assert Shard.from_environment({"RANK": "3", "WORLD_SIZE": "4"}) == Shard(3, 4)
-    assert Shard.from_environment({}) == Shard(0, 1)
-    assert Shard(2, 8).file("results", ".jsonl") == "results-00002-of-00008.jsonl"
-    assert Shard().file("results", ".jsonl") == "results.jsonl"
-
-
-@pytest.mark.parametrize("text", ["", "3", "a/b", "1/2/3", "2/2", "-1/2", "0/0"])
-def test_bad_shards(text: str) -> None:
-    with pytest.raises(InputError, match="shard"):
-        Shard.parse(text)
-
-
-def test_walk_in_one_order(tmp_path) -> None:
-    for name in (
-        "b.jpg",
-        "a.JPG",
-        "c/z.png",
-        "c/d/a.png",
-        ".hidden.jpg",
-        ".git/x.jpg",
-        "notes.txt",
-        "a folder/x y.jpg",
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    (tmp_path / "c" / "loop").symlink_to(tmp_path)
-    found = [relative_name(path, str(tmp_path)) for path in walk_images(str(tmp_path), (".jpg", ".png"))]
-    assert found == ["a.JPG", "b.jpg", "a folder/x y.jpg", "c/z.png", "c/d/a.png"]
-    assert len(list(walk_images(str(tmp_path), (".jpg", ".png"), recursive=False))) == 2
-    with pytest.raises(InputError, match="nowhere: the folder cannot be read"):
-        list(walk_images(str(tmp_path / "nowhere"), (".jpg",)))
-
-
-def test_lists_and_names() -> None:
-    assert list(read_list(["# a comment\n", "\n", "a b.jpg\n", "  c.jpg"])) == ["a b.jpg", "c.jpg"]
-    assert relative_name("x/../y/a.jpg", "/data") == "y/a.jpg"
-    assert relative_name("/data/..a/b.jpg", "/data") == "..a/b.jpg"
-    with pytest.raises(InputError, match="is not in /data"):
-        relative_name("/other/a.jpg", "/data")
-    with pytest.raises(InputError, match="is not in /data"):
-        relative_name("../a.jpg", "/data")
 
 
 def test_records_in_order_and_failures_apart(tmp_path, pictures) -> None:

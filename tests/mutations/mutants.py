@@ -204,13 +204,13 @@ MUTANTS = {
         "vpd_fast/models/finite.py",
         "return bool(tensor.sum().isfinite()) or",
         "return True or",
-        "tests/checkpoints/test_load.py -k finite",
+        "tests/checkpoints/test_weights.py -k finite",
     ),
     "models lie in the files that they were loaded from": Mutant(
         "vpd_fast/checkpoints/load.py",
         "if not mmap:",
         "if False:",
-        "tests/checkpoints/test_load.py -k mapped_and_not",
+        "tests/checkpoints/test_weights.py -k mapped_and_not",
     ),
     "one of two weights of the same name is taken": Mutant(
         "vpd_fast/checkpoints/names.py",

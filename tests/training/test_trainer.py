@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -32,10 +31,6 @@ def whole(request, data, tmp_path_factory):
     return config, folder, runs.trainer(config, folder).run()
 
 
-def entries(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def state(folder: Path, step: int) -> dict:
     return checkpoint.read_state(folder / "checkpoints" / f"step_{step:06d}")
 
@@ -58,7 +53,7 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(whole):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "index.json", "step_000003", "step_000006",
     ]  # fmt: skip
-    *steps, evaluation = entries(folder)
+    *steps, evaluation = runs.entries(folder)
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
     assert all(entry["loss"] > 0 for entry in steps)
     name, value = summary.metric
@@ -84,7 +79,7 @@ def test_resuming_gives_what_an_unbroken_run_gives(whole, tmp_path):
     first, second = state(folder, 6), state(tmp_path / "run", 6)
     assert equal(first["optimizer"], second["optimizer"])
     assert equal(first["random"], second["random"])
-    losses = [[e.get("loss") for e in entries(where)] for where in (folder, tmp_path / "run")]
+    losses = [[e.get("loss") for e in runs.entries(where)] for where in (folder, tmp_path / "run")]
     assert losses[0][3:] == losses[1]
 
 
@@ -101,7 +96,7 @@ def test_the_loss_goes_down(data, tmp_path):
             checkpoints={"every_steps": None}, accumulation=2 if task == "depth" else 1,
         )  # fmt: skip
         runs.trainer(config, tmp_path / task).run()
-        losses = [entry["loss"] for entry in entries(tmp_path / task)]
+        losses = [entry["loss"] for entry in runs.entries(tmp_path / task)]
         assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), (task, losses)
 
 
@@ -143,7 +138,7 @@ def test_bf16_keeps_float32_weights(data, tmp_path):
     assert summary.best is None
     assert {tensor.dtype for tensor in runs.weights(summary.last).values()} <= {torch.float32, torch.int64}
     runs.trainer(config.replace(precision="fp32"), tmp_path / "reference").run()  # with the same dropout
-    loss, reference = (entries(tmp_path / name)[0]["loss"] for name in ("run", "reference"))
+    loss, reference = (runs.entries(tmp_path / name)[0]["loss"] for name in ("run", "reference"))
     assert loss == pytest.approx(reference, rel=0.01)
     assert loss != reference
 
@@ -195,7 +190,7 @@ def test_a_signal_saves_and_auto_goes_on(whole, tmp_path, number):
     summary = runs.trainer(config, tmp_path / "run", resume="auto").run()
     assert (summary.step, summary.stopped) == (6, False)
     assert runs.same(runs.weights(summary.last), runs.weights(folder / "checkpoints" / "step_000006"))
-    assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 6]
+    assert [entry["step"] for entry in runs.entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 6]
 
 
 def test_a_signal_breaks_off_an_evaluation_which_is_made_up_for(data, tmp_path):
@@ -215,7 +210,7 @@ def test_a_signal_breaks_off_an_evaluation_which_is_made_up_for(data, tmp_path):
     assert summary.best is not None
     again = runs.trainer(config, tmp_path / "run", resume="auto").run()
     assert again.metric == summary.metric
-    assert len([entry for entry in entries(tmp_path / "run") if "evaluation" in entry]) == 1
+    assert len([entry for entry in runs.entries(tmp_path / "run") if "evaluation" in entry]) == 1
 
 
 def test_the_best_model_stays(data, tmp_path, monkeypatch):
@@ -290,29 +285,6 @@ def test_too_many_such_steps_end_the_run(data, tmp_path, monkeypatch):
     assert VPD.from_pretrained(tmp_path / "run/checkpoints/step_000004").config.task == "segmentation"
 
 
-def test_a_full_disk_ends_with_one_error(data, tmp_path, monkeypatch):
-    config = runs.tiny("segmentation", data)
-    write = checkpoint.write_state
-
-    def full(path, values):
-        if values["step"] == 6:
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, values)
-
-    monkeypatch.setattr(checkpoint, "write_state", full)
-    with pytest.raises(CheckpointError, match=r"step 6 cannot be written .*the disk is full.* the last one is .*03$"):
-        runs.trainer(config, tmp_path / "run").run()
-    assert [path.name for path in (tmp_path / "run/checkpoints").glob("*step*")] == ["step_000003"]
-    monkeypatch.setattr(checkpoint, "write_state", write)
-    # As a kill in the middle would leave it:
-    half = tmp_path / "run/checkpoints/.step_000006.abc.tmp"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    assert runs.trainer(config, tmp_path / "run", resume="auto").run().step == 6
-    assert not half.exists()
-
-
 def test_broken_images_are_skipped_or_end_the_run(data, tmp_path, capfd):
     shutil.copytree(data / "segmentation", tmp_path / "segmentation")
     broken = tmp_path / "segmentation/images/training/ADE_train_00000002.jpg"
@@ -320,7 +292,7 @@ def test_broken_images_are_skipped_or_end_the_run(data, tmp_path, capfd):
     config = runs.tiny("segmentation", tmp_path, data={"val_split": None}, schedule={"steps": 4})
     assert runs.trainer(config, tmp_path / "run").run().step == 4
     assert "skipped: " in capfd.readouterr().err
-    assert entries(tmp_path / "run")[-1]["skipped"] >= 1
+    assert runs.entries(tmp_path / "run")[-1]["skipped"] >= 1
     with pytest.raises((DatasetError, ValueError), match="00000002"):
         runs.trainer(config.replace(data={"on_error": "raise"}), tmp_path / "strict").run()
     # The steps before it are not lost.
@@ -427,63 +399,3 @@ def test_own_classes_from_a_checkpoint_of_others(data, tmp_path):
     assert all(key.startswith(("class_embeddings", "decode_head.conv_seg", "neck.lateral_convs")) for key in anew)
     assert any("other classes than in" in note for note in trainer.notes)
     assert trainer.try_batch() > 0
-
-
-def test_the_first_loss_after_resuming_is_that_of_an_unbroken_run(data, tmp_path):
-    """The entry of step 4 is a mean over steps 3 and 4, of which the checkpoint comes between."""
-    config = runs.tiny("depth", data, log={"every": 2}, data={"val_split": None})
-    runs.trainer(config, tmp_path / "whole").run()
-    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step_000006")
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    runs.trainer(config, tmp_path / "broken", resume="auto").run()
-    first, second = (
-        [(entry["step"], entry["loss"]) for entry in entries(tmp_path / name)] for name in ("whole", "broken")
-    )
-    assert [step for step, _ in first] == [2, 4, 6]
-    assert first == second
-
-
-def test_two_runs_in_a_folder(data, tmp_path):
-    config = runs.tiny("depth", data, schedule={"steps": 2}, data={"val_split": None})
-    first, second, late = (runs.trainer(config, tmp_path / "run") for _ in range(3))
-    step = first._one_step
-
-    def both(*args):
-        with pytest.raises(InputError, match="another run .*writes there"):
-            second.run()
-        return step(*args)
-
-    first._one_step = both
-    assert first.run().step == 2
-    # Built while the folder was empty, and begun after another run had ended there.
-    with pytest.raises(InputError, match="is not empty"):
-        late.run()
-    assert not list((tmp_path / "run").glob(".*"))
-    again = runs.trainer(config, tmp_path / "run", resume="auto")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(InputError, match="another run has written there in the meantime"):
-        again.run()
-
-
-@pytest.mark.parametrize("what", ["config.yaml", "best", "checkpoints", "."])
-def test_a_run_whose_folder_vanishes_fails(data, tmp_path, what):
-    config = runs.tiny("depth", data, schedule={"steps": 3}, evaluation={"every_steps": 2, "limit": 1})
-    trainer = runs.trainer(config, tmp_path / "run")
-    evaluate = trainer._evaluate
-
-    def vanish() -> None:
-        if trainer.step < 3 or what == "checkpoints":
-            evaluate()
-            path = tmp_path / "run" / what
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    trainer._evaluate = vanish
-    with pytest.raises(TrainingError, match="written by this run, and removed while it went on"):
-        trainer.run()
-
-
-def test_a_folder_with_no_checkpoint_promises_no_resuming(tmp_path, data):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
-    with pytest.raises(InputError, match="is not empty and has no checkpoint to go on from; give another folder"):
-        runs.trainer(runs.tiny("depth", data), tmp_path / "run")

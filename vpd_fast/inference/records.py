@@ -111,7 +111,7 @@ class Records:
         try:
             # One line at a time: what is recorded survives the process.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
-            self._failures = self.failed_path.open("w", encoding="utf-8", errors="surrogateescape", buffering=1)
+            self._failures = self.failed_path.open("w", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             raise InputError(f"{error.filename}: cannot be written ({error.strerror})") from error
         if self._file.tell() == 0:
@@ -131,7 +131,7 @@ class Records:
         self._size += len(line) + 1
         if "error" in record:
             self.failed += 1
-            self._put(self._failures, _writable(f"{json.dumps(record['image'])}\t{' '.join(record['error'].split())}"))
+            self._put(self._failures, f"{json.dumps(record['image'])}\t{' '.join(record['error'].split())}")
         else:
             self.done += 1
 
@@ -173,15 +173,6 @@ class Records:
 
 
 Sink = ResultsFile | Records  # what `predict_images` puts records into
-
-
-def _writable(text: str) -> str:
-    """Return a text as it is, but for half characters that are not those of a file name."""
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "backslashreplace").decode()
-    return text
 
 
 def _require_no_other_split(folder: Path, shard: Shard) -> None:
