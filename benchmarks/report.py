@@ -223,12 +223,13 @@ def first_gpu_pass(_: Path, content: Row) -> list[str]:
     int8, bf16, compiled = (time["8", name, products] for name, products in rivals)
     note = f"""\
 Collected by hand from first measurements, before that command measured all of it, with several processes on the GPU
-at once: times are an indication. As it is by default
+at once: times are an indication. As it was by default then
 (products by Triton) a fast model is **slower than `torch.compile`** at batch 8: {int8} ms an image in int8
-and {bf16} in bf16, against {compiled}. With products in CUDA C++ or by cuBLAS and cuDNN, which `vpd-fast
-tune` may choose, it is as fast or faster. "Replays" are of one CUDA graph of the whole pass, "calls" include
-launching; the compiled model was recompiled several times and is not the best that `torch.compile` can do. The
-int8 times include a preparation of images that a normal call does once and this measurement did twice.
+and {bf16} in bf16, against {compiled}. With products in CUDA C++ or by cuBLAS and cuDNN, which the table of this
+GPU chooses between since then, it is as fast or faster. "Replays" are of one CUDA graph of the whole pass,
+"calls" include launching; the compiled model was recompiled several times and is not the best that
+`torch.compile` can do. The int8 times include a preparation of images that a normal call does once and this
+measurement did twice.
 """
     passes = {"images": "{case}", "variant": "{variant}", "products by": "{products}", "timed": "{timed}",
               "ms": "{ms}", "ms per image": "{image}"}  # fmt: skip
@@ -249,6 +250,38 @@ int8 times include a preparation of images that a normal call does once and this
     ]
 
 
+def implementations(_: Path, content: Row) -> list[str]:
+    """Layers and operators by implementation."""
+    names = ("triton", "cuda", "library")
+    found: dict[tuple[str, ...], Row] = {}
+    for r in content["rows"]:
+        key = r["stage"], r["part"], r["in"]
+        row = found.setdefault(key, {**{name: r[name] for name in ("stage", "part", "in", "calls")}, "all": {}})
+        row["all"].setdefault(r["products"], r["ms"])
+    rows = [r for r in found.values() if len(r["all"]) > 1 and max(r["all"].values()) >= 0.1]
+    for r in rows:
+        r |= {name: number(r["all"][name]) if name in r["all"] else "" for name in names}
+    note = """\
+Collected by hand from the same first measurements, several processes side by side; products of all layers by one
+implementation, milliseconds of a pass of 8 images, cold cache. Where CUDA C++ or a library cannot compute a
+layer, Triton did. Preparing the image is in them, in 8-bit convolutions twice (a call does it once), equally
+for every implementation. `vpd-fast tune --from` makes `kernels/configs/nvidia-h200.json` of this file.
+"""
+    columns = {"stage": "{stage}", "part": "{part}", "in": "{in}", "calls": "{calls}", "Triton": "{triton}",
+               "CUDA C++": "{cuda}", "cuBLAS, cuDNN": "{library}"}  # fmt: skip
+    others = [r | {"what": _what(r), "all": ", ".join(f"{n} {number(us)}" for n, us in r["us"].items())}
+              for r in content["operators"]]  # fmt: skip
+    single = {"operator": "{operator}", "of": "{what}", "microseconds": "{all}"}
+    return [note, table(columns, rows), "Operators alone, cold cache:\n", table(single, others)]
+
+
+def _what(row: Row) -> str:
+    if "logits" in row:
+        return f"{'x'.join(map(str, row['logits']))} to {'x'.join(map(str, row['size']))}"
+    tokens = f", {row['tokens']} tokens" if "tokens" in row else ""
+    return f"{'x'.join(str(row[name]) for name in ('batch', 'queries', 'heads', 'dim'))}{tokens}"
+
+
 BENCH = "vpd-fast bench --random-weights 0"
 SIZES = "--precision bf16,int8 --peers none --size 512,768,1024 --rounds 3"
 TRAIN = 'python benchmarks/train_step.py --steps 3 --variants fp32 bf16 "bf16 recomputed"'
@@ -263,6 +296,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Path, Row], list[str]]]] = {
         "Plain models, without optimize",
         "vpd-fast bench --in-process --random-weights 0 --precision none --rounds 3",
         plain_forms,
+    ),
+    "implementations": (
+        "Which implementation is fastest",
+        "benchmarks/layers.py and benchmarks/test_*.py --device cuda",
+        implementations,
     ),
     "first_pass": ("First passes on a GPU", "vpd-fast bench --in-process --device cuda --batch 1,8", first_gpu_pass),
     "train_step": ("Training steps", TRAIN, train_step),

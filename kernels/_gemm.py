@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from vpd_fast.kernels import _gemm_cuda, tuning
-from vpd_fast.kernels._common import dot, image_arguments, launch, multiprocessors, rounded
-from vpd_fast.kernels._library import library_refuses, library_sums
+from vpd_fast.kernels._common import dot, image_arguments, launch, rounded
+from vpd_fast.kernels._library import library_sums
 from vpd_fast.kernels._prologue import Geometry, Rows
 from vpd_fast.kernels._statistics import PLANES, partial, store_planes
 
@@ -234,10 +234,11 @@ def gemm(
 
     rows: of the weight's dtype; their scales are of a whole image only if no position reads outside of it.
     weight: (N, KH * KW * channels) contiguous. out: channels next to each other.
-    backend: "triton", or "cuda" for the CUDA C++ kernels. config: of the Triton kernels; None: `tuning.choose` says.
+    backend: "triton", "cuda" for the CUDA C++ kernels, or "library" for what `_library.refuse` takes. config: of the
+    Triton kernels; None: `tuning.choose` says.
     """
-    if backend == "triton":
-        _triton_gemm(rows, geometry, weight, epilogue, out, config)
+    if backend != "cuda":
+        _triton_gemm(rows, geometry, weight, epilogue, out, config, library=backend == "library")
         return
     _gemm_cuda.gemm(rows, geometry, weight, epilogue, out)
     if epilogue.statistics is not None:
@@ -251,7 +252,9 @@ def _triton_gemm(
     epilogue: Epilogue,
     out: torch.Tensor,
     config: tuning.Config | None,
+    library: bool,
 ) -> None:
+    """library: the sums are a library's, and Triton's kernel only finishes them."""
     a, a2 = rows.a, rows.a2
     batch, height, width, channels = a.shape
     n, k = weight.shape
@@ -280,16 +283,16 @@ def _triton_gemm(
         "ACTIVATION": epilogue.activation,
     }
 
-    def compute(config: tuning.Config) -> None:
-        fused = statistics is not None and run > 1 and config.get("BM", run) % run == 0
+    def compute(config: tuning.Config | None) -> None:
+        fused = statistics is not None and run > 1 and (config is None or config["BM"] % run == 0)
         fused_statistics: dict[str, Any] = {"statistics": None, "statistics_b": 0, "RUN": 1}
         if fused:
             fused_statistics = {"statistics": statistics, "statistics_b": statistics.stride(0), "RUN": run}
-        splits = config.get("SPLITS", 1)
-        if config == tuning.LIBRARY:
-            parts = library_sums(a, a2, geometry, weight)
+        if config is None:
+            parts = library_sums(a, geometry, weight)
             _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics, SPLITS=1)
         else:
+            splits = config["SPLITS"]
             dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
             parts = torch.empty(splits, total_rows, n, dtype=dtype, device=a.device) if splits > 1 else None
             tiles = triton.cdiv(total_rows, config["BM"]) * triton.cdiv(n, config["BN"])
@@ -300,10 +303,7 @@ def _triton_gemm(
         if epilogue.statistics is not None and not fused:
             partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
 
-    chosen = config or tuning.choose(shape, a.device, compute)
-    if chosen == tuning.LIBRARY and library_refuses(a, a2, geometry, weight) is not None:
-        chosen = tuning.by_rule(shape, multiprocessors(a.device))
-    compute(chosen)
+    compute(None if library else config or tuning.choose(shape, a.device, compute))
 
 
 def _merge(parts: torch.Tensor, rows: int, n: int, **arguments: Any) -> None:

@@ -30,10 +30,15 @@ def refuse(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: bool) -> 
         return f"weight is {dtype}; tensor cores multiply 8 and 16 bits"
     if dtype == FLOAT8 and torch.cuda.get_device_capability(x.device) != (9, 0):
         return f"{torch.cuda.get_device_name(x.device)} has no wgmma (compute capability 9.0 has)"
+    return alignment_refuses(x, x2, dtype, prologue) or _native.why_missing("_C_cuda")
+
+
+def alignment_refuses(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: bool) -> str | None:
+    """Why the sources have channels that kernels cannot copy, or None; arguments as for `refuse`."""
     widths = channels_of_sources(x, x2, dtype, prologue)
     if any(width * dtype.itemsize % ALIGNMENT for width in widths):
         return f"{' + '.join(map(str, widths))} channels of {dtype} are no multiple of {ALIGNMENT} bytes"
-    return _native.why_missing("_C_cuda")
+    return None
 
 
 def channels_of_sources(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: bool) -> list[int]:

@@ -3,52 +3,71 @@
 They leave sums of float32 or int32, and cuDNN of bfloat16 or float16, to which `_gemm.py` then applies its epilogue.
 """
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
-from vpd_fast.kernels._prologue import Geometry
+import torch
+
+if TYPE_CHECKING:
+    from vpd_fast.kernels._prologue import Geometry
+    from vpd_fast.ops.conv2d import Conv2dArguments
+    from vpd_fast.ops.linear import LinearArguments
 
 ALIGNED = {torch.int8: 8, torch.float8_e4m3fn: 16}  # of which n and k must be multiples
 MIN_ROWS = 17  # of _int_mm
 
 
-def library_refuses(a: torch.Tensor, a2: torch.Tensor | None, geometry: Geometry, weight: torch.Tensor) -> str | None:
-    """Why a library cannot compute the sums, or None; arguments as for `_gemm.gemm`."""
-    n, k = weight.shape
-    if a2 is not None:
-        return "two sources"
-    if geometry.kernel != (1, 1) or geometry.stride > 1:
-        if a.dtype not in (torch.bfloat16, torch.float16):
-            return f"convolution of {a.dtype}"
-        return None if _is_convolution(a, geometry) else "padding that is not symmetric"
-    if any(size % ALIGNED.get(a.dtype, 1) for size in (n, k)):
-        return f"{n}x{k} numbers that are not aligned"
-    if a.dtype == torch.int8 and a.shape[0] * geometry.out_height * geometry.out_width < MIN_ROWS:
-        return "few rows"
-    return None if _is_matrix(a, geometry) else "padding, or rows that are not evenly spaced"
+def refuse(call: "LinearArguments | Conv2dArguments") -> str | None:
+    """Why a library cannot compute the sums of a product, or None.
+
+    What keeps rows from being prepared, or sums from being finished, is another question.
+    """
+    dtype = call.data.dtype
+    sources = [t for t in (call.x, call.x2) if t is not None]
+    prepared = call.has_prologue or any(t.dtype != dtype for t in sources)  # joins sources and pads images
+    if len(sources) > 1 and not prepared:
+        return "there are two sources, and nothing to be done that joins them"
+    if getattr(call, "upsample", False):
+        return "the image is to be enlarged"
+    if tuple(getattr(call, "kernel", (1, 1))) != (1, 1) or getattr(call, "stride", 1) > 1:
+        return _convolution_refuses(call, prepared)
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "PyTorch may round factors to TF32 (torch.backends.cuda.matmul.allow_tf32)"
+    multiple, rows = ALIGNED.get(dtype, 1), call.out[..., 0].numel()
+    if call.n % multiple or call.columns % multiple:
+        return f"weight is {call.n}x{call.columns}; this takes multiples of {multiple}"
+    if dtype == torch.int8 and rows < MIN_ROWS:
+        return f"there are {rows} rows; this takes at least {MIN_ROWS} in 8 bits"
+    if prepared:
+        return None
+    if any(call.margins):
+        return "padding is not prepared"
+    spaced = call.x.is_contiguous() or call.x.stride(-1) != 1  # and then copied
+    return None if spaced else "rows of x are not evenly spaced"
 
 
-def _is_matrix(a: torch.Tensor, geometry: Geometry) -> bool:
-    whole = (geometry.out_height, geometry.out_width) == a.shape[1:3] and not geometry.top and not geometry.left
-    return whole and a.is_contiguous()
+def _convolution_refuses(call: "Conv2dArguments", prepared: bool) -> str | None:
+    dtype, out = call.data.dtype, call.out.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it is a convolution in {dtype}; this takes bfloat16 and float16"
+    if torch.finfo(out).eps < torch.finfo(dtype).eps:
+        return f"cuDNN's sums are rounded to {dtype}, and out is {out}"
+    top, left, _, _ = call.margins
+    padded = call.x.shape[1] + 2 * top, call.x.shape[2] + 2 * left
+    sides = ((size - kernel) // call.stride + 1 for size, kernel in zip(padded, call.kernel, strict=True))
+    return None if prepared or tuple(sides) == call.out.shape[1:3] else "padding is not symmetric"
 
 
-def _is_convolution(a: torch.Tensor, geometry: Geometry) -> bool:
-    """Whether padding of `top` and `left` on both sides gives a result of this size."""
-    padding, result = (geometry.top, geometry.left), (geometry.out_height, geometry.out_width)
-    sides = zip(a.shape[1:3], geometry.kernel, padding, result, strict=True)
-    return all((size + 2 * pad - kernel) // geometry.stride + 1 == out for size, kernel, pad, out in sides)
-
-
-def library_sums(a: torch.Tensor, a2: torch.Tensor | None, geometry: Geometry, weight: torch.Tensor) -> torch.Tensor:
-    """a times weight, (1, rows, n), neither scaled nor activated. Raises NotImplementedError for what it refuses."""
-    reason = library_refuses(a, a2, geometry, weight)
-    if reason is not None:
-        raise NotImplementedError(reason)
+def library_sums(a: torch.Tensor, geometry: "Geometry", weight: torch.Tensor) -> torch.Tensor:
+    """a times weight, (1, rows, n), neither scaled nor activated, for what `refuse` takes."""
     if geometry.kernel != (1, 1) or geometry.stride > 1:
         filters = weight.view(len(weight), *geometry.kernel, -1).permute(0, 3, 1, 2)
-        padding = (geometry.top, geometry.left)
-        sums = F.conv2d(a.permute(0, 3, 1, 2), filters, stride=geometry.stride, padding=padding)
+        padding, (stride, dilation) = [geometry.top, geometry.left], ([geometry.stride] * 2, [1, 1])
+        # Whatever PyTorch's settings are: no timing of cuDNN's algorithms, and one whose sums have a fixed order.
+        benchmark, deterministic, cudnn, tf32 = False, True, True, False
+        sums = torch._convolution(
+            a.permute(0, 3, 1, 2), filters, None, stride, padding, dilation, False, [0, 0], 1,
+            benchmark, deterministic, cudnn, tf32,
+        )  # fmt: skip
         return sums.permute(0, 2, 3, 1).contiguous().view(1, -1, len(weight))
     rows = a.reshape(-1, a.shape[3])
     if a.dtype == torch.int8:

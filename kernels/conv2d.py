@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def forward(call: "Conv2dArguments", backend: str = "triton") -> None:
-    """Fills call.out. Last strides are 1 and vectors contiguous. backend: "triton" or "cuda", of the product.
+    """Fills call.out. Last strides are 1 and vectors contiguous. backend: of the product, as in `_gemm.gemm`.
 
     The four phases of `upsample` read the same prepared image.
     """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def forward(call: "LinearArguments", backend: str = "triton") -> None:
-    """Fills call.out. Last strides are 1 and vectors contiguous. backend: "triton" or "cuda", of the product."""
+    """Fills call.out. Last strides are 1 and vectors contiguous. backend: of the product, as in `_gemm.gemm`."""
     x, x2, residual, out = (None if t is None else t.unsqueeze(2) for t in (call.x, call.x2, call.residual, call.out))
     weight = call.weight.numbers()[0].contiguous()
     rows = prepare(

@@ -1,30 +1,23 @@
-"""Which tile, pipeline and split of a product is fastest: measured on a device and recorded, or by a rule.
+"""Which tile, pipeline and split of a product of Triton's is fastest: measured on a GPU and recorded, or by a rule.
 
-A table is a JSON file, one per device: those in `configs/` beside this file, or the file that VPD_FAST_TUNING names. It
-maps products, without their number of rows, to the configurations that were fastest for some numbers of rows; what has
-no entry within a factor of 1.5 goes by the rule. `vpd-fast tune` makes a table.
+The table of a GPU (`tables.py`) maps products, without their number of rows, to the configurations that were fastest
+for some numbers of rows; what has no entry within a factor of 1.5 goes by the rule.
 """
 
 import contextlib
-import functools
-import json
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from vpd_fast.errors import InputError
+from vpd_fast.kernels import tables
 from vpd_fast.kernels._common import multiprocessors
+from vpd_fast.kernels.tables import Config
 
-FOLDER = Path(__file__).parent / "configs"
 NEAR = 1.5  # ratio of rows up to which a configuration is taken over
-LIBRARY = {"LIBRARY": 1}  # the sums by cuBLAS or cuDNN, then `_merge_kernel`
-Config = dict[str, int]
 Measurer = Callable[["GemmShape", Callable[[Config], None]], Config]
 
 
@@ -90,42 +83,10 @@ def candidates(product: GemmShape, processors: int) -> list[Config]:
         for number in sorted({1, splits, max(1, splits // 2)}):
             if bm % product.run == 0 and bn < 2 * triton.next_power_of_2(product.n):
                 configs.append({**config, "SPLITS": number})
-    configs.append(LIBRARY)
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
-def table_path(device: torch.device) -> Path:
-    """Where the recorded table of that GPU is, if there is one."""
-    chosen = os.environ.get("VPD_FAST_TUNING")
-    name = "-".join(torch.cuda.get_device_name(device).lower().split())
-    return Path(chosen) if chosen else FOLDER / f"{name}.json"
-
-
-@functools.lru_cache
-def _table(device: torch.device) -> dict[str, dict[int, Config]]:
-    """Recorded configurations by key and rows."""
-    path = table_path(device)
-    if not path.is_file():
-        if os.environ.get("VPD_FAST_TUNING"):
-            raise InputError(f"VPD_FAST_TUNING={path}: there is no such file")
-        return {}
-    return read(path)
-
-
-def read(path: Path) -> dict[str, dict[int, Config]]:
-    """A table from its file. Raises InputError if it is none."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["configs"]
-        table: dict[str, dict[int, Config]] = {}
-        for row in rows:
-            config = {str(name): int(value) for name, value in row["config"].items()}
-            table.setdefault(row["key"], {})[int(row["rows"])] = config
-        return table
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} is no table of tuned configurations ({error!r}); delete it or tune again") from error
-
-
-def nearest(table: dict[str, dict[int, Config]], product: GemmShape) -> Config | None:
+def nearest(table: Mapping[str, Mapping[int, Config]], product: GemmShape) -> Config | None:
     """The configuration recorded for the nearest number of rows, if that is near enough."""
     recorded = table.get(product.key, {})
     ratio = {rows: max(rows, product.rows) / max(1, min(rows, product.rows)) for rows in recorded}
@@ -154,16 +115,17 @@ def choose(product: GemmShape, device: torch.device, run: Callable[[Config], Non
     """The configuration of a product. run: computes it with a given one, for measurements."""
     if _tuning.measurer is not None:
         return _tuning.measurer(product, run)
-    recorded = nearest(_table(device), product) if device.type == "cuda" else None
+    table = tables.of_device(device).table if device.type == "cuda" else None
+    recorded = nearest(table.configs, product) if table is not None else None
     return recorded or by_rule(product, multiprocessors(device))
 
 
-def to_json(measured: dict[GemmShape, list[tuple[Config, float]]], facts: dict[str, Any]) -> dict[str, Any]:
-    """What a table's file holds. measured: for each product configurations and their milliseconds, fastest first."""
+def to_rows(measured: dict[GemmShape, list[tuple[Config, float]]]) -> list[dict[str, Any]]:
+    """The rows of a table's `configs`. measured: configurations and their milliseconds, fastest first."""
     rows = []
     for product, found in measured.items():
         config, milliseconds = found[0]
         others = [{"config": other, "ms": round(time, 5)} for other, time in found[1:4]]
         row = {"key": product.key, "rows": product.rows, "config": config, "ms": round(milliseconds, 5)}
         rows.append({**row, "product": asdict(product), "next": others})
-    return {**facts, "configs": rows}
+    return rows

@@ -11,7 +11,7 @@ import torch
 from vpd_fast import VPDConfig, ops
 from vpd_fast.bench.tuning import Measurements, tune
 from vpd_fast.cli.main import run
-from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.errors import MissingDependencyError
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import PackedWeight
 
@@ -106,19 +106,10 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["--size", "100"], "--size must be a positive multiple of 64, got 100"),
         (["--batch", "0"], "--batch must be positive, got 0"),
         (["--task", "boxes"], "task must be one of segmentation, referring, depth, got 'boxes'"),
+        (["--from", "results.json"], "--from needs --out, the table to write"),
+        (["--from", "none.json", "--out", "t.json"], "none.json has no times of a GPU's layers or operators"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert run(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-@needs_triton
-def test_a_table_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vpd_fast.kernels import tuning
-
-    monkeypatch.setenv("VPD_FAST_TUNING", str(tmp_path / "none.json"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
-    tuning._table.cache_clear()
-    with pytest.raises(InputError, match="there is no such file"):
-        tuning._table(torch.device("cuda", 7))

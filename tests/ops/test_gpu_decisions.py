@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpd_fast import _native, ops
+from vpd_fast.kernels import tables
+from vpd_fast.ops import _choices
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
@@ -78,8 +84,10 @@ def gpu(monkeypatch):
 
     def set_capability(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        _choices.forget()
 
-    return set_capability
+    yield set_capability
+    _choices.forget()
 
 
 def without(monkeypatch, name: str) -> None:
@@ -228,6 +236,112 @@ def test_sdpa_on_a_gpu(gpu, monkeypatch, capability: tuple[int, int]) -> None:
         op.choose("sdpa", arguments).run(arguments)
         assert len(seen) == parts
         assert sum(part.shape[0] * part.shape[2] for part in seen) == images * length
+
+
+# --- tables of what was fastest ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(gpu, monkeypatch, tmp_path: Path):
+    """`table(name, microseconds)`: the test's GPU has those times of `calls()[name]`."""
+
+    def write(name: str, microseconds: dict[str, float]) -> None:
+        op, (args, kwargs) = ops.registry()[name], calls()[name]
+        key, sizes = op.shape(op.bind(*args, **kwargs))
+        row = {"operator": op.measured_as or name, "key": key, "sizes": sizes, "us": microseconds}
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps({"capability": [9, 0], "choices": [row]}))
+        monkeypatch.setenv(tables.VARIABLE, str(path))
+        gpu((9, 0))
+
+    return write
+
+
+@pytest.mark.skipif(NO_TRITON, reason="only the reference is left")
+@pytest.mark.parametrize(
+    ("name", "times", "expected"),
+    [
+        ("linear", {"triton": 3, "cuda": 2, "library": 1}, ["library", "cuda", "triton"]),
+        ("linear", {"triton": 2, "cuda": 1}, ["cuda", "triton", "library"]),
+        ("conv2d", {"library": 1, "triton": 2}, ["library", "triton", "cuda"]),
+        ("self_attention", {"sdpa": 1, "triton": 2}, ["sdpa", "triton"]),
+        ("upsample_argmax", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
+        ("upsample_argmax_windows", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
+    ],
+)
+def test_a_table_decides(table, monkeypatch, name: str, times: dict, expected: list[str]) -> None:
+    monkeypatch.setattr(_native, "why_missing", lambda module: None)
+    table(name, times)
+    op, (args, kwargs) = ops.registry()[name], calls()[name]
+    reasons = ops.explain(name, *args, **kwargs)
+    assert [i for i in reasons if reasons[i] == "ok" and i != "reference"] == expected
+    assert reasons.auto == expected[0] == op.choose("auto", op.bind(*args, **kwargs)).name
+    assert "mine.json (VPD_FAST_TUNING): " in reasons.by
+    assert reasons.by in repr(reasons)
+
+
+@pytest.mark.skipif(NO_TRITON, reason="only the reference is left")
+def test_the_second_fastest_stands_in_for_what_cannot_run(table, monkeypatch) -> None:
+    monkeypatch.setattr(_native, "why_missing", lambda module: f"{module} is not built")
+    table("linear", {"cuda": 1, "library": 2, "triton": 3})
+    args, kwargs = calls()["linear"]
+    reasons = ops.explain("linear", *args, **kwargs)
+    assert list(reasons) == ["cuda", "library", "triton", "cpu", "reference"]
+    assert (reasons["cuda"], reasons.auto) == ("_C_cuda is not built", "library")
+
+
+def test_a_damaged_table_leaves_the_order_of_the_list(table, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_native, "why_missing", lambda module: None)
+    table("upsample_argmax", {"triton": 1, "cuda": 2})
+    (tmp_path / "mine.json").write_text("{}]")
+    args, kwargs = calls()["upsample_argmax"]
+    with pytest.warns(UserWarning, match="mine.json is no table of tuned configurations"):
+        reasons = ops.explain("upsample_argmax", *args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing more
+        assert list(ops.explain("linear", *calls()["linear"][0]))[:2] == ["cpu", "triton"]
+    assert reasons.auto == "cuda"
+    assert reasons.by.endswith("mine.json is damaged)")
+
+
+def test_a_tensor_without_a_gpu_has_no_table() -> None:
+    """As when somebody traces for a GPU that is not there."""
+    _choices.forget()
+    reasons = ops.explain("upsample_argmax", *calls()["upsample_argmax"][0])
+    assert reasons.by == "the order of the list (there is no GPU cuda:0)" or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(NO_TRITON, reason="is refused for that reason already")
+def test_what_libraries_cannot_compute(gpu, monkeypatch) -> None:
+    gpu((9, 0))
+
+    def why(name: str, *args: object, **kwargs: object) -> str:
+        return ops.explain(name, *args, **kwargs)["library"]
+
+    x, image = empty(2, 64, 32), empty(2, 8, 8, 32)
+    assert why("linear", x, weight_of(48, 32)) == "ok"
+    assert why("linear", x, weight_of(48, 64), x2=x) == "there are two sources, and nothing to be done that joins them"
+    assert why("linear", x, weight_of(48, 64), x2=x, scale=empty(64, dtype=FLOAT32)) == "ok"
+    assert why("linear", empty(2, 64, 64)[..., :32], weight_of(48, 32)) == "rows of x are not evenly spaced"
+    assert why("linear", empty(2, 64, 64)[..., :32], weight_of(48, 32), norm="layer") == "ok"
+    assert "48x36; this takes multiples of 8" in why("linear", empty(2, 64, 36), weight_of(48, 36, torch.int8))
+    assert "there are 16 rows; this takes at least 17" in why("linear", empty(1, 16, 32), weight_of(48, 32, torch.int8))
+    assert why("linear", empty(1, 17, 32), weight_of(48, 32, torch.int8)) == "ok"
+    float32 = empty(2, 64, 32, dtype=FLOAT32), weight_of(48, 32, FLOAT32)
+    assert why("linear", *float32) == "ok"
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    assert "may round factors to TF32" in why("linear", *float32)
+    how = {"kernel": (3, 3), "padding": 1}
+    assert why("conv2d", image, weight_of(48, 288), **how) == "ok"
+    assert "a convolution in torch.int8" in why("conv2d", image, weight_of(48, 288, torch.int8), **how)
+    rounded = why("conv2d", image, weight_of(48, 288), out_dtype=FLOAT32, **how)
+    assert rounded == "cuDNN's sums are rounded to torch.bfloat16, and out is torch.float32"
+    how = {"kernel": (3, 3), "padding": (0, 0, 1, 1), "stride": 2}
+    assert why("conv2d", image, weight_of(48, 288), **how) == "padding is not symmetric"
+    assert why("conv2d", image, weight_of(48, 288), silu=True, **how) == "ok"  # prepared with its padding
+    assert why("conv2d", image, weight_of(48, 32), kernel=(1, 1), padding=1) == "padding is not prepared"
+    enlarging = PackedWeight(empty(4, 48, 128), None, None, 48, 128)
+    assert why("conv2d", image, enlarging, kernel=(2, 2), upsample=True) == "the image is to be enlarged"
 
 
 # --- offsets beyond 32 bits -------------------------------------------------------------------------------------------

@@ -47,6 +47,9 @@ def test_content_of_the_wheel(tmp_path: Path) -> None:
     top = {name.partition("/")[0] for name in names}
     assert top == {"vpd_fast", f"vpd_fast-{__version__}.dist-info"}
     assert {f"vpd_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= set(names)
+    tables = {f"vpd_fast/kernels/configs/{path.name}" for path in (ROOT / "kernels" / "configs").glob("*.json")}
+    assert tables
+    assert tables <= set(names)
     assert "vpd_fast/py.typed" in names
     assert any(name.startswith("vpd_fast/_C.") and name.endswith(".so") for name in names)
     assert not any("_C_cuda" in name for name in names)

@@ -36,11 +36,12 @@ def _isa() -> str | None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, threads, instruction set, versions, commit, time."""
+    """Device, for a GPU its compute capability, threads, instruction set, versions, commit, time."""
     report = info.collect()
     versions = report["required"] | report["optional"]
     return {
         "device": device_name(device),
+        **({"capability": list(torch.cuda.get_device_capability())} if device == "cuda" else {}),
         "threads": torch.get_num_threads(),
         "isa": _isa(),
         "vpd_fast": report["vpd_fast"],

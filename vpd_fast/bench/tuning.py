@@ -1,10 +1,10 @@
-"""Measuring which configuration of every matrix product of a model is fastest on a GPU; `vpd-fast tune`."""
+"""Measuring what computes the operators of a model fastest on a GPU, and with which tiles; `vpd-fast tune`."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,22 +12,25 @@ from typing import Any
 import torch
 
 import vpd_fast
+from vpd_fast.bench import choices
 from vpd_fast.bench.environment import environment
 from vpd_fast.bench.timing import L2_FLUSH_BYTES, as_graph, seconds_on_gpu
 from vpd_fast.bench.variants import Case, ModelVariant
 from vpd_fast.config import VPDConfig
-from vpd_fast.errors import MissingDependencyError
+from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.files import write_files
+from vpd_fast.kernels import tables
+from vpd_fast.kernels.tables import Config
 from vpd_fast.models import VPD
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.ops import upsample_argmax
 from vpd_fast.ops.availability import triton_missing
 
 REPLAYS = 9
-Config = dict[str, int]
+SAVE_SECONDS = 20.0  # after which what was measured is written, also while a pass goes on
 
 
-def milliseconds(run: Callable[[], None]) -> float:
+def milliseconds(run: Callable[[], Any]) -> float:
     """Time of one call in ms, with a cold L2 cache, as a CUDA graph, so that launching it does not count."""
     replay = as_graph(run)
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -41,7 +44,7 @@ class Measurements:
     """
 
     def __init__(
-        self, known: dict[str, dict[int, Config]], processors: int, deadline: float,
+        self, known: Mapping[str, Mapping[int, Config]], processors: int, deadline: float,
         measure: Callable[[Callable[[], None]], float] = milliseconds,
     ) -> None:  # fmt: skip
         self.found: dict[Any, list[tuple[Config, float]]] = {}
@@ -62,11 +65,61 @@ class Measurements:
         for config in tuning.candidates(product, self._processors):
             try:
                 times.append((config, self._measure(lambda config=config: run(config))))
-            except Exception as error:  # too much shared memory, or not what the library can compute
+            except Exception as error:  # too much shared memory
                 if isinstance(error, torch.AcceleratorError):
                     raise
         self.found[product] = sorted(times, key=lambda pair: pair[1])
         return self.found[product][0][0]
+
+
+class TableFile:
+    """A table's file that what was measured is written to: what it had stays, unless it was measured anew."""
+
+    def __init__(self, path: Path, products: Measurements, operators: choices.ImplementationTimes, fresh: bool) -> None:
+        self._path, self._products, self._operators = path, products, operators
+        self._kept: dict[str, Any] = {} if fresh else json.loads(path.read_text(encoding="utf-8"))
+        self._saved = time.monotonic()
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        from vpd_fast.kernels import tuning
+
+        configs, found = tuning.to_rows(self._products.found), choices.to_rows(self._operators.found)
+        return {
+            **environment("cuda"),
+            "configs": _merged(self._kept.get("configs", []), configs, ("key", "rows")),
+            "choices": _merged(self._kept.get("choices", []), found, ("operator", "key", "sizes")),
+        }
+
+    def save(self) -> dict[str, Any]:
+        """Write the file and return what it holds."""
+        content = self.content()
+        write_files({self._path: lambda temporary: write_table(temporary, content)})
+        self._saved = time.monotonic()
+        return content
+
+    def save_sometimes(self) -> None:
+        """Write the file if that was long ago."""
+        if time.monotonic() > self._saved + SAVE_SECONDS:
+            self.save()
+
+
+def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps([row[name] for name in names])
+
+    return [*{key(row): row for row in (*old, *new)}.values()]
+
+
+def write_table(path: Path, content: dict[str, Any]) -> None:
+    """Write a table with a line for each row, so that differences can be read."""
+    head = {name: value for name, value in content.items() if name not in ("configs", "choices")}
+    lists = [
+        f' "{name}": [' + ",".join(f"\n  {json.dumps(row)}" for row in content[name]) + "\n ]"
+        for name in ("configs", "choices")
+    ]
+    facts = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    path.write_text("{\n" + ",\n".join([*facts, *lists]) + "\n}\n", encoding="utf-8")
 
 
 def tune(
@@ -79,40 +132,55 @@ def tune(
     again: bool,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure the products of models with random weights and write the table to `path`, after every model.
+    """Measure the operators of models with random weights and write the table to `path`, again and again.
 
-    config: of the model. seconds: after which what is not measured is left to the rule. again: measure what the table
-    has already. report: is told of progress. Returns the table. Raises MissingDependencyError without a GPU for Triton.
+    Of each operator all implementations that can compute it are measured, and of Triton's products all tiles.
+
+    config: of the model. seconds: after which what is not measured is left to the rules. again: measure what the table
+    has already; otherwise only what was taken from stored results. report: is told of progress. Returns the table.
+    Raises MissingDependencyError without a GPU for Triton, and InputError for a table of another GPU.
     """
     if not torch.cuda.is_available():
         raise MissingDependencyError("tuning measures kernels on an NVIDIA GPU, and PyTorch finds none")
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     reason = triton_missing(torch.empty(0, device=device))
     if reason is not None:
         raise MissingDependencyError(f"tuning measures Triton kernels, which cannot run: {reason}")
     from vpd_fast.kernels import tuning
     from vpd_fast.kernels.tuning import multiprocessors
 
-    known = tuning.read(path) if path.is_file() and not again else {}
-    kept = json.loads(path.read_text(encoding="utf-8"))["configs"] if known else []
-    measurements = Measurements(known, multiprocessors(device), time.monotonic() + seconds)
+    fresh = again or not path.is_file()
+    table = tables.Table(path) if fresh else tables.read(path)
+    gpu = tables.gpu_of(device)
+    if gpu is not None and not table.fits(gpu):
+        raise InputError(f"{path} was measured on {table.gpu or 'another GPU'}, not on {gpu}; give another --out")
+    deadline = time.monotonic() + seconds
+    products = Measurements(table.configs, multiprocessors(device), deadline)
+    operators = choices.ImplementationTimes(
+        choices.known_times(table), deadline, milliseconds, lambda: file.save_sometimes()
+    )
+    file = TableFile(path, products, operators, fresh)
     model = randomize(VPD(config), seed=0).eval().to(device)
-    table: dict[str, Any] = {}
     for precision in precisions:
         variant = ModelVariant(vpd_fast.optimize(model, precision), upsample_argmax, graphs=False)
         for batch in batches:
             for size in sizes:
-                start, before = time.monotonic(), len(measurements.found)
+                start, before = time.monotonic(), len(products.found) + len(operators.found)
                 variant.prepare(Case(size, batch))
-                with tuning.tuning(measurements.choose):
+                with tuning.tuning(products.choose), choices.OperatorCalls(operators.compute):
                     variant.run()
-                table = tuning.to_json(measurements.found, environment("cuda"))
-                table["configs"] = kept + table["configs"]
-                text = json.dumps(table, indent=1) + "\n"
-                write_files({path: lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")})
-                new = len(measurements.found) - before
-                report(f"{precision} {batch}x{size}x{size}: {new} products in {time.monotonic() - start:.0f} s")
+                file.save()
+                new = len(products.found) + len(operators.found) - before
+                report(f"{precision} {batch}x{size}x{size}: {new} new entries in {time.monotonic() - start:.0f} s")
         del variant
-    if measurements.left_out:
-        report(f"{measurements.left_out} products were left to the rule after {seconds:.0f} s; run it again for them")
-    return table
+    left_out = products.left_out + len(operators.left_out)
+    if left_out:
+        report(f"{left_out} entries were left to the rules after {seconds:.0f} s; run it again for them")
+    return file.content()
+
+
+def collect(path: Path, results: list[Path]) -> dict[str, Any]:
+    """Write a table from stored results, see `choices.table_of_results`, and return it."""
+    content = choices.table_of_results(results)
+    write_files({path: lambda temporary: write_table(temporary, content)})
+    return content

@@ -1,4 +1,4 @@
-"""`vpd-fast tune`: the fastest configuration of every matrix product on this machine's GPU."""
+"""`vpd-fast tune`: what computes the operators of a model fastest on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -20,17 +20,29 @@ def tune(
         list[int] | None, typer.Option(help="Side in pixels, a multiple of 64; may be repeated. [default: 512]")
     ] = None,
     task: Annotated[str, typer.Option(help="segmentation, referring or depth.")] = "segmentation",
-    seconds: Annotated[float, typer.Option(help="After which what is not measured is left to the rule.")] = 1800,
+    seconds: Annotated[float, typer.Option(help="After which what is not measured is left to the rules.")] = 1800,
     again: Annotated[bool, typer.Option("--again", help="Measure also what the table has already.")] = False,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="FILE", help="Take times from stored results, without a GPU; may be repeated."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Table to write. [default: the one that kernels read]")
+        Path | None, typer.Option(metavar="FILE", help="Table to write. [default: the one that operators read]")
     ] = None,
 ) -> None:
-    """Measure every matrix product of a fast model on this machine's GPU and write the table that kernels choose by.
+    """Measure the operators of a fast model on this machine's GPU and write the table that they choose by.
 
-    Needs no weights: they are random. Kernels read the table of their GPU that comes with vpd_fast, or the file that
-    the environment variable VPD_FAST_TUNING names.
+    Of each operator every implementation is measured (Triton, CUDA C++, PyTorch's libraries), and of Triton's products
+    every tile. Needs no weights: they are random. What was measured is kept, so another call goes on. Operators read
+    the table of their GPU that comes with vpd_fast, or the file that the environment variable VPD_FAST_TUNING names.
     """
+    if results:
+        if out is None:
+            raise InputError("--from needs --out, the table to write")
+        from vpd_fast.bench.tuning import collect
+
+        typer.echo(f"{len(collect(out, results)['choices'])} choices: {out}")
+        return
     chosen, batches, sizes = precision or ["bf16", "int8"], batch or [1, 8], size or [512]
     for name in chosen:
         if name not in PRECISIONS:
@@ -48,8 +60,8 @@ def tune(
     config = VPDConfig(task=task)
     path = out
     if path is None and torch.cuda.is_available():
-        from vpd_fast.kernels.tuning import table_path
+        from vpd_fast.kernels.tables import path_of
 
-        path = table_path(torch.device("cuda"))
+        path = path_of(torch.device("cuda"))
     table = run(path or Path("table.json"), config, chosen, batches, sizes, seconds, again, typer.echo)
-    typer.echo(f"{len(table['configs'])} products: {path}")
+    typer.echo(f"{len(table['choices'])} choices, {len(table['configs'])} tiles: {path}")

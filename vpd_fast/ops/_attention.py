@@ -13,6 +13,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.ops._attention_checks import maps_dtype
 from vpd_fast.ops._categories import Categories, categories_of, category_addresses
+from vpd_fast.ops._choices import WORDS, Shape
 from vpd_fast.ops._dispatch import WRITTEN, SymInt, never_refuses
 from vpd_fast.ops._layout import address_and_strides, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
@@ -264,6 +265,15 @@ IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[[AttentionArguments], str | None
     ("triton", _triton, triton_refuses),
     ("reference", _reference, never_refuses),
 )
+
+
+def shape_of(p: Arguments) -> Shape:
+    """Returns what decides which implementation is fastest; sizes: rows of all images, tokens."""
+    batch, queries, tokens, heads, dim = p.sizes
+    maps = ("", " maps") if p.average_heads else ("", " maps of heads")
+    wanted = getattr(p, "need_maps", True)
+    key = f"{WORDS[p.q.dtype]} {heads}x{dim}{maps[wanted]}{' of categories' if wanted and p.ids is not None else ''}"
+    return Shape(key, (batch * queries, tokens))
 
 
 def solve(run: Run, p: Arguments, out: Tensor, maps: Tensor | None) -> None:

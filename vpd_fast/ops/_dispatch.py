@@ -11,6 +11,7 @@ An operator is declared in four steps, of which `linear.py` is an example:
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.errors import InputError, brief
+from vpd_fast.ops import _choices
 from vpd_fast.ops._checks import check_impl
 
 LIBRARY = torch.library.Library("vpd_fast", "DEF")
@@ -57,11 +59,15 @@ class Op:
     """An operator `torch.ops.vpd_fast.<name>`.
 
     arguments: a frozen dataclass, see the docstring of this module. PyTorch sees its fields, and `impl` after them.
-        There are no default values (PyTorch would not hand them over); those are for the public function.
+        There are no default values (PyTorch would not hand them over); those are for the public function. The first
+        is a tensor that is on the device where the operator runs.
     implementations: in order of preference. The last is the plain PyTorch "reference": it defines what is correct.
     public: the function `vpd_fast.ops.<name>`.
     returns: as in PyTorch's operator schemas; "()" for an operator that fills its arguments.
     fake: takes the arguments and returns an empty result of the right shape, dtype and device, for tracing.
+    shape: takes the arguments; returns what decides which implementation is fastest on a GPU (`_choices.py`). Every
+        call there calls it, so it must be cheap. None: the order of the list decides.
+    measured_as: the operator whose times count; "": its own.
     """
 
     name: str
@@ -70,6 +76,8 @@ class Op:
     public: Callable[..., Any]
     returns: str = "()"
     fake: Callable[[Any], Any] = lambda _: None
+    shape: Callable[[Any], _choices.Shape] | None = None
+    measured_as: str = ""
 
     def __call__(self, arguments: Any, impl: str) -> Any:
         """Runs the operator on checked arguments; for public functions. Raises InputError if `impl` is no name."""
@@ -98,20 +106,39 @@ class Op:
         """What PyTorch calls while it traces."""
         return self.fake(self.arguments(*flat[:-1]))
 
+    @functools.cached_property
+    def by_name(self) -> dict[str, Implementation]:
+        """The implementations by name, in order of preference."""
+        return {implementation.name: implementation for implementation in self.implementations}
+
+    @functools.cached_property
+    def _by_list(self) -> _choices.Order:
+        return _choices.Order(tuple(self.by_name), _choices.BY_LIST)
+
+    def order(self, arguments: Any) -> _choices.Order:
+        """The order in which "auto" asks the implementations, and what says so: a table of times, or the list."""
+        if self.shape is None:
+            return self._by_list
+        tensor = getattr(arguments, self.arguments.__match_args__[0])
+        if not tensor.is_cuda:
+            return self._by_list
+        names = self._by_list.names
+        return _choices.order(self.measured_as or self.name, names, tensor.device, self.shape(arguments))
+
     def choose(self, impl: str, arguments: Any) -> Implementation:
         """The named implementation, or for "auto" the first that does not refuse. Raises InputError if none fits."""
         if impl == "auto":
-            for candidate in self.implementations:
+            for name in self.order(arguments).names:
+                candidate = self.by_name[name]
                 if candidate.refuse(arguments) is None:
                     return candidate
             reasons = "; ".join(f"{i.name}: {i.refuse(arguments)}" for i in self.implementations)
             raise InputError(f"no implementation of {self.name} can run here ({reasons})")
-        for candidate in self.implementations:
-            if candidate.name == impl:
-                reason = candidate.refuse(arguments)
-                if reason is not None:
-                    raise InputError(f"impl={impl!r} of {self.name} cannot run here: {reason}")
-                return candidate
+        if impl in self.by_name:
+            reason = self.by_name[impl].refuse(arguments)
+            if reason is not None:
+                raise InputError(f"impl={impl!r} of {self.name} cannot run here: {reason}")
+            return self.by_name[impl]
         names = ", ".join(repr(i.name) for i in self.implementations)
         raise InputError(f"impl must be 'auto' or an implementation of {self.name} ({names}), got {brief(impl)}")
 
@@ -173,17 +200,41 @@ def registry() -> dict[str, Op]:
     return dict(_OPS)
 
 
-def explain(name: str, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """Says for each implementation of an operator whether it would run: "ok" or the reason why not.
+class Explanation(dict[str, str]):
+    """Implementations in the order in which "auto" asks them, each with "ok" or the reason why it would not run.
 
-    name: of the operator. args, kwargs: what its public function takes (`impl` is ignored). `impl="auto"` takes the
-    first "ok". Raises InputError for an unknown operator.
+    by: what says the order, in words: the table of the GPU and its entry, or the order of the list and why no table
+    decides.
+    """
+
+    def __init__(self, reasons: dict[str, str], by: str) -> None:
+        super().__init__(reasons)
+        self.by = by
+
+    @property
+    def auto(self) -> str | None:
+        """The name of the implementation that "auto" takes, None if all refuse."""
+        return next((name for name, reason in self.items() if reason == "ok"), None)
+
+    def __repr__(self) -> str:
+        return f"<auto: {self.auto}, by {self.by}; {super().__repr__()}>"
+
+
+def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Says for each implementation of an operator whether it would run, which one "auto" takes, and what says so.
+
+    name: of the operator. args, kwargs: what its public function takes (`impl` is ignored). Returns a dict with "ok" or
+    the reason why not for each implementation, of which `impl="auto"` takes the first "ok"; its `auto` is the name of
+    that one, and its `by` tells whether a table of measurements decided, or the order of the list. Raises InputError
+    for an unknown operator.
 
         >>> vpd_fast.ops.explain("upsample_argmax", torch.zeros(1, 2, 8, 8), (16, 16))
-        {'cuda': 'logits are on cpu, not on a GPU', 'cpu': 'ok', 'triton': 'logits are on cpu, not on a GPU', ...}
+        <auto: cpu, by the order of the list; {'cuda': 'logits are on cpu, not on a GPU', 'cpu': 'ok', ...}>
     """
     if not isinstance(name, str) or name not in _OPS:
         raise InputError(f"name must be an operator of vpd_fast ({', '.join(_OPS)}), got {brief(name)}")
     kwargs.pop("impl", None)
-    arguments = _OPS[name].bind(*args, **kwargs)
-    return {i.name: i.refuse(arguments) or "ok" for i in _OPS[name].implementations}
+    op = _OPS[name]
+    arguments = op.bind(*args, **kwargs)
+    names, by = op.order(arguments)
+    return Explanation({name: op.by_name[name].refuse(arguments) or "ok" for name in names}, by)

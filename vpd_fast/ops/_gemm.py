@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.ops._checks import check, check_choice, check_not_expanded, check_places, check_tensor
+from vpd_fast.ops._choices import WORDS, Shape
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
@@ -206,6 +208,30 @@ def cuda_refuses(call: GemmArguments) -> str | None:
     return _gemm_cuda.refuse(call.x, call.x2, call.data.dtype, call.has_prologue)
 
 
+def library_refuses(call: Any) -> str | None:
+    """Why cuBLAS or cuDNN, between two Triton kernels, cannot compute a product, or None."""
+    reason = triton_refuses(call)  # whose kernels prepare the rows, and finish the sums
+    if reason is not None:
+        return reason
+    from vpd_fast.kernels import _library
+
+    return _library.refuse(call)
+
+
+def shape_of(call: GemmArguments) -> Shape:
+    """Returns what decides which implementation of a product is fastest; sizes: rows, columns of the result, of A."""
+    height, width = getattr(call, "kernel", (1, 1))
+    ends = (
+        " enlarging" if getattr(call, "upsample", False) else "",
+        "" if call.x2 is None else " sources2",
+        f" {call.activation}" if call.activation else "",
+        "" if call.residual is None else " residual",
+        "" if getattr(call, "statistics", None) is None else " statistics",
+    )
+    key = f"{WORDS[call.data.dtype]} {height}x{width}/{getattr(call, 'stride', 1)}{''.join(ends)}"
+    return Shape(key, (math.prod(call.out.shape[:-1]), call.n, call.columns))
+
+
 def operator(name: str, arguments: type, public: Callable[..., Any], cpu: Run, reference: Run, gpu: bool = True) -> Op:
     """Registers an operator that multiplies by a packed weight. gpu: `kernels/<name>.py` computes it on GPUs."""
 
@@ -219,13 +245,13 @@ def operator(name: str, arguments: type, public: Callable[..., Any], cpu: Run, r
             importlib.import_module(f"vpd_fast.kernels.{name}").forward(dense, backend)
             call.keep(dense.out)
 
-    on_gpu = ("triton", triton_refuses), ("cuda", cuda_refuses)
+    on_gpu = ("triton", triton_refuses), ("cuda", cuda_refuses), ("library", library_refuses)
     implementations = (
         Implementation("cpu", run_cpu, cpu_refuses),
         *(Implementation(backend, partial(run_gpu, backend=backend), refuse) for backend, refuse in on_gpu if gpu),
         Implementation("reference", reference),
     )
-    return register(Op(name, arguments, implementations, public))
+    return register(Op(name, arguments, implementations, public, shape=shape_of if gpu else None))
 
 
 def native_arguments(call: GemmArguments) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from vpd_fast.ops._attention import (
     CrossAttentionMapsIntoArguments,
     Run,
     autocast_enabled,
+    shape_of,
     solve,
 )
 from vpd_fast.ops._attention_checks import (
@@ -194,6 +195,7 @@ CROSS_ATTENTION_MAPS = register(
         public=cross_attention_maps,
         returns="(Tensor, Tensor)",
         fake=_fake,
+        shape=shape_of,
         implementations=tuple(Implementation(name, _functional(run), refuse) for name, run, refuse in IMPLEMENTATIONS),
     )
 )
@@ -205,6 +207,8 @@ CROSS_ATTENTION_MAPS_INTO = register(
         public=cross_attention_maps_into,
         returns="Tensor",
         fake=_fake_into,
+        shape=shape_of,
+        measured_as="cross_attention_maps",
         implementations=tuple(Implementation(name, _into(run), refuse) for name, run, refuse in IMPLEMENTATIONS),
     )
 )

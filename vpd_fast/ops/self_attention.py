@@ -21,6 +21,7 @@ from vpd_fast import _native
 from vpd_fast.ops._attention import AttentionArguments, no_autocast, split_heads, triton_refuses
 from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
 from vpd_fast.ops._checks import check, check_no_gradients, check_not_expanded, check_tensor
+from vpd_fast.ops._choices import WORDS, Shape
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, register
 from vpd_fast.ops._layout import leading_strides
 from vpd_fast.ops.availability import triton_missing
@@ -169,11 +170,18 @@ def _sdpa(call: SelfAttentionArguments) -> None:
         out.copy_(result[..., :dim].transpose(1, 2).reshape(out.shape))
 
 
+def _shape_of(call: SelfAttentionArguments) -> Shape:
+    """Returns what decides which implementation is fastest; sizes: queries of all images and heads, keys."""
+    batch, queries, keys, heads, dim = call.sizes
+    return Shape(f"{WORDS[call.q.dtype]} {dim}", (batch * heads * queries, keys))
+
+
 SELF_ATTENTION = register(
     Op(
         "self_attention",
         SelfAttentionArguments,
         public=self_attention,
+        shape=_shape_of,
         implementations=(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),

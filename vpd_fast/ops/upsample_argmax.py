@@ -1,8 +1,8 @@
 """Argmax over channels of bilinearly resized logits, without the resized logits.
 
 The two operators differ only in their weights (see `resampling.py`): `upsample_argmax` resizes one map, and
-`upsample_argmax_windows` merges the maps of a sliding window and resizes the result. On a GPU the CUDA C++ kernel comes
-first, because it starts without compiling; the Triton kernel serves installations without it, and any number of taps.
+`upsample_argmax_windows` merges the maps of a sliding window and resizes the result. On a GPU without times the CUDA
+C++ kernel comes first, because it starts without compiling; the Triton kernel takes any number of taps.
 
 Values that are not finite: NaN wins over every number and the first NaN over later ones, as in torch.argmax. A logit
 whose weight is zero has no influence; `interpolate` makes a NaN of it if it is infinite.
@@ -20,6 +20,7 @@ import torch
 from vpd_fast import _native
 from vpd_fast.errors import InputError, brief
 from vpd_fast.ops._checks import MAX_SIDE, check_flag, check_size, check_tensor, is_int
+from vpd_fast.ops._choices import WORDS, Shape
 from vpd_fast.ops._dispatch import Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import dtype_name
 from vpd_fast.ops.availability import triton_missing
@@ -263,6 +264,13 @@ def _fake(call: Arguments) -> torch.Tensor:
     return call.logits.new_empty((call.logits.shape[0], *call.size), dtype=torch.int64)
 
 
+def _shape_of(call: Arguments) -> Shape:
+    """Returns what decides which implementation is fastest; sizes: channels, pixels of all images."""
+    logits, rows, columns = problem = call.problem
+    pixels = logits.shape[0] * (len(rows.offsets) - 1) * (len(columns.offsets) - 1)
+    return Shape(f"{WORDS[logits.dtype]} taps{problem.max_taps}", (logits.shape[3], pixels))
+
+
 IMPLEMENTATIONS = (
     Implementation("cuda", _cuda, _cuda_refuses),
     Implementation("cpu", _cpu, _cpu_refuses),
@@ -270,7 +278,18 @@ IMPLEMENTATIONS = (
     Implementation("reference", _reference),
 )
 UPSAMPLE_ARGMAX, UPSAMPLE_ARGMAX_WINDOWS = (
-    register(Op(f.__name__, arguments, public=f, returns="Tensor", fake=_fake, implementations=IMPLEMENTATIONS))
+    register(
+        Op(
+            f.__name__,
+            arguments,
+            public=f,
+            returns="Tensor",
+            fake=_fake,
+            shape=_shape_of,
+            measured_as="upsample_argmax",
+            implementations=IMPLEMENTATIONS,
+        )
+    )
     for f, arguments in (
         (upsample_argmax, UpsampleArgmaxArguments),
         (upsample_argmax_windows, UpsampleArgmaxWindowsArguments),
