@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from pathlib import Path
@@ -13,9 +12,11 @@ import torch
 from vpd_fast import ops
 from vpd_fast.bench import choices, tuning
 from vpd_fast.bench.choices import ImplementationTimes, OperatorCalls
+from vpd_fast.bench.variants import Case
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError
 from vpd_fast.kernels import tables
+from vpd_fast.ops.packing import PackedWeight
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "benchmarks" / "results" / "nvidia-h200" / "implementations.json"
@@ -43,7 +44,7 @@ def measuring(seconds: float = 60.0, known: dict | None = None, **microseconds: 
 @pytest.fixture(autouse=True)
 def _no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that "cpu" and "sdpa" are the candidates."""
-    monkeypatch.setattr(importlib.import_module("vpd_fast.ops.self_attention"), "triton_missing", lambda *_: "not here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 KEY = ("self_attention", "fp32 4", (32, 16))
@@ -95,6 +96,7 @@ def test_what_is_known_or_too_late_is_not_measured() -> None:
 
 def test_tables_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later run keeps what the file has, and replaces what it measured itself."""
+    pytest.importorskip("triton")
     monkeypatch.setattr(tuning, "environment", lambda device: {"device": "NVIDIA H200", "capability": [9, 0]})
     path, other = tmp_path / "t.json", ("linear", "int8 1x1/1", (64, 32, 32))
 
@@ -109,6 +111,55 @@ def test_tables_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert choices.known_times(merged) == {KEY: {"sdpa": 2.0, "cpu": 3.0}, other: {"cuda": 1.0}}
     assert (merged.gpu, merged.capability) == ("NVIDIA H200", (9, 0))
     assert choices.known_times(write({other: {"cuda": 1.0}}, True)).keys() == {other}
+
+
+class Pass:
+    """A pass of a model that calls two operators, one of them twice."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.weight = PackedWeight.pack(torch.randn(1, 8, 8), torch.float32)
+
+    def prepare(self, case: Case) -> None:
+        self.x = torch.zeros(case.batch, 16, 8)
+
+    def run(self) -> None:
+        out = ops.linear(self.x, self.weight)
+        ops.linear(self.x, self.weight, out=out)
+        ops.self_attention(out, out, out, 2)
+
+
+@pytest.mark.parametrize("behind", [1.4, 1.6])
+def test_implementations_are_measured_before_tiles(tmp_path: Path, monkeypatch, behind: float) -> None:
+    """And tiles only where Triton's product is nearly the fastest; Triton's is made up here."""
+    kernel_tuning = pytest.importorskip("vpd_fast.kernels.tuning")
+    monkeypatch.setattr(tuning, "environment", lambda device: {"device": "a GPU", "capability": [9, 0]})
+    monkeypatch.setattr(tuning.vpd_fast, "optimize", lambda model, precision: None)
+    monkeypatch.setattr(tuning, "ModelVariant", Pass)
+    monkeypatch.setattr(kernel_tuning, "to_rows", lambda found: [])
+    linear = ops.registry()["linear"].by_name
+    tiles, ran = tuning.Measurements({}, 132, 0.0), []
+
+    def run_triton(arguments: object) -> None:
+        ran.append("tiles" if kernel_tuning._tuning.measurer else "triton")
+        if ran[-1] == "tiles":
+            tiles.found["tile"] = []
+        linear["cpu"].run(arguments)
+
+    monkeypatch.setitem(linear["triton"].__dict__, "refuse", lambda _: None)
+    monkeypatch.setitem(linear["triton"].__dict__, "run", run_triton)
+    clock = iter([1.0, behind, 2.0, 3.0, 0.5])  # linear by cpu and triton, attention by cpu and sdpa, triton again
+    operators = ImplementationTimes({}, time.monotonic() + 60, lambda call: (call(), next(clock) / 1e3)[1])
+    file, lines = tuning.TableFile(tmp_path / "t.json", tiles, operators, True), []
+    tuning.measure_models(file, None, ["fp32"], [Case(64)], lines.append)
+    table = tables.read(tmp_path / "t.json")
+    assert ran == ["triton", "triton", *([] if behind > 1.5 else ["tiles", "tiles", "triton", "triton"])]
+    assert choices.known_times(table) == {
+        ("linear", "fp32 1x1/1", (16, 8, 8)): {"cpu": 1.0, "triton": behind if behind > 1.5 else 0.5},
+        KEY: {"cpu": 2.0, "sdpa": 3.0},
+    }
+    assert lines[0].startswith("implementations, fp32 1x3x64x64: 2 new entries in ")
+    assert lines[1].startswith(f"tiles, fp32 1x3x64x64: {int(behind < 1.5)} new entries in ")
+    assert not operators.left_out
 
 
 # --- from stored results ----------------------------------------------------------------------------------------------

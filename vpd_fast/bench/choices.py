@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from vpd_fast.bench.parity import make_images
 from vpd_fast.errors import InputError
 from vpd_fast.kernels import _library, tables
 from vpd_fast.kernels._gemm_cuda import alignment_refuses
-from vpd_fast.ops._dispatch import Op
+from vpd_fast.ops._dispatch import Implementation, Op
 
 Key = tuple[str, str, tuple[int, ...]]  # operator, key and sizes of `_choices.Shape`
 Microseconds = dict[str, float]
 Handler = Callable[[Op, Any], Any]
 PRODUCTS = ("linear", "conv2d")
+MAX_BEHIND = 1.5  # times of the fastest that Triton's product may take for its tiles to be measured
 
 
 def key_of(op: Op, arguments: Any) -> Key:
@@ -65,39 +67,78 @@ class ImplementationTimes:
     ) -> None:  # fmt: skip
         self.found: dict[Key, Microseconds] = {}
         self.left_out: set[Key] = set()
+        self._improved: set[Key] = set()
         self._known, self._deadline, self._measure, self._after = known, deadline, measure, after
 
     def compute(self, op: Op, arguments: Any) -> Any:
         """The result, by the fastest implementation, once all that can compute it have been measured."""
         candidates = [i for i in op.implementations[:-1] if i.refuse(arguments) is None]
         key = key_of(op, arguments)
-        times = self.found.get(key) or self._known.get(key)
-        if times is None and len(candidates) > 1:
+        if not self.times(op, arguments) and len(candidates) > 1:
+            if time.monotonic() > self._deadline:
+                self.left_out.add(key)
+            elif times := self._times(op, arguments):
+                self.found[key] = times
+                self._after()
+        return self.fastest(op, arguments).run(arguments)
+
+    def times(self, op: Op, arguments: Any) -> Microseconds:
+        """What is known of a call, {} if that is nothing."""
+        key = key_of(op, arguments)
+        return self.found.get(key) or self._known.get(key) or {}
+
+    def fastest(self, op: Op, arguments: Any) -> Implementation:
+        """The implementation that was fastest, or the first of the list."""
+        candidates = [i for i in op.implementations if i.refuse(arguments) is None]
+        times = self.times(op, arguments)
+        return min(candidates, key=lambda i: times.get(i.name, float("inf")))
+
+    def improve(self, op: Op, arguments: Any, tiles: Callable[[], AbstractContextManager], measured: Sized) -> Any:
+        """The result, once Triton's product has the best tiles, and was measured again if these are new.
+
+        tiles: makes the context in which tiles are measured and chosen. measured: grows by those that are measured.
+        Where Triton's product took more than MAX_BEHIND times as long as another implementation, none are: no tile
+        would make it the fastest.
+        """
+        key, times, triton = key_of(op, arguments), self.times(op, arguments), op.by_name.get("triton")
+        worthwhile = not times or times.get("triton", float("inf")) <= MAX_BEHIND * min(times.values())
+        if op.name in PRODUCTS and triton and worthwhile and key not in self._improved and not triton.refuse(arguments):
             if time.monotonic() > self._deadline:
                 self.left_out.add(key)
             else:
-                times = self.found[key] = self._times(op, arguments)
+                self._improved.add(key)
+                before = len(measured)
+                with _restored(op, arguments), tiles():
+                    triton.run(arguments)
+                    if times and len(measured) > before:
+                        self.found[key] = {**times, "triton": 1e3 * self._measure(lambda: triton.run(arguments))}
                 self._after()
-        fastest = sorted(candidates, key=lambda i: (times or {}).get(i.name, float("inf")))
-        return (fastest or op.implementations[-1:])[0].run(arguments)
+        return self.fastest(op, arguments).run(arguments)
 
     def _times(self, op: Op, arguments: Any) -> Microseconds:
-        schema = getattr(torch.ops.vpd_fast, op.name).default._schema
-        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        kept = {name: t.clone() for name in written if (t := getattr(arguments, name)) is not None}
         times: Microseconds = {}
-        for candidate in op.implementations[:-1]:
-            if candidate.refuse(arguments) is not None:
-                continue
-            try:
-                candidate.run(arguments)  # compiles it, and measures its tiles
-                times[candidate.name] = 1e3 * self._measure(lambda run=candidate.run: run(arguments))
-            except Exception as error:  # what a library cannot compute, or not in a CUDA graph
-                if isinstance(error, torch.AcceleratorError):
-                    raise
-        for name, before in kept.items():  # which may be an input, too
-            getattr(arguments, name).copy_(before)
+        with _restored(op, arguments):
+            for candidate in op.implementations[:-1]:
+                if candidate.refuse(arguments) is not None:
+                    continue
+                try:
+                    candidate.run(arguments)  # compiles it
+                    times[candidate.name] = 1e3 * self._measure(lambda run=candidate.run: run(arguments))
+                except Exception as error:  # what a library cannot compute, or not in a CUDA graph
+                    if isinstance(error, torch.AcceleratorError):
+                        raise
         return times
+
+
+@contextmanager
+def _restored(op: Op, arguments: Any) -> Iterator[None]:
+    """What is written in the context, and may be an input, too, is afterwards as it was."""
+    schema = getattr(torch.ops.vpd_fast, op.name).default._schema
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    kept = [(t, t.clone()) for name in written if (t := getattr(arguments, name)) is not None]
+    yield
+    for tensor, before in kept:
+        tensor.copy_(before)
 
 
 def to_rows(times: dict[Key, Microseconds], sources: dict[Key, str] | None = None) -> list[dict[str, Any]]:

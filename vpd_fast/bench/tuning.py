@@ -68,6 +68,8 @@ class Measurements:
             except Exception as error:  # too much shared memory
                 if isinstance(error, torch.AcceleratorError):
                     raise
+        if not times:
+            return tuning.by_rule(product, self._processors)
         self.found[product] = sorted(times, key=lambda pair: pair[1])
         return self.found[product][0][0]
 
@@ -76,7 +78,7 @@ class TableFile:
     """A table's file that what was measured is written to: what it had stays, unless it was measured anew."""
 
     def __init__(self, path: Path, products: Measurements, operators: choices.ImplementationTimes, fresh: bool) -> None:
-        self._path, self._products, self._operators = path, products, operators
+        self._path, self.products, self.operators = path, products, operators
         self._kept: dict[str, Any] = {} if fresh else json.loads(path.read_text(encoding="utf-8"))
         self._saved = time.monotonic()
 
@@ -84,7 +86,7 @@ class TableFile:
         """What the file holds."""
         from vpd_fast.kernels import tuning
 
-        configs, found = tuning.to_rows(self._products.found), choices.to_rows(self._operators.found)
+        configs, found = tuning.to_rows(self.products.found), choices.to_rows(self.operators.found)
         return {
             **environment("cuda"),
             "configs": _merged(self._kept.get("configs", []), configs, ("key", "rows")),
@@ -134,7 +136,8 @@ def tune(
 ) -> dict[str, Any]:
     """Measure the operators of models with random weights and write the table to `path`, again and again.
 
-    Of each operator all implementations that can compute it are measured, and of Triton's products all tiles.
+    Of each operator all implementations that can compute it are measured, then the tiles of those products of Triton's
+    that were nearly the fastest.
 
     config: of the model. seconds: after which what is not measured is left to the rules. again: measure what the table
     has already; otherwise only what was taken from stored results. report: is told of progress. Returns the table.
@@ -146,7 +149,6 @@ def tune(
     reason = triton_missing(torch.empty(0, device=device))
     if reason is not None:
         raise MissingDependencyError(f"tuning measures Triton kernels, which cannot run: {reason}")
-    from vpd_fast.kernels import tuning
     from vpd_fast.kernels.tuning import multiprocessors
 
     fresh = again or not path.is_file()
@@ -161,22 +163,36 @@ def tune(
     )
     file = TableFile(path, products, operators, fresh)
     model = randomize(VPD(config), seed=0).eval().to(device)
-    for precision in precisions:
-        variant = ModelVariant(vpd_fast.optimize(model, precision), upsample_argmax, graphs=False)
-        for batch in batches:
-            for size in sizes:
-                start, before = time.monotonic(), len(products.found) + len(operators.found)
-                variant.prepare(Case(size, batch))
-                with tuning.tuning(products.choose), choices.OperatorCalls(operators.compute):
-                    variant.run()
-                file.save()
-                new = len(products.found) + len(operators.found) - before
-                report(f"{precision} {batch}x{size}x{size}: {new} new entries in {time.monotonic() - start:.0f} s")
-        del variant
+    measure_models(file, model, precisions, [Case(size, batch) for batch in batches for size in sizes], report)
     left_out = products.left_out + len(operators.left_out)
     if left_out:
         report(f"{left_out} entries were left to the rules after {seconds:.0f} s; run it again for them")
     return file.content()
+
+
+def measure_models(
+    file: TableFile, model: VPD, precisions: list[str], cases: list[Case], report: Callable[[str], None]
+) -> None:
+    """Measure what passes of fast models call, implementations of all of them first, then tiles; write the file."""
+    from vpd_fast.kernels import tuning
+
+    products, operators = file.products, file.operators
+
+    def improve(op: Any, arguments: Any) -> Any:
+        return operators.improve(op, arguments, lambda: tuning.tuning(products.choose), products.found)
+
+    for what, handle in (("implementations", operators.compute), ("tiles", improve)):
+        for precision in precisions:
+            variant = ModelVariant(vpd_fast.optimize(model, precision), upsample_argmax, graphs=False)
+            for case in cases:
+                start, before = time.monotonic(), len(products.found) + len(operators.found)
+                variant.prepare(case)
+                with choices.OperatorCalls(handle):
+                    variant.run()
+                file.save()
+                new = len(products.found) + len(operators.found) - before
+                report(f"{what}, {precision} {case}: {new} new entries in {time.monotonic() - start:.0f} s")
+            del variant
 
 
 def collect(path: Path, results: list[Path]) -> dict[str, Any]:

@@ -32,9 +32,10 @@ def tune(
 ) -> None:
     """Measure the operators of a fast model on this machine's GPU and write the table that they choose by.
 
-    Of each operator every implementation is measured (Triton, CUDA C++, PyTorch's libraries), and of Triton's products
-    every tile. Needs no weights: they are random. What was measured is kept, so another call goes on. Operators read
-    the table of their GPU that comes with vpd_fast, or the file that the environment variable VPD_FAST_TUNING names.
+    Of each operator every implementation is measured (Triton, CUDA C++, PyTorch's libraries), then the tiles of
+    Triton's products where those are nearly the fastest. Needs no weights: they are random. What was measured is kept,
+    so another call goes on. Operators read the table of their GPU that comes with vpd_fast, or the file that the
+    environment variable VPD_FAST_TUNING names.
     """
     if results:
         if out is None:
