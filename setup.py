@@ -1,8 +1,10 @@
 """Builds the native modules with CMake; everything else about the package is in pyproject.toml.
 
-Neither PyTorch, nor a GPU, nor the network is needed. Environment:
+Neither PyTorch, nor a GPU, nor the network is needed, but for VPD_FAST_KERNELS. Environment:
 
     VPD_FAST_CUDA=AUTO|ON|OFF   build vpd_fast._C_cuda when nvcc is found (AUTO, default), always (ON) or never (OFF)
+    VPD_FAST_KERNELS=OFF|ON     compile Triton's kernels into the package (default: OFF): vpd-fast compile-kernels,
+                                which takes minutes and needs --no-build-isolation, PyTorch and Triton
     CMAKE_ARGS                  further arguments for CMake's configure step, such as those of .ci/sanitize
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -30,13 +33,29 @@ def find_nvcc() -> str | None:
 
 def cuda_compiler() -> str | None:
     """Path of nvcc if the CUDA module is to be built, None if not; VPD_FAST_CUDA decides."""
-    mode = os.environ.get("VPD_FAST_CUDA", "AUTO").upper()
-    if mode not in ("AUTO", "ON", "OFF"):
-        sys.exit(f"VPD_FAST_CUDA={mode!r} is not one of AUTO, ON, OFF")
+    mode = switch("VPD_FAST_CUDA", "AUTO", "AUTO", "ON", "OFF")
     nvcc = None if mode == "OFF" else find_nvcc()
     if mode == "ON" and nvcc is None:
         sys.exit("VPD_FAST_CUDA=ON, but nvcc was not found: put it on PATH or set CUDACXX or CUDA_HOME")
     return nvcc
+
+
+def switch(variable: str, default: str, *values: str) -> str:
+    """The value of an environment variable, one of several."""
+    value = os.environ.get(variable, default).upper()
+    if value not in values:
+        sys.exit(f"{variable}={value!r} is not one of {', '.join(values)}")
+    return value
+
+
+class KernelBuild(build_py):
+    """Triton's kernels are compiled before the package's files are gathered, if that is wanted."""
+
+    def run(self) -> None:
+        if switch("VPD_FAST_KERNELS", "OFF", "OFF", "ON") == "ON":
+            command = [sys.executable, "-m", "vpd_fast", "compile-kernels"]
+            subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -90,8 +109,8 @@ setup(
     packages=[*find_packages(include=["vpd_fast", "vpd_fast.*"]), "vpd_fast.kernels"],
     package_data={
         "vpd_fast": ["py.typed", "**/*.json", "**/*.yaml", "assets/**/*.safetensors", "assets/**/*.txt"],
-        "vpd_fast.kernels": ["configs/*.json"],
+        "vpd_fast.kernels": ["configs/*.json", "cubins.zip"],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": KernelBuild},
 )

@@ -24,14 +24,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from vpd_fast.bench.compilation import compile_key
 from vpd_fast.bench.timing import table
 from vpd_fast.kernels import (
-    _gemm,
-    _prologue,
-    _statistics,
     conv2d,
     cross_attention_maps,
     cross_attention_maps_backward,
@@ -40,30 +36,15 @@ from vpd_fast.kernels import (
     self_attention,
     upsample_argmax,
 )
+from vpd_fast.kernels.recording import recording
+from vpd_fast.kernels.specialization import specialize
 from vpd_fast.ops import PackedWeight, Statistics, registry
 from vpd_fast.ops.statistics import run_length, statistics_shape
 
 HEADS = 8
-CAPABILITIES = (80, 90)
+ARCHITECTURES = ("sm_80", "sm_90")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.int8: "*i8",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}
-OPTIONS = ("num_warps", "num_stages")
-
 LAUNCHES: list[tuple[Any, dict[str, Any]]] = []  # kernels and arguments, recorded instead of run
-RECORDED = (
-    *(_gemm, _prologue, _statistics, cross_attention_maps, cross_attention_maps_backward, group_norm_affine),
-    *(self_attention, upsample_argmax),
-)
-for _module in RECORDED:
-    _module.launch = lambda kernel, grid, on, **arguments: LAUNCHES.append((kernel, arguments))
 
 
 def shapes() -> Iterator[tuple[torch.dtype, int, int, int, int | None]]:
@@ -173,33 +154,9 @@ def launch_attention(dtype: torch.dtype, rows: int, dim: int, tokens: int, count
     cross_attention_maps_backward.backward(q, maps, q, k, k, q, k, k, **options)
 
 
-def source(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
-    """Signature, constants and attributes, specialised as Triton does at a launch."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
-    return signature, constants, attributes
-
-
-def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[str, Any]:
+def resources(kernel: Any, arguments: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Compiles one kernel; a row of the table."""
-    compiled = triton.compile(
-        ASTSource(kernel, *source(kernel, arguments)),
-        target=GPUTarget("cuda", capability, 32),
-        options={name: arguments[name] for name in OPTIONS if name in arguments},
-    )
+    compiled = compile_key(specialize(kernel, arguments)[0], architecture)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "out.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -211,16 +168,17 @@ def resources(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[s
     tile = [arguments[name] for name in ("BM", "BN", "BK") if name in arguments]
     options = [n for n in ("NORM", "SILU", "MASKED") if arguments.get(n)]
     options += [str(arguments[n]) for n in ("ROUND", "ACTIVATION") if arguments.get(n)]
+    options += ["splits"] if arguments.get("partial") is not None and "KH" in arguments else []
     options += [f"taps {arguments['TAPS'] or 'counted'}"] if "TAPS" in arguments else []
     return {
         "kernel": kernel.__name__,
-        "architecture": f"sm_{capability}",
+        "architecture": architecture,
         "dtype": "" if operand is None else str(operand.dtype).removeprefix("torch."),
         "head_dim": arguments.get("D", ""),
         "tokens": f"{arguments['L0']}+{arguments['L1']}" if "L0" in arguments else arguments.get("L_BLOCK", ""),
         "rows": arguments.get("ROWS", ""),
         "tile": "x".join(map(str, tile)),
-        "options": " ".join([*options, *([f"splits {arguments['SPLITS']}"] if arguments.get("SPLITS", 1) > 1 else [])]),
+        "options": " ".join(options),
         "categories": arguments.get("C_BLOCK") or "",
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared_bytes": compiled.metadata.shared,
@@ -234,7 +192,7 @@ def first_operand(arguments: dict[str, Any]) -> torch.Tensor | None:
     return next((arguments[name] for name in ("q", "a", "x", "probabilities", "logits") if name in arguments), None)
 
 
-_JOBS: list[tuple[Any, dict[str, Any], int]] = []
+_JOBS: list[tuple[Any, dict[str, Any], str]] = []
 
 
 def _resources_of_job(i: int) -> dict[str, Any]:
@@ -243,11 +201,12 @@ def _resources_of_job(i: int) -> dict[str, Any]:
 
 def main() -> int:
     """Prints the table. Returns the exit code."""
-    for shape in shapes():
-        launch_attention(*shape)
-    launch_one_head()
-    launch_layers()
-    launch_labels()
+    with recording(lambda kernel, _, arguments: LAUNCHES.append((kernel, arguments))):
+        for shape in shapes():
+            launch_attention(*shape)
+        launch_one_head()
+        launch_layers()
+        launch_labels()
     different = {}
     for kernel, arguments in LAUNCHES:
         constants = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr]
@@ -257,10 +216,10 @@ def main() -> int:
         different.setdefault((kernel.__name__, dtype, aligned, *missing, *constants), (kernel, arguments))
     # Forked, because kernels cannot be sent to another process; a child knows its jobs by their numbers.
     _JOBS.extend(
-        (*launch, capability)
+        (*launch, architecture)
         for launch in different.values()
-        for capability in CAPABILITIES
-        if capability >= 90 or torch.float8_e4m3fn not in {getattr(x, "dtype", None) for x in launch[1].values()}
+        for architecture in ARCHITECTURES
+        if architecture != "sm_80" or torch.float8_e4m3fn not in {getattr(x, "dtype", None) for x in launch[1].values()}
     )
     with multiprocessing.get_context("fork").Pool() as pool:
         rows = pool.map(_resources_of_job, range(len(_JOBS)), chunksize=1)

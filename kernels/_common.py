@@ -11,12 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from vpd_fast.kernels import cubins, recording
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on the CPU, for tests
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Number of SMs of a GPU; 132, those of an H200, under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """Number of SMs of a GPU; elsewhere that of `recording.recording`, or of an H200."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return recording.state.processors
 
 
 def image_arguments(name: str, x: torch.Tensor | None, short: str | None = None) -> dict[str, Any]:
@@ -37,9 +41,19 @@ def device_refuses(x: torch.Tensor, name: str = "x") -> str | None:
 
 
 def launch(kernel: Callable[..., Any], grid: tuple[int, ...], on: torch.Tensor, **arguments: Any) -> None:
-    """Runs a kernel on the device of the tensor `on`, which need not be the current one, on its current stream."""
-    guard = torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext()
-    with guard:
+    """Runs a kernel on the device of the tensor `on`, which need not be the current one, on its current stream.
+
+    That is the kernel that was compiled ahead of time, if there is one, or what Triton compiles now.
+    """
+    if recording.state.record is not None:
+        recording.state.record(kernel, grid, arguments)
+        return
+    table = cubins.table_for(on.device) if on.is_cuda and not INTERPRETED.value else None
+    if table is not None:
+        stream = torch.cuda.current_stream(on.device).cuda_stream
+        if table.launch(kernel, grid, arguments, on.get_device(), stream):
+            return
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
         kernel[grid](**arguments)
 
 

@@ -19,6 +19,11 @@ from vpd_fast.kernels._library import library_sums
 from vpd_fast.kernels._prologue import Geometry, Rows
 from vpd_fast.kernels._statistics import PLANES, partial, store_planes
 
+# What kernels are not compiled anew for, as machine code would hardly gain: integers that change with the number of
+# images or between few values, and whether sizes are multiples of 16.
+VARYING = ("total_rows", "stride", "top", "left")
+SIZES = ("height", "width", "out_height", "out_width", "rows_per_scale")
+
 
 @triton.jit
 def _add_source(
@@ -129,15 +134,15 @@ def _store_statistics(
     store_planes(places, inside, channels, mean, rest, deviations, tl.min(values, 1), tl.max(values, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SIZES)
 def _gemm_kernel(
     a, a_b, a_y, a_x, a_channels, a2, a2_b, a2_y, a2_x, a2_channels, height, width, stride, top, left,
     weight, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, weight_sums,
     bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, partial,
     KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, RUN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result (axis 0), or one part of its sums (axis 1), which goes to partial (SPLITS, rows, N)."""
+    """One tile of the result (axis 0), or one part of its sums (axis 1), which goes to partial (parts, rows, N)."""
     across = tl.cdiv(N, BN)
     down = tl.cdiv(total_rows, BM)
     # GROUP tiles of rows take turns, so that a part of the weight is used again while it is in the cache.
@@ -156,7 +161,9 @@ def _gemm_kernel(
     acc = tl.zeros((BM, BN), tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32)
     steps = KH * KW * tl.cdiv(a_channels, BK)
     steps2 = KH * KW * tl.cdiv(a2_channels, BK)
-    share = tl.cdiv(steps + steps2, SPLITS)
+    share = steps + steps2
+    if partial is not None:
+        share = tl.cdiv(share, tl.num_programs(1))
     begin = tl.program_id(1) * share
     end = begin + share
     acc = _add_source(
@@ -169,7 +176,7 @@ def _gemm_kernel(
             acc, a2, a2_b, a2_y, a2_x, height, width, a2_channels, a_channels, channels, weight, k_total,
             b, y, x, valid, columns, in_n, begin, end, KW, BK, MASKED,
         )  # fmt: skip
-    if SPLITS > 1:
+    if partial is not None:
         places = partial + ((tl.program_id(1).to(tl.int64) * total_rows + rows) * N)[:, None] + columns[None, :]
         tl.store(places, acc, mask=valid[:, None] & in_n[None, :])
     else:
@@ -180,11 +187,11 @@ def _gemm_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts", *VARYING), do_not_specialize_on_alignment=SIZES)
 def _merge_kernel(
-    partial, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, weight_sums,
-    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
-    ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    partial, parts, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
+    weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+    ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of the sums of one tile and finishes it."""
     across = tl.cdiv(N, BN)
@@ -195,7 +202,7 @@ def _merge_kernel(
     places = partial + (rows * N)[:, None] + columns[None, :]
     acc = tl.load(places, mask=inside, other=0)
     acc = acc if acc.dtype == tl.int32 else acc.to(tl.float32)
-    for i in range(1, SPLITS):
+    for i in range(1, parts):
         acc += tl.load(places + tl.cast(i, tl.int64) * total_rows * N, mask=inside, other=0)
     _epilogue(
         acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
@@ -290,16 +297,17 @@ def _triton_gemm(
             fused_statistics = {"statistics": statistics, "statistics_b": statistics.stride(0), "RUN": run}
         if config is None:
             parts = library_sums(a, geometry, weight)
-            _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics, SPLITS=1)
+            _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics)
         else:
+            tile = {name: value for name, value in config.items() if name != "SPLITS"}
             splits = config["SPLITS"]
             dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
             parts = torch.empty(splits, total_rows, n, dtype=dtype, device=a.device) if splits > 1 else None
             tiles = triton.cdiv(total_rows, config["BM"]) * triton.cdiv(n, config["BN"])
-            arguments = {**image, **epilogue_arguments, **fused_statistics, **config}
+            arguments = {**image, **epilogue_arguments, **fused_statistics, **tile}
             launch(_gemm_kernel, (tiles, splits), a, **arguments, weight=weight, partial=parts)
             if parts is not None:
-                _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics, SPLITS=splits)
+                _merge(parts, total_rows, n, **epilogue_arguments, **fused_statistics)
         if epilogue.statistics is not None and not fused:
             partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
 
@@ -310,4 +318,4 @@ def _merge(parts: torch.Tensor, rows: int, n: int, **arguments: Any) -> None:
     bm = max(16, arguments["RUN"])
     tile = {"BM": bm, "BN": max(32, 1024 // bm), "num_warps": 4}
     tiles = triton.cdiv(rows, tile["BM"]) * triton.cdiv(n, tile["BN"])
-    launch(_merge_kernel, (tiles,), parts, partial=parts, **arguments, **tile)
+    launch(_merge_kernel, (tiles,), parts, partial=parts, parts=len(parts), **arguments, **tile)

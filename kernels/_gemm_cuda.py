@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpd_fast import _native
 from vpd_fast.errors import InputError
+from vpd_fast.kernels import recording
 
 if TYPE_CHECKING:
     from vpd_fast.kernels._gemm import Epilogue
@@ -59,6 +60,8 @@ def aligned(x: Tensor | None) -> Tensor | None:
 
 def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue", out: Tensor) -> None:
     """As `vpd_fast.kernels._gemm.gemm`, but for statistics. Raises InputError for what the kernels cannot compute."""
+    if recording.state.record is not None:
+        return
     a, residual, bias = rows.a, epilogue.residual, epilogue.bias
     sources, weight = [aligned(t) for t in (a, rows.a2) if t is not None], aligned(weight[None, None])[0, 0]
     positions = a.shape[0] * geometry.out_height * geometry.out_width

@@ -72,7 +72,10 @@ def _range_of_image(ranges, parts, PARTS: tl.constexpr):
     return tl.where(tl.max(bad, 0) > 0, float("nan"), tl.min(low, 0)), tl.max(high, 0)
 
 
-@triton.jit
+# Compiled once for all numbers of parts and margins, and for sizes whether they are multiples of 16 or not.
+@triton.jit(
+    do_not_specialize=("top", "left", "parts"), do_not_specialize_on_alignment=("height", "width", "tall", "wide")
+)
 def _prologue_kernel(
     x, x_b, x_y, x_x, x2, x2_b, x2_y, x2_x, height, width, tall, wide, top, left, scale_shift, input_scale, eps,
     out, scales, zeros, ranges, parts, K1, K,
@@ -139,7 +142,7 @@ def _prologue_kernel(
             tl.store(places, _eight_bits(number, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts",))
 def _image_range_kernel(ranges, out, parts, PARTS: tl.constexpr):
     """The range (B, 2, 1) of each image (axis 0) from those of its parts (B, 2, parts)."""
     b = tl.program_id(0).to(tl.int64)
@@ -232,7 +235,8 @@ def prepare(
 
     def launch_rounding(rounding: str, ranges: torch.Tensor | None = None) -> None:
         parts = 1 if ranges is None else ranges.shape[2]
-        several = {"ranges": ranges, "parts": parts, "PARTS": min(PARTS, triton.next_power_of_2(parts))}
+        at_once = min(PARTS, triton.next_power_of_2(parts)) if rounding == "image" else 1
+        several = {"ranges": ranges, "parts": parts, "PARTS": at_once}
         launch(
             _prologue_kernel,
             (batch * blocks,),

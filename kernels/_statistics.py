@@ -35,7 +35,7 @@ def _difference(x, x_p, origin, first, stop, columns, inside, POSITIONS: tl.cons
     return tl.where(valid, values - origin[None, :], 0.0), values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("positions", "run"))
 def _partial_kernel(
     x, x_b, x_p, out, out_b, positions, run, channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip

@@ -43,7 +43,7 @@ def _counts(rows, columns, positions, run, runs, width, run2, runs2):
     return tl.where((columns < width)[None, :], count, count2).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("run", "runs", "run2", "runs2", "positions", "groups"))
 def _merge_kernel(
     source, source_b, run, runs, width, source2, source2_b, run2, runs2, width2, positions, weight, bias, out,
     ranges, next_scale, eps, groups, SILU: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr,

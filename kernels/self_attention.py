@@ -25,7 +25,10 @@ MAX_PROBABILITIES = 1 << 24
 MAX_KEYS = MAX_PROBABILITIES // 2  # a row of probabilities must fit, rounded up to a tile
 
 
-@triton.jit
+CHUNKS = ("first_head", "first_row", "rows_end", "chunk", "tokens")  # kernels are compiled once for all values of these
+
+
+@triton.jit(do_not_specialize=CHUNKS)
 def _probabilities_kernel(
     q, q_b, q_n, k, k_b, k_l, probabilities, highest_out, total_out,
     first_head, first_row, rows_end, chunk, tokens, heads, score_scale,
@@ -63,7 +66,7 @@ def _probabilities_kernel(
     tl.store(total_out + statistics + rows, tl.sum(p.to(tl.float32), 1), mask=in_chunk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNKS)
 def _output_kernel(
     probabilities, highest_in, total_in, v, v_b, v_l, out, out_b, out_n,
     first_head, first_row, rows_end, chunk, tokens, heads,

@@ -38,7 +38,7 @@ def _column(points, ys, y_weights, row_offsets, row_weights, row_places, in_rows
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("channels", "taps"))
 def _upsample_argmax_kernel(
     logits, stride_batch, stride_channel, row_offsets, row_weights, column_offsets, column_weights, labels,
     channels, height, width, taps,

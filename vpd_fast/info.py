@@ -90,11 +90,13 @@ def collect() -> dict[str, Any]:
     """Everything the report says, as plain values that can be written as JSON.
 
     Keys: vpd_fast, python, platform (versions); required, optional (package -> version or None); cpu (name, threads,
-    isa or None); native (module -> build metadata, or {"missing": reason}); gpus (one line each); no_gpu (why there is
-    none, or None).
+    isa or None); native (module -> build metadata, or {"missing": reason}); compiled_kernels (a line about those of
+    Triton); gpus (one line each); no_gpu (why there is none, or None).
     Loads PyTorch and the native modules, and asks the driver for GPUs; imports no other package.
     """
     import torch
+
+    from vpd_fast.kernels.cubins import summary
 
     native = {}
     for name in _native.MODULES:
@@ -113,6 +115,7 @@ def collect() -> dict[str, Any]:
             "isa": None if "missing" in native["_C"] else _isa(),
         },
         "native": native,
+        "compiled_kernels": summary(),
         "gpus": gpus,
         "no_gpu": None if gpus else _why_no_gpu(),
     }
@@ -133,6 +136,7 @@ def render(report: dict[str, Any]) -> str:
     for name, build in report["native"].items():
         text = build.get("missing") or ", ".join(f"{key} {value}" for key, value in build.items())
         rows.append((f"native {name}", f"missing: {text}" if "missing" in build else text))
+    rows.append(("Triton kernels", f"compiled ahead of time: {report['compiled_kernels']}"))
     rows += [(f"GPU {index}", gpu) for index, gpu in enumerate(report["gpus"])]
     if report["no_gpu"]:
         rows.append(("GPU", f"none: {report['no_gpu']}"))

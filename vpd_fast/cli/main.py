@@ -14,6 +14,7 @@ import typer
 
 from vpd_fast import _startup
 from vpd_fast.cli.bench import bench
+from vpd_fast.cli.compile_kernels import compile_kernels
 from vpd_fast.cli.convert import convert
 from vpd_fast.cli.demo import demo
 from vpd_fast.cli.evaluate import evaluate
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, predict, maps, train, evaluate, convert, bench, tune, info):
+for command in (demo, predict, maps, train, evaluate, convert, bench, tune, compile_kernels, info):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 // csrc/bindings/cuda/<operator>.cpp. The CUDA runtime is linked statically, so the module can be imported where there is no GPU and
 // no driver; calls then fail with the runtime's message.
 #include "bindings/cuda/cuda_support.h"
+#include "bindings/cuda/launcher.h"
 
 namespace py = pybind11;
 
@@ -11,5 +12,6 @@ PYBIND11_MODULE(_C_cuda, m) {
                                     py::arg("archs") = VPD_CUDA_ARCHS);
     vpd::bind_cross_attention_maps(m);
     vpd::bind_gemm(m);
+    vpd::bind_launcher(m);
     vpd::bind_upsample_argmax(m);
 }

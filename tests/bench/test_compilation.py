@@ -1,0 +1,102 @@
+"""Compiling kernels ahead of time: what passes launch, keys beside Triton's own, machine code beside what is packed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpd_fast.bench import launches
+from vpd_fast.bench.compilation import newest
+from vpd_fast.bench.cubin_files import read_cubin
+from vpd_fast.cli.main import run
+from vpd_fast.errors import InputError
+
+from ..kernels.conftest import launcher, stub_of  # noqa: F401  fixtures
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@pytest.fixture(scope="module")
+def passes(launcher, stub_of, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
+    """What `recorded_passes.py` found, in a process where kernels are compiled."""
+    folder = tmp_path_factory.mktemp("passes")
+    program = [sys.executable, str(Path(__file__).with_name("recorded_passes.py"))]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*program, launcher.__file__, stub_of(12080).path, str(folder)],
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_covered_pass_needs_no_compilation(passes: dict[str, Any]) -> None:
+    assert passes["launches"] > 500
+    assert passes["missed"] == 0
+
+
+def test_keys_are_what_triton_would_compile_anew_for(passes: dict[str, Any]) -> None:
+    assert passes["keys"] > 100
+    assert passes["disagreements"] == []
+
+
+def test_the_number_of_images_needs_few_kernels_of_its_own(passes: dict[str, Any]) -> None:
+    assert passes["of_three_images"] < passes["keys"] / 4
+
+
+def test_the_assembler_says_what_is_packed(passes: dict[str, Any]) -> None:
+    for key, found in passes["compiled"].items():
+        assert found["cubin"] == found["packed"], key
+
+
+def test_what_is_measured_by_default_is_compiled() -> None:
+    """`vpd-fast bench`, layers.py and gpu.sh: all precisions, 512 pixels, 1 and 8 images."""
+    known = set(launches.configurations())
+    assert {task for task in ("segmentation", "referring", "depth")} == {c.config.task for c in known}
+    for model in launches.MODELS:
+        for precision in ("fp32", "bf16", "fp16", "int8", "fp8"):
+            for batch in (1, 2, 4, 8, 16):
+                assert launches.Configuration(model, precision, batch, 512) in known
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert newest(["12.8", "12.10", "9.2"]) == "12.10"
+
+
+@pytest.mark.parametrize("image", [b"", b"\x7fELF\x01\x01" + bytes(60), b"MZ" + bytes(90)])
+def test_what_is_no_cubin_is_refused(image: bytes) -> None:
+    with pytest.raises(InputError, match="no cubin"):
+        read_cubin(image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "sm_70"], "--arch must be one of sm_80, sm_90, got 'sm_70'"),
+        (["--precision", "int4"], "--precision must be one of fp32, bf16, fp16, int8, fp8, got 'int4'"),
+        (["--task", "all"], "--task must be one of segmentation, referring, depth, got 'all'"),
+        (["--size", "500"], "--size must be a positive multiple of 64, got 500"),
+        (["--batch", "0"], "--batch must be positive, got 0"),
+        (["--jobs", "-1"], "--jobs must not be negative, got -1"),
+    ],
+)
+def test_wrong_options_are_one_error(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile-kernels", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_kernels_that_are_interpreted_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run(["compile-kernels"]) == 2
+    assert "TRITON_INTERPRET=1 has kernels interpreted" in capsys.readouterr().err
