@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vpd_fast.errors import InputError, brief
 from vpd_fast.fields import between, build, check_fields
-from vpd_fast.files import read_json_object, write_json
+from vpd_fast.files import CHECKSUMS, read_json_object, write_json
 from vpd_fast.tasks import TASKS
 
 # Names of precisions, as users write them, and their dtypes in PyTorch; the second are those with kernels for CPUs.
@@ -178,7 +179,12 @@ class VPDConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VPDConfig:
-        """Invert `to_dict`. Raises InputError on unknown fields and on values of other types or out of their ranges."""
+        """Invert `to_dict`. Raises InputError on unknown fields and on values of other types or out of their ranges.
+
+        What config.json says of the weights beside it, "checksums", is left out.
+        """
+        if isinstance(values, Mapping):
+            values = {key: value for key, value in values.items() if key != CHECKSUMS}
         return build(cls, values, strict=True)
 
     def save(self, path: str | Path) -> None:

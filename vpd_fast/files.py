@@ -30,6 +30,10 @@ from vpd_fast.forks import Lock
 # The two files of a model's folder, named as transformers and diffusers name theirs.
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# Those of a fast model's folder.
+ENGINE_WEIGHTS_NAME = "engine.safetensors"
+ENGINE_NAME = "engine.json"
+CHECKSUMS = "checksums"  # of the weights, an entry of either kind of settings: `vpd_fast.checkpoints.checksums`
 
 MAX_SETTINGS = 2**24  # bytes of a JSON file of settings
 MAX_DEPTH = 32  # of lists and objects inside each other in such a file

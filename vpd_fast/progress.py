@@ -44,11 +44,16 @@ class ProgressBar:
         self._bar.start()
 
     def update(
-        self, completed: int | None = None, description: str | None = None, *, advance: int | None = None
+        self,
+        completed: int | None = None,
+        description: str | None = None,
+        *,
+        advance: int | None = None,
+        total: int | None = None,
     ) -> None:
-        """Move the bar to `completed`, or on by `advance`, and change its description."""
+        """Move the bar to `completed`, or on by `advance`, and change its description or where it ends."""
         if self.visible:
-            self._bar.update(self._task, completed=completed, description=description, advance=advance)
+            self._bar.update(self._task, completed=completed, description=description, advance=advance, total=total)
 
     def message(self, text: str) -> None:
         """Print a line on stderr, above the bar where there is one."""

@@ -1,6 +1,7 @@
 """Reading, writing and converting checkpoints. No file that is read runs code."""
 
 from vpd_fast.checkpoints.checkpoint import Checkpoint
+from vpd_fast.checkpoints.checksums import Verification, verify
 from vpd_fast.checkpoints.convert import TARGETS, convert
 from vpd_fast.checkpoints.formats import open_checkpoint
 from vpd_fast.checkpoints.infer import infer_config
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "ConvertReport",
     "LoadReport",
+    "Verification",
     "convert",
     "infer_config",
     "load_checkpoint",
@@ -22,4 +24,5 @@ __all__ = [
     "open_checkpoint",
     "read_tensor",
     "save_pretrained",
+    "verify",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from vpd_fast.bundled import NAMES, is_bundled
 from vpd_fast.checkpoints import reader
 from vpd_fast.checkpoints.checkpoint import LDM_VAE, Checkpoint
+from vpd_fast.checkpoints.checksums import require_intact
 from vpd_fast.checkpoints.formats import is_backbone, ldm_to_vpd, open_checkpoint
 from vpd_fast.checkpoints.infer import backbone_of, infer_config
 from vpd_fast.checkpoints.mapped import copied
@@ -32,6 +33,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     mmap: bool = False,
     ema: bool = False,
+    verify: bool = False,
     **config_overrides: Any,
 ) -> VPD:
     """Load a VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, or
@@ -43,13 +45,16 @@ def load_checkpoint(
     the file must not be overwritten in place, by torch.save for example, while the model lives: that ends the process.
     config_overrides: VPDConfig or BackboneConfig fields that shapes do not tell
     (num_heads, max_depth, base_size, ...). ema: the averages over the training (EMA) in place of the weights; an
-    error where the file has none.
+    error where the file has none. verify: compare the weights with the check sums in the folder's settings first
+    (`vpd_fast.checkpoints.verify`); an error where there are none.
 
     The model is in eval mode and carries a `LoadReport` as `load_report`. Raises CheckpointError: unreadable or hostile
     file, another task, weights that are missing, not finite or of other shapes; InputError: unknown task or override.
     """
     if task is not None and not (isinstance(task, str) and task in TASKS):
         raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {brief(task)}")
+    if verify:
+        require_intact(path)
     checkpoint = open_checkpoint(path, ema=ema)
     config = vpd_config(checkpoint, config_overrides, task)
     model = _build(checkpoint, checkpoint.tensors, config, allow_missing, device, dtype, mmap)

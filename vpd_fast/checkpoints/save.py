@@ -13,18 +13,20 @@ from torch import Tensor
 from vpd_fast import bundled
 from vpd_fast.checkpoints import reader
 from vpd_fast.checkpoints.checkpoint import CONFIG_KEY
+from vpd_fast.checkpoints.checksums import checksums
 from vpd_fast.checkpoints.infer import ENCODER
 from vpd_fast.checkpoints.names import without_wrappers
 from vpd_fast.config import VPDConfig
 from vpd_fast.errors import CheckpointError
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, as_path, write_files
+from vpd_fast.files import CHECKSUMS, CONFIG_NAME, WEIGHTS_NAME, Writer, as_path, write_files, write_json
 from vpd_fast.models.vpd import VPD
 
 
 def save_pretrained(model: VPD, folder: str | Path) -> None:
     """Write `model` as config.json and model.safetensors into `folder`, which is made if need be.
 
-    Dtypes are kept. Raises CheckpointError when the folder cannot be written; then nothing in it has changed.
+    config.json also has check sums of the weights, which `verify` compares. Dtypes are kept. Raises CheckpointError
+    when the folder cannot be written; then nothing in it has changed.
     """
     write_files(pretrained_writers(as_path(folder, "folder"), model.config, model.state_dict()), CheckpointError)
 
@@ -34,7 +36,7 @@ def pretrained_writers(folder: Path, config: VPDConfig, tensors: Mapping[str, Te
     clean = without_wrappers(tensors)  # of torch.compile and the like inside the model
     return {
         folder / WEIGHTS_NAME: lambda path: write_safetensors(path, clean, config),
-        folder / CONFIG_NAME: config.save,
+        folder / CONFIG_NAME: lambda path: write_json(path, config.to_dict() | {CHECKSUMS: checksums(clean)}),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpd_fast.checkpoints.checksums import checksums, require_intact
 from vpd_fast.checkpoints.reader import read_file
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.build import LayerInfo
@@ -21,19 +22,27 @@ from vpd_fast.engine.policy import ACTIVATIONS, NAMES
 from vpd_fast.engine.specs import Spec, layer_specs
 from vpd_fast.errors import CheckpointError, brief
 from vpd_fast.fields import build
-from vpd_fast.files import as_path, read_json_object, write_files, write_json
+from vpd_fast.files import (
+    CHECKSUMS,
+    ENGINE_NAME,
+    ENGINE_WEIGHTS_NAME,
+    as_path,
+    read_json_object,
+    write_files,
+    write_json,
+)
 from vpd_fast.models.finite import all_finite, why_not_finite
 from vpd_fast.models.vpd import VPD
 from vpd_fast.ops.packing import ROWS_ONLY
 
 FORMAT = 1
-SETTINGS, TENSORS = "engine.json", "engine.safetensors"
+SETTINGS, TENSORS = ENGINE_NAME, ENGINE_WEIGHTS_NAME
 CONDITIONING = "conditioning"
 _MAX_REASON = 300
 
 
 def save_engine(model: FastVPD, folder: str | Path) -> None:
-    """Write a fast model; `load_engine` reads it back.
+    """Write a fast model, with check sums of its tensors; `load_engine` reads it back.
 
     Nothing half-written stays behind. Raises CheckpointError if the folder cannot be written.
     """
@@ -54,7 +63,7 @@ def save_engine(model: FastVPD, folder: str | Path) -> None:
     write_files(
         {
             folder / TENSORS: lambda path: save_file(contiguous, path),
-            folder / SETTINGS: lambda path: write_json(path, settings),
+            folder / SETTINGS: lambda path: write_json(path, settings | {CHECKSUMS: checksums(contiguous)}),
         },
         CheckpointError,
     )
@@ -66,16 +75,21 @@ def _row(info: LayerInfo) -> dict[str, Any]:
     return row | {"snr_db": None} if exact else row
 
 
-def load_engine(folder: str | Path, device: torch.device | str = "cpu", *, mmap: bool = True) -> FastVPD:
+def load_engine(
+    folder: str | Path, device: torch.device | str = "cpu", *, mmap: bool = True, verify: bool = False
+) -> FastVPD:
     """The fast model that `save` wrote into `folder`: ready to run, without the weights it was made from.
 
     On the CPU the tensors stay in the file and are read as they are used, so that it must be replaced by another file,
     not overwritten in place, while the model lives; mmap=False reads them into memory. An engine runs on the kind of
-    device that it was made on; one that was made with Policy(winograd=False) runs on both. Raises CheckpointError if
-    the folder is no engine, a damaged one, or one for another device.
+    device that it was made on; one that was made with Policy(winograd=False) runs on both. verify: compare the tensors
+    with the check sums that were written with them. Raises CheckpointError if the folder is no engine, a damaged one,
+    or one for another device.
     """
     folder = as_path(folder, "folder")
     settings = _read_settings(folder)
+    if verify:
+        require_intact(folder, SETTINGS)
     try:
         config = VPDConfig.from_dict(settings["config"])
         _require_count(config, settings["layers"])

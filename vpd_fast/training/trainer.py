@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpd_fast.checkpoints.save import write_safetensors
+from vpd_fast.checkpoints.save import pretrained_writers
 from vpd_fast.data import TrainLoader, make_transform
 from vpd_fast.data.sample import notes_of
-from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError
+from vpd_fast.errors import CheckpointError, InputError, TrainingError, VPDFastError, described
 from vpd_fast.evaluation.distributed import gather
-from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME
 from vpd_fast.models import VPD
 from vpd_fast.tasks import TASKS
 from vpd_fast.training import build, checkpoint, parallel
@@ -168,9 +167,9 @@ class Trainer:
     def run(self) -> Summary:
         """Train to the end, or until a signal stops it; then the run is saved and `stopped` is true.
 
-        Raises TrainingError when steps are not finite again and again, CheckpointError when a checkpoint cannot be
-        written, DatasetError when too many samples cannot be read (the steps until then are saved), InputError when
-        another run writes into the folder.
+        Raises TrainingError when steps are not finite again and again, or one fails, on its GPU for example;
+        CheckpointError when a checkpoint cannot be written, DatasetError when too many samples cannot be read (the
+        steps until then are saved), InputError when another run writes into the folder.
         """
         self.processes.wait()  # all have looked into the folder before anything in it changes
         with contextlib.ExitStack() as stack:
@@ -194,7 +193,14 @@ class Trainer:
             for note in self.notes:
                 self.log.message(f"note: {note}")
             with contextlib.suppress(KeyboardInterrupt) if self.processes.count == 1 else contextlib.nullcontext():
-                self._loop()
+                try:
+                    self._loop()
+                except (VPDFastError, OSError):
+                    raise
+                except Exception as error:
+                    last = self.store.last()
+                    rest = "there is no checkpoint yet" if last is None else f"--resume auto goes on from {last}"
+                    raise TrainingError(f"step {self.step + 1} failed ({described(error)}); {rest}") from error
 
     def _loop(self) -> None:
         if self.step and self._evaluation_due(self.step) and self.evaluated < self.step:
@@ -375,11 +381,11 @@ class Trainer:
         optimizer = parallel.optimizer_state(self.optimizer)
         with self.processes.first_only():
             if self.processes.first:
+                writers = pretrained_writers(Path(), self.model.config, weights)
                 path = self.store.save(
                     self.step,
                     {
-                        WEIGHTS_NAME: lambda path: write_safetensors(path, weights, self.model.config),
-                        CONFIG_NAME: self.model.config.save,
+                        **{path.name: write for path, write in writers.items()},
                         CONFIG: self.config.save,
                         checkpoint.STATE: lambda path: checkpoint.write_state(path, self._state(optimizer, states)),
                     },
