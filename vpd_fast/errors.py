@@ -6,6 +6,7 @@ import reprlib
 from typing import Any
 
 MAX_SHOWN = 120  # characters of a value in a message
+MAX_REASON = 300  # characters of another library's error in a message
 
 
 class VPDFastError(Exception):
@@ -37,7 +38,11 @@ class MissingDependencyError(VPDFastError, ImportError):
 
 
 class TrainingError(VPDFastError, RuntimeError):
-    """Training cannot go on: the loss or gradients are not finite, step after step."""
+    """Training cannot go on: the loss or gradients are not finite, step after step, or a step failed."""
+
+
+class ModelError(VPDFastError, RuntimeError):
+    """A model, or the GPU under it, failed while it computed; its own error is the cause."""
 
 
 class _Brief(reprlib.Repr):
@@ -56,6 +61,12 @@ class _Brief(reprlib.Repr):
 
     def repr_Tensor(self, x: Any, level: int) -> str:
         return f"Tensor{tuple(x.shape)}"
+
+
+def described(error: BaseException) -> str:
+    """Return type and text of an error of others, in one line that fits into a message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= MAX_REASON else f'{text[: MAX_REASON - 3]}...'}"
 
 
 def brief(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vpd_fast.errors import ImageError, InputError
+from vpd_fast.errors import ImageError, InputError, ModelError
 from vpd_fast.inference import predict_images as loop
 from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.predict_images import predict_images
@@ -364,8 +365,11 @@ def test_an_error_of_the_program_keeps_what_is_predicted(tmp_path, pictures) -> 
             raise TypeError("a mistake")
         return grey(image)
 
-    with Records(tmp_path, Shard(), HEADER) as records, pytest.raises(TypeError, match="a mistake"):
-        list(predict_images(predictor, pictures(8), note, records, prefetch=8))
+    images = pictures(8)
+    message = rf"{re.escape(images[4][0])}: the model failed \(TypeError: a mistake\)"
+    with Records(tmp_path, Shard(), HEADER) as records, pytest.raises(ModelError, match=message) as caught:
+        list(predict_images(predictor, images, note, records, prefetch=8))
+    assert isinstance(caught.value.__cause__, TypeError)
     assert [record["grey"] for record in lines(tmp_path / "results.jsonl")[1:]] == [0, 1, 2, 3]
 
 

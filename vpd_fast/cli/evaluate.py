@@ -18,7 +18,7 @@ from torch import distributed
 
 from vpd_fast.cli import files, options, running
 from vpd_fast.data import ANY_TASK, Dataset, open_dataset
-from vpd_fast.errors import InputError
+from vpd_fast.errors import InputError, ModelError
 from vpd_fast.evaluation import Evaluation
 from vpd_fast.evaluation import evaluate as run
 from vpd_fast.evaluation.results import show
@@ -143,11 +143,15 @@ def evaluate(
             del chosen["crop"]  # a default, which other tasks do not know
         chosen = {name: value for name, value in chosen.items() if value is not None}
         encoder = options.text_encoder(model, text_encoder, random_weights)
-        with options.truncation_noted():
-            found = run(
-                model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank,
-                world_size=world_size, text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
-            )  # fmt: skip
+        try:
+            with options.truncation_noted():
+                found = run(
+                    model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank,
+                    world_size=world_size, text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
+                )  # fmt: skip
+        except ModelError:
+            typer.echo("stopped: nothing is written, as the metrics are of all samples", err=True)
+            raise
         if rank == 0:
             header = model_options.header(model, options.notes(random_weights, encoder) + found.notes)
             about = {"kind": data, "root": str(root), "split": split, "samples": len(dataset)}

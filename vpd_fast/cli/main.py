@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
@@ -56,7 +58,8 @@ def _options(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: some images of several failed. 2: wrong usage or input, after one line "error: ..." on stderr.
+    0: done. 1: some images of several failed. 2: wrong usage or input, or a model or disk that failed, after one line
+    "error: ..." on stderr; where VPD_FAST_TRACEBACK is set and not 0, the stack comes before it.
     130: interrupted by SIGINT or SIGTERM, or training stopped by one, with its steps saved.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -83,6 +86,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         # Not standalone: typer would print its own boxes for errors, and turn an interruption into "Aborted!".
         code = app(args=None if arguments is None else list(arguments), prog_name="vpd-fast", standalone_mode=False)
     except VPDFastError as error:
+        if os.environ.get("VPD_FAST_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         return _startup.INTERRUPTED

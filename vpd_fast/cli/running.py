@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import typer
 
-from vpd_fast.errors import VPDFastError
+from vpd_fast.errors import ModelError, VPDFastError
 from vpd_fast.inference.predict_images import predict_images
 from vpd_fast.inference.records import Record, Records, Sink
 from vpd_fast.progress import ProgressBar
@@ -52,9 +52,12 @@ def run(
                     last = time.monotonic()
                     of = "" if total is None else f" of {total}"
                     typer.echo(f"{label} {seen}{of} images, {sink.failed} failed".strip(), err=True)
-        except (VPDFastError, KeyboardInterrupt):
+        except (VPDFastError, KeyboardInterrupt) as error:
+            counts = f"stopped: {sink.done} images done, {sink.failed} failed"
             if at_once and not sink.is_lost():
-                typer.echo(f"stopped: {sink.done} images done, {sink.failed} failed; go on with --resume", err=True)
+                typer.echo(f"{counts}; go on with --resume", err=True)
+            elif not at_once and isinstance(error, ModelError) and sink.done + sink.failed:
+                typer.echo(f"{counts}; they are in {sink.path}, and others are to be predicted anew", err=True)
             raise
     seconds = time.monotonic() - start
     memory = peak_memory(header["device"])

@@ -18,7 +18,7 @@ from vpd_fast.evaluation.gallery import Case, Worst
 from vpd_fast.evaluation.metrics import PRIMARY
 from vpd_fast.evaluation.results import Evaluation, show
 from vpd_fast.evaluation.tasks import Segmentation, check_sample, make_task
-from vpd_fast.inference.predict_images import TOO_LARGE, read_ahead
+from vpd_fast.inference.predict_images import TOO_LARGE, model_error, read_ahead
 from vpd_fast.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def evaluate(
     max_depth; see vpd_fast.evaluation.tasks. The defaults are the published evaluation, single scale.
 
     Raises InputError for wrong options and if data set and model are of different tasks or classes; DatasetError if
-    nothing could be measured, or in another process something was raised.
+    nothing could be measured, or in another process something was raised; ModelError, which names the sample, for what
+    the model or its GPU raises in the middle.
     """
     check_group(rank, world_size)
     for name, value, least in (("limit", limit, 1), ("workers", workers, 0), ("worst", worst, 0)):
@@ -165,6 +166,8 @@ def _measure(
         return sample.name, task.measure(sample)
     except SAMPLE_ERRORS as error:
         return error
+    except Exception as error:  # the next sample would fare no better
+        raise model_error(error, sample.name) from error
 
 
 def _worst_of_all(cases: Worst, world_size: int) -> list[Case]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vpd_fast.errors import ImageError, InputError, VPDFastError
+from vpd_fast.errors import ImageError, InputError, ModelError, VPDFastError, described
 from vpd_fast.files import ends_writing
 from vpd_fast.pictures.decoding import TOO_LARGE
 from vpd_fast.pictures.reading import read_image
@@ -50,6 +50,11 @@ def image_error(error: Exception, name: str, what: str) -> ImageError:
     return ImageError(f"{name}: {what} ({type(error).__name__}: {error})")
 
 
+def model_error(error: Exception, name: str) -> VPDFastError:
+    """Return what an error of the model or its device at an image or sample amounts to: one that ends the run."""
+    return error if isinstance(error, VPDFastError) else ModelError(f"{name}: the model failed ({described(error)})")
+
+
 def predict_images(
     predictor: Callable[[np.ndarray], Any],
     images: Iterable[tuple[str, str]],
@@ -64,7 +69,8 @@ def predict_images(
     a thread, while the next image is predicted. prefetch: how many images are read ahead, and how many results
     may wait for being written.
     Images that are done are skipped (`sink.skipped`). Those that cannot be read, that are too large for the memory or
-    whose files cannot be written give a record with "error". A full or broken disk ends the run with ImageError.
+    whose files cannot be written give a record with "error". A full or broken disk ends the run with ImageError, and
+    any other error of the model, such as a GPU's, with ModelError that names the image.
     However it ends, images whose files were written by then are recorded.
     """
     waiting: deque[tuple[Record, Future[Record] | None]] = deque()
@@ -133,6 +139,8 @@ def _predict(predictor: Callable[[np.ndarray], Any], name: str, image: np.ndarra
         result = within_memory(predictor, image)
     except (ImageError, InputError) as error:
         return {"image": name, "error": f"{name}: {error}"}, None
+    except Exception as error:  # the next image would fare no better
+        raise model_error(error, name) from error
     seconds = round(time.perf_counter() - start, 4)
     return {"image": name, "width": image.shape[1], "height": image.shape[0], "seconds": seconds}, result
 
