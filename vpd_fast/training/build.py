@@ -129,7 +129,8 @@ def build_model(config: TrainConfig, class_names: Sequence[str], encoder: Any = 
     if embeddings is None and not TASKS[config.task].takes_text:
         embeddings = encoder.embed_classes(_names(vpd_config))
         notes.append(f"class embeddings made by {encoder.name}")
-    return VPD.from_stable_diffusion(init.stable_diffusion, vpd_config, class_embeddings=embeddings), notes
+    model = VPD.from_stable_diffusion(init.stable_diffusion, vpd_config, class_embeddings=embeddings, ema=init.ema)
+    return model, notes
 
 
 def _model_fields(config: TrainConfig, class_names: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def _from_checkpoint(config: TrainConfig, path: str, fields: dict[str, Any], enc
     backbone = dict(fields.pop("backbone", {}))
     names = tuple(fields.pop("class_names", ()))
     sizes = {name: fields.pop(name) for name in ("num_classes", "num_scenes") if name in fields}
-    model = VPD.from_checkpoint(path, task=config.task, **backbone, **fields)
+    model = VPD.from_checkpoint(path, task=config.task, ema=config.init.ema, **backbone, **fields)
     encoder = encoder or text_encoder(config, model)
     notes: list[str] = []
     known = model.config.class_names

@@ -24,7 +24,8 @@ class InitConfig:
     """Where the weights come from: exactly one of stable_diffusion, checkpoint and random.
 
     stable_diffusion: an ldm .ckpt or .safetensors file, or a diffusers folder. checkpoint: a VPD file or folder.
-    random: a seed, for trying things out. class_embeddings: a file with one tensor (classes or scenes, context_dim);
+    random: a seed, for trying things out. ema: begin with the averages over the training (EMA) that the file has beside
+    the weights. class_embeddings: a file with one tensor (classes or scenes, context_dim);
     without it they come from the checkpoint, or from text_encoder, a CLIP folder or hub id (None: the default one).
     """
 
@@ -33,6 +34,7 @@ class InitConfig:
     random: int | None = None
     class_embeddings: str | None = None
     text_encoder: str | None = None
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,10 @@ class TrainConfig:
             raise InputError(
                 "init must say where the weights come from, by one of init.stable_diffusion=PATH, init.checkpoint=PATH "
                 f"and init.random=SEED; got {' and '.join(given) or 'none of them'}"
+            )
+        if self.init.ema and self.init.random is not None:
+            raise InputError(
+                "init.ema goes with init.checkpoint or init.stable_diffusion; random weights have no averages"
             )
         if (self.schedule.steps is None) == (self.schedule.epochs is None):
             both = "both" if self.schedule.steps is not None else "neither"
