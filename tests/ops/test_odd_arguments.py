@@ -155,3 +155,49 @@ def test_views_whose_memory_has_other_numbers(name: str, kind: str) -> None:
         odd = torch._neg_view(value) if kind == "negative view" else torch._efficientzerotensor(value.shape)
         with pytest.raises(InputError, match=rf"{argument} must be a dense tensor, got .* \({kind}\)"):
             getattr(ops, name)(**{**GOOD[name], argument: odd})
+
+
+# No other argument says how large these must be, and a run may be longer than what it is of.
+OF_ANY_SIZE = ("logits", "ranges", "run")
+
+
+def smaller(value: Any) -> list[Any]:
+    """Values in the place of an argument of `torch.ops.vpd_fast`, by which a kernel would read or write elsewhere."""
+    if isinstance(value, Tensor):
+        shorter = [value.narrow(i, 0, value.shape[i] - 1) for i in range(value.dim()) if value.shape[i] > 1]
+        return [*shorter, value[:0], value[None], value.flatten()[0], value.double()]
+    if isinstance(value, bool) or not isinstance(value, int | list | tuple):
+        return []
+    if isinstance(value, int):
+        return [value + 1, -1, 2**40]
+    return [[2**40] * len(value), [-1] * len(value), list(value)[1:]]
+
+
+@pytest.mark.parametrize("name", ops.registry())
+def test_direct_calls_are_checked(name: str) -> None:
+    """Whatever the public function would not make is refused, or PyTorch does not take it; nothing reaches a kernel."""
+    op = ops.registry()[name]
+    operator, flat = getattr(torch.ops.vpd_fast, name), op.flatten(op.bind(**GOOD[name]))
+    operator(*flat, "auto")
+    refused = 0
+    for i, (argument, value) in enumerate(zip(op.arguments.__match_args__, flat, strict=True)):
+        for odd in smaller(value):
+            try:
+                operator(*flat[:i], odd, *flat[i + 1 :], "auto")
+            except (InputError, RuntimeError):
+                refused += 1
+            else:
+                assert argument in OF_ANY_SIZE, (argument, odd)
+    assert refused > 3
+
+
+@pytest.mark.parametrize("name", ["linear", "cross_attention_maps"])
+def test_compiled_code_is_checked_when_it_runs(name: str) -> None:
+    """Its arguments fit, so that all that is to be seen is the same result."""
+    function = getattr(ops, name)
+    given = GOOD[name] | ({"out": None} if name == "linear" else {})
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    others = {key: value for key, value in given.items() if key not in tensors}
+    compiled = torch.compile(lambda named: function(**named, **others), fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(tensors), function(**given), strict=True):
+        assert torch.equal(found, expected)

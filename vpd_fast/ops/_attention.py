@@ -32,6 +32,10 @@ class AttentionArguments:
     heads: int
     scale: float
 
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        return {name: getattr(self, name) for name in self.__match_args__}
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """(batch, queries, tokens, heads, dimension of a head)."""
@@ -62,6 +66,13 @@ class MapsArguments(AttentionArguments):
     mean: bool
     weight: float
 
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        others = {name: value for name, value in super().public().items() if name not in ("ids", "num_maps", "mean")}
+        count = None if self.ids is None else self.num_maps
+        reduce = "mean" if self.mean else "sum"
+        return others | {"categories": self.ids, "num_categories": count, "reduce": reduce}
+
     @property
     def categories(self) -> Categories | None:
         """The categories in the form that kernels read."""
@@ -85,6 +96,11 @@ class CrossAttentionMapsIntoArguments(MapsArguments):
     into: Annotated[Tensor, WRITTEN]
     accumulate: bool
     average_heads = True
+
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        values = super().public()
+        return values | {"addend": values.pop("base")}
 
     @property
     def addend(self) -> Tensor | None:

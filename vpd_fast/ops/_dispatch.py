@@ -4,6 +4,7 @@ An operator is declared in four steps, of which `linear.py` is an example:
 
 1. `@dataclass(frozen=True) class LinearArguments`: the operator's arguments, the only list of them. The schema is
    derived from the types of its fields (`schema`); a tensor that is written to is `Annotated[Tensor, WRITTEN]`.
+   `public()` says with which arguments the public function makes them.
 2. `def linear(..., impl="auto")`, the public function: checks what it is given and ends with `LINEAR(arguments, impl)`.
 3. Implementations, pairs of functions `run(arguments)` and `refuse(arguments)`, the plain PyTorch "reference" last.
 4. `LINEAR = register(Op("linear", LinearArguments, public=linear, implementations=(...)))`.
@@ -12,6 +13,7 @@ An operator is declared in four steps, of which `linear.py` is an example:
 from __future__ import annotations
 
 import functools
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -31,6 +33,7 @@ SymInt = Annotated[int, "SymInt"]  # an integer that torch.compile may leave ope
 _TYPES: dict[Any, str] = {Tensor: "Tensor", int: "int", SymInt: "SymInt", float: "float", bool: "bool", str: "str"}
 _TYPES |= {Sequence[kind]: f"{_TYPES[kind]}[]" for kind in (int, SymInt)}
 _BIND = object()  # the `impl` with which `Op.bind` calls a public function
+_calling = threading.local()  # .op: the operator whose public function, which has checked the arguments, calls it
 
 
 class _Bound(Exception):  # noqa: N818
@@ -60,7 +63,8 @@ class Op:
 
     arguments: a frozen dataclass, see the docstring of this module. PyTorch sees its fields, and `impl` after them.
         There are no default values (PyTorch would not hand them over); those are for the public function. The first
-        is a tensor that is on the device where the operator runs.
+        is a tensor that is on the device where the operator runs. The method `public()` returns the arguments of a
+        call of the public function, by which direct calls of the operator are checked.
     implementations: in order of preference. The last is the plain PyTorch "reference": it defines what is correct.
     public: the function `vpd_fast.ops.<name>`.
     returns: as in PyTorch's operator schemas; "()" for an operator that fills its arguments.
@@ -83,7 +87,14 @@ class Op:
         """Runs the operator on checked arguments; for public functions. Raises InputError if `impl` is no name."""
         if impl is _BIND:
             raise _Bound(arguments)
-        return getattr(torch.ops.vpd_fast, self.name)(*self.flatten(arguments), check_impl(impl))
+        operator = getattr(torch.ops.vpd_fast, self.name)
+        if torch.compiler.is_compiling():  # what is compiled calls the operator itself
+            return operator(*self.flatten(arguments), check_impl(impl))
+        _calling.op = self
+        try:
+            return operator(*self.flatten(arguments), check_impl(impl))
+        finally:
+            _calling.op = None
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments that a call of the public function makes; only its checks run."""
@@ -100,7 +111,26 @@ class Op:
     def run(self, *flat: Any) -> Any:
         """What PyTorch calls: chooses the implementation that the last argument, `impl`, names, and runs it."""
         arguments = self.arguments(*flat[:-1])
+        checked, _calling.op = getattr(_calling, "op", None), None
+        if checked is not self:  # torch.ops.vpd_fast, or compiled code, was called
+            self.check(arguments)
         return self.choose(flat[-1], arguments).run(arguments)
+
+    def check(self, arguments: Any) -> None:
+        """Raises InputError unless a call of the public function makes these arguments: kernels rely on its checks."""
+        try:
+            values = arguments.public()
+        except IndexError as error:
+            raise InputError(f"{self.name}: a tensor has too few dimensions ({error})") from error
+        made = self.bind(**values)
+        for name in self.arguments.__match_args__:
+            given, expected = getattr(arguments, name), getattr(made, name)
+            if not isinstance(expected, Tensor) and given is not expected:
+                given, expected = (
+                    list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for v in (given, expected)
+                )
+                if given != expected:
+                    raise InputError(f"{name} of {self.name} must be {brief(expected)} here, got {brief(given)}")
 
     def run_fake(self, *flat: Any) -> Any:
         """What PyTorch calls while it traces."""

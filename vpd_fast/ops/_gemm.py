@@ -64,6 +64,16 @@ class GemmArguments:
         """The weight that `data`, `scales`, `weight_sums` and `n` are parts of."""
         return PackedWeight(self.data, self.scales, self.weight_sums, self.n, self.columns)
 
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        names = ("x", "x2", "weight", "bias", "residual", "out")
+        given = {name: getattr(self, name) for name in names}
+        return given | {
+            "affine": self.scale_shift,
+            "scale": self.input_scale,
+            "activation": self.activation or None,
+        }
+
     @property
     def margins(self) -> Sequence[int]:
         """Zeros around the image that kernels for GPUs prepare: top, left, bottom, right."""

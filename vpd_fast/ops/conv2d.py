@@ -23,7 +23,7 @@ from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._layout import rows_contiguous
 from vpd_fast.ops.packing import PackedWeight
-from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
+from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics, given
 
 
 def conv2d(
@@ -131,6 +131,12 @@ class Conv2dArguments(_gemm.GemmArguments):
     ranges: Tensor | None
     statistics: Annotated[Tensor | None, WRITTEN]
     run: SymInt
+
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        names = ("kernel", "stride", "padding", "upsample", "silu", "ranges")
+        statistics = given(self.statistics, self.run)
+        return super().public() | {name: getattr(self, name) for name in names} | {"statistics": statistics}
 
     @property
     def columns(self) -> int:

@@ -10,7 +10,7 @@ and so do deviations from the mean beyond 1e18, whose squares are beyond float32
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from vpd_fast.ops._checks import FLOATS, check, check_eps, check_flag, check_pla
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, rows_contiguous
 from vpd_fast.ops.availability import triton_missing
-from vpd_fast.ops.statistics import Statistics, check_statistics
+from vpd_fast.ops.statistics import Statistics, check_statistics, given
 
 SILU_ARGMIN, SILU_MIN = -1.2784645, -0.27846456  # where SiLU is least, and that value, rounded down
 
@@ -105,6 +105,12 @@ class GroupNormAffineArguments:
     ranges: Annotated[Tensor | None, WRITTEN]
     silu: bool
     scale: Tensor | None
+
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        names = ("x", "weight", "bias", "groups", "eps", "x2", "ranges", "silu", "scale")
+        known = {"statistics": given(self.statistics, self.run), "statistics2": given(self.statistics2, self.run2)}
+        return {name: getattr(self, name) for name in names} | known
 
     @property
     def sources(self) -> list[Tensor]:

@@ -11,7 +11,7 @@ makes its results not finite; with 8-bit weights, NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vpd_fast.ops import _gemm, _gemm_reference
 from vpd_fast.ops._checks import check_choice, check_eps
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops.packing import PackedWeight
-from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics
+from vpd_fast.ops.statistics import Statistics, check_statistics, fill_statistics, given
 
 
 def linear(
@@ -84,6 +84,11 @@ class LinearArguments(_gemm.GemmArguments):
     eps: float
     statistics: Annotated[Tensor | None, WRITTEN]
     run: SymInt
+
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        norm = "layer" if self.norm else None
+        return super().public() | {"norm": norm, "eps": self.eps, "statistics": given(self.statistics, self.run)}
 
 
 def _reference(call: LinearArguments) -> None:

@@ -67,6 +67,11 @@ def check_statistics(
     return data, run
 
 
+def given(data: Tensor | None, run: int) -> Statistics | None:
+    """Return the statistics that an operator got in two arguments. Raises InputError for what cannot be any."""
+    return None if data is None else Statistics(data, run)
+
+
 def fill_statistics(x: Tensor, data: Tensor | None, run: int) -> None:
     """Fills data with the statistics of x (B, P, C) by plain PyTorch, unless data is None."""
     if data is None:

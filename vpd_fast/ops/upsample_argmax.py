@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,6 +113,10 @@ class UpsampleArgmaxArguments:
     size: Sequence[SymInt]
     align_corners: bool
 
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        return {name: getattr(self, name) for name in self.__match_args__}
+
     @property
     def problem(self) -> Problem:
         rows, columns = (
@@ -132,6 +136,10 @@ class UpsampleArgmaxWindowsArguments:
     crop_size: Sequence[SymInt]
     image_size: Sequence[SymInt]
     size: Sequence[SymInt]
+
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        return {name: getattr(self, name) for name in self.__match_args__}
 
     @property
     def problem(self) -> Problem:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,10 @@ class WinogradArguments(_gemm.GemmArguments):
     """Arguments of the operator; see the public function."""
 
     silu: bool
+
+    def public(self) -> dict[str, Any]:
+        """Return the arguments of the public function that makes these."""
+        return super().public() | {"silu": self.silu, "upsample": self.weight.matrices == 9}
 
 
 @functools.cache
