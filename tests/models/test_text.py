@@ -364,6 +364,15 @@ def test_folder_with_the_settings_of_a_giant(tmp_path, clip, change, message):
         TextEncoder(clip, remember=False).embed_classes(["wall"])
 
 
+@pytest.mark.parametrize("use", ["embed_sentences", "token_names", "word_tokens"])
+def test_folder_with_a_tokenizer_that_cannot_be_used(clip, use):
+    path = clip / "tokenizer_config.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, "model_max_length": [1]}))
+    with pytest.raises(CheckpointError, match="holds no readable CLIP text encoder"):
+        getattr(TextEncoder(clip, remember=False), use)(["wall"] if use == "embed_sentences" else "wall", tokens=8)
+
+
 def test_folder_with_a_pipe(tmp_path, clip):
     (clip / "model.safetensors").unlink()
     os.mkfifo(clip / "model.safetensors")

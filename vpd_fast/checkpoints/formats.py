@@ -15,6 +15,7 @@ from vpd_fast import bundled
 from vpd_fast.checkpoints import ldm_diffusers, reader
 from vpd_fast.checkpoints.checkpoint import CONFIG_KEY, LDM_TEXT, LDM_UNET, LDM_VAE, Checkpoint
 from vpd_fast.checkpoints.infer import ENCODER, UNET, infer_task
+from vpd_fast.checkpoints.limits import MAX_NAME
 from vpd_fast.checkpoints.mapped import MappedFile, copied
 from vpd_fast.checkpoints.names import below, choose_root, ldm_averages, roots, without_root
 from vpd_fast.checkpoints.pickles import Placeholder
@@ -271,11 +272,15 @@ def _diffusers_tensors(folder: Path, stem: str) -> tuple[dict[str, Tensor], tupl
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[MappedFile, ...]]:
     names = reader.read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+    if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
         raise CheckpointError(f"{index}: no weight_map of file names in the same folder")
     shards = [reader.read_file(index.parent / name) for name in dict.fromkeys(names.values())]
     tensors = {key: tensor for raw in shards for key, tensor in raw.tensors.items()}
     return tensors, tuple(file for raw in shards for file in raw.files)
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value == Path(value).name
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

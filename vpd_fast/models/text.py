@@ -320,7 +320,20 @@ def _load_tokenizer(folder: Path) -> Any:
     with _reading(folder):
         from transformers import CLIPTokenizer
 
-        return CLIPTokenizer.from_pretrained(str(_subfolders(folder)[1]), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(_subfolders(folder)[1]), local_files_only=True)
+        _try_tokenizer(tokenizer)
+        return tokenizer
+
+
+def _try_tokenizer(tokenizer: Any) -> None:
+    """Raise what a tokenizer raises that is made of settings but cannot be used; ValueError where tokens do not end."""
+    length = 4
+    ids = tokenizer(["a", "a a a a"], truncation=True, max_length=length, padding="max_length", return_tensors="pt")
+    words = tokenizer("a a", add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer.convert_ids_to_tokens(words)
+    ends = (ids["input_ids"] == tokenizer.eos_token_id).any(1)
+    if tuple(ids["input_ids"].shape) != (2, length) or not ends.all():
+        raise ValueError(f"its tokenizer makes {tuple(ids['input_ids'].shape)} tokens, or they have no end")
 
 
 def _load_model(folder: Path, vocabulary: int) -> nn.Module:
