@@ -54,7 +54,10 @@ def damaged_settings(rng: random.Random, text: str) -> str:
     if kind == 0:
         return damaged(rng, text.encode()).decode("utf-8", "surrogateescape")
     tree = json.loads(text)
-    parent, key = rng.choice(list(_places(tree)))
+    # Of each entry at the top equally often: some of them are long lists.
+    top = rng.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+    inner = tree[top] if isinstance(tree[top], (dict, list)) and rng.random() < 0.8 else {}
+    parent, key = rng.choice([*_places(inner), (tree, top)])
     if kind == 1 and isinstance(parent, dict):
         parent[rng.choice(("x", "kind", "__class__", f"{key}x"))] = parent.pop(key)
     elif kind == 2:
@@ -75,6 +78,25 @@ def _places(tree: Any) -> Any:
         yield tree, key
         if isinstance(value, (dict, list)):
             yield from _places(value)
+
+
+def damaged_text(rng: random.Random, text: str) -> str:
+    """Return text with lines repeated, left out or replaced, or with letters changed."""
+    lines = text.splitlines(keepends=True)
+    at = rng.randrange(len(lines))
+    kind = rng.randrange(5)
+    if kind == 0:
+        return damaged(rng, text.encode()).decode("utf-8", "surrogateescape")
+    if kind == 1:
+        del lines[at]
+    elif kind == 2:
+        lines[at] = f"{rng.choice(TEXTS)}\n"
+    elif kind == 3:
+        name, sign, _ = lines[at].partition(":")
+        lines[at] = f"{name}{sign} {rng.choice((*TEXTS, *VALUES))}\n"
+    else:
+        lines[at:at] = [rng.choice(lines)] * rng.choice((1, 100))
+    return "".join(lines)
 
 
 def damaged_archive(rng: random.Random, data: bytes) -> bytes:

@@ -8,24 +8,42 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 COUNT = 150
+AT_ONCE = 500  # files that a process tries
 WORKER = Path(__file__).with_name("worker.py")
+
+
+def tried(folder: Path, first: int, count: int) -> list[dict[str, Any]]:
+    """What became of files number `first` and following, in a process that ends at the first that it cannot survive."""
+    command = [sys.executable, str(WORKER), str(folder), str(first), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    results = [line for line in lines if "outcome" in line]
+    if done.returncode:
+        assert lines, done.stderr[-2000:]
+        problem = f"the process ended with {done.returncode}: {done.stderr[-1000:]}"
+        results.append({"number": lines[-1]["number"], "outcome": "failed", "problem": problem})
+        rest = first + count - 1 - results[-1]["number"]
+        return results + (tried(folder, first + count - rest, rest) if rest else [])
+    return results
 
 
 @pytest.mark.drill
 def test_damaged_files(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     count = request.config.getoption("--drill", default=None) or COUNT
-    command = [sys.executable, str(WORKER), str(tmp_path), "0", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, f"the process ended with {done.returncode} at {lines[-1:]}: {done.stderr[-2000:]}"
-    results = [line for line in lines if "outcome" in line]
-    assert len(results) == count
+    results: list[dict[str, Any]] = []
+    for first in range(0, count, AT_ONCE):
+        results += tried(tmp_path, first, min(AT_ONCE, count - first))
+    assert [line["number"] for line in results] == list(range(count))
+    outcomes = Counter(line["outcome"] for line in results)
+    slowest, largest = (max(results, key=lambda line, name=name: line.get(name, 0)) for name in ("seconds", "bytes"))
+    print(f"{count} files: {dict(outcomes)}; the slowest {slowest}; the largest {largest}")
     problems = [line for line in results if line["problem"]]
     assert not problems, "\n".join(map(str, problems[:20]))
-    outcomes = {line["outcome"] for line in results}
-    assert outcomes == {"accepted", "refused"}, outcomes  # both happen, or the damage is none or too much
+    assert outcomes.keys() == {"accepted", "refused"}, outcomes  # both happen, or the damage is none or too much
