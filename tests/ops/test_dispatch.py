@@ -36,13 +36,17 @@ def test_schema() -> None:
 class Single:
     x: str
 
+    def public(self) -> dict[str, str]:
+        return {"x": self.x}
+
 
 def make_op(*refusals: str | None) -> Op:
     implementations = tuple(
         Implementation(f"impl{i}", run=lambda a, i=i: (i, a.x), refuse=lambda a, reason=reason: reason)
         for i, reason in enumerate(refusals)
     )
-    return Op("example", Single, implementations, public=lambda: None)
+    op = Op("example", Single, implementations, public=lambda x, impl: op(Single(x), impl))
+    return op
 
 
 def test_auto_takes_the_first_that_does_not_refuse() -> None:
