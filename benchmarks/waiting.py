@@ -2,8 +2,9 @@
 
 `python benchmarks/waiting.py [--threads 1 2] [--busy N] [--spins N ...]` prints a table: median and longest time of a
 pass of a bundled miniature, and the median as a multiple of the default's, for each policy and number of threads, alone
-and with N processes (default: one per processor) that compute. Policies: what OpenMP does by itself, sleeping ("passive"),
-spinning ("active"), and spinning for a number of turns before they sleep (GOMP_SPINCOUNT; the default is 300,000).
+and with N processes (default: one per processor) that compute. Policies: what OpenMP does by itself, sleeping
+("passive"), spinning ("active"), and spinning for a number of turns before they sleep (GOMP_SPINCOUNT; by itself
+300,000).
 A setting is worth being the command line's where it costs less than 3 % idle and gains beside other work.
 """
 
