@@ -131,6 +131,7 @@ def test_keys_of_attention() -> None:
     assert key_of("cross_attention_maps", q, k, k, 2) == ("16-bit 2x40 maps", (128, 7))
     assert key_of("cross_attention_maps", q, k, k, 2, need_maps=False) == ("16-bit 2x40", (128, 7))
     assert key_of("cross_attention_maps", q, k, k, 2, average_heads=False).key == "16-bit 2x40 maps of heads"
+    assert key_of("cross_attention_maps", q, k[:, :1], k[:, :1], 2).key == "16-bit 2x40 one token maps"
     into = empty(2, 64, 7, dtype=torch.float32)
     assert key_of("cross_attention_maps_into", q, k, k, into, 2) == ("16-bit 2x40 maps", (128, 7))
     assert ops.registry()["cross_attention_maps_into"].measured_as == "cross_attention_maps"

@@ -286,9 +286,12 @@ IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[[AttentionArguments], str | None
 def shape_of(p: Arguments) -> Shape:
     """Returns what decides which implementation is fastest; sizes: rows of all images, tokens."""
     batch, queries, tokens, heads, dim = p.sizes
-    maps = ("", " maps") if p.average_heads else ("", " maps of heads")
-    wanted = getattr(p, "need_maps", True)
-    key = f"{WORDS[p.q.dtype]} {heads}x{dim}{maps[wanted]}{' of categories' if wanted and p.ids is not None else ''}"
+    key = f"{WORDS[p.q.dtype]} {heads}x{dim}"
+    if tokens == 1:
+        key += " one token"  # which has an implementation of its own
+    if getattr(p, "need_maps", True):
+        key += " maps" if p.average_heads else " maps of heads"
+        key += "" if p.ids is None else " of categories"
     return Shape(key, (batch * queries, tokens))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -230,16 +229,20 @@ def library_refuses(call: Any) -> str | None:
 
 def shape_of(call: GemmArguments) -> Shape:
     """Returns what decides which implementation of a product is fastest; sizes: rows, columns of the result, of A."""
-    height, width = getattr(call, "kernel", (1, 1))
-    ends = (
-        " enlarging" if getattr(call, "upsample", False) else "",
-        "" if call.x2 is None else " sources2",
-        f" {call.activation}" if call.activation else "",
-        "" if call.residual is None else " residual",
-        "" if getattr(call, "statistics", None) is None else " statistics",
-    )
-    key = f"{WORDS[call.data.dtype]} {height}x{width}/{getattr(call, 'stride', 1)}{''.join(ends)}"
-    return Shape(key, (math.prod(call.out.shape[:-1]), call.n, call.columns))
+    (height, width), stride = getattr(call, "kernel", (1, 1)), getattr(call, "stride", 1)
+    key = f"{WORDS[call.data.dtype]} {height}x{width}/{stride}"
+    if getattr(call, "upsample", False):
+        key += " enlarging"
+    if call.x2 is not None:
+        key += " sources2"
+    if call.activation:
+        key += f" {call.activation}"
+    if call.residual is not None:
+        key += " residual"
+    if getattr(call, "statistics", None) is not None:
+        key += " statistics"
+    out = call.out
+    return Shape(key, (out.numel() // out.shape[-1], call.n, call.columns))
 
 
 def operator(name: str, arguments: type, public: Callable[..., Any], cpu: Run, reference: Run, gpu: bool = True) -> Op:
