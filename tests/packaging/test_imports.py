@@ -66,7 +66,7 @@ INSIDERS = {
     ("vpd_fast.ops", "vpd_fast.kernels"),
     ("vpd_fast.bench", "vpd_fast.ops._dispatch.registry"),
     ("vpd_fast.bench.choices", "vpd_fast.ops._dispatch"),
-    ("vpd_fast.bench.choices", "vpd_fast.kernels._library"),
+    ("vpd_fast.bench", "vpd_fast.kernels._library"),
     ("vpd_fast.bench.choices", "vpd_fast.kernels._gemm_cuda"),
     ("vpd_fast.bench", "vpd_fast.kernels._common.multiprocessors"),
 }

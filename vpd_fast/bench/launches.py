@@ -17,6 +17,7 @@ from vpd_fast import VPDConfig, ops
 from vpd_fast.bench.operations import ValuesAreFine, empty_engine
 from vpd_fast.bench.variants import conditioning
 from vpd_fast.config import PRECISIONS
+from vpd_fast.kernels import _library
 
 # Architectures that kernels are compiled for, and the multiprocessors of their GPUs, by which tiles are chosen: A100;
 # H100 and H200; the H100 of PCIe cards.
@@ -28,7 +29,7 @@ MODELS = (
     *(VPDConfig(task="referring", tokens=tokens) for tokens in (40, 77)),
     VPDConfig(task="depth"),
 )
-GEMMS = ("linear", "conv2d")  # operators for whose CUDA C++ kernels Triton kernels prepare rows
+GEMMS = ("linear", "conv2d")  # operators for whose CUDA C++ kernels, and libraries, Triton kernels prepare rows
 Record = Callable[[str, Any, tuple[int, ...], dict[str, Any]], None]  # architecture, kernel, grid, arguments
 
 
@@ -67,7 +68,7 @@ class _Recorder(TorchDispatchMode):
             operator = ops.registry()[func._schema.name.partition("::")[2]]
             arguments = operator.arguments(*args[:-1])
             for implementation in operator.implementations:
-                if implementation.name == "triton" or (implementation.name == "cuda" and operator.name in GEMMS):
+                if _launches(operator.name, implementation.name, arguments):
                     self._launch(implementation, arguments)
         return func(*args, **(kwargs or {}))
 
@@ -77,9 +78,17 @@ class _Recorder(TorchDispatchMode):
         for architecture in self._architectures:
             if architecture == "sm_80" and _has_float8(arguments):
                 continue  # PyTorch computes those
-            for processors in PROCESSORS[architecture]:
+            tiles = PROCESSORS[architecture] if implementation.name == "triton" else PROCESSORS[architecture][:1]
+            for processors in tiles:
                 with recording(lambda *launch, name=architecture: self._record(name, *launch), processors):
                     implementation.run(arguments)
+
+
+def _launches(operator: str, implementation: str, arguments: Any) -> bool:
+    """Whether an implementation launches Triton kernels; a library's sums are finished by one, too."""
+    if operator in GEMMS and implementation == "library":
+        return _library.refuse(arguments) is None
+    return implementation == "triton" or (operator in GEMMS and implementation == "cuda")
 
 
 def _has_float8(arguments: Any) -> bool:
