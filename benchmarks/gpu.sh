@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, for a machine without a network:
 #
-#     benchmarks/gpu.sh [tests|ops|slow|e2e|layers|sanitizer|tune|train|all] ...
+#     benchmarks/gpu.sh [measure|tests|ops|slow|e2e|layers|sanitizer|tune|train|all] ...
+#     benchmarks/gpu.sh pack FOLDER [...]     on any machine: the folder that one without a compiler needs (pack.py)
 #
-# It must have Python with torch (CUDA build), pybind11, cmake, ninja, setuptools and pytest, and nvcc
-# or a built vpd_fast._C_cuda. Results, logs and summary.json go to $OUT (default benchmarks/results). No command runs
-# longer than $LIMIT seconds (default 540). A command that succeeded is not run again unless FORCE=1, so an interrupted
-# run is continued by the same call. Exits non-zero if one failed. GPU_SH_DRY=1 prints the commands and runs nothing.
+# It must have Python with torch (CUDA build) and pytest; and pybind11, cmake, ninja, setuptools and nvcc, or a built
+# vpd_fast._C_cuda, or be run in a folder of `pack`. Results, logs and summary.json go to $OUT (default
+# benchmarks/results). No command runs longer than $LIMIT seconds (default 540). A command that succeeded is not run
+# again unless FORCE=1, so an interrupted run is continued by the same call. Exits non-zero if one failed.
+# GPU_SH_DRY=1 prints the commands and runs nothing.
 set -uo pipefail
 
+[[ ${1:-} == pack ]] && exec "${PYTHON:-python3}" "$(dirname "$0")/pack.py" "${@:2}"
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root" || exit 1
 out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd) || exit 1
@@ -19,6 +22,13 @@ failed=() rows=() # of the summary: name, status, seconds; name, status, seconds
 limited=(timeout -s INT -k 20 "${LIMIT:-540}") # interrupted, pytest and our scripts have written what they measured
 
 build() {
+    if compgen -G "$root/wheel/*.whl" >/dev/null; then # a folder of `pack`
+        [[ -e $root/site/vpd_fast ]] || "$python" -m pip install --no-index --no-deps --no-compile --quiet \
+            --target "$root/site" "$root"/wheel/*.whl >"$out/build.log" 2>&1 ||
+            { tail -n 40 "$out/build.log"; echo "gpu.sh: the wheel does not fit this Python, see $out/build.log"; exit 1; }
+        export PYTHONPATH=$root/site:$root${PYTHONPATH:+:$PYTHONPATH}
+        return
+    fi
     "$python" -c 'import torch, vpd_fast._C, vpd_fast._C_cuda' 2>/dev/null && return
     VPD_FAST_CUDA=ON "$python" -m pip install --no-build-isolation --no-deps --quiet -e . >"$out/build.log" 2>&1 ||
         { tail -n 40 "$out/build.log"; echo "gpu.sh: the build failed, see $out/build.log"; exit 1; }
@@ -64,6 +74,12 @@ tests() {
 }
 ops() { part ops "$python" -m pytest benchmarks -q -m "gpu and not slow"; }
 slow() { part slow env VPD_FAST_RESULTS="$out/slow" "$python" -m pytest benchmarks -q -m "gpu and slow"; }
+
+# Everything in one run, the most valuable first (measure.py); it ends by itself before it would be ended.
+measure() {
+    part measure "$python" benchmarks/measure.py --out "$out" --seconds $((${LIMIT:-540} - 20)) \
+        ${FORCE:+$([[ $FORCE == 1 ]] && echo --force)}
+}
 
 # Batch sizes apart, each within the limit: torch.compile takes minutes for each. What it compiled it keeps.
 e2e() {
@@ -126,7 +142,7 @@ summary() {
     printf '{"rows": [%s\n]}\n' "${json%,}" >"$out/summary.json.tmp" && mv "$out/summary.json.tmp" "$out/summary.json"
 }
 
-known=(tests tune ops e2e layers slow sanitizer train) # tuned before it is measured
+known=(tests tune measure ops e2e layers slow sanitizer train) # tuned before it is measured
 chosen=()
 for name in "${@:-all}"; do
     if [[ $name == all ]]; then

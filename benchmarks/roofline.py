@@ -6,7 +6,8 @@
 An operation takes at least its products over the device's rate of products, its operands (each read or written once)
 over the bandwidth, and the exponentials of attention over their rate, whichever is longest ("floor"). The operations
 come from the engine's own code (`operations.py`). With a file of `layers.py` as device, its measured rates are taken,
-and what it measured for the same size, batch and task is printed beside; "gap" is measured over floor.
+and what it measured for the same size, batch and task is printed beside; "gap" is measured over floor. Where steps are
+planned and their gains predicted (planned_steps.json), those are printed, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import planned
 import torch
 
 from vpd_fast import VPDConfig
@@ -156,6 +158,10 @@ def show(result: dict[str, Any], case: Case, most: int) -> None:
         print(table([rounded(row) for row in rows]))
     print(f"\nthe largest {most} of {len(result['parts'])} parts")
     print(table([rounded(row) for row in result["parts"][:most]]))
+    if (case.size, case.task) == (512, "segmentation"):
+        measured = total["ms"] / case.batch if "ms" in total else None
+        steps = planned.steps(case.precision, case.batch, measured)
+        print(f"\nplanned, ms per image\n{table(steps)}" if steps else "", end="\n" if steps else "")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,42 +1,17 @@
-// Launches the GEMM kernels with wgmma, and encodes the tensor maps that they read through.
+// Launches the GEMM kernels with wgmma, and describes the tensor maps that they read through.
 #include "cuda/gemm_wgmma.cuh"
-
-#include <cuda.h>
 
 #include <algorithm>
 
 #include "cuda/device.h"
 #include "cuda/gemm_kernels.h"
+#include "cuda/tensor_map.h"
 
 namespace vpd::gemm {
 namespace {
 
 constexpr int64_t MAX_STRIDE_BYTES = int64_t(1) << 40;
 constexpr int MAX_BOX = 256, MAX_TRAVERSAL_STRIDE = 8;
-
-using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                        const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// cuTensorMapEncodeTiled of the driver, which is not linked so that the module can be imported without one.
-Encode* find_encode() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode*>(function)
-                                                                         : nullptr;
-}
-
-// Boxes of 128 bytes along the first dimension, swizzled. strides: in bytes, of all dimensions but the first.
-bool encode(TensorMap& map, int bytes, int rank, const void* address, const cuuint64_t* sizes,
-            const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps) {
-    static Encode* const function = find_encode();
-    const auto type = bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
-    return function && function(&map, type, rank, const_cast<void*>(address), sizes, strides, box, steps,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 int images_of_box(const Plan& plan) { return plan.rows_of_tile >> (plan.log_x + plan.log_y); }
 
@@ -51,14 +26,14 @@ bool encode_source(TensorMap& map, const CudaGemm& p, const Plan& plan, int byte
     const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), stride << plan.log_x, stride << plan.log_y,
                               cuuint32_t(images_of_box(plan))};
     const cuuint32_t steps[] = {1, stride, stride, 1};
-    return encode(map, bytes, 4, x.data, sizes, strides, box, steps);
+    return encode_tensor_map(map, bytes, 4, x.data, sizes, strides, box, steps);
 }
 
 bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int bytes) {
     const cuuint64_t sizes[] = {cuuint64_t(plan.weight_columns), cuuint64_t(p.n)};
     const cuuint64_t strides[] = {cuuint64_t(plan.weight_columns) * bytes};
     const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), cuuint32_t(plan.columns_of_tile)}, steps[] = {1, 1};
-    return encode(map, bytes, 2, p.weight, sizes, strides, box, steps);
+    return encode_tensor_map(map, bytes, 2, p.weight, sizes, strides, box, steps);
 }
 
 template <typename T, int COLUMNS>

@@ -58,8 +58,18 @@ def after(words: list[str], word: str) -> list[str]:
 
 def test_all_parts(commands: dict[str, list[str]]) -> None:
     assert list(commands) == [
-        *("tests", "tune", "ops", "e2e-batch1", "e2e-batch8", "layers", "roofline-batch1", "roofline-batch8", "slow"),
-        *("sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "train-batch1", "train-batch16"),
+        *(
+            "tests",
+            "tune",
+            "measure",
+            "ops",
+            "e2e-batch1",
+            "e2e-batch8",
+            "layers",
+            "roofline-batch1",
+            "roofline-batch8",
+        ),
+        *("slow", "sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "train-batch1", "train-batch16"),
     ]
     assert all(sys.executable in words for words in commands.values())
 
@@ -88,6 +98,14 @@ def test_the_roofline_takes_the_file_of_the_layers(commands, script, tmp_path) -
     arguments = [str(MEASURED) if word.endswith("DEVICE/layers.json") else word for word in arguments]
     script("roofline").main([*arguments, "--precision", "bf16", "--size", "64"])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"roofline_batch8.json", "roofline_batch8.png"}
+
+
+def test_measure_takes_its_arguments(commands, script, capsys) -> None:
+    path, *arguments = after(commands["measure"], sys.executable)
+    assert path == "benchmarks/measure.py"
+    assert float(after(arguments, "--seconds")[0]) == 57  # ends by itself before it would be ended after 77
+    assert script("measure").main([*arguments, "--list"]) == 0
+    assert capsys.readouterr().out.startswith("sanity ")
 
 
 def test_tune_takes_its_arguments(commands) -> None:
@@ -139,7 +157,7 @@ def test_account_of_what_ran(tmp_path, stub: dict[str, str]) -> None:
     assert "== sanitizer: compute-sanitizer is not installed" in done.stdout
     first = status(tmp_path)
     expected = (
-        *("tests", "tune", "ops", "e2e-batch1", "layers", "roofline-batch1", "roofline-batch8", "slow"),
+        *("tests", "tune", "measure", "ops", "e2e-batch1", "layers", "roofline-batch1", "roofline-batch8", "slow"),
         *("train-batch1", "train-batch16"),
     )
     assert first == dict.fromkeys(expected, "passed") | {"e2e-batch8": "failed(3)"} | skipped
@@ -171,7 +189,7 @@ def test_a_command_that_takes_too_long_has_failed(tmp_path, stub: dict[str, str]
 def test_unknown_part(tmp_path) -> None:
     done = call(tmp_path, "tests", "everything", GPU_SH_DRY="1")
     assert done.returncode == 2
-    assert done.stdout == "usage: benchmarks/gpu.sh [tests|tune|ops|e2e|layers|slow|sanitizer|train|all] ...\n"
+    assert done.stdout == "usage: benchmarks/gpu.sh [tests|tune|measure|ops|e2e|layers|slow|sanitizer|train|all] ...\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which everything would run")

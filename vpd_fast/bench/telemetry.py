@@ -7,8 +7,10 @@ import importlib
 import shutil
 import statistics
 import subprocess
-from collections import defaultdict
-from collections.abc import Callable
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +46,38 @@ class Telemetry:
 
     def medians(self, name: str) -> dict[str, float | None]:
         """The median of each quantity over the samples of `name`; None where there are none."""
-        found: dict[str, float | None] = {}
-        for field in FIELDS:
-            values = [sample[field] for sample in self._samples[name] if field in sample]
-            found[field] = round(statistics.median(values), 1) if values else None
-        return found
+        return dict.fromkeys(FIELDS) | _medians(self._samples[name])
+
+
+class Sampler:
+    """Samples that a thread takes all the time, every `interval` seconds at most, as long as this process lives.
+
+    MAX_SAMPLES are kept. On a CPU, or where nothing tells, there are none.
+    """
+
+    MAX_SAMPLES = 100_000
+
+    def __init__(self, device: str, interval: float = 0.05) -> None:
+        self._read = _reader() if device == "cuda" else None
+        self._interval = interval
+        self._samples: deque[tuple[float, Sample]] = deque(maxlen=self.MAX_SAMPLES)
+        if self._read is not None:
+            threading.Thread(target=self._run, daemon=True, name="telemetry").start()
+
+    def medians(self, start: float) -> dict[str, float]:
+        """The median of each quantity over the samples since that time of `time.monotonic`, where there are some."""
+        return _medians([sample for at, sample in list(self._samples) if at >= start])
+
+    def _run(self) -> None:
+        while self._read is not None:
+            with contextlib.suppress(Exception):  # as in `_reader`: one that fails now and then is no reason to stop
+                self._samples.append((time.monotonic(), self._read()))
+            time.sleep(self._interval)
+
+
+def _medians(samples: Sequence[Sample]) -> dict[str, float]:
+    values = {field: [sample[field] for sample in samples if field in sample] for field in FIELDS}
+    return {field: round(statistics.median(found), 1) for field, found in values.items() if found}
 
 
 def _uuid() -> str | None:

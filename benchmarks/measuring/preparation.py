@@ -1,0 +1,80 @@
+"""Preparing rows and finding statistics, at the sizes of a pass."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from measuring.plan import Row, Step
+from measuring.products import PRECISIONS
+from measuring.setting import Setting
+from measuring.shapes import calls_of_pass
+
+COUNT = 6  # sizes with the most bytes
+GROUPS = 32
+Size = tuple[int, int, int, int]  # B, H, W, C
+
+
+def steps(setting: Setting) -> Iterator[Step]:
+    """A step for each size: rows by precision and implementation, statistics and their merge."""
+    sizes: Counter[Size] = Counter()
+    for name, call in calls_of_pass(setting, 1 if setting.dry else 8):
+        if name == "conv2d" and call.has_prologue:
+            sizes[tuple(map(int, call.x.shape))] += 1
+    for size, count in setting.only(sorted(sizes.items(), key=lambda pair: -_numbers(pair[0]) * pair[1])[:COUNT]):
+        yield Step(
+            "x".join(map(str, size)), functools.partial(_at, setting, (1, 4, 4, 8) if setting.dry else size, count)
+        )
+
+
+def _numbers(size: Size) -> int:
+    batch, height, width, channels = size
+    return batch * height * width * channels
+
+
+# What prepares rows: arguments as of `vpd_fast.kernels._prologue.prepare`.
+def _by_triton(*args: Any, **options: Any) -> Any:
+    from vpd_fast.kernels._prologue import prepare
+
+    return prepare(*args, **options)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"triton": _by_triton}
+
+
+def _at(setting: Setting, size: Size, count: int) -> list[Row]:
+    from vpd_fast.kernels._statistics import partial
+    from vpd_fast.ops import Statistics, group_norm_affine
+    from vpd_fast.ops.statistics import run_length, statistics_shape
+
+    batch, height, width, channels = size
+    x = setting.random(*size, dtype=torch.bfloat16)
+    affine = setting.random(batch, 2, channels)
+    ranges = torch.tensor([-4.0, 4.0], device=setting.device).view(1, 2, 1).repeat(batch, 1, 1)
+    positions = height * width
+    run = run_length(positions)
+    data = torch.empty(statistics_shape(batch, positions, channels), device=setting.device)
+    statistics = Statistics(data, run)
+    weight, bias = torch.ones(channels, device=setting.device), torch.zeros(channels, device=setting.device)
+    rounded = {"padding": (1, 1, 1, 1), "scale_shift": affine, "silu": True, "per_image": True}
+    calls: dict[str, Callable[[], Any]] = {}
+    for implementation, prepare in IMPLEMENTATIONS.items():
+        for precision, dtype in PRECISIONS.items():
+            known = {"ranges": ranges} if dtype == torch.int8 else {}
+            calls[f"rows {precision} {implementation}"] = functools.partial(prepare, x, None, dtype, **rounded, **known)
+        searched = functools.partial(prepare, x, None, torch.int8, **rounded)
+        calls[f"rows int8 {implementation}, ranges searched"] = searched
+    calls["statistics"] = lambda: partial(x.flatten(1, 2), run, data)
+    impl = {"impl": "triton"}
+    groups = GROUPS if channels % GROUPS == 0 else 1
+    calls["merge"] = lambda: group_norm_affine(x, weight, bias, groups, 1e-5, statistics=statistics, **impl)
+    calls["statistics and merge"] = lambda: group_norm_affine(x, weight, bias, groups, 1e-5, **impl)
+    usable, reasons = setting.possible(calls)
+    facts = {"size": "x".join(map(str, size)), "calls": count}
+    times = setting.milliseconds(usable)
+    rows = [{**facts, "what": what, "ms": ms, "read_gb_per_s": 1e-6 * x.nbytes / ms} for what, ms in times.items()]
+    return rows + [{**facts, "what": what, "not run": reason} for what, reason in reasons.items()]

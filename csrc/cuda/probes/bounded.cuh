@@ -1,0 +1,98 @@
+// What probes need beyond hopper.cuh: waits that end, clocks, copies to all blocks of a cluster.
+#pragma once
+
+#include "cuda/hopper.cuh"
+
+namespace vpd::probes {
+
+using namespace device;
+
+constexpr int LINE_BYTES = 128;
+
+// The first address of dynamic shared memory that swizzled tiles may lie at.
+__device__ inline unsigned char* aligned_shared() {
+    unsigned char* const memory = dynamic_shared();
+    return memory + (-shared_address(memory) & 1023);
+}
+
+#ifdef __CUDACC__
+
+constexpr unsigned long long MAX_WAIT = 100'000'000;  // nanoseconds
+
+__device__ inline long long clocks_now() { return clock64(); }
+
+__device__ inline unsigned long long nanoseconds_now() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(now));
+    return now;
+}
+
+// As barrier_wait, but gives up after MAX_WAIT. Returns whether the phase has ended.
+__device__ inline bool barrier_wait_bounded(uint64_t* barrier, unsigned parity) {
+    unsigned done = 0;
+#if VPD_HOPPER
+    const unsigned long long begin = nanoseconds_now();
+    while (!done && nanoseconds_now() - begin < MAX_WAIT)
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+#endif
+    return done;
+}
+
+__device__ inline unsigned rank_in_cluster() {
+    unsigned rank = 0;
+#if VPD_HOPPER
+    asm volatile("mov.u32 %0, %cluster_ctarank;\n" : "=r"(rank));
+#endif
+    return rank;
+}
+
+// As load_box, to the same place in all blocks of the cluster that the mask names.
+__device__ inline void load_box_to_all(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1,
+                                       uint16_t mask) {
+#if VPD_HOPPER
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "h"(mask)
+        : "memory");
+#endif
+}
+
+// Arrives at the barrier that block `rank` of the cluster has where this block has `barrier`.
+__device__ inline void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
+#if VPD_HOPPER
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+#endif
+}
+
+// Lets asynchronous instructions see what this thread has stored in shared memory.
+__device__ inline void stores_done() {
+#if VPD_HOPPER
+    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+#else
+
+inline long long clocks_now() { return 0; }
+inline bool barrier_wait_bounded(uint64_t* barrier, unsigned parity) {
+    barrier_wait(barrier, parity);
+    return true;
+}
+inline unsigned rank_in_cluster() { return 0; }
+inline void stores_done() {}
+
+#endif
+
+}  // namespace vpd::probes
