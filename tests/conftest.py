@@ -23,6 +23,7 @@ from vpd_fast import BackboneConfig  # noqa: E402
 
 from .golden.case import GoldenCase  # noqa: E402
 from .helpers import runs  # noqa: E402
+from .helpers.backbones import SMALL, TINY  # noqa: E402
 from .helpers.interpreter import make_interpreter_faster  # noqa: E402
 from .helpers.selection import mark_what_a_selection_leaves_out  # noqa: E402
 
@@ -65,8 +66,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_backbone() -> BackboneConfig:
-    """A backbone of the shape of Stable Diffusion 1.5, a tenth as wide."""
-    return BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
+    return SMALL
+
+
+@pytest.fixture
+def tiny_backbone() -> BackboneConfig:
+    return TINY
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -29,8 +29,8 @@ exit {code}
 
 
 @pytest.fixture
-def config(small_backbone) -> VPDConfig:
-    return VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone)
+def config(tiny_backbone) -> VPDConfig:
+    return VPDConfig(num_classes=5, channels=32, base_size=128, backbone=tiny_backbone)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_forms_of_a_plain_model_agree(monkeypatch, shared) -> None:
     names = ("plain autocast", "sdpa channels-last compiled")
     for name in ("plain", *names):
         variant = catalog.ENTRIES[name].make(shared)
-        variant.prepare(Case(64))
+        variant.prepare(Case(128))
         results[name] = variant.run()
     for name in names:
         found = agreement(results[name][1], results["plain"][1])

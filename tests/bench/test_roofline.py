@@ -91,12 +91,12 @@ def test_batches_share_weights(traced) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
 def test_tensors_with_and_without_memory_count_the_same(
-    script, monkeypatch, small_backbone, task: str, kind: str
+    script, monkeypatch, tiny_backbone, task: str, kind: str
 ) -> None:
     """The list of a model that is there is the list of the one without memory."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # PyTorch's reference is faster than interpreted kernels
     policy = vpd_fast.engine.Policy(winograd=kind == "cpu")
-    config = VPDConfig(task=task, base_size=64, channels=32, backbone=small_backbone)
+    config = VPDConfig(task=task, base_size=64, channels=32, backbone=tiny_backbone)
     model = vpd_fast.optimize(randomize(VPD(config), seed=0).eval(), "int8", policy=policy)
     model._workspaces = operations.workspaces(model.device, kind)
     real = operations.trace(model, torch.zeros(2, 3, 64, 64))

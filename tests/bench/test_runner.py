@@ -77,9 +77,9 @@ def machine(monkeypatch) -> Machine:
 
 
 @pytest.fixture
-def bench(machine: Machine, tmp_path, small_backbone):
+def bench(machine: Machine, tmp_path, tiny_backbone):
     def make(names=("fast fp32", "fast int8"), cases=(SMALL,), rounds=4, seconds=1000.0) -> Bench:
-        config = VPDConfig(num_classes=3, base_size=128, backbone=small_backbone)
+        config = VPDConfig(num_classes=3, base_size=128, backbone=tiny_backbone)
         return Bench(Source(tmp_path, tmp_path, 1), config, names, cases, rounds, seconds)
 
     return make

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench import engine_pass, timing
 from vpd_fast.bench.variants import Source
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer, UNetBlock
 from vpd_fast.training.groups import parameter_groups
+
+from ..helpers.backbones import TINY
 
 SMALL = ["--device", "cpu", "--model", "small", "--size", "128", "--steps", "1"]
 
@@ -30,8 +32,7 @@ def results(tmp_path, monkeypatch, script):
 def here(monkeypatch, script):
     """Variants are measured in this process, where their steps can be looked at."""
     benchmark = script("train_step")
-    backbone = BackboneConfig(model_channels=32, context_dim=32, num_heads=4, vae_ch=32)
-    tiny = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=backbone)
+    tiny = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=TINY)
     monkeypatch.setattr(benchmark, "MODELS", {"small": tiny})
     monkeypatch.setattr(benchmark, "Worker", Here)
     return benchmark

@@ -26,10 +26,10 @@ LEAST = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.9}
 
 
 @pytest.fixture
-def source(small_backbone, tmp_path):
+def source(tiny_backbone, tmp_path):
     def make(task: str = "segmentation") -> Source:
         sizes = {"num_classes": 5, "num_scenes": 3, "tokens": 8, "channels": 32, "base_size": 128}
-        model = randomize(VPD.empty(VPDConfig(task=task, backbone=small_backbone, **sizes)), 1)
+        model = randomize(VPD.empty(VPDConfig(task=task, backbone=tiny_backbone, **sizes)), 1)
         model.save_pretrained(tmp_path / task)
         return Source(tmp_path / task, tmp_path, torch.get_num_threads())
 

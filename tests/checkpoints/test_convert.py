@@ -157,7 +157,7 @@ def test_variants_and_shards(golden: Callable, tmp_path: Path) -> None:
 
 
 def test_text_encoder_is_what_transformers_reads(
-    small_backbone: BackboneConfig, golden: Callable, tmp_path: Path
+    tiny_backbone: BackboneConfig, golden: Callable, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(

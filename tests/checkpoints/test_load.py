@@ -308,8 +308,8 @@ def test_damaged_names_and_sizes(golden: Callable, tmp_path: Path) -> None:
     assert refused > 0
 
 
-def test_what_shapes_do_not_tell_is_noted(small_backbone: BackboneConfig, tmp_path: Path) -> None:
-    config = VPDConfig(task="depth", num_scenes=2, base_size=128, backbone=small_backbone)
+def test_what_shapes_do_not_tell_is_noted(tiny_backbone: BackboneConfig, tmp_path: Path) -> None:
+    config = VPDConfig(task="depth", num_scenes=2, base_size=128, backbone=tiny_backbone)
     torch.save({"model": VPD(config).state_dict()}, tmp_path / "depth.pth")
     (note,) = load_checkpoint(tmp_path / "depth.pth").load_report.notes
     assert "num_heads=8, base_size=512, max_depth=10.0" in note
@@ -319,7 +319,7 @@ def test_what_shapes_do_not_tell_is_noted(small_backbone: BackboneConfig, tmp_pa
     assert load_checkpoint(tmp_path / "huge.pth").config.max_depth == 10.0
 
 
-def test_the_class_decides_the_task(small_backbone: BackboneConfig, tmp_path: Path) -> None:
-    VPD(VPDConfig(num_classes=2, channels=32, backbone=small_backbone)).save_pretrained(tmp_path / "seg")
+def test_the_class_decides_the_task(tiny_backbone: BackboneConfig, tmp_path: Path) -> None:
+    VPD(VPDConfig(num_classes=2, channels=32, backbone=tiny_backbone)).save_pretrained(tmp_path / "seg")
     with pytest.raises(CheckpointError, match="holds a segmentation model; expected depth"):
         VPDDepth.from_pretrained(tmp_path / "seg")

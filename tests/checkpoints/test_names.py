@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.checkpoints import convert, load_checkpoint, load_pretrained, load_stable_diffusion, open_checkpoint
 from vpd_fast.checkpoints.formats import vpd_to_ldm
 from vpd_fast.checkpoints.names import WRAPPER_PARTS, without_wrappers
@@ -21,16 +21,14 @@ from vpd_fast.checkpoints.state_dicts import find_state_dict
 from vpd_fast.errors import CheckpointError
 from vpd_fast.models.random_weights import randomize
 
-SMALL = BackboneConfig(
-    model_channels=32, context_dim=32, num_heads=4, num_res_blocks=1, channel_mult=(1, 1, 1, 1), vae_ch=32,
-    vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1,
-)  # fmt: skip
+from ..helpers.backbones import LEAST
+
 HEAD = "decode_head.conv_seg.weight"
 
 
 @functools.cache
 def model() -> VPD:
-    return randomize(VPD.empty(VPDConfig(num_classes=2, base_size=128, channels=32, backbone=SMALL)), 0).eval()
+    return randomize(VPD.empty(VPDConfig(num_classes=2, base_size=128, channels=32, backbone=LEAST)), 0).eval()
 
 
 def state() -> dict[str, Tensor]:

@@ -25,12 +25,12 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def small(tmp_path, small_backbone):
+def small(tmp_path, tiny_backbone):
     """`small(task)` -> options that build a small random model of that task."""
 
     def options(task: str, **changes) -> list[str]:
         path = tmp_path / f"{task}.json"
-        config = VPDConfig(task=task, num_classes=5, num_scenes=3, channels=32, base_size=128, backbone=small_backbone)
+        config = VPDConfig(task=task, num_classes=5, num_scenes=3, channels=32, base_size=128, backbone=tiny_backbone)
         config.replace(**changes).save(path)
         return ["--random-weights", "1", "--config", str(path)]
 
@@ -113,8 +113,8 @@ def test_config_file(fails, photo, tmp_path, content):
     fails(["predict", photo, "--random-weights", "1", "--config", tmp_path / "bad.json"])
 
 
-def test_checkpoints(fails, photo, tmp_path, small_backbone):
-    config = VPDConfig(task="depth", num_scenes=3, base_size=128, backbone=small_backbone)
+def test_checkpoints(fails, photo, tmp_path, tiny_backbone):
+    config = VPDConfig(task="depth", num_scenes=3, base_size=128, backbone=tiny_backbone)
     model = randomize(VPD.empty(config), 0)
     good = tmp_path / "depth.pth"
     torch.save({"model": model.state_dict()}, good)

@@ -20,10 +20,10 @@ SPEEDUPS = ("speedup", "backbone_speedup")
 
 
 @pytest.fixture
-def small(tmp_path, small_backbone) -> list[str]:
+def small(tmp_path, tiny_backbone) -> list[str]:
     """Options that build a small random model and measure little of it."""
     path = tmp_path / "config.json"
-    VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone).save(path)
+    VPDConfig(num_classes=5, channels=32, base_size=128, backbone=tiny_backbone).save(path)
     return ["--random-weights", "1", "--config", str(path), "--size", "64", "--peers", "none"]
 
 
@@ -109,8 +109,8 @@ def test_a_variant_that_fails_is_reported_and_is_the_exit_code(small, tmp_path, 
     assert "FAILED: fast fp32, 1x3x64x64: the process was killed" in capsys.readouterr().out
 
 
-def test_a_checkpoint(small_backbone, tmp_path, capsys) -> None:
-    config = VPDConfig(task="referring", tokens=8, base_size=128, backbone=small_backbone)
+def test_a_checkpoint(tiny_backbone, tmp_path, capsys) -> None:
+    config = VPDConfig(task="referring", tokens=8, base_size=128, backbone=tiny_backbone)
     randomize(VPD.empty(config), 0).save_pretrained(tmp_path / "model")
     common = ["--precision", "", "--peers", "none", "--size", "64", "--rounds", "1"]
     assert run(["bench", "--checkpoint", str(tmp_path / "model"), *common]) == 0
@@ -142,8 +142,8 @@ def test_bad_input(options: list[str], message: str, capsys) -> None:
     assert not printed.out
 
 
-def test_a_fast_model_is_not_what_it_can_be_made_of(small_backbone, tmp_path: Path, capsys) -> None:
-    config = VPDConfig(num_classes=3, channels=32, base_size=128, backbone=small_backbone)
+def test_a_fast_model_is_not_what_it_can_be_made_of(tiny_backbone, tmp_path: Path, capsys) -> None:
+    config = VPDConfig(num_classes=3, channels=32, base_size=128, backbone=tiny_backbone)
     vpd_fast.optimize(randomize(VPD.empty(config), 0).eval(), "int8").save(tmp_path / "engine")
     assert run(["bench", "--checkpoint", str(tmp_path / "engine")]) == 2
     assert "is a fast model; give the weights it was made from" in capsys.readouterr().err

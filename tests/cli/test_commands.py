@@ -23,13 +23,13 @@ from vpd_fast.models.random_weights import randomize
 
 
 @pytest.fixture
-def small(tmp_path, small_backbone):
+def small(tmp_path, tiny_backbone):
     """`small(task)` -> options that build a small random model of that task."""
 
     def options(task: str) -> list[str]:
         path = tmp_path / f"{task}.json"
         config = VPDConfig(
-            task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=128, backbone=small_backbone
+            task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=128, backbone=tiny_backbone
         )
         config.save(path)
         return ["--random-weights", "1", "--config", str(path)]
@@ -152,7 +152,7 @@ def test_predict_referring_with_several_sentences(small, photo, tmp_path, capsys
     assert np.array_equal(np.asarray(Image.open(tmp_path / "one" / "photo.png")), masks[1])
 
 
-def test_predict_from_a_saved_model(photo, tmp_path, small, small_backbone):
+def test_predict_from_a_saved_model(photo, tmp_path, small, tiny_backbone):
     assert run(["predict", str(photo), *small("segmentation"), "-o", str(tmp_path / "random")]) == 0
     config = VPDConfig.load(tmp_path / "segmentation.json").replace(class_names=("a", "b", "c", "d", "e"))
     randomize(VPD.empty(config), 1).save_pretrained(tmp_path / "model")
@@ -297,8 +297,8 @@ def test_words_are_drawn_whole_and_those_that_are_cut_off_are_told(small, photo,
             assert results["images"][0]["files"][1:] == ["photo_maps/001_a.png", "photo_maps/002_unicorn.png"]
 
 
-def test_depth_beyond_16_bit_millimetres_is_told(photo, tmp_path, capsys, small_backbone):
-    config = VPDConfig(task="depth", base_size=64, num_scenes=3, max_depth=80.0, backbone=small_backbone)
+def test_depth_beyond_16_bit_millimetres_is_told(photo, tmp_path, capsys, tiny_backbone):
+    config = VPDConfig(task="depth", base_size=64, num_scenes=3, max_depth=80.0, backbone=tiny_backbone)
     config.save(tmp_path / "depth.json")
     command = ["predict", str(photo), "--random-weights", "1", "--config", str(tmp_path / "depth.json"), "--no-flip"]
     assert run([*command, "-o", str(tmp_path / "out")]) == 0
@@ -312,8 +312,8 @@ def test_depth_beyond_16_bit_millimetres_is_told(photo, tmp_path, capsys, small_
     assert stored == pytest.approx(record["metres"]["max"], abs=1 / 256)
 
 
-def test_convert(small, tmp_path, capsys, small_backbone):
-    config = VPDConfig(task="referring", tokens=8, base_size=128, backbone=small_backbone)
+def test_convert(small, tmp_path, capsys, tiny_backbone):
+    config = VPDConfig(task="referring", tokens=8, base_size=128, backbone=tiny_backbone)
     randomize(VPD.empty(config), 0).save_pretrained(tmp_path / "model")
     file = tmp_path / "model.pth"
     assert run(["convert", str(tmp_path / "model"), str(file), "--to", "vpd"]) == 0

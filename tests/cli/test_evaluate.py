@@ -36,10 +36,10 @@ def roots(tmp_path):
 
 
 @pytest.fixture
-def config(small_backbone):
+def config(tiny_backbone):
     """`config(task, ...)` of a small model with as many classes and scenes as the released ones."""
     return lambda task, **changes: VPDConfig(
-        task=task, tokens=8, channels=32, base_size=64, backbone=small_backbone, **changes
+        task=task, tokens=8, channels=32, base_size=64, backbone=tiny_backbone, **changes
     )
 
 

@@ -15,9 +15,9 @@ from vpd_fast.models.random_weights import randomize
 
 
 @pytest.fixture
-def saved(tmp_path, small_backbone) -> Path:
+def saved(tmp_path, tiny_backbone) -> Path:
     """A folder with a small segmentation model."""
-    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone)
+    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=tiny_backbone)
     randomize(VPD(config), 1).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

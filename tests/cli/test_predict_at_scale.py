@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpd_fast import BackboneConfig, VPDConfig
+from vpd_fast import VPDConfig
 from vpd_fast.cli.main import run
+
+from ..helpers.backbones import TINY
 
 NAMES = ["a.jpg", "a.png", "sub/a.jpg", "sub/deep er/b ü.jpg", "z.jpg"]
 
@@ -24,8 +26,7 @@ NAMES = ["a.jpg", "a.png", "sub/a.jpg", "sub/deep er/b ü.jpg", "z.jpg"]
 @pytest.fixture
 def model(tmp_path) -> list[str]:
     """Options that build a small random model."""
-    backbone = BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
-    VPDConfig(num_classes=5, channels=32, base_size=64, backbone=backbone).save(tmp_path / "config.json")
+    VPDConfig(num_classes=5, channels=32, base_size=64, backbone=TINY).save(tmp_path / "config.json")
     return ["--random-weights", "1", "--config", str(tmp_path / "config.json"), "--mode", "whole"]
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpd_fast import BackboneConfig, VPDConfig
+from vpd_fast import VPDConfig
 
 from ..helpers import runs
+from ..helpers.backbones import TINY
 
 pytestmark = pytest.mark.drill
 
@@ -67,8 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_predict(command: Command, tmp_path: Path, kills: int) -> None:
-    backbone = BackboneConfig(model_channels=32, context_dim=64, num_heads=4, num_res_blocks=1, vae_ch=32)
-    VPDConfig(num_classes=5, channels=32, base_size=64, backbone=backbone).save(tmp_path / "config.json")
+    VPDConfig(num_classes=5, channels=32, base_size=64, backbone=TINY).save(tmp_path / "config.json")
     for i in range(IMAGES):
         path = tmp_path / "images" / ("sub" if i % 2 else ".") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

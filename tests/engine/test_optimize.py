@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -11,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vpd_fast
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.engine import Policy
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
 
+from ..helpers.backbones import TINY
 from .golden_cases import assert_agrees_with_the_original
 
 # Least cosine of every feature and of the result to the plain float32 model's.
 GATES = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.995}
 CASES = ["seg_small", "seg_small_a64", "refer_small", "depth_small"]
 FULL_SIZE = [pytest.param(case, marks=pytest.mark.slow) for case in ("seg_sd15", "refer_sd15", "depth_sd15")]
-SMALL = BackboneConfig(model_channels=32, num_heads=4, context_dim=16, vae_ch=32)
+TINY_16 = dataclasses.replace(TINY, context_dim=16)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -46,7 +48,7 @@ def result(model: VPD, inputs: tuple[Tensor, ...]) -> Tensor:
 
 def small_model(task: str = "segmentation", **settings: object) -> VPD:
     values = {"num_classes": 7, "tokens": 5, "num_scenes": 3, "base_size": 128, "channels": 32, "max_attn_size": 8}
-    return randomize(VPD(VPDConfig(task=task, backbone=SMALL, **(values | settings))), seed=1).eval()
+    return randomize(VPD(VPDConfig(task=task, backbone=TINY_16, **(values | settings))), seed=1).eval()
 
 
 def some_images(batch: int = 1, height: int = 64, width: int = 64) -> Tensor:
@@ -215,11 +217,11 @@ def test_report_says_what_each_layer_became() -> None:
     assert set(rows) == set(fast.layers)
     assert rows["encoder.conv_in"]["precision"] == "bf16"
     assert rows["unet.input_blocks.1.0.conv1"]["precision"] == "bf16"
-    assert rows["unet.input_blocks.2.0.conv1"]["precision"] == "int8"
+    assert rows["unet.input_blocks.3.0.conv1"]["precision"] == "int8"
     assert rows["unet.input_blocks.1.0.conv1"]["reason"].endswith("policy: unet.input_blocks.1.*")
     text = str(report)
     assert all(name in text for name in fast.layers)
-    assert "time (22 layers)" in text
+    assert "time (14 layers)" in text
     with pytest.raises(InputError, match="calibration images"):
         fast.report(sensitivity=True)
 
@@ -260,7 +262,7 @@ def calibration_of(task: str) -> list:
     if task == "depth":
         return [torch.rand(1, 3, 96, 64), torch.rand(2, 3, 64, 64)]  # multiples of 32
     images = some_images(2)
-    return [images, (images, torch.randn(2, 5, SMALL.context_dim))] if task == "referring" else [images]
+    return [images, (images, torch.randn(2, 5, TINY_16.context_dim))] if task == "referring" else [images]
 
 
 @pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
@@ -318,7 +320,7 @@ def test_calibration_of_another_precision() -> None:
 
 def test_bad_calibration_sentences() -> None:
     images = some_images(2)
-    for tokens in (torch.randn(1, 5, SMALL.context_dim), torch.randn(2, 5, 3), "the cat"):
+    for tokens in (torch.randn(1, 5, TINY_16.context_dim), torch.randn(2, 5, 3), "the cat"):
         with pytest.raises(InputError, match=r"calibration\[0\]"):
             vpd_fast.optimize(small_model("referring"), "int8", calibration=[(images, tokens)])
 

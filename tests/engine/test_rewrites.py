@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpd_fast.config import BackboneConfig, VPDConfig
+from vpd_fast.config import VPDConfig
 from vpd_fast.engine import rewrites
 from vpd_fast.models.attention import CrossAttention
 from vpd_fast.models.unet import ResBlock, UNet
 from vpd_fast.ops import winograd_weight
 
+from ..helpers.backbones import TINY
+
 # Sums of at most some thousand float64 products in two orders: 1e-16 times a small factor; 1e-12 leaves room for the
 # cancellation in softmax arguments, and any mistake is larger by many orders.
 RTOL = 1e-12
-SMALL = BackboneConfig(model_channels=32, num_heads=4, context_dim=16, vae_ch=32)
+TINY_16 = dataclasses.replace(TINY, context_dim=16)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def test_batch_norm(bias: bool) -> None:
 
 @torch.no_grad()
 def test_time() -> None:
-    unet = UNet(SMALL)
+    unet = UNet(TINY_16)
     block = next(m for m in unet.modules() if isinstance(m, ResBlock))
     embedding = rewrites.time_embedding(unet)
     x = torch.randn(2, 32, 8, 8)
@@ -156,7 +159,7 @@ def test_every_rewrite_is_listed_and_used() -> None:
     torch.set_default_dtype(torch.float32)
     used = set()
     for task in ("segmentation", "referring", "depth"):
-        model = VPD(VPDConfig(task=task, num_classes=5, tokens=4, num_scenes=3, base_size=64, backbone=SMALL))
+        model = VPD(VPDConfig(task=task, num_classes=5, tokens=4, num_scenes=3, base_size=64, backbone=TINY_16))
         used |= {name for spec in layer_specs(model.eval()) for name in spec.rewrites}
     assert used == set(rewrites.REWRITES)
 

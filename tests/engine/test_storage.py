@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -14,16 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vpd_fast
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.engine import Policy
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models.random_weights import randomize
 
-SMALL = BackboneConfig(model_channels=32, num_heads=4, context_dim=16, vae_ch=32)
+from ..helpers.backbones import TINY
+
+TINY_16 = dataclasses.replace(TINY, context_dim=16)
 
 
 def small_model(task: str) -> VPD:
-    config = VPDConfig(task=task, num_classes=7, tokens=5, num_scenes=3, base_size=128, channels=32, backbone=SMALL)
+    config = VPDConfig(task=task, num_classes=7, tokens=5, num_scenes=3, base_size=128, channels=32, backbone=TINY_16)
     return randomize(VPD(config), seed=1).eval()
 
 
@@ -76,7 +79,7 @@ def test_loading_needs_no_other_weights(tmp_path: Path) -> None:
 def save_pair(folder: Path) -> tuple[Path, Path]:
     """Engines of two widths, which have layers of the same names."""
     for name, width in (("small", 32), ("large", 64)):
-        backbone = BackboneConfig(model_channels=width, num_heads=4, context_dim=16, vae_ch=32)
+        backbone = dataclasses.replace(TINY, model_channels=width)
         config = VPDConfig(num_classes=7, base_size=128, channels=32, backbone=backbone)
         vpd_fast.optimize(randomize(VPD(config), seed=1).eval(), "int8").save(folder / name)
     return folder / "small", folder / "large"

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.cli.options import random_tokens
 from vpd_fast.errors import VPDFastError
 from vpd_fast.evaluation import evaluate
 from vpd_fast.models.random_weights import randomize
 
+from ..helpers.backbones import TINY
 from .sets import BROKEN, MemoryDataset, make_dataset
 
 TASKS = ("segmentation", "referring", "depth")
@@ -28,8 +29,7 @@ def embed(sentences):
 
 def measure(task: str, dataset: MemoryDataset, **options):
     """Metrics, rows and the rest, without what takes time."""
-    backbone = BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
-    config = VPDConfig(task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=64, backbone=backbone)
+    config = VPDConfig(task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=64, backbone=TINY)
     found = evaluate(randomize(VPD(config), 1), dataset, text_encoder=embed, worst=3, **options)
     found.seconds = 0.0
     return {**found.summary(), "rows": found.per_image, "classes": found.per_class, "worst": found.worst}

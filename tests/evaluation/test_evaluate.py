@@ -28,10 +28,10 @@ def embed(sentences):
 
 
 @pytest.fixture
-def make_model(small_backbone):
+def make_model(tiny_backbone):
     def make(task: str) -> VPD:
         config = VPDConfig(
-            task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=64, backbone=small_backbone
+            task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=64, backbone=tiny_backbone
         )
         return randomize(VPD.empty(config), 1)
 

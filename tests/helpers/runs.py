@@ -10,12 +10,11 @@ import torch
 from vpd_fast.training.config import TrainConfig, merge
 
 from . import miniature
+from .backbones import TINY
 
 TASKS = ("segmentation", "referring", "depth")
 KINDS = {"segmentation": "ade20k", "referring": "refcoco", "depth": "nyu"}
-BACKBONE = {
-    "model_channels": 32, "context_dim": 64, "num_heads": 4, "num_res_blocks": 1, "vae_ch": 32, "vae_num_res_blocks": 1
-}  # fmt: skip
+BACKBONE = vars(TINY)
 TOKENS = 8
 
 

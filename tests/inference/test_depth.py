@@ -157,8 +157,8 @@ def test_scene_from_filename_takes_the_first_of_the_list() -> None:
     assert scene_from_filename("garden.jpg", NYU_SCENES) is None
 
 
-def test_small_model_end_to_end(small_backbone: BackboneConfig) -> None:
-    config = VPDConfig(task="depth", num_scenes=27, base_size=128, backbone=small_backbone)
+def test_small_model_end_to_end(tiny_backbone: BackboneConfig) -> None:
+    config = VPDConfig(task="depth", num_scenes=27, base_size=128, backbone=tiny_backbone)
     model = randomize(VPD(config)).eval()
     image = photo(96, 128)
     result = model.predict(image, resize_to=96, scene="bedroom")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpd_fast import VPD, BackboneConfig, VPDConfig, optimize
+from vpd_fast import VPD, VPDConfig, optimize
 from vpd_fast.cli.main import run
 from vpd_fast.engine import Policy
 from vpd_fast.errors import DatasetError, ImageError
@@ -20,14 +20,11 @@ from vpd_fast.models.random_weights import randomize
 
 from ..evaluation.sets import make_dataset
 from ..helpers import miniature
+from ..helpers.backbones import LEAST
 from .stand_in import StandIn
 
 MESSAGE = "values that are not finite"
 PHOTO = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-TINY = BackboneConfig(
-    model_channels=32, context_dim=32, num_heads=4, num_res_blocks=1, channel_mult=(1, 1, 1, 1), vae_ch=32,
-    vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1,
-)  # fmt: skip
 TASKS = ("segmentation", "referring", "depth")
 # One in each part of the network; what comes after it must not make a number of NaN.
 PLACES = {
@@ -46,7 +43,7 @@ LAYERS = {  # the same in a fast model
 def small(task: str, place: str | None = None, value: float = float("nan")) -> VPD:
     names = {"class_names": ("a", "b", "c", "d", "e")} if task == "segmentation" else {}
     config = VPDConfig(
-        task=task, base_size=128, channels=32, num_classes=5, num_scenes=3, tokens=6, backbone=TINY, **names
+        task=task, base_size=128, channels=32, num_classes=5, num_scenes=3, tokens=6, backbone=LEAST, **names
     )
     model = randomize(VPD.empty(config), 0).eval()
     if place is not None:

@@ -95,8 +95,8 @@ def test_threads_share_a_model(photos: list[Path]) -> None:
         np.testing.assert_array_equal(actual[i], expected[i])
 
 
-def test_threads_predict_on_a_model_in_training_mode(small_backbone: BackboneConfig) -> None:
-    config = VPDConfig(num_classes=3, channels=32, base_size=64, backbone=small_backbone)
+def test_threads_predict_on_a_model_in_training_mode(tiny_backbone: BackboneConfig) -> None:
+    config = VPDConfig(num_classes=3, channels=32, base_size=64, backbone=tiny_backbone)
     model = randomize(VPD(config)).train()
     before = {name: value.clone() for name, value in model.named_buffers()}
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -117,8 +117,8 @@ def test_threads_predict_on_a_model_in_training_mode(small_backbone: BackboneCon
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
-def test_a_float64_model_predicts_labels(small_backbone: BackboneConfig) -> None:
-    config = VPDConfig(num_classes=3, channels=32, base_size=64, backbone=small_backbone)
+def test_a_float64_model_predicts_labels(tiny_backbone: BackboneConfig) -> None:
+    config = VPDConfig(num_classes=3, channels=32, base_size=64, backbone=tiny_backbone)
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     single, double = (
         randomize(VPD(config)).to(dtype).predict(image).labels for dtype in (torch.float32, torch.float64)

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from vpd_fast import VPD, VPDConfig, optimize
-from vpd_fast.config import BackboneConfig
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.inference.ray import Predictor, predict_dataset
 from vpd_fast.models.random_weights import randomize
+
+from ..helpers.backbones import TINY
 
 SIZES = [(70, 100), (64, 64), (90, 65)]
 
 
 def small(task: str) -> VPD:
-    backbone = BackboneConfig(model_channels=32, context_dim=64, num_heads=4, vae_ch=32)
-    config = VPDConfig(task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=64, backbone=backbone)
+    config = VPDConfig(task=task, num_classes=5, num_scenes=3, tokens=8, channels=32, base_size=64, backbone=TINY)
     return randomize(VPD.empty(config), 1)
 
 

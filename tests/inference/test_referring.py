@@ -47,8 +47,8 @@ class Pieces(Encoder):
 
 
 @pytest.fixture
-def model(small_backbone: BackboneConfig) -> VPD:
-    return randomize(VPD(VPDConfig(task="referring", tokens=10, base_size=128, backbone=small_backbone))).eval()
+def model(tiny_backbone: BackboneConfig) -> VPD:
+    return randomize(VPD(VPDConfig(task="referring", tokens=10, base_size=128, backbone=tiny_backbone))).eval()
 
 
 def photo(height: int, width: int) -> np.ndarray:

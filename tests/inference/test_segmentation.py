@@ -231,8 +231,8 @@ class Encoder:
 
 
 @pytest.fixture
-def small_model(small_backbone: BackboneConfig) -> VPD:
-    return randomize(VPD(VPDConfig(num_classes=6, channels=32, base_size=128, backbone=small_backbone))).eval()
+def small_model(tiny_backbone: BackboneConfig) -> VPD:
+    return randomize(VPD(VPDConfig(num_classes=6, channels=32, base_size=128, backbone=tiny_backbone))).eval()
 
 
 def test_small_model_end_to_end(small_model: VPD, tmp_path: Path) -> None:
@@ -263,8 +263,8 @@ def test_own_class_names_change_the_embeddings_but_not_the_model(small_model: VP
         small_model.predict(image, classes=names, text_encoder=Encoder(63))
 
 
-def test_maps_of_a_model_without_maps_are_an_error(small_backbone: BackboneConfig) -> None:
-    config = VPDConfig(num_classes=3, channels=32, base_size=128, use_attn=False, backbone=small_backbone)
+def test_maps_of_a_model_without_maps_are_an_error(tiny_backbone: BackboneConfig) -> None:
+    config = VPDConfig(num_classes=3, channels=32, base_size=128, use_attn=False, backbone=tiny_backbone)
     with pytest.raises(InputError, match="with_maps=True needs a model with cross-attention maps"):
         randomize(VPD(config)).predict(photo(64, 64), with_maps=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 import vpd_fast
-from vpd_fast import VPD, BackboneConfig, VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.engine import FastVPD, Policy
 from vpd_fast.errors import InputError, VPDFastError
 from vpd_fast.models.random_weights import randomize
 from vpd_fast.pictures.reading import read_image
+
+from ..helpers.backbones import TINY
 
 SIZES = {"num_classes": 3, "tokens": 5, "num_scenes": 4, "channels": 32, "base_size": 128}
 ODD_VALUES = [
@@ -31,10 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 
 @pytest.fixture(scope="module", params=["segmentation", "referring", "depth"])
 def models(request: pytest.FixtureRequest) -> dict[str, Any]:
-    backbone = BackboneConfig(
-        model_channels=32, context_dim=64, num_heads=4, num_res_blocks=1, vae_ch=32, vae_num_res_blocks=1
-    )  # fmt: skip
-    config = VPDConfig(task=request.param, **SIZES, backbone=backbone)  # type: ignore[arg-type]
+    config = VPDConfig(task=request.param, **SIZES, backbone=TINY)  # type: ignore[arg-type]
     model = randomize(VPD.empty(config)).eval()
     return {"plain": model, "fast": vpd_fast.optimize(model)}
 
@@ -119,16 +119,12 @@ def test_paths(models: dict[str, Any], tmp_path: Path, value: Any) -> None:
 
 
 def test_too_few_numbers_for_statistics_name_the_setting() -> None:
-    backbone = BackboneConfig(
-        model_channels=32, context_dim=64, num_heads=4, num_res_blocks=1, channel_mult=(1, 1, 1, 1), vae_ch=32,
-        vae_num_res_blocks=1,
-    )  # fmt: skip
-    model = randomize(VPD.empty(VPDConfig(**SIZES, backbone=backbone)))  # type: ignore[arg-type]
+    narrow = dataclasses.replace(TINY, channel_mult=(1, 1, 1, 1))
+    model = randomize(VPD.empty(VPDConfig(**SIZES, backbone=narrow)))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="model_channels=32.*batch_size"):
         model.eval()(torch.zeros(1, 3, 64, 64))
     model(torch.zeros(2, 3, 64, 64))
-    wider = BackboneConfig(**{**vars(backbone), "channel_mult": (1, 1, 2, 2)})
-    model = randomize(VPD.empty(VPDConfig(**SIZES, backbone=wider)))  # type: ignore[arg-type]
+    model = randomize(VPD.empty(VPDConfig(**SIZES, backbone=TINY)))  # type: ignore[arg-type]
     model.eval()(torch.zeros(1, 3, 64, 64))
     with pytest.raises(InputError, match="batch norms have one number per channel.*batch_size"):
         model.train()(torch.zeros(1, 3, 64, 64))

@@ -398,8 +398,8 @@ def test_folder_with_half_a_clip(tmp_path, clip):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth"])
-def test_set_classes(encoder, small_backbone, task):
-    config = VPDConfig(task=task, num_classes=3, num_scenes=3, channels=32, base_size=128, backbone=small_backbone)
+def test_set_classes(encoder, tiny_backbone, task):
+    config = VPDConfig(task=task, num_classes=3, num_scenes=3, channels=32, base_size=128, backbone=tiny_backbone)
     model = VPD(config)
     names = ["good_part", "scratch", "dent"]
     set_classes(model, names, encoder)
@@ -410,14 +410,14 @@ def test_set_classes(encoder, small_backbone, task):
     assert torch.equal(model.class_embeddings, encoder.embed_classes(names))
 
 
-def test_set_classes_of_another_width_or_task(encoder, small_backbone):
+def test_set_classes_of_another_width_or_task(encoder, tiny_backbone):
     import dataclasses
 
-    wide = dataclasses.replace(small_backbone, context_dim=96)
+    wide = dataclasses.replace(tiny_backbone, context_dim=96)
     model = VPD(VPDConfig(num_classes=2, channels=32, base_size=128, backbone=wide))
     with pytest.raises(InputError, match="gives 64 channels, the model expects 96"):
         set_classes(model, ["a", "b"], encoder)
-    referring = VPD(VPDConfig(task="referring", base_size=128, backbone=small_backbone))
+    referring = VPD(VPDConfig(task="referring", base_size=128, backbone=tiny_backbone))
     with pytest.raises(InputError, match="needs a segmentation or depth model"):
         set_classes(referring, ["a"], encoder)
 

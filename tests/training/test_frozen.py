@@ -12,8 +12,8 @@ from vpd_fast.training.frozen import FrozenEncoder
 
 
 @pytest.fixture
-def model(small_backbone) -> VPD:
-    config = VPDConfig(num_classes=5, channels=32, base_size=64, latent_scale=0.5, backbone=small_backbone)
+def model(tiny_backbone) -> VPD:
+    config = VPDConfig(num_classes=5, channels=32, base_size=64, latent_scale=0.5, backbone=tiny_backbone)
     return randomize(VPD.empty(config), 1).train()
 
 
@@ -45,13 +45,13 @@ def test_identity(model):
     assert encoder.identity != before
 
 
-def test_bad_input(model, small_backbone):
+def test_bad_input(model, tiny_backbone):
     with pytest.raises(InputError, match="plain, fp32, bf16, fp16, int8, fp8, got 'int4'"):
         FrozenEncoder(model, "int4")
     with pytest.raises(InputError, match='"fp8" does not run on cpu'):
         FrozenEncoder(model, "fp8")
     with pytest.raises(InputError, match="multiples of 64"):
         FrozenEncoder(model)(torch.zeros(1, 3, 60, 64))
-    trained = VPD.empty(VPDConfig(backbone=small_backbone, train_encoder=True))
+    trained = VPD.empty(VPDConfig(backbone=tiny_backbone, train_encoder=True))
     with pytest.raises(InputError, match="no frozen encoder"):
         FrozenEncoder(trained)

@@ -38,8 +38,8 @@ TABLE = {
 
 @pytest.mark.parametrize("quirks", [True, False])
 @pytest.mark.parametrize("task", TABLE)
-def test_rules(small_backbone, task, quirks):
-    model = VPD.empty(VPDConfig(task=task, backbone=small_backbone))
+def test_rules(tiny_backbone, task, quirks):
+    model = VPD.empty(VPDConfig(task=task, backbone=tiny_backbone))
     groups = parameter_groups(model, lr=2.0, weight_decay=0.5, preset=task, quirks=quirks)
     found = {id(p): (g["lr_scale"], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     names = dict(model.named_parameters())
@@ -49,8 +49,8 @@ def test_rules(small_backbone, task, quirks):
 
 
 @pytest.mark.parametrize("task", TABLE)
-def test_every_parameter_that_trains_is_in_one_group(small_backbone, task):
-    model = VPD.empty(VPDConfig(task=task, backbone=small_backbone))
+def test_every_parameter_that_trains_is_in_one_group(tiny_backbone, task):
+    model = VPD.empty(VPDConfig(task=task, backbone=tiny_backbone))
     groups = parameter_groups(model, lr=1.0, weight_decay=0.0, preset=task)
     grouped = [id(p) for g in groups for p in g["params"]]
     assert len(set(grouped)) == len(grouped)
@@ -58,8 +58,8 @@ def test_every_parameter_that_trains_is_in_one_group(small_backbone, task):
 
 
 @pytest.mark.parametrize("task", TABLE)
-def test_the_rate_of_the_unet_can_be_chosen(small_backbone, task):
-    model = VPD.empty(VPDConfig(task=task, backbone=small_backbone))
+def test_the_rate_of_the_unet_can_be_chosen(tiny_backbone, task):
+    model = VPD.empty(VPDConfig(task=task, backbone=tiny_backbone))
     groups = parameter_groups(model, lr=2.0, weight_decay=0.1, preset=task, unet_lr_scale=0.3)
     rates = {id(p): g["lr"] for g in groups for p in g["params"]}
     for name, parameter in model.named_parameters():
@@ -67,8 +67,8 @@ def test_the_rate_of_the_unet_can_be_chosen(small_backbone, task):
             assert rates[id(parameter)] == (2.0 * 0.3 if "unet" in name else 2.0), name
 
 
-def test_an_encoder_that_trains_is_slow_like_the_unet(small_backbone):
-    model = VPD.empty(VPDConfig(task="segmentation", backbone=small_backbone, train_encoder=True))
+def test_an_encoder_that_trains_is_slow_like_the_unet(tiny_backbone):
+    model = VPD.empty(VPDConfig(task="segmentation", backbone=tiny_backbone, train_encoder=True))
     groups = parameter_groups(model, lr=1.0, weight_decay=0.1, preset="segmentation")
     assert {g["lr"] for g in groups if g["name"] == "encoder"} == {0.1}
     with pytest.raises(InputError, match="'pose'"):

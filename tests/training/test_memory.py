@@ -28,8 +28,8 @@ def test_live_memory_counts_what_is_kept():
     ("segmentation", "fp32", "plain"), ("segmentation", "bf16", "sdpa"), ("referring", "fp32", "sdpa"),
     ("depth", "fp32", "sdpa"),
 ])  # fmt: skip
-def test_estimates_are_what_real_tensors_take(small_backbone, task, precision, backend, checkpointing):
-    config = VPDConfig(task=task, base_size=64, backbone=small_backbone, **CONFIGS[task])
+def test_estimates_are_what_real_tensors_take(tiny_backbone, task, precision, backend, checkpointing):
+    config = VPDConfig(task=task, base_size=64, backbone=tiny_backbone, **CONFIGS[task])
     options = {"batch_size": 2, "size": 64, "precision": precision}
     model = randomize(VPD.empty(config), 1).train()
     model.attention_backend = backend
@@ -40,8 +40,8 @@ def test_estimates_are_what_real_tensors_take(small_backbone, task, precision, b
     assert found["activations"] == pytest.approx(real, rel=0.02)
 
 
-def test_parts(small_backbone):
-    config = VPDConfig(num_classes=5, channels=32, base_size=64, backbone=small_backbone)
+def test_parts(tiny_backbone):
+    config = VPDConfig(num_classes=5, channels=32, base_size=64, backbone=tiny_backbone)
     model = VPD.empty(config)
     found = estimate_memory(config, batch_size=2, size=64)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
