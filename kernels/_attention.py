@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vpd_fast.kernels._common import dot, rounded
+from vpd_fast.kernels._common import UNFUSED, dot, rounded
 
 LOG2_E = 1.4426950408889634
 
@@ -41,14 +41,18 @@ def batch_stride(x: torch.Tensor) -> int:
 
 
 def attention_arguments(q: torch.Tensor, k: torch.Tensor, heads: int, scale: float) -> dict[str, Any]:
-    """Arguments that all kernels of attention take: tensors, strides and sizes of queries and keys."""
+    """Arguments that all kernels of attention take: tensors, strides and sizes of queries and keys.
+
+    Unfused, because kernels that form a score again must form the same: of 10^7, half a unit more is 2^0.5 times as
+    likely.
+    """
     dim = q.shape[2] // heads
     d0, d1 = split(dim)
     return {
         **{"q": q, "q_b": q.stride(0), "q_n": q.stride(1)},
         **{"k": k, "k_b": batch_stride(k), "k_l": k.stride(1)},
         **{"N": q.shape[1], "L": k.shape[1], "heads": heads, "score_scale": scale * LOG2_E},
-        **{"D": dim, "D0": d0, "D1": d1},
+        **{"D": dim, "D0": d0, "D1": d1, **UNFUSED},
     }
 
 
@@ -104,7 +108,7 @@ def dot_transposed(a0, a1, b0, b1, D1: tl.constexpr):
 
 @triton.jit
 def masked_scores(q0, q1, k0, k1, score_scale, valid, D1: tl.constexpr):
-    """score_scale * q k^T, minus infinity for the tokens that are not valid."""
+    """score_scale * q k^T, rounded, minus infinity for the tokens that are not valid."""
     return tl.where(valid[None, :], dot_transposed(q0, q1, k0, k1, D1) * score_scale, float("-inf"))
 
 

@@ -14,6 +14,9 @@ import triton.language as tl
 from vpd_fast.kernels import cubins, recording
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: runs on the CPU, for tests
+# Products and sums round apart unless a kernel says `tl.fma`: else the compiler decides it anew at every place, and two
+# places that must agree do not.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -44,6 +47,8 @@ def launch(kernel: Callable[..., Any], grid: tuple[int, ...], on: torch.Tensor, 
     """Runs a kernel on the device of the tensor `on`, which need not be the current one, on its current stream.
 
     That is the kernel that was compiled ahead of time, if there is one, or what Triton compiles now.
+
+    arguments: the kernel's, and options of Triton; `UNFUSED` is one for kernels whose every bit matters.
     """
     if recording.state.record is not None:
         recording.state.record(kernel, grid, arguments)
@@ -54,7 +59,7 @@ def launch(kernel: Callable[..., Any], grid: tuple[int, ...], on: torch.Tensor, 
         if table.launch(kernel, grid, arguments, on.get_device(), stream):
             return
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        kernel[grid](**arguments)
+        kernel[grid](**{"enable_fp_fusion": True, **arguments})  # other versions of Triton have another default
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vpd_fast.kernels._common import image_arguments, launch, rounded
+from vpd_fast.kernels._common import UNFUSED, image_arguments, launch, rounded
 
 ELEMENTS = 4096  # of the rows of one program, if one row is not longer
 MAX_FLOAT8_E4M3 = tl.constexpr(448.0)
@@ -30,15 +30,16 @@ def _load_source(x, offsets, valid, columns, channels):
 def _scale_and_zero(low, high, FLOAT8: tl.constexpr):
     """(scale, 1 / scale, zero) of a range, as `vpd_fast.ops.rounding` defines them.
 
-    The scale of a range that is not finite is NaN, and its inverse 0.
+    The scale of a range that is not finite is NaN, and its inverse 0. Divisions are exact: Triton's own are not, and
+    a number in 10^4 would round the other way.
     """
     if FLOAT8:
-        scale = tl.maximum(-low, high) / MAX_FLOAT8_E4M3
+        scale = tl.div_rn(tl.maximum(-low, high), MAX_FLOAT8_E4M3)
     else:
-        scale = (tl.maximum(high, 0.0) - tl.minimum(low, 0.0)) / 255.0
+        scale = tl.div_rn(tl.maximum(high, 0.0) - tl.minimum(low, 0.0), 255.0)
     scale = tl.where((low != low) | (scale == float("inf")), float("nan"), scale)
     scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)  # the smallest normal number
-    inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+    inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
     if FLOAT8:
         zero = tl.zeros_like(scale)
     else:
@@ -106,7 +107,8 @@ def _prologue_kernel(
         a = difference * (1.0 / tl.sqrt(variance + eps))[:, None]
     if scale_shift is not None:
         places = scale_shift + b * 2 * K + columns
-        a = a * tl.load(places, mask=in_row, other=0.0)[None, :] + tl.load(places + K, mask=in_row, other=0.0)[None, :]
+        factor = tl.load(places, mask=in_row, other=0.0)[None, :]
+        a = tl.fma(a, factor, tl.load(places + K, mask=in_row, other=0.0)[None, :])
     if SILU:
         a = a / (1.0 + tl.exp(-a))
     if input_scale is not None:
@@ -225,7 +227,7 @@ def prepare(
         **{"height": height, "width": width, "tall": tall, "wide": wide, "top": top, "left": left},
         **{"scale_shift": scale_shift, "input_scale": input_scale, "eps": eps},
         **{"K1": k1, "K": k, "NORM": norm, "SILU": silu},
-        **{"ROWS": rows, "COLUMNS": columns, "num_warps": 4 if rows * columns <= ELEMENTS else 8},
+        **{"ROWS": rows, "COLUMNS": columns, "num_warps": 4 if rows * columns <= ELEMENTS else 8, **UNFUSED},
     }
     out = torch.empty(batch, tall, wide, k, dtype=dtype, device=x.device)
     scales = zeros = None

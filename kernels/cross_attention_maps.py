@@ -23,7 +23,6 @@ from vpd_fast.kernels._attention import (
     add_dot,
     attention_arguments,
     batch_stride,
-    dot_transposed,
     load_rows,
     map_arguments,
     masked_scores,
@@ -40,6 +39,7 @@ MAX_HEAD_DIM = 256
 MAX_TOKENS = 1 << 20  # blocks of 32 of them are an axis of a grid, of which CUDA has 65535
 MAX_ROW_STRIDE = 2**25  # 64 rows so far apart are 2**31 elements
 ONE_PASS_WIDTH = 128  # tokens + head dimension, both rounded up as `split` does: more does not fit the registers
+ONE_PASS_ROWS = 16  # elements, of which distances of rows are multiples
 
 
 @triton.jit
@@ -182,14 +182,14 @@ def _sum_probabilities(
     q, q_n, k, k_l, highest_in, inverse_in, rows, valid, tokens, L, N, first_head, heads, score_scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, L_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities (rows, tokens) of `heads` heads, summed. Columns of tokens >= L are undefined."""
+    """The probabilities (rows, tokens) of `heads` heads, summed; zero for tokens >= L."""
     acc = tl.zeros((ROWS, L_BLOCK), tl.float32)
     for h in range(first_head, first_head + heads):
         q0, q1 = load_rows(q + h * D, rows, q_n, valid, D, D0, D1)
         k0, k1 = load_rows(k + h * D, tokens, k_l, tokens < L, D, D0, D1)
         highest = tl.load(highest_in + h * N + rows, mask=valid, other=0.0)
         inverse = tl.load(inverse_in + h * N + rows, mask=valid, other=0.0)
-        scores = dot_transposed(q0, q1, k0, k1, D1) * score_scale
+        scores = masked_scores(q0, q1, k0, k1, score_scale, tokens < L, D1)
         acc += tl.exp2(scores - highest[:, None]) * inverse[:, None]
     return acc
 
@@ -254,6 +254,23 @@ def refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str
     return None
 
 
+def one_pass_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> str | None:
+    """Why the schedule of one pass cannot run the operator, so that two passes do, or None if it can."""
+    if q.dtype == torch.float32:
+        return "q is float32, whose operands would not fit the registers"
+    width = sum(split(k.shape[1])) + sum(split(q.shape[2] // heads))
+    if width > ONE_PASS_WIDTH:
+        return f"tokens and head dimension are {width} columns together; one pass takes at most {ONE_PASS_WIDTH}"
+    # Compiled for distances of 120, which are loaded one by one, it once gave wrong results on an H200, for a reason
+    # that neither the interpreter nor its PTX shows.
+    distances = (row_stride(q), row_stride(k), row_stride(v), q.shape[2])
+    if any(distance % ONE_PASS_ROWS for distance in distances):
+        return (
+            f"rows are {max(d for d in distances if d % ONE_PASS_ROWS)} elements apart, no multiple of {ONE_PASS_ROWS}"
+        )
+    return None
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -277,7 +294,7 @@ def forward(
     addend: None, or float32 of the shape of maps; may be the same memory.
     categories: None (M = L), or ids (L,) int32, weights (M,) float32, tokens (n,) int32, offsets (M + 1,) int32 and
         count = M: category c sums the columns tokens[offsets[c]:offsets[c + 1]] and multiplies them by weights[c].
-    one_pass: chooses the schedule, where the registers leave a choice. None: by the number of rows.
+    one_pass: chooses the schedule, where `one_pass_refuses` leaves a choice. None: by the number of rows.
     """
     batch, rows, _ = q.shape
     attention = attention_arguments(q, k, heads, scale)
@@ -298,11 +315,11 @@ def forward(
         "factor": weight / (heads // groups),
         "C_BLOCK": _category_block(categories),
     }
-    l0, l1 = split(k.shape[1])
     if one_pass is None:
         # Two passes do about twice the work, but on all multiprocessors.
         one_pass = tiles * groups >= multiprocessors(q.device) // 2
-    if one_pass and q.dtype != torch.float32 and l0 + l1 + attention["D0"] + attention["D1"] <= ONE_PASS_WIDTH:
+    if one_pass and one_pass_refuses(q, k, v, heads) is None:
+        l0, l1 = split(k.shape[1])
         del config["L_BLOCK"]
         launch(_one_pass_kernel, (tiles, groups), q, **attention, **values, **mapping, L0=l0, L1=l1, **config)
         return

@@ -170,7 +170,8 @@ def _token_kernel(
         place = (b * heads + h) * N + start + rows
         highest = tl.load(highest_in + place, mask=valid, other=0.0)
         inverse = tl.load(inverse_in + place, mask=valid, other=0.0)
-        scores = dot_transposed(k0, k1, q0, q1, D1) * score_scale
+        # Tokens beyond the last have rows of zeros in k, and nothing reads what is computed for them.
+        scores = masked_scores(k0, k1, q0, q1, score_scale, valid, D1)
         p = tl.exp2(scores - highest[None, :]) * inverse[None, :]
         dp = tl.zeros((L_BLOCK, ROWS), tl.float32)
         if grad_out is not None:

@@ -2,14 +2,15 @@
 
 A program has a tile of output pixels and walks the channels, keeping the largest value and its channel. The logits that
 a pixel reads are those of its neighbours, too, so nearly all loads come from the first-level cache, and the resized
-logits exist one channel at a time, in registers.
+logits exist one channel at a time, in registers. Every channel is resized by the same operations, `tl.fma` in the order
+of the CUDA C++ kernel, so that of equal channels the first wins.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vpd_fast.kernels._common import INTERPRETED, launch
+from vpd_fast.kernels._common import INTERPRETED, UNFUSED, launch
 
 UNROLLED_TAPS = (2, 4, 8)  # taps of an axis that a kernel is compiled for; more are counted when it runs
 # Rows and columns of a program's tile; the interpreter's time is by operations, however many pixels they have.
@@ -26,15 +27,16 @@ def _tap(offsets, weights, places, t, inside):
 @triton.jit
 def _column(points, ys, y_weights, row_offsets, row_weights, row_places, in_rows, inside, taps, TAPS: tl.constexpr):
     """The weighted sum over the rows' taps of what lies at `points` (ROWS, COLUMNS)."""
+    total = tl.zeros(inside.shape, tl.float32)
     if TAPS > 0:
-        total = y_weights[0][:, None] * tl.load(points + ys[0][:, None], mask=inside, other=0.0).to(tl.float32)
-        for t in tl.static_range(1, TAPS):
-            total += y_weights[t][:, None] * tl.load(points + ys[t][:, None], mask=inside, other=0.0).to(tl.float32)
+        for t in tl.static_range(TAPS):
+            point = tl.load(points + ys[t][:, None], mask=inside, other=0.0).to(tl.float32)
+            total = tl.fma(y_weights[t][:, None], point, total)
     else:
-        total = tl.zeros(inside.shape, tl.float32)
         for tap in range(taps):
             y, weight = _tap(row_offsets, row_weights, row_places, tap, in_rows)
-            total += weight[:, None] * tl.load(points + y[:, None], mask=inside, other=0.0).to(tl.float32)
+            point = tl.load(points + y[:, None], mask=inside, other=0.0).to(tl.float32)
+            total = tl.fma(weight[:, None], point, total)
     return total
 
 
@@ -81,17 +83,19 @@ def _upsample_argmax_kernel(
             value = tl.zeros((ROWS, COLUMNS), tl.float32)
             if TAPS > 0 and TAPS <= 4:
                 for t in tl.static_range(TAPS):
-                    value += x_weights[t][None, :] * _column(
+                    column = _column(
                         channel + xs[t][None, :], ys, y_weights,
                         row_offsets, row_weights, row_places, in_rows, inside, taps, TAPS,
                     )  # fmt: skip
+                    value = tl.fma(x_weights[t][None, :], column, value)
             else:
                 for tap in range(taps):
                     x, x_weight = _tap(column_offsets, column_weights, column_places, tap, in_columns)
-                    value += x_weight[None, :] * _column(
+                    column = _column(
                         channel + x[None, :], ys, y_weights,
                         row_offsets, row_weights, row_places, in_rows, inside, taps, TAPS,
                     )  # fmt: skip
+                    value = tl.fma(x_weight[None, :], column, value)
             # The first NaN wins, then the first of the largest values.
             better = (value > best) | ((value != value) & (best == best))
             best = tl.where(better, value, best)
@@ -133,5 +137,5 @@ def forward(
         **{"labels": labels, "channels": channels, "height": height, "width": width, "taps": taps},
         # Four channels of two taps each are sixteen loads on their way at a time.
         **{"TAPS": unrolled, "UNROLL": 4 if unrolled == 2 else 1},
-        **{"ROWS": tile[0], "COLUMNS": tile[1], "num_warps": 8},
+        **{"ROWS": tile[0], "COLUMNS": tile[1], "num_warps": 8, **UNFUSED},
     )

@@ -24,6 +24,7 @@ from vpd_fast import BackboneConfig  # noqa: E402
 from .golden.case import GoldenCase  # noqa: E402
 from .helpers import runs  # noqa: E402
 from .helpers.backbones import SMALL, TINY  # noqa: E402
+from .helpers.decisions import leave_out_refused  # noqa: E402
 from .helpers.interpreter import make_interpreter_faster  # noqa: E402
 from .helpers.selection import mark_what_a_selection_leaves_out  # noqa: E402
 
@@ -103,7 +104,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_refused(config, items)
     mark_what_a_selection_leaves_out(items)
     if not torch.cuda.is_available():
         for item in items:

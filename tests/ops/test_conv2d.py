@@ -24,7 +24,7 @@ from .gemm_cases import (
     randn,
 )
 from .on_device import ops
-from .variants import within_limits
+from .variants import ON_GPU, computed_on_gpu
 
 
 def sides(padding: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -93,12 +93,13 @@ def check(
     exact_a = rows_of(x, **default | rest, dtype=torch.float64)
     if weight.dtype.itemsize == 1:
         plain = ops.conv2d(x, weight, bias, out_dtype=torch.float32, impl=impl, **rest)
-        if impl in ("triton", "cuda"):
+        if impl in ON_GPU:
             reference, ranged = with_a_scale_per_image(x, weight, bias, **default | options)
         else:
             reference, ranged = ops.conv2d(x, weight, bias, impl="reference", **options), None
-        WITHIN_ROUNDING[weight.dtype](plain, exact_a, weight, bias, ranged)
-        assert_same_as_reference(actual, reference, weight, exact_rows)
+        few_bits = computed_on_gpu(impl)
+        WITHIN_ROUNDING[weight.dtype](plain, exact_a, weight, bias, ranged, few_bits)
+        assert_same_as_reference(actual, reference, weight, exact_rows, few_bits)
         return actual
     same_a = rows_of(x, **default | rest, dtype=torch.float32).to(weight.dtype).float()
     end = weight, bias, activation, residual
@@ -122,10 +123,10 @@ def test_is_the_convolution_of_pytorch(impl: str) -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 4), (5, 3)])
 def test_upsampling(impl: str, height: int, width: int, transformed: bool, precision: torch.dtype) -> None:
     """Each phase is the 2x2 convolution that it says, and the whole is a convolution of the enlarged image."""
-    x, residual, bias = randn(2, height, width, 12), randn(2, 2 * height, 2 * width, 9), randn(9)
-    filters = randn(9, 12, 3, 3) / 10
+    x, residual, bias = randn(2, height, width, 16), randn(2, 2 * height, 2 * width, 9), randn(9)
+    filters = randn(9, 16, 3, 3) / 10
     weight = PackedWeight.pack(phase_weights(filters).permute(0, 1, 3, 4, 2).flatten(2), precision)
-    options = {"affine": randn(2, 2, 12), "silu": True, "x2": None} if transformed else {}
+    options = {"affine": randn(2, 2, 16), "silu": True, "x2": None} if transformed else {}
     out = torch.full((2, 2 * height, 2 * width, 9), torch.nan)
     given = {"kernel": (2, 2), "impl": impl, **options}
     assert ops.conv2d(x, weight, bias, upsample=True, residual=residual, out=out, **given) is out
@@ -142,10 +143,10 @@ def test_upsampling(impl: str, height: int, width: int, transformed: bool, preci
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("channels", [3, 4, 790])
+@pytest.mark.parametrize("channels", [3, 4, 48, 790])
 def test_channels_that_are_not_aligned(impl: str, channels: int, precision: torch.dtype) -> None:
     """Of an image, of latents and of features with maps: pixels that begin anywhere, also in a larger tensor."""
-    if impl == "triton" and channels > 4:
+    if impl == "triton" and channels == 790:
         channels = 70  # the interpreter takes as long for each block of channels
     wide = randn(1, 3, 4, channels + 3, dtype=torch.bfloat16)
     weight, bias = make_weight(5, 9 * channels, precision), randn(5)
@@ -186,7 +187,7 @@ def test_geometry(impl: str, height, width, kernel, stride, padding, channels: i
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("parts", [("affine",), ("silu",), ("scale",), ("affine", "silu", "scale")], ids="+".join)
-@pytest.mark.parametrize("second", [0, 16, 5])
+@pytest.mark.parametrize("second", [0, 14, 5])
 def test_transforms(impl: str, second: int, parts: tuple[str, ...], precision: torch.dtype) -> None:
     """Zeros are added after them: the affine map, whose shift is large, must not move the border."""
     channels = 18 + second
@@ -202,8 +203,8 @@ def test_transforms(impl: str, second: int, parts: tuple[str, ...], precision: t
 @pytest.mark.parametrize("x2_dtype", [None, *DTYPES])
 @pytest.mark.parametrize("out_dtype", [None, *DTYPES])
 def test_dtypes(impl: str, x_dtype, x2_dtype, out_dtype, precision) -> None:
-    channels = 6 if x2_dtype is None else 17
-    x, x2 = randn(1, 5, 7, 6, dtype=x_dtype), None if x2_dtype is None else randn(1, 5, 7, 11, dtype=x2_dtype)
+    channels = 6 if x2_dtype is None else 16
+    x, x2 = randn(1, 5, 7, 6, dtype=x_dtype), None if x2_dtype is None else randn(1, 5, 7, 10, dtype=x2_dtype)
     weight = make_weight(35, 4 * channels, precision)
     for residual_dtype in DTYPES:
         residual = randn(1, 4, 6, 35, dtype=residual_dtype)
@@ -218,35 +219,36 @@ def test_activations(impl: str, activation: str | None, precision: torch.dtype) 
     x, weight, residual = 3 * randn(2, 5, 4, 8), make_weight(34, 72, precision), randn(2, 5, 4, n)
     for addend in (None, residual):
         options = {"activation": activation, "residual": addend, "kernel": (3, 3), "padding": 1}
-        with within_limits(impl, "no runs of 16", activation == "geglu"):
-            check(impl, x, weight, randn(34), exact_rows=True, **options)
+        check(impl, x, weight, randn(34), exact_rows=True, **options)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_long_sums(impl: str, precision: torch.dtype) -> None:
-    check(impl, randn(1, 4, 4, 500), make_weight(33, 4500, precision), kernel=(3, 3), padding=1, exact_rows=True)
+    check(impl, randn(1, 4, 4, 528), make_weight(33, 4752, precision), kernel=(3, 3), padding=1, exact_rows=True)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_reads_only_zeros_gives_the_bias(impl: str, precision: torch.dtype) -> None:
     bias = randn(20)
-    weight = make_weight(20, 36, precision)
-    out = ops.conv2d(randn(1, 3, 3, 4), weight, bias, kernel=(3, 3), padding=(5, 4, 3, 3), impl=impl)
+    weight = make_weight(20, 9 * 16, precision)
+    out = ops.conv2d(randn(1, 3, 3, 16), weight, bias, kernel=(3, 3), padding=(5, 4, 3, 3), impl=impl)
     assert torch.equal(out[:, :3], bias.expand(1, 3, 8, -1))
     assert torch.equal(out[:, :, :2], bias.expand(1, 9, 2, -1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_exactly_what_reads_it(impl: str, special: float, precision: torch.dtype) -> None:
-    x, weight, how = randn(1, 9, 8, 5), make_weight(20, 45, precision), {"kernel": (3, 3), "stride": 2, "padding": 1}
+@pytest.mark.parametrize("channels", [5, 16])
+def test_what_is_not_finite_reaches_exactly_what_reads_it(impl: str, channels: int, special: float, precision) -> None:
+    x, weight = randn(1, 9, 8, channels), make_weight(20, 9 * channels, precision)
+    how = {"kernel": (3, 3), "stride": 2, "padding": 1}
     expected = ops.conv2d(x, weight, impl=impl, **how)
     x[0, 3, 4, 2] = special
     out = ops.conv2d(x, weight, impl=impl, **how)
     reads = torch.zeros(5, 4, dtype=torch.bool)
     reads[1:3, 2] = True  # rows 1 to 3 and 3 to 5, columns 3 to 5
     assert not out[0, reads].isfinite().any()
-    if impl == "triton" and precision == torch.int8:  # the image has one scale
+    if impl in ON_GPU and precision == torch.int8:  # the image has one scale
         assert out.isnan().all()
         return
     assert precision != torch.int8 or out[0, reads].isnan().all()
@@ -286,7 +288,7 @@ def test_strides_do_not_matter(impl: str, layout: str, precision: torch.dtype) -
 def test_writes_the_result_and_nothing_else(impl: str, n: int, out_dtype: torch.dtype) -> None:
     buffer = torch.full((2, 9, 8, n + 30), -7.0, dtype=out_dtype)
     out = buffer[:, 2:7, 1:7, 11 : 11 + n]
-    x, weight = randn(2, 5, 6, 4), make_weight(n, 36, torch.bfloat16)
+    x, weight = randn(2, 5, 6, 8), make_weight(n, 72, torch.bfloat16)
     ops.conv2d(x, weight, kernel=(3, 3), padding=1, out=out, impl=impl)
     assert torch.equal(out, ops.conv2d(x, weight, kernel=(3, 3), padding=1, out_dtype=out_dtype, impl=impl))
     assert not (out == -7).any()
@@ -296,8 +298,8 @@ def test_writes_the_result_and_nothing_else(impl: str, n: int, out_dtype: torch.
 
 @pytest.mark.parametrize("batch", [0, 1, 4])
 def test_batch(impl: str, batch: int) -> None:
-    x, affine = randn(batch, 7, 5, 6), randn(batch, 2, 6)
-    weight, how = make_weight(20, 54, torch.int8), {"kernel": (3, 3), "stride": 2, "padding": 1, "impl": impl}
+    x, affine = randn(batch, 7, 5, 16), randn(batch, 2, 16)
+    weight, how = make_weight(20, 144, torch.int8), {"kernel": (3, 3), "stride": 2, "padding": 1, "impl": impl}
     whole = ops.conv2d(x, weight, affine=affine, silu=True, **how)
     assert whole.shape == (batch, 4, 3, 20)
     for i in range(batch):

@@ -44,18 +44,9 @@ def call_of(where: dict):
     return call
 
 
-def skip_if_refused(where: dict, q, k, v, heads: int) -> None:
-    """The CUDA C++ kernel leaves some sizes and types to Triton; on the CPU nothing is refused."""
-    reason = ops.explain("cross_attention_maps", q, k, v, heads)[where["impl"]]
-    if where["device"] == "cuda" and reason != "ok":
-        pytest.skip(reason)
-    assert reason == "ok"
-
-
 @pytest.mark.parametrize("tokens", [2, 3, 7, 15, 16, 17, 40, 77, 150, 256, 300, 847, 4096])
 def test_tokens(where, tokens: int) -> None:
     q, k, v = make_qkv(2, 19, tokens, 2, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 2)
     check_forward(call_of(where), q, k, v, 2)
 
 
@@ -63,14 +54,12 @@ def test_tokens(where, tokens: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dims_and_dtypes(where, dim: int, dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 21, 18, 3, dim, dtype=dtype, device=where["device"])
-    skip_if_refused(where, q, k, v, 3)
     check_forward(call_of(where), q, k, v, 3)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100, 256])
 def test_queries(where, queries: int) -> None:
     q, k, v = make_qkv(3, queries, 9, 2, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 2)
     check_forward(call_of(where), q, k, v, 2)
 
 
@@ -78,7 +67,6 @@ def test_queries(where, queries: int) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_heads_and_a_shared_context(where, heads: int, shared: bool) -> None:
     q, k, v = make_qkv(3, 35, 40, heads, 16, shared=shared, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, heads)
     check_forward(call_of(where), q, k, v, heads)
     if not shared:  # and one image is the shared case with a batch of one
         check_forward(call_of(where), q[:1], k[:1], v[:1], heads)
@@ -90,7 +78,6 @@ def test_heads_and_a_shared_context(where, heads: int, shared: bool) -> None:
 )
 def test_sizes_of_vpd(where, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k, v = make_qkv(*shape, shared=True, dtype=dtype, device=where["device"])
-    skip_if_refused(where, q, k, v, 8)
     check_forward(call_of(where), q, k, v, 8)
 
 
@@ -99,7 +86,6 @@ def test_sizes_of_vpd(where, shape: tuple[int, ...], dtype: torch.dtype) -> None
 @pytest.mark.parametrize("average_heads", [True, False])
 def test_categories(where, reduce: str, tokens: int, count: int, average_heads: bool) -> None:
     q, k, v = make_qkv(2, 37, tokens, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     generator = torch.Generator().manual_seed(tokens)
     categories = torch.randint(-1, count - 1, (tokens,), generator=generator).to(where["device"])  # the last is empty
     categories[:2] = -1
@@ -126,7 +112,6 @@ def test_schedules_of_the_cuda_kernel(schedule: str, shape: tuple[int, ...], dty
 
 def test_categories_as_a_sequence_and_changed_in_place(where) -> None:
     q, k, v = make_qkv(tokens=6, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     _, maps = ops.cross_attention_maps(q, k, v, 4, categories=[0, 0, 1, 1, 2, -1], impl=where["impl"])
     ids = torch.tensor([0, 0, 1, 1, 2, -1], dtype=torch.int32, device=where["device"])
     _, same = ops.cross_attention_maps(q, k, v, 4, categories=ids, num_categories=3, impl=where["impl"])
@@ -148,7 +133,6 @@ def test_no_token_has_a_category(where) -> None:
 
 def test_every_head_alone_and_no_maps(where) -> None:
     q, k, v = make_qkv(2, 37, 23, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     out, heads = check_forward(call_of(where), q, k, v, 4, average_heads=False)
     assert heads.shape == (2, 4, 37, 23)
     no_maps = ops.cross_attention_maps(q, k, v, 4, need_maps=False, impl=where["impl"])
@@ -160,7 +144,6 @@ def test_mean_over_layers_on_the_fly(where) -> None:
     layers = [make_qkv(2, 37, 23, heads, 8, dtype=where["dtype"], device=where["device"]) for heads in (2, 4, 8)]
     total = None
     for (q, k, v), heads in zip(layers, (2, 4, 8), strict=True):
-        skip_if_refused(where, q, k, v, heads)
         _, total = ops.cross_attention_maps(q, k, v, heads, weight=1 / 3, addend=total, impl=where["impl"])
     exact = [eager(*(x.double() for x in layer), heads)[1] for layer, heads in zip(layers, (2, 4, 8), strict=True)]
     plain = [eager(*layer, heads)[1] for layer, heads in zip(layers, (2, 4, 8), strict=True)]
@@ -169,7 +152,6 @@ def test_mean_over_layers_on_the_fly(where) -> None:
 
 def test_a_strided_addend(where) -> None:
     q, k, v = make_qkv(2, 37, 23, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     addend = torch.randn(2, 46, 37, device=where["device"]).transpose(1, 2)[:, :, ::2]
     check_forward(call_of(where), q, k, v, 4, weight=0.25, addend=addend)
 
@@ -177,14 +159,11 @@ def test_a_strided_addend(where) -> None:
 @pytest.mark.parametrize("scale", [0.05, 1.0, -0.3, 0.0])
 def test_scale(where, scale: float) -> None:
     q, k, v = make_qkv(2, 37, 23, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     check_forward(call_of(where), q, k, v, 4, scale=scale)
 
 
 def test_strides_do_not_matter(where) -> None:
-    device = where["device"]
-    q, k, v = make_qkv(2, 37, 23, 4, 8, device=device)
-    skip_if_refused(where, q, k, v, 4)
+    q, k, v = make_qkv(2, 37, 23, 4, 8, dtype=where["dtype"], device=where["device"])
     expected = call_of(where)(q, k, v, 4)
     fused = torch.cat([k, v], dim=-1)
     variants = {
@@ -218,7 +197,6 @@ def test_one_token_is_a_constant() -> None:
 
 def test_one_token_by_every_kernel(where) -> None:
     q, k, v = make_qkv(2, 5, 1, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     check_forward(call_of(where), q, k, v, 4)
 
 
@@ -232,7 +210,6 @@ def test_empty(where) -> None:
 
 def test_huge_scores_do_not_overflow(where) -> None:
     q, k, v = make_qkv(2, 37, 23, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     limit = 1e-3 + torch.finfo(q.dtype).eps
     for factor in (2.0**10, 2.0**50, 2.0**60):  # exact in every dtype
         out, maps = ops.cross_attention_maps(q * factor, k * factor, v, 4, impl=where["impl"])
@@ -245,7 +222,6 @@ def test_huge_scores_do_not_overflow(where) -> None:
 
 def test_nan_stays_in_its_row_and_infinite_queries_are_nan(where) -> None:
     q, k, v = make_qkv(2, 37, 23, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     out, maps = ops.cross_attention_maps(q, k, v, 4, impl=where["impl"])
     for special in (float("nan"), float("inf")):
         changed = q.clone()
@@ -261,7 +237,6 @@ def test_nan_stays_in_its_row_and_infinite_queries_are_nan(where) -> None:
 
 def test_equal_probabilities_are_exact(where) -> None:
     q, k, v = make_qkv(1, 20, 64, 4, 8, dtype=where["dtype"], device=where["device"])
-    skip_if_refused(where, q, k, v, 4)
     _, maps = ops.cross_attention_maps(torch.zeros_like(q), k, v, 4, impl=where["impl"])
     assert torch.equal(maps, torch.full_like(maps, 1 / 64))
 
@@ -269,7 +244,6 @@ def test_equal_probabilities_are_exact(where) -> None:
 def test_two_runs_are_equal_bit_for_bit(where) -> None:
     for shape in ((2, 100, 150, 8, 40), (1, 37, 300, 3, 20)):
         q, k, v = make_qkv(*shape, dtype=where["dtype"], device=where["device"])
-        skip_if_refused(where, q, k, v, shape[3])
         first, second = (ops.cross_attention_maps(q, k, v, shape[3], impl=where["impl"]) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])

@@ -14,13 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vpd_fast import _native, ops
 from vpd_fast.kernels import tables
 from vpd_fast.ops import _choices
 from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
+
+from ..helpers.fake_gpu import tensors_without_memory
 
 NO_TRITON = importlib.util.find_spec("triton") is None
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -33,39 +34,9 @@ OPERATORS = [  # that have kernels for a GPU
 KERNELS = [*OPERATORS[:-1], "cross_attention_maps_backward"]
 
 
-def indexed(x: Tensor, index: object) -> Tensor:
-    """x[index]. PyTorch's own asks for the device, which builds for CPUs only do not know."""
-    index = index if isinstance(index, tuple) else (index,)
-    dim = 0
-    for place, i in enumerate(index):
-        if i is Ellipsis:
-            dim = x.dim() - sum(other is not None for other in index[place + 1 :])
-        elif isinstance(i, int):
-            x = x.select(dim, i)
-        else:
-            if i is None:
-                x = x.unsqueeze(dim)
-            elif isinstance(i, slice):
-                x = torch.ops.aten.slice.Tensor(x, dim, *i.indices(x.shape[dim]))
-            else:
-                x = torch.ops.aten.index.Tensor(x, [None] * dim + [i])
-            dim += 1
-    return x
-
-
-def copied(x: Tensor, source: Tensor) -> Tensor:
-    """x.copy_(source), for the same reason."""
-    assert source.device == x.device
-    assert torch.broadcast_shapes(x.shape, source.shape) == x.shape
-    return x
-
-
 @pytest.fixture(autouse=True)
-def _fake(monkeypatch) -> Iterator[None]:
-    """Tensors have shapes, strides and devices, but no memory; operations check that the devices agree."""
-    monkeypatch.setattr(torch.Tensor, "__getitem__", indexed)
-    monkeypatch.setattr(torch.Tensor, "copy_", copied)
-    with FakeTensorMode():
+def _fake() -> Iterator[None]:
+    with tensors_without_memory():
         yield
 
 

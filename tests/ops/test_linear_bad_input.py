@@ -7,16 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
-from .gemm_cases import (
-    make_weight,
-    randn,
-)
+from ..helpers.fake_gpu import OnGpu
+from .gemm_cases import make_weight, randn
 from .on_device import ops
 
 X = torch.zeros(2, 5, 8)
@@ -83,13 +80,6 @@ def test_why_an_implementation_cannot_run(monkeypatch) -> None:
     assert ops.explain("linear", X, WEIGHT) == {"cpu": "ok", **no_gpu, "reference": "ok"}
     weight = PackedWeight(WEIGHT.data.to("meta"), None, None, 6, 8)
     assert ops.explain("linear", X.to("meta"), weight)["cpu"] == "x is on meta, not on the CPU"
-
-
-class OnGpu(Tensor):
-    """A CPU tensor that says it is on a GPU."""
-
-    is_cuda = True
-    device = torch.device("cuda")
 
 
 @pytest.mark.parametrize(

@@ -16,29 +16,43 @@ from .gemm_cases import make_weight, randn
 from .statistics_cases import assert_statistics, empty_statistics
 
 pytestmark = pytest.mark.gpu
-PRECISIONS = [torch.bfloat16, torch.float16, torch.int8, FLOAT8]
 DEVICE = "cuda"
+PRODUCTS = [  # the CUDA kernels once per kind of matrix instruction; mma does not multiply float8_e4m3fn
+    (kernels, precision)
+    for kernels in ("triton", "cuda:mma", "cuda:wgmma")
+    for precision in (torch.bfloat16, torch.float16, torch.int8, FLOAT8)
+    if (kernels, precision) != ("cuda:mma", FLOAT8)
+]
 
 
-@pytest.fixture(params=["triton", "cuda:mma", "cuda:wgmma"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of the implementation; the CUDA kernels once per kind of matrix instruction."""
-    name, _, instructions = request.param.partition(":")
+def name_of(product: tuple[str, torch.dtype]) -> str:
+    return f"{product[0]}-{str(product[1]).removeprefix('torch.')}"
+
+
+@pytest.fixture(params=PRODUCTS, ids=name_of)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, torch.dtype]:
+    """Implementation and precision."""
+    kernels, precision = request.param
+    name, _, instructions = kernels.partition(":")
     if instructions == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("only compute capability 9.0 has wgmma")
+    if precision == FLOAT8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
     if instructions:
         monkeypatch.setattr(_gemm_cuda, "INSTRUCTIONS", instructions)
-    return name
+    return name, precision
 
 
-@pytest.fixture(params=PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def precision(request: pytest.FixtureRequest, kernels: str) -> torch.dtype:
-    """Of the product, where the kernels know it."""
-    if request.param == FLOAT8 and kernels == "cuda" and _gemm_cuda.INSTRUCTIONS == "mma":
-        pytest.skip("mma does not multiply float8_e4m3fn")
-    if request.param == FLOAT8 and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs compute capability 8.9")
-    return request.param
+@pytest.fixture
+def kernels(product: tuple[str, torch.dtype]) -> str:
+    """Name of the implementation."""
+    return product[0]
+
+
+@pytest.fixture
+def precision(product: tuple[str, torch.dtype]) -> torch.dtype:
+    """Of the product."""
+    return product[1]
 
 
 def weight_of(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
@@ -95,10 +109,9 @@ def test_conv2d_geometry(kernels, precision, height, width, channels, n, kernel,
     test_conv2d.check(kernels, x, weight, tensor(n), affine=tensor(2, 2, sum(channels)), silu=True, **how)
 
 
+@pytest.mark.parametrize("product", [p for p in PRODUCTS if p[1].itemsize == 2], ids=name_of, indirect=True)
 def test_sources_that_are_read_in_place(kernels: str, precision: torch.dtype) -> None:
     """Without a prologue, in the precision of the product: parts of wider tensors, aligned and not."""
-    if precision.itemsize == 1:
-        pytest.skip("rows are rounded before")
     weight, how = weight_of(40, 9 * 96, precision), {"kernel": (3, 3), "padding": 1, "out_dtype": torch.float32}
     wide = tensor(2, 12, 10, 200, dtype=precision)
     for first in (0, 3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,21 +9,19 @@ import pytest
 import torch
 
 from vpd_fast import _native
-from vpd_fast.errors import InputError
 from vpd_fast.ops.availability import triton_missing
 
+ON_GPU = ("triton", "cuda")  # implementations for GPUs
 ISAS = _native.load("_C").usable_isas()
 INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]
 if torch.cuda.is_available():  # `on_device.ops` moves what they compute
-    INTERPRETED = [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
+    INTERPRETED = [pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU]
 VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "sdpa", "reference"]
 
 
-def within_limits(impl: str, limit: str, exceeded: bool) -> contextlib.AbstractContextManager:
-    """What is done in it must be refused, because of that limit of the Triton kernels, if it exceeds the limit."""
-    if impl == "triton" and exceeded:
-        return pytest.raises(InputError, match=limit)
-    return contextlib.nullcontext()
+def computed_on_gpu(impl: str) -> bool:
+    """Whether the implementation's results come from a GPU, not from the interpreter."""
+    return impl in ON_GPU and torch.cuda.is_available()
 
 
 def variants(known: Iterable[str], among: Iterable[Any] = VARIANTS) -> list[Any]:
