@@ -30,7 +30,8 @@ def launch_everything() -> None:
     """Rows of 8 bits; attention of 16 bits with maps in one pass, in two, and backward; labels."""
     scales = empty(1, 64, dtype=torch.float32)
     for precision in (torch.int8, torch.float8_e4m3fn):
-        weight = PackedWeight(empty(1, 64, 320, dtype=precision), scales, scales, 64, 320)
+        sums = scales if precision == torch.int8 else None
+        weight = PackedWeight(empty(1, 64, 320, dtype=precision), scales, sums, 64, 320)
         linear.forward(registry()["linear"].bind(empty(1, 64, 320), weight, out=empty(1, 64, 64)))
     q, k, maps = empty(2, 4096, 320), empty(1, 77, 320), empty(2, 4096, 77, dtype=torch.float32)
     options = {"heads": 8, "scale": 0.1, "weight": 0.2, "categories": None, "average_heads": True}
