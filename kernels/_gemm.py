@@ -21,7 +21,7 @@ from vpd_fast.kernels._statistics import PLANES, partial, store_planes
 
 # What kernels are not compiled anew for, as machine code would hardly gain: integers that change with the number of
 # images or between few values, and whether sizes are multiples of 16.
-VARYING = ("total_rows", "stride", "top", "left")
+VARYING = ("total_rows", "top", "left")
 SIZES = ("height", "width", "out_height", "out_width", "rows_per_scale")
 
 

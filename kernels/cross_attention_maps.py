@@ -68,7 +68,7 @@ def _add_categories(sums, x, token_categories, categories):
     return sums
 
 
-@triton.jit(do_not_specialize=("N", "L"))
+@triton.jit(do_not_specialize=("L",))
 def _one_pass_kernel(
     q, q_b, q_n, k, k_b, k_l, v, v_b, v_l, out,
     maps, maps_b, maps_h, maps_n, maps_m, addend, addend_b, addend_h, addend_n, addend_m,
@@ -136,7 +136,7 @@ def _one_pass_kernel(
             _store_map(maps, maps_n, maps_m, addend, addend_n, addend_m, sums, factor, rows, valid, columns, M)
 
 
-@triton.jit(do_not_specialize=("N", "L"))
+@triton.jit(do_not_specialize=("L",))
 def _online_kernel(
     q, q_b, q_n, k, k_b, k_l, v, v_b, v_l, out, highest_out, inverse_out,
     N, L, heads, score_scale,
@@ -194,7 +194,7 @@ def _sum_probabilities(
     return acc
 
 
-@triton.jit(do_not_specialize=("N", "L"))
+@triton.jit(do_not_specialize=("L",))
 def _map_kernel(
     q, q_b, q_n, k, k_b, k_l, highest_in, inverse_in,
     maps, maps_b, maps_h, maps_n, maps_m, addend, addend_b, addend_h, addend_n, addend_m,

@@ -45,6 +45,12 @@ def hash_of_sources() -> str:
     return state.hexdigest()
 
 
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**20:
+        raise ValueError(f"{value!r} is no number of threads, bytes or pointers")
+    return value
+
+
 @dataclass(frozen=True)
 class Entry:
     """A compiled kernel: its file in the archive, threads of a block, bytes of shared memory."""
@@ -79,13 +85,13 @@ class Archive:
             if index["format"] != FORMAT:
                 raise UnusableError(f"its format is {brief(index['format'])}; this version reads {FORMAT}")
             entries = {
-                architecture: {key: Entry(str(row[0]), int(row[1]), int(row[2])) for key, row in rows.items()}
+                architecture: {key: Entry(str(file), _count(n), _count(size)) for key, (file, n, size) in rows.items()}
                 for architecture, rows in index["kernels"].items()
             }
             if not {entry.file for rows in entries.values() for entry in rows.values()} <= known:
                 raise UnusableError("it is damaged: files are missing")
             texts = (str(index[name]) for name in ("sources", "triton", "cuda"))
-            return Archive(path, *texts, int(index["scratch"]), entries)
+            return Archive(path, *texts, _count(index["scratch"]), entries)
         except FileNotFoundError:
             raise
         except (OSError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError, IndexError,

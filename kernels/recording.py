@@ -2,8 +2,10 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from vpd_fast.kernels.tables import Config
 
 PROCESSORS = 132  # multiprocessors of an H200
 Record = Callable[[Any, tuple[int, ...], dict[str, Any]], None]  # kernel, grid, arguments
@@ -12,20 +14,23 @@ Record = Callable[[Any, tuple[int, ...], dict[str, Any]], None]  # kernel, grid,
 class _State(threading.local):
     record: Record | None = None
     processors = PROCESSORS
+    configs: Mapping[str, Mapping[int, Config]] = {}
 
 
 state = _State()
 
 
 @contextlib.contextmanager
-def recording(record: Record, processors: int = PROCESSORS) -> Iterator[None]:
+def recording(
+    record: Record, processors: int = PROCESSORS, configs: Mapping[str, Mapping[int, Config]] | None = None
+) -> Iterator[None]:
     """Every launch of this thread is given to `record` instead, as on a GPU with so many multiprocessors.
 
-    Kernels in CUDA C++ do nothing.
+    configs: of the GPU's table. Kernels in CUDA C++ do nothing.
     """
-    before = state.record, state.processors
-    state.record, state.processors = record, processors
+    before = state.record, state.processors, state.configs
+    state.record, state.processors, state.configs = record, processors, configs or {}
     try:
         yield
     finally:
-        state.record, state.processors = before
+        state.record, state.processors, state.configs = before

@@ -25,7 +25,7 @@ MAX_PROBABILITIES = 1 << 24
 MAX_KEYS = MAX_PROBABILITIES // 2  # a row of probabilities must fit, rounded up to a tile
 
 
-CHUNKS = ("first_head", "first_row", "rows_end", "chunk", "tokens")  # kernels are compiled once for all values of these
+CHUNKS = ("first_head", "first_row", "rows_end")  # kernels are compiled once for all values of these
 
 
 @triton.jit(do_not_specialize=CHUNKS)

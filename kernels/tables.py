@@ -105,7 +105,12 @@ def of_device(device: torch.device) -> Found:
     A file that is damaged, or that was measured on another kind of GPU, is left aside with a warning.
     """
     gpu = gpu_of(device)
-    return Found(None, f"there is no GPU {device}") if gpu is None else _of_gpu(gpu, os.environ.get(VARIABLE, ""))
+    return Found(None, f"there is no GPU {device}") if gpu is None else of_gpu(gpu)
+
+
+def of_gpu(gpu: Gpu) -> Found:
+    """Return the table of a kind of GPU, as `of_device` does."""
+    return _of_gpu(gpu, os.environ.get(VARIABLE, ""))
 
 
 @functools.lru_cache

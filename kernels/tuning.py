@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from vpd_fast.kernels import tables
+from vpd_fast.kernels import recording, tables
 from vpd_fast.kernels._common import multiprocessors
 from vpd_fast.kernels.tables import Config
 
@@ -116,7 +116,7 @@ def choose(product: GemmShape, device: torch.device, run: Callable[[Config], Non
     if _tuning.measurer is not None:
         return _tuning.measurer(product, run)
     table = tables.of_device(device).table if device.type == "cuda" else None
-    recorded = nearest(table.configs, product) if table is not None else None
+    recorded = nearest(recording.state.configs if table is None else table.configs, product)
     return recorded or by_rule(product, multiprocessors(device))
 
 

@@ -17,6 +17,8 @@ from vpd_fast.bench.compilation import newest
 from vpd_fast.bench.cubin_files import read_cubin
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError
+from vpd_fast.kernels.cubins import Archive
+from vpd_fast.kernels.specialization import layout, parse
 
 from ..kernels.conftest import launcher, stub_of  # noqa: F401  fixtures
 
@@ -28,15 +30,17 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def passes(launcher, stub_of, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
     """What `recorded_passes.py` found, in a process where kernels are compiled."""
     folder = tmp_path_factory.mktemp("passes")
-    program = [sys.executable, str(Path(__file__).with_name("recorded_passes.py"))]
+    program = str(Path(__file__).with_name("recorded_passes.py"))
+    return json.loads(compiling(folder, program, launcher.__file__, stub_of(12080).path, str(folder)))
+
+
+def compiling(folder: Path, *arguments: str) -> str:
+    """What Python prints with these arguments, where kernels are compiled. folder: for Triton's cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [*program, launcher.__file__, stub_of(12080).path, str(folder)],
-        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def test_a_covered_pass_needs_no_compilation(passes: dict[str, Any]) -> None:
@@ -56,6 +60,23 @@ def test_the_number_of_images_needs_few_kernels_of_its_own(passes: dict[str, Any
 def test_the_assembler_says_what_is_packed(passes: dict[str, Any]) -> None:
     for key, found in passes["compiled"].items():
         assert found["cubin"] == found["packed"], key
+
+
+@pytest.mark.slow
+def test_an_archive_of_a_full_model(tmp_path: Path) -> None:
+    """What the depth model launches in bfloat16: the assembler says of each kernel what is packed."""
+    path = tmp_path / "cubins.zip"
+    options = ("--task", "depth", "--precision", "bf16", "--batch", "1", "--size", "512", "--arch", "sm_90")
+    compiling(tmp_path, "-m", "vpd_fast", "compile-kernels", *options, "--out", str(path))
+    archive = Archive.read(path)
+    entries = archive.entries["sm_90"]
+    assert len(entries) > 50
+    for key, entry in entries.items():
+        info, (packing, offsets) = read_cubin(archive.cubin(entry)), layout(key, archive.scratch)
+        assert [at for at, _ in info.parameters] == offsets, key
+        assert (info.size, info.threads) == (packing.size, entry.threads), key
+        assert info.threads == 32 * int(parse(key)[2]["num_warps"]), key
+    assert path.stat().st_size < 10_000 * len(entries)
 
 
 def test_what_is_measured_by_default_is_compiled() -> None:

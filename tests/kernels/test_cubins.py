@@ -185,6 +185,7 @@ UNUSABLE = {
     "no archive": (lambda path: path.write_text("{}"), "it is damaged"),
     "index of another format": (lambda path: write(path, {}, format=2), "its format is 2"),
     "index without kernels": (lambda path: write(path, {}, kernels=None), "it is damaged"),
+    "index with a wrong number": (lambda path: write(path, {KEY: (-1, 0)}), "-1 is no number of threads"),
     "file that is missing": (lambda path: write(path, {}, kernels={"sm_90": {KEY: ("x", 32, 0)}}), "files are missing"),
     "other sources": (lambda path: write(path, {}, sources="0" * 64), "other sources"),
     "other GPU": (lambda path: write(path, {}, kernels={"sm_80": {}}), "is sm_90, and it has kernels for sm_80"),

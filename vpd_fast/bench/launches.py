@@ -5,12 +5,13 @@ The engine's own code runs on tensors without memory, and each operator hands it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpd_fast import VPDConfig, ops
@@ -19,9 +20,12 @@ from vpd_fast.bench.variants import conditioning
 from vpd_fast.config import PRECISIONS
 from vpd_fast.kernels import _library
 
-# Architectures that kernels are compiled for, and the multiprocessors of their GPUs, by which tiles are chosen: A100;
-# H100 and H200; the H100 of PCIe cards.
-PROCESSORS = {"sm_80": (108,), "sm_90": (132, 114)}
+# Architectures that kernels are compiled for, their GPUs, and how many multiprocessors those have, by which tiles are
+# chosen.
+GPUS = {
+    "sm_80": {"NVIDIA A100-SXM4-80GB": 108},
+    "sm_90": {"NVIDIA H200": 132, "NVIDIA H100 PCIe": 114},  # and the other H100s, as the H200
+}
 BATCHES = (1, 2, 4, 8, 16)
 SIZES = (512, 640)
 MODELS = (
@@ -29,7 +33,7 @@ MODELS = (
     *(VPDConfig(task="referring", tokens=tokens) for tokens in (40, 77)),
     VPDConfig(task="depth"),
 )
-GEMMS = ("linear", "conv2d")  # operators for whose CUDA C++ kernels, and libraries, Triton kernels prepare rows
+GEMMS = ("linear", "conv2d")  # operators of which Triton kernels do a part, whatever multiplies
 Record = Callable[[str, Any, tuple[int, ...], dict[str, Any]], None]  # architecture, kernel, grid, arguments
 
 
@@ -59,29 +63,36 @@ def configurations(
 class _Recorder(TorchDispatchMode):
     """Has every operator that is called launch its Triton kernels, too, for every architecture."""
 
-    def __init__(self, record: Record, architectures: Iterable[str]) -> None:
+    def __init__(self, record: Record, architectures: Iterable[str], seen: set[Hashable] | None) -> None:
+        """seen: calls that need not be recorded again, to which those that are will be added; None: all are."""
         super().__init__()
-        self._record, self._architectures = record, tuple(architectures)
+        self._record, self._architectures, self._seen = record, tuple(architectures), seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "vpd_fast":
-            operator = ops.registry()[func._schema.name.partition("::")[2]]
-            arguments = operator.arguments(*args[:-1])
-            for implementation in operator.implementations:
-                if _launches(operator.name, implementation.name, arguments):
-                    self._launch(implementation, arguments)
+            call = func, *map(_description, args)
+            if self._seen is None or call not in self._seen:
+                self._launch(func, args)
+            if self._seen is not None:
+                self._seen.add(call)
         return func(*args, **(kwargs or {}))
 
-    def _launch(self, implementation: Any, arguments: Any) -> None:
+    def _launch(self, func: Any, args: tuple) -> None:
+        from vpd_fast.kernels import tables
         from vpd_fast.kernels.recording import recording
 
+        operator = ops.registry()[func._schema.name.partition("::")[2]]
+        arguments = operator.arguments(*args[:-1])
+        runs = [i.run for i in operator.implementations if _launches(operator.name, i.name, arguments)]
         for architecture in self._architectures:
             if architecture == "sm_80" and _has_float8(arguments):
                 continue  # PyTorch computes those
-            tiles = PROCESSORS[architecture] if implementation.name == "triton" else PROCESSORS[architecture][:1]
-            for processors in tiles:
-                with recording(lambda *launch, name=architecture: self._record(name, *launch), processors):
-                    implementation.run(arguments)
+            for name, processors in GPUS[architecture].items():
+                table = tables.of_gpu(tables.Gpu(name, (int(architecture[3:-1]), int(architecture[-1])))).table
+                configs = {} if table is None else table.configs
+                with recording(lambda *launch, name=architecture: self._record(name, *launch), processors, configs):
+                    for run in runs:
+                        run(arguments)
 
 
 def _launches(operator: str, implementation: str, arguments: Any) -> bool:
@@ -95,18 +106,27 @@ def _has_float8(arguments: Any) -> bool:
     return getattr(getattr(arguments, "data", None), "dtype", None) == torch.float8_e4m3fn
 
 
+def _description(value: Any) -> Hashable:
+    """What a launch depends on of an operator's argument."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.storage_offset() * value.itemsize % 16
+    return tuple(value) if isinstance(value, list) else value
+
+
 class EmptyModel:
     """A fast model without memory, whose launches can be recorded."""
 
     def __init__(self, config: VPDConfig, precision: str) -> None:
         self.model = empty_engine(config, precision, "cuda")
 
-    def record(self, batch: int, size: int, record: Record, architectures: Iterable[str] = tuple(PROCESSORS)) -> None:
-        """One pass, encoder to labels, with a text that was not seen before."""
+    def record(
+        self, batch: int, size: int, record: Record, architectures: Iterable[str] = tuple(GPUS),
+        seen: set[Hashable] | None = None,
+    ) -> None:  # fmt: skip
+        """One pass, encoder to labels, with a text that was not seen before. seen: calls that are left out."""
         model, task = self.model, self.model.config.task
         images = torch.empty(batch, 3, size, size, device="meta")
-        recorder = _Recorder(record, architectures)
-        with torch.no_grad(), ValuesAreFine(), recorder:
+        with torch.no_grad(), ValuesAreFine(), _Recorder(record, architectures, seen):
             context = model.context(*conditioning(model.config, batch, "meta"))
             logits = model.decode(model.features(model.encode(images), context))
             if task != "depth":
@@ -114,14 +134,16 @@ class EmptyModel:
 
 
 def record_all(
-    chosen: Iterable[Configuration], record: Record, architectures: Iterable[str] = tuple(PROCESSORS)
+    chosen: Iterable[Configuration], record: Record, architectures: Iterable[str] = tuple(GPUS)
 ) -> Iterator[Configuration]:
-    """Records the launches of each configuration and yields it. Those of one model should follow each other."""
-    model, made = None, None
+    """Records the launches of each configuration and yields it; those of equal calls of operators only once.
+
+    Those of one model should follow each other.
+    """
+    model, made, seen = None, None, set()
     for configuration in chosen:
-        if made != (configuration.config, configuration.precision):
+        if model is None or made != (configuration.config, configuration.precision):
             made = configuration.config, configuration.precision
             model = EmptyModel(*made)
-        assert model is not None
-        model.record(configuration.batch, configuration.size, record, architectures)
+        model.record(configuration.batch, configuration.size, record, architectures, seen)
         yield configuration
