@@ -28,6 +28,31 @@ _CPU = "-k cpu"
 _TRITON = "-k triton"
 
 MUTANTS = {
+    # Which implementation runs on a GPU
+    "times of a far shape decide": Mutant(
+        "vpd_fast/ops/_choices.py",
+        "if best is not None and best[0] <= NEAR",
+        "if best is not None",
+        "tests/ops/test_choices.py",
+    ),
+    "a table of another GPU decides": Mutant(
+        "kernels/tables.py",
+        "        if not table.fits(gpu):\n",
+        "        if False:\n",
+        "tests/kernels/test_tables.py",
+    ),
+    "the slowest implementation is asked first": Mutant(
+        "kernels/tables.py",
+        'times = sorted((_time(time), str(name)) for name, time in row["us"].items())',
+        'times = sorted(((_time(time), str(name)) for name, time in row["us"].items()), reverse=True)',
+        "tests/kernels/test_tables.py tests/ops/test_choices.py",
+    ),
+    "cuDNN rounds the sums of float32 results": Mutant(
+        "kernels/_library.py",
+        "    if out != dtype:",
+        "    if False:",
+        "tests/ops/test_gpu_decisions.py",
+    ),
     # Triton kernels
     "triton zero point rounds down": Mutant(
         "kernels/_prologue.py",

@@ -300,13 +300,21 @@ def test_what_libraries_cannot_compute(gpu, monkeypatch) -> None:
     assert why("linear", empty(1, 17, 32), weight_of(48, 32, torch.int8)) == "ok"
     float32 = empty(2, 64, 32, dtype=FLOAT32), weight_of(48, 32, FLOAT32)
     assert why("linear", *float32) == "ok"
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    float16 = empty(2, 64, 32, dtype=torch.float16), weight_of(48, 32, torch.float16)
+    assert why("linear", *float16) == "ok"
+    settings = SimpleNamespace(allow_tf32=True, allow_fp16_accumulation=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
     assert "may round factors to TF32" in why("linear", *float32)
+    assert "may sum in float16" in why("linear", *float16)
+    assert why("linear", x, weight_of(48, 32)) == "ok"
     how = {"kernel": (3, 3), "padding": 1}
     assert why("conv2d", image, weight_of(48, 288), **how) == "ok"
     assert "a convolution in torch.int8" in why("conv2d", image, weight_of(48, 288, torch.int8), **how)
     rounded = why("conv2d", image, weight_of(48, 288), out_dtype=FLOAT32, **how)
     assert rounded == "cuDNN's sums are rounded to torch.bfloat16, and out is torch.float32"
+    half = empty(2, 8, 8, 32, dtype=torch.float16), weight_of(48, 288, torch.float16)
+    assert why("conv2d", *half, **how) == "ok"
+    assert "torch.float16, and out is torch.bfloat16" in why("conv2d", *half, out_dtype=BFLOAT16, **how)
     how = {"kernel": (3, 3), "padding": (0, 0, 1, 1), "stride": 2}
     assert why("conv2d", image, weight_of(48, 288), **how) == "padding is not symmetric"
     assert why("conv2d", image, weight_of(48, 288), silu=True, **how) == "ok"  # prepared with its padding
