@@ -29,13 +29,19 @@ def results(tmp_path, monkeypatch, script):
 
 
 @pytest.fixture
-def here(monkeypatch, script):
-    """Variants are measured in this process, where their steps can be looked at."""
+def tiny(monkeypatch, script):
+    """The benchmark with a smaller model."""
     benchmark = script("train_step")
-    tiny = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=TINY)
-    monkeypatch.setattr(benchmark, "MODELS", {"small": tiny})
-    monkeypatch.setattr(benchmark, "Worker", Here)
+    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=TINY)
+    monkeypatch.setattr(benchmark, "MODELS", {"small": config})
     return benchmark
+
+
+@pytest.fixture
+def here(monkeypatch, tiny):
+    """Variants are measured in this process, where their steps can be looked at."""
+    monkeypatch.setattr(tiny, "Worker", Here)
+    return tiny
 
 
 class Here:
@@ -54,21 +60,20 @@ class Here:
         """Nothing was started."""
 
 
-def test_as_a_program(script, results, capsys) -> None:
-    assert script("train_step").main([*SMALL, "--variants", "bf16"]) == 0
+def test_as_a_program(tiny, results, capsys) -> None:
+    assert tiny.main([*SMALL, "--variants", "fp32"]) == 0
     content = results()
-    plain, bf16 = content["rows"]
-    assert (plain["variant"], bf16["variant"]) == ("plain", "bf16")
-    for row in (plain, bf16):
+    plain, fp32 = content["rows"]
+    assert (plain["variant"], fp32["variant"]) == ("plain", "fp32")
+    for row in (plain, fp32):
         assert (row["parity"], row["case"], row["steps"]) == ("passed", "1x3x128x128", 1)
         assert row["min_ms"] <= row["p50_ms"] <= row["max_ms"]
         parts = sum(row[f"{part}_ms"] for part in ("encoder", "forward", "backward", "optimizer"))
         assert 0 < parts < 2 * row["max_ms"]
         assert row["peak_gib"] > 0.1
     assert (plain["loss_difference"], plain["speedup"]) == (0, 1)
-    assert 0 < bf16["loss_difference"] < 0.01
-    assert 0.999 < bf16["cosine_latents"] < 1
-    assert 0.99 < bf16["cosine_unet"] < 1
+    assert 0 <= fp32["loss_difference"] < 1e-4
+    assert min(fp32["cosine_latents"], fp32["cosine_unet"]) > 0.9999
     assert content["environment"]["torch"] == torch.__version__
     assert content["activations_gib_estimated"].keys() == {"1"}
     assert "segmentation model on" in capsys.readouterr().out
@@ -96,16 +101,15 @@ def test_what_does_not_agree_is_not_timed(here, results, monkeypatch, capsys) ->
     assert "failed: fp32" in capsys.readouterr().out
 
 
-def test_a_process_that_ends_is_a_row(script, results, monkeypatch) -> None:
-    benchmark = script("train_step")
-    call = benchmark.Worker.call
+def test_a_process_that_ends_is_a_row(tiny, results, monkeypatch) -> None:
+    call = tiny.Worker.call
 
     def killed(self, *message):
         self._process.kill()
         return call(self, *message)
 
-    monkeypatch.setattr(benchmark.Worker, "call", killed)
-    assert benchmark.main([*SMALL, "--variants", "fp32"]) == 1
+    monkeypatch.setattr(tiny.Worker, "call", killed)
+    assert tiny.main([*SMALL, "--variants", "fp32"]) == 1
     (row,) = results()["rows"]
     assert row["error"] == "the process was killed, most likely because there was not enough memory"
 

@@ -208,10 +208,10 @@ def test_damaged_anywhere(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"bad{'.safetensors' if kind == 'safetensors' else '.pth'}"
     generator = random.Random(7)
     refused = 0
-    for _ in range(1500):
+    for _ in range(500):
         damaged = bytearray(whole)
         for _ in range(generator.choice((1, 1, 2, 8))):
             damaged[generator.randrange(len(whole))] = generator.randrange(256)
         path.write_bytes(damaged)
         refused += not read_or_refuse(path)
-    assert 0 < refused < 1500
+    assert 0 < refused < 500

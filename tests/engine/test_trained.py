@@ -15,7 +15,7 @@ from vpd_fast.engine import Policy
 from vpd_fast.evaluation import evaluate
 from vpd_fast.models.text import TextEncoder
 
-CASES = [("segmentation", 60), ("referring", 20), ("depth", 20)]  # (task, scenes)
+CASES = [("segmentation", 60), ("referring", 12), ("depth", 8)]  # (task, scenes)
 CASES += [pytest.param(task, 60, marks=pytest.mark.slow) for task in ("referring", "depth")]
 LIMITS = {  # {precision: (points of mIoU, points of oIoU, relative RMSE)}: largest loss against fp32
     "fp32": (0.05, 0.05, 0.0005),

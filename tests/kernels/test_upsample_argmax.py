@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 from vpd_fast.kernels import upsample_argmax as kernels  # noqa: E402
 from vpd_fast.kernels._common import INTERPRETED  # noqa: E402
 
+from ..helpers.sparse import untouched  # noqa: E402
+
 GPU_TILE = (8, 32)
 DEVICES = [
     pytest.param(
@@ -111,7 +113,7 @@ def test_offsets_of_64_bits(dimension: int, device: str) -> None:
     strides[dimension] = (1 << 31) + 8
     if dimension == 3:
         shape[3] = 2
-    storage = torch.empty((1 << 31) + 1000, dtype=torch.bfloat16, device=device)  # touched at both ends only
+    storage = untouched((1 << 31) + 1000, torch.bfloat16, device)
     logits = storage.as_strided(shape, strides)
     logits.copy_(make_logits(*shape))
     rows, columns = make_table(3, 2, shape[1] * 2), make_table(5, 2, shape[2] * 2)
