@@ -34,7 +34,10 @@ def main() -> None:
     """Predict, record and write as `vpd-fast predict` does."""
     folder, count, warm, precision = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    backbone = BackboneConfig(model_channels=32, context_dim=64, num_heads=4, num_res_blocks=1, vae_ch=32)
+    backbone = BackboneConfig(
+        model_channels=64, context_dim=32, num_heads=4, num_res_blocks=1, channel_mult=(1, 1, 1, 1), vae_ch=32,
+        vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1,
+    )  # fmt: skip
     config = VPDConfig(num_classes=5, channels=32, base_size=64, backbone=backbone)
     model = randomize(VPD.empty(config), 1).eval()
     predictor = make_predictor(model if precision == "plain" else vpd_fast.optimize(model, precision), mode="whole")

@@ -86,6 +86,15 @@ def test_a_process_killed_while_saving(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
+def test_a_process_killed_before_it_removed_the_oldest(tmp_path):
+    """A run that had saved its last step then saves nothing more, which would remove it."""
+    for step in (1, 2, 3):
+        CheckpointStore(tmp_path, keep=5).save(step, {"a": text("")})
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.clean() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
 def test_the_index(tmp_path):
     store = CheckpointStore(tmp_path)
     assert store.read_index() == {}

@@ -56,10 +56,14 @@ class CheckpointStore:
         return self.path(steps[-1]) if steps else None
 
     def clean(self) -> list[Path]:
-        """Remove what a killed process left half-written; returns what that was. Only the writing process calls it."""
+        """Remove what a killed process left half-written, and checkpoints beyond `keep` that it had not removed yet.
+
+        Returns what was half-written. Only the writing process calls it.
+        """
         left = [path for path in self.folder.glob(".*") if _TEMPORARY.fullmatch(path.name)]
         for path in left:
             remove(path)
+        self._discard_old()
         return left
 
     def save(self, step: int, writers: Mapping[str, Writer]) -> Path:
@@ -85,8 +89,7 @@ class CheckpointStore:
         except BaseException:
             remove(temporary)
             raise
-        for old in self.steps()[: -self.keep]:
-            self._discard(old)
+        self._discard_old()
         return path
 
     def _failure(self, step: int, error: Exception) -> str:
@@ -94,6 +97,10 @@ class CheckpointStore:
         why = "the disk is full" if is_full_disk(error) else " ".join(str(error).split()) or type(error).__name__
         rest = f"the last one is {last}" if last is not None else "there is no earlier one"
         return f"the checkpoint of step {step} cannot be written to {self.folder} ({why}); {rest}"
+
+    def _discard_old(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            self._discard(step)
 
     def _discard(self, step: int) -> None:
         """Take the name away first: a folder with a name is always complete."""
