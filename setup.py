@@ -48,11 +48,14 @@ def switch(variable: str, default: str, *values: str) -> str:
     return value
 
 
+COMPILE_KERNELS = switch("VPD_FAST_KERNELS", "OFF", "OFF", "ON") == "ON"
+
+
 class KernelBuild(build_py):
     """Triton's kernels are compiled before the package's files are gathered, if that is wanted."""
 
     def run(self) -> None:
-        if switch("VPD_FAST_KERNELS", "OFF", "OFF", "ON") == "ON":
+        if COMPILE_KERNELS:
             command = [sys.executable, "-m", "vpd_fast", "compile-kernels"]
             subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
         super().run()

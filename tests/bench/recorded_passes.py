@@ -11,6 +11,7 @@ import sys
 from itertools import starmap
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
@@ -19,6 +20,7 @@ from triton.runtime.jit import create_function_from_signature
 from vpd_fast.bench import compilation, launches
 from vpd_fast.bench.cubin_files import read_cubin
 from vpd_fast.bench.engine_pass import MODELS
+from vpd_fast.errors import InputError
 from vpd_fast.kernels import cubins
 from vpd_fast.kernels.specialization import layout, parse, specialize
 
@@ -46,11 +48,26 @@ def dummy(key: str) -> compilation.Compiled:
     return compilation.Compiled(b"\x7fELF" + key.encode(), threads, 0, 2, "none", "12.8")
 
 
+def refusal_of_another_layout(key: str) -> str:
+    """The error where parameters are packed otherwise than the assembler expects them."""
+
+    def shifted(key: str, scratch: int) -> tuple[Any, list[int]]:
+        packing, offsets = layout(key, scratch)
+        return packing, [offset + 4 for offset in offsets]
+
+    with mock.patch("vpd_fast.kernels.specialization.layout", shifted):
+        try:
+            compilation.compile_kernel(key, ARCHITECTURE)
+        except InputError as error:
+            return str(error)
+    return ""
+
+
 def main(launcher: str, stub: str, folder: str) -> dict[str, Any]:
     """launches: of all passes. missed: of these, by a table of the kernels of the same configurations.
 
     disagreements: keys that Triton forms otherwise. compiled: of some kernels, what the assembler says of parameters
-    and threads, and what is packed.
+    and threads, and what is packed. refusal: of a kernel whose parameters would be packed otherwise.
     """
     keys: dict[str, None] = {}
     recorded, disagreements = [], []
@@ -83,7 +100,7 @@ def main(launcher: str, stub: str, folder: str) -> dict[str, Any]:
     table = cubins.Table(cubins.Archive.read(archive), ARCHITECTURE, module.Driver(stub))
     missed = sum(not table.launch(*launch, 0, 0) for launch in recorded)
     found = {"launches": len(recorded), "keys": len(keys), "of_three_images": new[3], "missed": missed}
-    return found | {"disagreements": disagreements, "compiled": compiled}
+    return found | {"disagreements": disagreements, "compiled": compiled, "refusal": refusal_of_another_layout(few[0])}
 
 
 if __name__ == "__main__":

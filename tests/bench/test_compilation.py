@@ -62,6 +62,10 @@ def test_the_assembler_says_what_is_packed(passes: dict[str, Any]) -> None:
         assert found["cubin"] == found["packed"], key
 
 
+def test_a_kernel_that_takes_its_parameters_elsewhere_is_refused(passes: dict[str, Any]) -> None:
+    assert "cannot be launched without Triton: CubinInfo(name='_image_range_kernel'" in passes["refusal"]
+
+
 @pytest.mark.slow
 def test_an_archive_of_a_full_model(tmp_path: Path) -> None:
     """What the depth model launches in bfloat16: the assembler says of each kernel what is packed."""

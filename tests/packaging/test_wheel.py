@@ -32,6 +32,7 @@ def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
     for built in source.rglob("*.so"):
         built.unlink()
+    (source / "kernels/cubins.zip").write_bytes(b"stands for compiled kernels")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     return subprocess.run(
         [*command, str(source)], env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -50,7 +51,7 @@ def test_content_of_the_wheel(tmp_path: Path) -> None:
     tables = {f"vpd_fast/kernels/configs/{path.name}" for path in (ROOT / "kernels" / "configs").glob("*.json")}
     assert tables
     assert tables <= set(names)
-    assert "vpd_fast/py.typed" in names
+    assert {"vpd_fast/py.typed", "vpd_fast/kernels/cubins.zip"} <= set(names)
     assert any(name.startswith("vpd_fast/_C.") and name.endswith(".so") for name in names)
     assert not any("_C_cuda" in name for name in names)
     missing = {
@@ -74,7 +75,8 @@ def test_cuda_on_without_a_compiler_is_a_clear_error(tmp_path: Path) -> None:
     assert "VPD_FAST_CUDA=ON, but nvcc was not found" in done.stderr
 
 
-def test_an_unknown_cuda_option_is_a_clear_error() -> None:
-    done = run_setup(VPD_FAST_CUDA="MAYBE")
+@pytest.mark.parametrize(("variable", "known"), [("VPD_FAST_CUDA", "AUTO, ON, OFF"), ("VPD_FAST_KERNELS", "OFF, ON")])
+def test_an_unknown_option_is_a_clear_error(variable: str, known: str) -> None:
+    done = run_setup(**{variable: "MAYBE"})
     assert done.returncode != 0
-    assert "VPD_FAST_CUDA='MAYBE' is not one of AUTO, ON, OFF" in done.stderr
+    assert f"{variable}='MAYBE' is not one of {known}" in done.stderr
