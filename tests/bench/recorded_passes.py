@@ -93,7 +93,7 @@ def main(launcher: str, stub: str, folder: str) -> dict[str, Any]:
         said = [[at for at, _ in info.parameters], info.size, info.threads]
         compiled[key] = {"cubin": said, "packed": [offsets, packing.size, kernel.threads]}
     archive = Path(folder, "cubins.zip")
-    compilation.write_archive(archive, {(ARCHITECTURE, key): dummy(key) for key in keys})
+    compilation.write_archive(archive, {(ARCHITECTURE, key): dummy(key) for key in keys}, cubins.hash_of_sources())
     spec = importlib.util.spec_from_file_location("launcher", launcher)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from vpd_fast.bench import launches
+from vpd_fast.bench import compilation, launches
 from vpd_fast.bench.compilation import newest
 from vpd_fast.bench.cubin_files import read_cubin
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError
+from vpd_fast.kernels import cubins
 from vpd_fast.kernels.cubins import Archive
 from vpd_fast.kernels.specialization import layout, parse
 
@@ -81,6 +82,24 @@ def test_an_archive_of_a_full_model(tmp_path: Path) -> None:
         assert (info.size, info.threads) == (packing.size, entry.threads), key
         assert info.threads == 32 * int(parse(key)[2]["num_warps"]), key
     assert path.stat().st_size < 10_000 * len(entries)
+
+
+def test_sources_that_change_meanwhile_make_an_archive_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = compilation.Compiled(b"machine code", 32, 0, 2, "3.6.0", "12.8")
+
+    def compile_all(*_: Any) -> dict[tuple[str, str], compilation.Compiled]:
+        monkeypatch.setattr(cubins, "hash_of_sources", lambda: "changed")
+        return {("sm_90", "key"): kernel}
+
+    for name, replacement in (("require_triton", lambda: None), ("choose_assembler", lambda _: None)):
+        monkeypatch.setattr(compilation, name, replacement)
+    monkeypatch.setattr(compilation, "compile_all", compile_all)
+    monkeypatch.setattr(compilation, "jobs_of", lambda *_: [])
+    before, lines = cubins.hash_of_sources(), []
+    compilation.compile_kernels(tmp_path / "cubins.zip", [], ["sm_90"], 1, None, lines.append)
+    archive = Archive.read(tmp_path / "cubins.zip")
+    assert (archive.sources, archive.cubin(archive.entries["sm_90"]["key"])) == (before, b"machine code")
+    assert lines[-1].startswith("1 kernels, 0.0 MB, for drivers of CUDA 12 and later: ")
 
 
 def test_what_is_measured_by_default_is_compiled() -> None:

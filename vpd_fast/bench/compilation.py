@@ -166,9 +166,9 @@ def choose_assembler(ptxas: Path | None) -> None:
         os.environ[NEWER_ASSEMBLER] = knobs.nvidia.ptxas.path
 
 
-def write_archive(path: Path, compiled: dict[Job, Compiled]) -> None:
-    """Packs kernels into one file, those with the same machine code once."""
-    from vpd_fast.kernels.cubins import FORMAT, INDEX, hash_of_sources
+def write_archive(path: Path, compiled: dict[Job, Compiled], sources: str) -> None:
+    """Packs kernels into one file, those with the same machine code once. sources: hash of what was compiled."""
+    from vpd_fast.kernels.cubins import FORMAT, INDEX
 
     images: dict[str, bytes] = {}
     kernels: dict[str, dict[str, tuple[str, int, int]]] = {}
@@ -178,7 +178,7 @@ def write_archive(path: Path, compiled: dict[Job, Compiled]) -> None:
         kernels.setdefault(architecture, {})[key] = name, kernel.threads, kernel.shared
     ((triton, scratch),) = {(kernel.triton, kernel.scratch) for kernel in compiled.values()}
     cuda = newest(kernel.cuda for kernel in compiled.values())
-    facts = {"triton": triton, "cuda": cuda, "scratch": scratch, "sources": hash_of_sources()}
+    facts = {"triton": triton, "cuda": cuda, "scratch": scratch, "sources": sources}
     index = {"format": FORMAT, **facts, "kernels": kernels}
 
     def write(temporary: Path) -> None:
@@ -202,10 +202,13 @@ def compile_kernels(
     ptxas: assembler to take instead of Triton's. report: is told of progress. Raises MissingDependencyError without
     Triton, InputError for a kernel that cannot be compiled or launched without it, or an assembler that is none.
     """
+    from vpd_fast.kernels import cubins
+
     require_triton()
     choose_assembler(ptxas)
+    sources = cubins.hash_of_sources()  # now: of files that change meanwhile, what was read is compiled
     compiled = compile_all(jobs_of(chosen, architectures, report), processes, report)
-    write_archive(path, compiled)
+    write_archive(path, compiled, sources)
     cuda = newest(kernel.cuda for kernel in compiled.values())
     megabytes, drivers = path.stat().st_size / 1e6, f"drivers of CUDA {cuda.partition('.')[0]} and later"
     report(f"{len(compiled)} kernels, {megabytes:.1f} MB, for {drivers}: {path}")
