@@ -42,7 +42,7 @@ EXPECTED = {
     },
 }
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
-SERIALIZED = "C7510"  # the assembler's note that wgmma instructions wait for each other
+SERIALIZED = ("C7510", "C7520")  # the assembler's notes that wgmma instructions wait for each other
 
 
 def find_cuobjdump() -> str:
@@ -90,7 +90,8 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry))
         stack, shared = re.search(r"(\d+) bytes stack", entry), re.search(r"(\d+) bytes smem", entry)
         absent = missing(kernel, architecture, kernels[mangled])
-        serialized = any(SERIALIZED in line and mangled in line for line in done.stderr.splitlines())
+        notes = [line for line in done.stderr.splitlines() if any(note in line for note in SERIALIZED)]
+        serialized = any(f"'{mangled}'" in line for line in notes)
         shown = sorted({found for i in kernels[mangled] for found in re.findall(NAMED, i.partition(".")[0])})
         rows.append(
             {

@@ -26,7 +26,7 @@ from vpd_fast.ops import upsample_argmax
 from vpd_fast.ops._dispatch import Op
 
 ROUNDS = 12
-IMPLEMENTATIONS = ("auto", "cuda", "triton", "library")
+IMPLEMENTATIONS = ("auto", "cuda", "cuda:wgmma_wide", "triton", "library")  # with instructions, see csrc/cuda/gemm.h
 MOST_WANTED = [(batch, precision) for batch in (8, 1) for precision in ("int8", "bf16")]
 LESS_WANTED = [*product((2, 4), ("int8", "bf16")), *product((8, 1), ("fp16", "fp8", "fp32"))]
 # Plain models, the ones whose times are quoted first.
@@ -39,7 +39,10 @@ PEERS = (
 @contextmanager
 def preferred(name: str) -> Iterator[None]:
     """Within it `impl="auto"` is that implementation wherever there is one that does not refuse; "auto": no change."""
+    from vpd_fast.kernels import _gemm_cuda
+
     choose = Op.choose
+    name, _, instructions = name.partition(":")
 
     def prefer(op: Op, impl: str, arguments: Any) -> Any:
         candidate = op.by_name.get(name) if impl == "auto" else None
@@ -47,7 +50,10 @@ def preferred(name: str) -> Iterator[None]:
             return candidate
         return choose(op, impl, arguments)
 
-    with mock.patch.object(Op, "choose", prefer):
+    with (
+        mock.patch.object(Op, "choose", prefer),
+        mock.patch.object(_gemm_cuda, "INSTRUCTIONS", instructions or _gemm_cuda.INSTRUCTIONS),
+    ):
         yield
 
 

@@ -62,9 +62,22 @@ void choose_box(const CudaGemm& p, Plan& plan) {
     plan.row_tiles = int(std::min<int64_t>(min_tiles, INT32_MAX));
 }
 
-bool four_aligned(const CudaPositions& x, CudaFloat dtype) {
-    const int bytes = dtype == CudaFloat::float32 ? 16 : 8;
-    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.image % 4 == 0 && x.row % 4 == 0 && x.column % 4 == 0;
+// Returns whether runs of so many columns, 4 or 8, begin at multiples of their bytes, or of 16.
+bool aligned(const CudaPositions& x, CudaFloat dtype, int columns) {
+    const int bytes = std::min(16, columns * (dtype == CudaFloat::float32 ? 4 : 2));
+    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.image % columns == 0 && x.row % columns == 0 &&
+           x.column % columns == 0;
+}
+
+bool results_aligned(const CudaGemm& p, int columns) {
+    return aligned(p.out, p.out_dtype, columns) && (!p.residual.data || aligned(p.residual, p.residual_dtype, columns));
+}
+
+// Returns whether the wide epilogue computes this result; see gemm_epilogue_wide.cuh.
+bool wide_takes(const CudaGemm& p, const Plan& plan) {
+    const bool residual = p.residual.data && (p.activation == CudaActivation::geglu || p.residual_dtype != p.out_dtype);
+    return plan.splits == 1 && plan.out_columns % 8 == 0 && results_aligned(p, 8) &&
+           p.activation != CudaActivation::silu && !residual;
 }
 
 // Sets the size of tiles and how they divide the result.
@@ -128,8 +141,7 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
     plan.rows = p.batch * p.out_height * p.out_width;
     plan.weight_columns = taps * (p.channels[0] + p.channels[1]);
     plan.out_columns = p.activation == CudaActivation::geglu ? p.n / 2 : p.n;
-    plan.four_at_once =
-        four_aligned(p.out, p.out_dtype) && (!p.residual.data || four_aligned(p.residual, p.residual_dtype));
+    plan.four_at_once = results_aligned(p, 4);
     const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
 
     const char* reason = major == 9 ? nullptr : "the device has no wgmma that this was compiled for";
@@ -140,12 +152,13 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
     }
     wgmma = !reason && instructions != CudaInstructions::mma;
     if (!wgmma) {
-        if (instructions == CudaInstructions::wgmma) return reason;
+        if (instructions == CudaInstructions::wgmma || instructions == CudaInstructions::wgmma_wide) return reason;
         if (operand == CudaOperand::float8_e4m3fn) return reason ? reason : "mma does not multiply float8_e4m3fn";
         set_tiles(p, 128, 128, plan);
         if (tiles_of(plan) < processors) set_tiles(p, 64, 64, plan);
     }
     set_splits(plan, processors);
+    plan.wide = instructions == CudaInstructions::wgmma_wide && wide_takes(p, plan);
     if (tiles_of(plan) * plan.splits >= MAX_COUNT ||
         plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
         return "the result has too many elements";

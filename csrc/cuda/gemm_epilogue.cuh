@@ -13,6 +13,11 @@ struct alignas(16) Four {
     Sum v[4];
 };
 
+template <typename Sum>
+struct alignas(8) Two {
+    Sum v[2];
+};
+
 // Of the sums of a tile in shared memory. Neighbouring rows start 8 banks apart: fragments are written and rows read
 // without conflicts.
 constexpr __host__ __device__ int pitch_of(int columns) { return columns + 8; }
@@ -40,11 +45,25 @@ __device__ inline ResultRow row_of(const CudaGemm& p, const Position& at) {
     return row;
 }
 
+// A sum with its scales and its bias.
+template <typename T>
+__device__ inline float scaled_sum(const ResultRow& row, typename Operand<T>::Sum sum, float scale, float bias,
+                                   int32_t weight_sum) {
+    float value;
+    if constexpr (std::is_same_v<T, int8_t>)
+        value = float(sum - row.zero * weight_sum);
+    else
+        value = sum;
+    // Not fused with the bias, so that sums of int8 give the same bits wherever they are computed.
+    if constexpr (Operand<T>::BYTES == 1) value = multiply_rounded(value, row.scale * scale);
+    return value + bias;
+}
+
 // What all rows share of four columns.
 template <typename T>
 struct FourColumns {
-    float scale[4], bias[4];
-    int32_t weight_sums[4];
+    float scale[4] = {}, bias[4];
+    int32_t weight_sums[4] = {};
 
     __device__ FourColumns(const CudaGemm& p, int first) {
 #pragma unroll
@@ -58,14 +77,7 @@ struct FourColumns {
     }
 
     __device__ float scaled(const ResultRow& row, typename Operand<T>::Sum sum, int i) const {
-        float value;
-        if constexpr (std::is_same_v<T, int8_t>)
-            value = float(sum - row.zero * weight_sums[i]);
-        else
-            value = sum;
-        // Not fused with the bias, so that sums of int8 give the same bits wherever they are computed.
-        if constexpr (Operand<T>::BYTES == 1) value = multiply_rounded(value, row.scale * scale[i]);
-        return value + bias[i];
+        return scaled_sum<T>(row, sum, scale[i], bias[i], weight_sums[i]);
     }
 };
 

@@ -43,6 +43,7 @@ struct Plan {
     int64_t rows, weight_columns;  // output positions; K
     int64_t out_columns;
     bool four_at_once;  // four columns of out and residual are aligned
+    bool wide;          // the epilogue takes eight
 };
 
 // One block's work: a tile of the result and a range of steps.

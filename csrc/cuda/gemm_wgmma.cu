@@ -39,8 +39,12 @@ bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int byte
 template <typename T, int COLUMNS>
 cudaError_t launch(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
     using Size = WgmmaTile<T, COLUMNS>;
-    return launch_kernel(wgmma_kernel<T, COLUMNS>, plan.row_tiles * plan.column_tiles * plan.splits, Size::THREADS,
-                         Size::SHARED_BYTES, 1, stream, maps, p, plan);
+    const int blocks = plan.row_tiles * plan.column_tiles * plan.splits;
+    if (plan.wide)
+        return launch_kernel(wgmma_kernel<T, COLUMNS, true>, blocks, Size::THREADS, Size::WIDE_BYTES, 1, stream, maps,
+                             p, plan);
+    return launch_kernel(wgmma_kernel<T, COLUMNS, false>, blocks, Size::THREADS, Size::SHARED_BYTES, 1, stream, maps, p,
+                         plan);
 }
 
 template <typename T>

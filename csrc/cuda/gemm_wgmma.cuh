@@ -10,7 +10,7 @@
 // one warp for the copies they do without moving registers between warps (288 threads have 112 each, or 224 for one block).
 #pragma once
 
-#include "cuda/gemm_epilogue.cuh"
+#include "cuda/gemm_epilogue_wide.cuh"
 #include "cuda/hopper.cuh"
 
 namespace vpd::gemm {
@@ -28,6 +28,9 @@ struct WgmmaTile {
     static constexpr int STAGES = (BLOCKS == 2 ? 104 : 208) * 1024 / STAGE_BYTES;
     static constexpr int ALIGNMENT = 1024;  // of what is swizzled
     static constexpr int SHARED_BYTES = ALIGNMENT + STAGES * STAGE_BYTES + 2 * STAGES * 8;
+    // The wide epilogue's rows and columns lie behind the barriers.
+    static constexpr int WIDE_BYTES = SHARED_BYTES + int(sizeof(TileColumns<COLUMNS>)) + ROWS * int(sizeof(ResultRow));
+    static_assert(BLOCKS * (WIDE_BYTES + 1024) <= 228 * 1024 && STAGES * 16 % alignof(TileColumns<COLUMNS>) == 0);
     static_assert(epilogue_bytes(ROWS, COLUMNS) <= STAGES * STAGE_BYTES && STAGES >= 3);
 };
 
@@ -107,14 +110,16 @@ __device__ inline void multiply_steps(typename Operand<T>::Sum (&sums)[COLUMNS /
     if constexpr (!TWICE) wgmma_wait<0>(sums);
 }
 
-template <typename T, int COLUMNS>
+template <typename T, int COLUMNS, bool WIDE>
 __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, COLUMNS>::BLOCKS)
     wgmma_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ CudaGemm p,
                  const __grid_constant__ Plan plan) {
 #if VPD_HOPPER
     using Size = WgmmaTile<T, COLUMNS>;
     using Sum = typename Operand<T>::Sum;
-    const int group = threadIdx.x / 128, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    // Known to be the same in a warp, else the compiler takes what follows for divergent and makes wgmma wait.
+    const int group = same_in_warp(threadIdx.x / 128);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     unsigned char* const memory = dynamic_shared();
     unsigned char* const stages = memory + (-shared_address(memory) & (Size::ALIGNMENT - 1));
     uint64_t* const filled = reinterpret_cast<uint64_t*>(stages + Size::STAGES * Size::STAGE_BYTES);
@@ -125,6 +130,10 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
             barrier_init(emptied + i, Size::MULTIPLYING / WARP);
         }
         barrier_init_done();
+        if constexpr (WIDE) {
+            prefetch_tensor_map(maps.source[0]);
+            prefetch_tensor_map(maps.weight);
+        }
     }
     __syncthreads();
     const Tile tile = tile_of(plan, blockIdx.x);
@@ -132,17 +141,34 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
         if (lane == 0) copy_steps<T, COLUMNS>(maps, p, plan, tile, stages, filled, emptied);
         return;
     }
+    TileColumns<COLUMNS>& columns = *reinterpret_cast<TileColumns<COLUMNS>*>(emptied + Size::STAGES);
+    ResultRow* rows = reinterpret_cast<ResultRow*>(&columns + 1);
+    if constexpr (WIDE) {  // while the first copies are on their way
+        load_columns<T>(p, tile, columns, threadIdx.x, Size::MULTIPLYING);
+        const int row = warp * ROWS_PER_WARP + lane;
+        if (lane < ROWS_PER_WARP) rows[row] = row_of<T>(p, position_of(plan, tile, row));
+        sync_threads(1, Size::MULTIPLYING);
+    }
     Sum sums[COLUMNS / 2];
     multiply_steps<T, COLUMNS>(sums, p, plan, tile, stages, filled, emptied, group, lane);
     // Both warpgroups are done with the operands, whose place the sums take. The copies have all come.
     sync_threads(1, Size::MULTIPLYING);
     Sum* const staged = reinterpret_cast<Sum*>(stages);
     Sum* const fragment = staged + (warp * ROWS_PER_WARP + lane / 4) * pitch_of(COLUMNS) + lane % 4 * 2;
+    if constexpr (WIDE) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
-    sync_warp();
-    tile_epilogue<T, COLUMNS>(p, plan, tile, staged,
-                              reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS)), warp, lane);
+        for (int i = 0; i < COLUMNS / 2; i += 2)
+            *reinterpret_cast<Two<Sum>*>(fragment + i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8) = {sums[i],
+                                                                                                      sums[i + 1]};
+        sync_warp();
+        wide_epilogue<T>(p, plan, tile, staged, rows, columns, warp, lane);
+    } else {
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
+        sync_warp();
+        rows = reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS));
+        tile_epilogue<T, COLUMNS>(p, plan, tile, staged, rows, warp, lane);
+    }
 #endif
 }
 

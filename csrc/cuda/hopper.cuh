@@ -64,6 +64,13 @@ __device__ inline void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Gets a map, a parameter of the kernel, to where the first copy will look for it.
+__device__ inline void prefetch_tensor_map(const TensorMap& map) {
+#if VPD_HOPPER
+    asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+#endif
+}
+
 // Copies a box of a tensor into shared memory and tells the barrier its bytes; zeros where the box leaves the tensor.
 __device__ inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
 #if VPD_HOPPER

@@ -138,6 +138,8 @@ __device__ inline float exp2_fast(float x) {
 }
 
 __device__ inline void sync_warp() { __syncwarp(); }
+// A number that all threads of a warp have, as one that the compiler knows to be the same.
+__device__ inline int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // Clusters exist from sm_90 on; elsewhere nothing calls these.

@@ -146,7 +146,7 @@ def run(cuda: ModuleType, p: Problem, instructions: str, device: Device = H200) 
         cuda.announce([(*memory_of(x), writable) for x, writable in memory if x.numel()])
         call.run(scratch.data_ptr() if scratch.numel() else 0, 0, 0)
     else:
-        if instructions == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
+        if instructions.startswith("wgmma") and torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("only compute capability 9.0 has wgmma")
         names = [f.name for f in fields(Problem) if f.name not in ("case", "sources")]
         moved = replace(p, sources=[on_gpu(x) for x in p.sources], **{name: on_gpu(getattr(p, name)) for name in names})

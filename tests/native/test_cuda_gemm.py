@@ -17,7 +17,7 @@ from .cuda_gemm_cases import FLOAT8, Case, before_activation, check, make, name_
 from .devices import A100, H200, L40, Device
 
 MMA = [("mma", A100)]
-WGMMA = [("wgmma", H200)]
+WGMMA = [("wgmma", H200), ("wgmma_wide", H200)]
 PATHS = [*MMA, *WGMMA]
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, FLOAT8]
 ALL = [(path, dtype) for path in PATHS for dtype in DTYPES if path[0] != "mma" or dtype != FLOAT8]
@@ -96,6 +96,30 @@ def test_epilogue(machine: ModuleType, path: Path, dtype, activation, residual, 
             check(machine, replace(case, n=n, bias=bias), *path)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("activation", "residual", "out_dtype"),
+    [
+        ("", None, torch.bfloat16),
+        ("", torch.float16, torch.float16),
+        ("relu", torch.float32, torch.float32),
+        ("geglu", None, torch.bfloat16),
+        ("geglu", None, torch.float32),
+    ],
+)
+def test_the_wide_epilogue_gives_the_same_bits(machine: ModuleType, dtype, activation, residual, out_dtype) -> None:
+    """Of tiles of 64 and of 128 columns, of which the last has fewer; it is not the same kernel."""
+    case = Case(activation=activation, residual=residual, out_dtype=out_dtype, dtype=dtype, batch=2, pitch=8)
+    for n, device in ((96, H200), (352, H200._replace(processors=2))):
+        results, shared = [], []
+        for instructions in ("wgmma", "wgmma_wide"):
+            results.append(run(machine, make(replace(case, n=n)), instructions, device))
+            if hasattr(machine, "shared_bytes"):
+                shared.append(machine.shared_bytes())
+        assert torch.equal(*results)
+        assert not shared or shared[0] < shared[1]
+
+
 @paths_and_dtypes
 @pytest.mark.parametrize("activation", ["", "geglu"])
 @pytest.mark.parametrize("n", [64, 31])
@@ -115,7 +139,7 @@ def test_sums_shared_by_blocks(machine: ModuleType, path: Path, dtype, activatio
 @paths
 def test_a_scale_for_each_image(machine: ModuleType, instructions: str, device: Device) -> None:
     case = Case(batch=3, height=6, width=5, channels=(32,), kernel=(3, 3), per_image=True)
-    for dtype in (torch.int8, FLOAT8) if instructions == "wgmma" else (torch.int8,):
+    for dtype in (torch.int8,) if instructions == "mma" else (torch.int8, FLOAT8):
         check(machine, replace(case, dtype=dtype), instructions, device)
         check(machine, replace(case, dtype=dtype, kernel=(1, 1), channels=(512, 640)), instructions, device)
 

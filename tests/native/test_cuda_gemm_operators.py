@@ -48,7 +48,7 @@ def make_weight(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
 # Of the result, in L2: float32 sums in another order; products of float8 are added with 14 bits, see
 # test_sums_of_float8_move_to_float32, and what is cut off is of either sign here. int8 must agree bit by bit.
 CLOSE = {torch.int8: 0.0, torch.bfloat16: 2e-6, torch.float16: 2e-6, FLOAT8: 1e-3}
-CALLS = [(i, dtype) for i in ("mma", "wgmma") for dtype in CLOSE if (i, dtype) != ("mma", FLOAT8)]
+CALLS = [(i, dtype) for i in ("mma", "wgmma", "wgmma_wide") for dtype in CLOSE if (i, dtype) != ("mma", FLOAT8)]
 precisions = pytest.mark.parametrize(
     ("instructions", "precision"), CALLS, ids=[f"{i}-{name_of(dtype)}" for i, dtype in CALLS], indirect=["instructions"]
 )

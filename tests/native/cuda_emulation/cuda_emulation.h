@@ -126,6 +126,7 @@ inline float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 void sync_warp();
+inline int same_in_warp(int x) { return x; }
 float shuffle_xor(float x, int mask);
 
 void cluster_arrive();
@@ -142,6 +143,7 @@ void barrier_expect(uint64_t* barrier, unsigned bytes);
 void barrier_arrive(uint64_t* barrier);
 void barrier_wait(uint64_t* barrier, unsigned parity);
 void sync_threads(int barrier, int threads);
+inline void prefetch_tensor_map(const TensorMap&) {}
 inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
     cuda_emulation::load_box(shared, map, barrier, {x0, x1, 0, 0, 0});
 }
