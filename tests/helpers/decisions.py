@@ -26,7 +26,7 @@ from .fake_gpu import PretendedGpu
 
 DECIDED = ("triton", "cuda")  # implementations that refuse by more than the device
 NAMED_BY = ("impl", "where", "product", "name", "kernels")  # parameters
-LARGE = 1 << 18  # elements
+LARGE = 1 << 14  # elements
 REASONS = pytest.StashKey[list]()  # of a case that was asked
 
 

@@ -45,7 +45,8 @@ def decisions(*places: str) -> dict:
     """What the plugin says about the cases at these places."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     plugins = ("-p", "tests.helpers.with_fake_gpu", "-p", "no:cacheprovider", "-p", "no:xdist")
-    command = [sys.executable, "-m", "pytest", *plugins, "--collect-only", "-qq", "-m", "gpu", *places]
+    options = ("-c", "pyproject.toml", "--rootdir", str(ROOT), "--collect-only", "-qq", "-m", "gpu")
+    command = [sys.executable, "-m", "pytest", *plugins, *options, *places]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("DECISIONS")]
     assert len(lines) == 1, result.stdout[-2000:] + result.stderr[-2000:]

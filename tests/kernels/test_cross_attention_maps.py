@@ -22,6 +22,7 @@ tl = pytest.importorskip("triton.language")
 from vpd_fast.kernels import cross_attention_maps, cross_attention_maps_backward  # noqa: E402
 from vpd_fast.kernels._attention import split  # noqa: E402
 from vpd_fast.kernels._common import INTERPRETED, rounded  # noqa: E402
+from vpd_fast.kernels.recording import recording  # noqa: E402
 
 DEVICES = [
     pytest.param(
@@ -176,11 +177,12 @@ def test_rounding_to_bfloat16_is_the_hardware_s(device: str) -> None:
 SHAPES = [
     (8, 2, 5, 1, FLOAT32, 1),
     (8, 7, 70, 8, BFLOAT16, 1),
-    (20, 16, 64, 3, FLOAT16, 2),
+    (20, 16, 64, 4, FLOAT16, 2),
     (40, 33, 65, 2, BFLOAT16, 1),
     (40, 40, 33, 8, BFLOAT16, 2),
     (40, 77, 70, 2, FLOAT32, 1),
-    (40, 77, 70, 3, BFLOAT16, 2),
+    (40, 77, 70, 3, BFLOAT16, 2),  # rows of 120: two passes, see `one_pass_refuses`
+    (40, 77, 70, 4, BFLOAT16, 2),
     (64, 77, 16, 2, FLOAT16, 1),
     (80, 40, 65, 2, BFLOAT16, 1),
     (80, 150, 33, 2, BFLOAT16, 1),
@@ -199,6 +201,26 @@ def test_shapes(shape: tuple, one_pass: bool, device: str) -> None:
     run_and_check(make_case(*sizes, texts=texts, device=device), one_pass)
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "tokens", "dtype", "reason"),
+    [
+        (4, 40, 77, BFLOAT16, None),
+        (3, 40, 77, BFLOAT16, "rows are 120 elements apart, no multiple of 16"),
+        (2, 40, 77, FLOAT32, "q is float32"),
+        (2, 80, 77, BFLOAT16, "are 160 columns together"),
+    ],
+)
+def test_what_one_pass_refuses(heads: int, dim: int, tokens: int, dtype: torch.dtype, reason: str | None) -> None:
+    q, k = (torch.empty(1, rows, heads * dim, dtype=dtype, device="meta") for rows in (64, tokens))
+    refused, launched = cross_attention_maps.one_pass_refuses(q, k, k, heads), []
+    assert refused is None if reason is None else reason in refused
+    maps = torch.empty(1, 64, tokens, device="meta")
+    options = {"heads": heads, "scale": 0.1, "weight": 1.0, "categories": None, "average_heads": True}
+    with recording(lambda kernel, *_: launched.append(kernel)):
+        cross_attention_maps.forward(q, k, k, q, maps, None, **options, one_pass=True)
+    assert len(launched) == (1 if reason is None else 2)
+
+
 IDS = {  # -1: no category; some categories stay empty
     40: torch.tensor([0, 3, 3, -1, 5, 18, 2, 2, 0, 0] * 4),
     77: torch.arange(77) % 17 * 2 % 19,
@@ -213,13 +235,13 @@ IDS = {  # -1: no category; some categories stay empty
 )
 def test_categories(tokens: int, count: int, one_pass: bool, reduce: str, average_heads: bool, device: str) -> None:
     options = {"ids": IDS[tokens].to(device), "count": count, "reduce": reduce, "average_heads": average_heads}
-    run_and_check(make_case(20, tokens, 33, 2, BFLOAT16, device=device, **options), one_pass)
+    run_and_check(make_case(20, tokens, 33, 4, BFLOAT16, device=device, **options), one_pass)
 
 
 def test_no_token_has_a_category(device: str) -> None:
     for one_pass in (True, False):
         ids = torch.full((7,), -1, device=device)
-        case = make_case(20, 7, 9, 2, FLOAT16, device=device, ids=ids, count=3)
+        case = make_case(20, 7, 9, 4, FLOAT16, device=device, ids=ids, count=3)
         out, maps = torch.empty_like(case.q), poisoned(case.map_shape, FLOAT32, device)
         cross_attention_maps.forward(case.q, case.k, case.v, out, maps, None, **case.options(), one_pass=one_pass)
         assert (maps == 0).all()
@@ -227,7 +249,7 @@ def test_no_token_has_a_category(device: str) -> None:
 
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_maps_per_head(one_pass: bool, device: str) -> None:
-    run_and_check(make_case(40, 77, 33, 3, BFLOAT16, device=device, average_heads=False), one_pass)
+    run_and_check(make_case(40, 77, 33, 2, BFLOAT16, device=device, average_heads=False), one_pass)
 
 
 def test_no_maps(device: str) -> None:
@@ -253,7 +275,7 @@ def map_memory(layout: str, shape: tuple[int, int, int], dtype: torch.dtype, dev
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
 @pytest.mark.parametrize("layout", ["channels first", "channels last, padded"])
 def test_maps_in_a_slice_of_features(layout: str, dtype: torch.dtype, one_pass: bool, device: str) -> None:
-    case = make_case(20, 40, 33, 2, FLOAT16, device=device)
+    case = make_case(20, 40, 33, 4, FLOAT16, device=device)
     buffer, maps = map_memory(layout, case.map_shape, dtype, device)
     addend_buffer, addend = map_memory(layout, case.map_shape, FLOAT32, device)
     addend.copy_(torch.rand(case.map_shape, device=device))
@@ -271,7 +293,7 @@ def test_maps_in_a_slice_of_features(layout: str, dtype: torch.dtype, one_pass: 
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_accumulating_in_place(one_pass: bool, categories: bool, device: str) -> None:
     options = {"ids": IDS[40].to(device), "count": 20} if categories else {}
-    case = make_case(20, 40, 65, 2, BFLOAT16, device=device, **options)
+    case = make_case(20, 40, 65, 4, BFLOAT16, device=device, **options)
     addend = torch.rand(case.map_shape, device=device)
     apart, in_place, out = poisoned(case.map_shape, FLOAT32, device), addend.clone(), torch.empty_like(case.q)
     for maps, before in ((apart, addend), (in_place, in_place)):
@@ -290,7 +312,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_strides_of_inputs_do_not_matter(one_pass: bool, device: str) -> None:
-    case = make_case(20, 33, 65, 2, BFLOAT16, device=device, texts=2)
+    case = make_case(20, 33, 65, 4, BFLOAT16, device=device, texts=2)
     results = []
     for q, k, v in ((case.q, case.k, case.v), (strided(case.q), strided(case.k), strided(case.v))):
         out, maps = poisoned(tuple(q.shape), BFLOAT16, device), poisoned(case.map_shape, FLOAT32, device)
@@ -303,7 +325,7 @@ def test_strides_of_inputs_do_not_matter(one_pass: bool, device: str) -> None:
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_huge_scores(one_pass: bool, dtype: torch.dtype, device: str) -> None:
-    run_and_check(make_case(20, 40, 33, 2, dtype, device=device, magnitude=1e4), one_pass)
+    run_and_check(make_case(20, 40, 33, 4, dtype, device=device, magnitude=1e4), one_pass)
 
 
 @pytest.mark.skipif(

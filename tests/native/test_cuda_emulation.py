@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ..helpers.fake_gpu import attention_scratch
 from .devices import A100, H200, L40, Device
 
 SCHEDULES = ("heads_loop", "cluster", "split")
@@ -357,3 +359,21 @@ def test_empty(cuda, sizes: dict) -> None:
     cuda.launches()
     run(cuda, make_problem(replace(Case(), **sizes)))
     assert cuda.launches() == 0
+
+
+@pytest.mark.parametrize("dim", [8, 12, 80, 160, 168])
+@pytest.mark.parametrize("tokens", [2, 256, 257])
+def test_sizes_that_are_refused_are_known_without_the_kernels(cuda, tokens: int, dim: int) -> None:
+    """By what decides which cases a GPU would run."""
+    cuda.configure(*H200)
+    sizes, refused = (1, 20, tokens, 2, dim), []
+    for ask in (
+        lambda: cuda.cross_attention_maps_scratch("bfloat16", sizes, True, True, "auto", 0),
+        lambda: attention_scratch(SimpleNamespace(sizes=sizes)),
+    ):
+        try:
+            ask()
+            refused.append(False)
+        except ValueError:
+            refused.append(True)
+    assert refused[0] == refused[1]

@@ -15,6 +15,7 @@ from vpd_fast.ops.availability import triton_missing
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
+from ..ops import gemm_cases
 from .cuda_gemm_cases import name_of
 from .devices import A100, H200
 
@@ -59,6 +60,18 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, precision: torch.d
     assert actual.dtype == expected.dtype
     distance = (actual.double() - expected.double()).norm() / expected.double().norm()
     assert distance <= CLOSE[precision], distance
+
+
+@pytest.mark.parametrize("instructions", ["wgmma"], indirect=True)
+@pytest.mark.parametrize("k", [48, 640])
+def test_what_tests_allow_where_tensor_cores_add_few_bits(instructions: str, k: int) -> None:
+    """The budgets of tests/ops on a GPU, on numbers whose sums need more than 14 bits; float32's are too small."""
+    x, weight, bias = gemm_cases.randn(1, 40, k), gemm_cases.make_weight(24, k, FLOAT8), gemm_cases.randn(24)
+    actual, reference = (ops.linear(x, weight, bias, impl=impl) for impl in ("cuda", "reference"))
+    gemm_cases.assert_within_rounding_to_float8(actual, x.double(), weight, bias, few_bits=True)
+    gemm_cases.assert_same_as_reference(actual, reference, weight, exact_rows=True, few_bits=True)
+    with pytest.raises(AssertionError):
+        gemm_cases.assert_same_as_reference(actual, reference, weight, exact_rows=True)
 
 
 @precisions
