@@ -125,7 +125,8 @@ def leave_out_refused(config: pytest.Config, items: list[pytest.Item], first_onl
     able, refused = torch.cuda.is_available(), set()
     for item in items:
         # Elsewhere tests marked gpu are skipped, and the others interpreted.
-        if implementations_of(item) and (able or "gpu" not in item.keywords):
+        asked = REASONS in item.stash
+        if not asked and implementations_of(item) and (able or "gpu" not in item.keywords):
             item.stash[REASONS] = reasons(item, first_only)
             if item.stash[REASONS][:1] not in ([], [None]):
                 refused.add(item)

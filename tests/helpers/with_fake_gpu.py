@@ -51,6 +51,11 @@ class Report:
     def __init__(self) -> None:
         self.left_out: set[str] = set()
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Asks also where no conftest.py does."""
+        decisions.leave_out_refused(config, items)
+
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         """Cases that are refused are left out here."""
         self.left_out |= {name for item in items for name in functions_of(item)}
