@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, rows = MODELS[args.model], []
     peak = peaks.measured(args.device, [p for p in PRECISIONS if why_unusable(p, args.device) is None])
     print("GFLOP/s of a large matrix product:", ", ".join(f"{name} {rate:.0f}" for name, rate in peak.items()))
-    plain = functools.cache(lambda: randomize(VPD.empty(config), seed=0).eval().to(args.device))
+    plain = functools.cache(lambda: randomize(VPD.empty(config), seed=0, device=args.device).eval())
     for precision in args.precision:
         try:
             model = vpd_fast.optimize(plain(), precision)

@@ -82,7 +82,7 @@ class Step:
 
     def __init__(self, source: Source, variant: Variant, config: VPDConfig, batch: int, size: int) -> None:
         self.variant, self.device = variant, source.device
-        model = randomize(VPD.empty(config), seed=0).to(self.device).train()
+        model = randomize(VPD.empty(config), seed=0, device=self.device).train()
         model.attention_backend = variant.backend
         set_recompute(model, variant.recompute)
         self.encode = FrozenEncoder(model, variant.encoder)

@@ -74,7 +74,7 @@ class Setting:
         from vpd_fast.bench.engine_pass import MODELS
         from vpd_fast.models.random_weights import randomize
 
-        return randomize(VPD.empty(MODELS[self.model_name]), seed=0).eval().to(self.device)
+        return randomize(VPD.empty(MODELS[self.model_name]), seed=0, device=self.device).eval()
 
     def random(self, *shape: int, dtype: Any = None) -> Any:
         """Normal random numbers on the device, int8 and float8 over most of their range."""

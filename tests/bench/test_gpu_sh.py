@@ -168,7 +168,7 @@ def test_account_of_what_ran(tmp_path, stub: dict[str, str]) -> None:
     assert done.returncode == 0
     assert status(tmp_path) == dict.fromkeys(expected, "before") | {"e2e-batch8": "passed"} | skipped
     assert Path(stub["LOG"]).read_text() == (
-        "-m vpd_fast\n-m vpd_fast bench --in-process --device cuda --batch 8 --seconds 120 "
+        "-m vpd_fast\n-m vpd_fast bench --in-process --device cuda --batch 8 --seconds 120 --compile-seconds 120 "
         f"--json {tmp_path}/out/e2e_batch8.json\n"
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from vpd_fast import VPD, VPDConfig
-from vpd_fast.bench import catalog, telemetry
+from vpd_fast.bench import catalog, telemetry, timing
 from vpd_fast.bench.in_process import Shared, Turn, nbytes
 from vpd_fast.bench.parity import agreement
 from vpd_fast.bench.variants import Case, ModelVariant
@@ -19,6 +22,7 @@ from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError
 from vpd_fast.models.random_weights import randomize
 
+COMPILED = [f"sdpa channels-last compiled{mode}" for mode in ("", " reduce-overhead", " max-autotune")]
 SMI = """#!/bin/sh
 case "$*" in
 *driver_version*) echo "580.65.06" ;;
@@ -56,7 +60,8 @@ def test_as_a_program(small, tmp_path, monkeypatch, capsys) -> None:
     rows = rows_in(tmp_path)
     assert list(rows) == ["plain", "sdpa", "fast fp32"]
     for name, row in rows.items():
-        assert (row["case"], row["over"], row["rounds"]) == ("2x3x64x64", "plain", 2)
+        # The baseline takes part in the rounds of the two others.
+        assert (row["case"], row["over"], row["rounds"]) == ("2x3x64x64", "plain", 4 if name == "plain" else 2)
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert list(row["stages_ms"]) == ["encoder", "unet", "head", "post"]
         assert row["peak_mib"]["run"] > 50
@@ -95,14 +100,18 @@ def test_what_runs_on_a_gpu(monkeypatch, shared) -> None:
     monkeypatch.setattr(catalog.Policy, "check_device", lambda *_: None)
     names, missing = catalog.choose_in_process("cuda", ["sdpa"], ["bf16"], True)
     assert (["plain", *names], missing) == (
-        ["plain", "plain autocast", "sdpa", "sdpa autocast", "sdpa channels-last", "sdpa channels-last compiled",
+        ["plain", "plain autocast", "sdpa", "sdpa autocast", "sdpa channels-last", *COMPILED,
          "fast bf16", "fast bf16 without graphs"], [],
     )  # fmt: skip
-    assert "sdpa channels-last compiled" not in catalog.choose_in_process("cuda", ["sdpa"], ["bf16"], False)[0]
+    assert not set(COMPILED) & set(catalog.choose_in_process("cuda", ["sdpa"], ["bf16"], False)[0])
     assert catalog.choose_in_process("cuda", [], None, False)[0][1::2] == [f"fast {p}" for p in catalog.GATES]
-    assert [name for name in names if not catalog.may_be_replayed(name)] == [names[4], names[6]]
+    assert [name for name in names if not catalog.may_be_replayed(name)] == [*COMPILED, "fast bf16 without graphs"]
+    others = [name for name in names if name not in COMPILED]
+    assert catalog.in_order("cuda", names) == [("calls", others), ("replays", others[:-1]), ("calls", COMPILED)]
+    assert catalog.in_order("cuda", others) == [("calls", others), ("replays", others[:-1])]
     made = {name: catalog.ENTRIES[name].make(shared) for name in ("plain", *names)}
-    assert compiled == [{"mode": "max-autotune", "dynamic": False}]
+    modes = ("default", "reduce-overhead", "max-autotune")
+    assert compiled == [{"mode": mode, "dynamic": False, "fullgraph": True} for mode in modes]
     assert made["fast bf16"].model is made["fast bf16 without graphs"].model
     assert nbytes(made["sdpa channels-last"].model) == pytest.approx(nbytes(made["plain"].model) / 2, rel=1e-2)
     plain, other = (dict(made[name].model.named_parameters()) for name in ("plain", "sdpa"))
@@ -110,7 +119,9 @@ def test_what_runs_on_a_gpu(monkeypatch, shared) -> None:
 
 
 def test_forms_of_a_plain_model_agree(monkeypatch, shared) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    """The compiled one is one graph, which is run here as it is."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_(f, backend="eager", **options))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     results = {}
     names = ("plain autocast", "sdpa channels-last compiled")
@@ -122,6 +133,63 @@ def test_forms_of_a_plain_model_agree(monkeypatch, shared) -> None:
         found = agreement(results[name][1], results["plain"][1])
         assert min(found["features"]) > 0.99, found  # of a small network
     assert list(results["sdpa channels-last compiled"][0]) == ["pass"]
+
+
+def test_compiling_has_a_limit(monkeypatch, small, tmp_path, capsys) -> None:
+    """Of whatever catches what goes wrong in between; the row says so, and the other variants have theirs."""
+
+    def compile_(function, **options):
+        def never() -> None:
+            while True:
+                with contextlib.suppress(Exception):
+                    time.sleep(10)
+
+        return never
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    monkeypatch.setattr(catalog, "choose_in_process", lambda *_: ([COMPILED[1], "sdpa"], []))
+    assert run([*small, "--compile-seconds", "1", "--rounds", "1"]) == 1
+    rows = rows_in(tmp_path)
+    error = "TimeoutError: compiling and the first passes took longer than 1 s"
+    assert rows[COMPILED[1]]["error"] == error
+    assert rows["sdpa"]["parity"] == "passed"
+    assert f"{COMPILED[1]}, 1x3x64x64: FAILED: {error}\n" in capsys.readouterr().out
+
+
+def test_a_limit_of_time() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with timing.time_limit(None, "this"), timing.time_limit(60, "that"):
+        pass
+    with pytest.raises(TimeoutError, match=r"that took longer than 0\.05 s"), timing.time_limit(0.05, "that"):
+        time.sleep(10)
+    with pytest.raises(KeyError), timing.time_limit(60, "that"):
+        raise KeyError
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_rows_come_as_they_are_measured(monkeypatch, small, tmp_path, capsys) -> None:
+    """Before the next variant is made, those before it are printed and in the file."""
+    entries, printed = catalog.ENTRIES, []
+
+    def make(source: Shared):
+        printed.append(capsys.readouterr().out)
+        content = json.loads((tmp_path / "bench.json").read_text())
+        assert not content["finished"]
+        assert [(row["variant"], row["rounds"]) for row in content["rows"]] == [("plain", 1), ("sdpa", 1)]
+        return entries["sdpa"].make(source)
+
+    monkeypatch.setitem(catalog.ENTRIES, "fast fp32", replace(entries["fast fp32"], make=make))
+    monkeypatch.setattr(catalog, "choose_in_process", lambda *_: (["sdpa", "fast fp32"], []))
+    assert run([*small, "--rounds", "1"]) == 0
+    assert [line.partition(":")[0] for line in printed[0].splitlines()] == ["plain, 1x3x64x64", "sdpa, 1x3x64x64"]
+    assert " ms per image, " in printed[0]
+    assert "x faster" in printed[0]
+    assert json.loads((tmp_path / "bench.json").read_text())["finished"]
+    out = capsys.readouterr().out
+    assert out.startswith("fast fp32, 1x3x64x64: ")
+    assert "segmentation, 1x3x64x64, 1 threads" in out
 
 
 def test_replays_are_timed_as_a_whole(monkeypatch, shared, tmp_path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vpd_fast import VPDConfig
+from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench import runner
+from vpd_fast.bench.in_process import Shared
 from vpd_fast.bench.parity import Outputs
 from vpd_fast.bench.runner import Bench
 from vpd_fast.bench.variants import STAGES, Case, Source
@@ -37,6 +38,8 @@ class Machine:
 
 
 class Worker:
+    """A stand-in for a process."""
+
     def __init__(self, machine: Machine, name: str) -> None:
         self.machine, self.name = machine, name
         machine.running.append(name)
@@ -102,6 +105,40 @@ def test_what_is_measured(bench) -> None:
     assert fp32.memory == {"run": GIB, "build": GIB}
     assert int8.memory == {"run": GIB, "build": GIB, "loaded": GIB}
     assert not any(m.error for m in (plain, fp32, int8))
+
+
+def test_measurements_are_handed_over_when_they_are_complete(machine: Machine, bench, monkeypatch) -> None:
+    """Two groups: with room for two processes and a pass."""
+    monkeypatch.setattr(runner, "total_memory", lambda *_: 5 * GIB // 2)
+    machine.fail_to_start = {"fast bf16"}
+    run, reported = bench(names=["fast fp32", "fast bf16", "fast int8"], cases=[SMALL, LARGE], rounds=3), []
+    run.on_measured = lambda m: reported.append((m.variant, m.case, len(m.seconds), len(machine.passes)))
+    run.run()
+    bf16 = [("fast bf16", case, 0) for case in (SMALL, LARGE)]
+    assert [entry[:3] for entry in reported] == [
+        *(("plain", SMALL, 3), ("fast fp32", SMALL, 3), ("plain", LARGE, 3), ("fast fp32", LARGE, 3)),
+        *(*bf16, ("fast int8", SMALL, 3), ("fast int8", LARGE, 3)),
+    ]
+    assert [entry[3] for entry in reported] == [6, 6, 12, 12, 12, 12, 18, 24]
+
+
+def test_in_one_process_variants_come_one_by_one(machine: Machine, bench, monkeypatch, tmp_path) -> None:
+    """So that a row is there before the next variant is made."""
+
+    class Turn(Worker):
+        def __init__(self, make: object, source: Source, name: str) -> None:
+            super().__init__(machine, name)
+
+    monkeypatch.setattr(runner, "Turn", Turn)
+    run = bench()
+    run.source = Shared(VPD.empty(run.config), tmp_path, 1)
+    events: list[str] = []
+    run.on_step = lambda text, _: events.append(text) if text.endswith("starting") else None
+    run.on_measured = lambda m: events.append(m.variant)
+    run.run()
+    a, b, c = "plain", "fast fp32", "fast int8"
+    assert events == [f"{a}: starting", f"{b}: starting", a, b, f"{c}: starting", c]
+    assert machine.passes == [a, b, b, a, a, b, b, a, a, c, c, a, a, c, c, a]
 
 
 def test_time_is_up_after_three_rounds(machine: Machine, bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -33,11 +34,14 @@ class Entry:
 BASELINES = (PLAIN, "sdpa")  # the second where the probabilities of the first do not fit into memory
 FAST = ("fp32", "bf16", "int8")
 # Forms of a plain model, and what `make_plain` is told for them.
-PLAIN_FORMS: dict[str, dict[str, bool]] = {
+COMPILED = " channels-last compiled"
+PLAIN_FORMS: dict[str, dict[str, Any]] = {
     "": {},
     " autocast": {"autocast": True},
     " channels-last": {"channels_last": True},
-    " channels-last compiled": {"channels_last": True, "compiled": True},
+    COMPILED: {"channels_last": True, "mode": "default"},
+    # The quick one first: it compiles again only what surrounds the kernels.
+    **{f"{COMPILED} {mode}": {"channels_last": True, "mode": mode} for mode in ("reduce-overhead", "max-autotune")},
 }
 WITHOUT_GRAPHS = " without graphs"
 _DIFFUSERS = partial(peers.why_missing, "diffusers", extra="diffusers")
@@ -95,7 +99,9 @@ def choose_in_process(
     backends: of the plain model's attention, besides its own. precisions: of fast models; None: all that the device
     has. compiled: with torch.compile, on a GPU. Raises InputError for unknown ones.
     """
-    forms = list(PLAIN_FORMS)[: 2 if device == "cpu" else 4 if compiled else 3]
+    forms = [form for form in PLAIN_FORMS if compiled or not is_compiled(form)]
+    if device == "cpu":
+        forms = forms[:2]
     names, missing = [PLAIN + form for form in forms[:2]], []
     for backend in backends:
         try:
@@ -125,9 +131,27 @@ def why_unusable(precision: str, device: str) -> str | None:
     return None
 
 
+def is_compiled(name: str) -> bool:
+    """Whether a variant is compiled by torch.compile, which takes minutes."""
+    return COMPILED in name
+
+
 def may_be_replayed(name: str) -> bool:
     """Whether a variant may be captured in a CUDA graph: not if it has graphs of its own, or is to have none."""
-    return not name.endswith(("compiled", WITHOUT_GRAPHS))
+    return not is_compiled(name) and not name.endswith(WITHOUT_GRAPHS)
+
+
+def in_order(device: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    """How variants in one process are timed, and which: "calls", on a GPU also "replays" of CUDA graphs.
+
+    What has to be compiled for minutes comes last, when everything else has been measured.
+    """
+    if device != "cuda":
+        return [("calls", names)]
+    compiled = [name for name in names if is_compiled(name)]
+    others = [name for name in names if name not in compiled]
+    parts = [("calls", others), ("replays", [name for name in others if may_be_replayed(name)])]
+    return parts + ([("calls", compiled)] if compiled else [])
 
 
 def _check_precisions(precisions: list[str], known: Iterable[str]) -> None:

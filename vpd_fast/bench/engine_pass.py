@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vpd_fast import BackboneConfig, VPDConfig, ops
 from vpd_fast.bench.variants import conditioning
+from vpd_fast.engine.layers import intercepted
 from vpd_fast.engine.model import FastVPD
 
 _SMALL = BackboneConfig(model_channels=64, context_dim=64, num_heads=4, vae_ch=64)
@@ -99,6 +101,10 @@ class LabelledPass:
             scenes = (None, batch)  # the mean of all
             self._conditioning[batch] = scenes if config.task == "depth" else conditioning(config, batch, device)
 
+    def labelling(self, label: Callable[..., Label]) -> Callable[..., Any]:
+        """What calls a layer or an operator, its first argument, through the pass's `around`."""
+        return lambda call, *args, **options: self.around(label(*args, **options), lambda: call(*args, **options))
+
     def of_layer(self, name: str, layer: Any) -> Callable[..., Label]:
         """What makes the label of a layer's call from its arguments."""
 
@@ -142,28 +148,21 @@ def _describe(name: str, layer: Any, side: int) -> str:
     return f"{ALIASES.get(last, last)} at {side}"
 
 
-class _Labelled:
-    """A layer, or a function of `vpd_fast.ops`, whose calls go through the pass's `around`."""
-
-    def __init__(self, inner: Any, label: Callable[..., Label], owner: LabelledPass) -> None:
-        self._inner, self._label, self._owner = inner, label, owner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._owner.around(self._label(*args, **options), lambda: self._inner(*args, **options))
-
-
 @contextmanager
 def labelled(model: FastVPD) -> Iterator[LabelledPass]:
-    """Passes of the model with labels, as long as the context lasts. Enter it before the model has seen a text."""
+    """Passes of the model with labels, as long as the context lasts. Enter it before the model has seen a text.
+
+    The layers stay what they are (`intercepted`), because the engine asks: what only stands in for a convolution is
+    not given the ranges of its input, and finds them in a pass of its own.
+    """
     run = LabelledPass(model)
-    layers = {name: _Labelled(layer, run.of_layer(name, layer), run) for name, layer in model.layers.items()}
+    layers = {
+        name: intercepted(layer, run.labelling(run.of_layer(name, layer))) for name, layer in model.layers.items()
+    }
     attention = ("self_attention", "cross_attention_maps", "cross_attention_maps_into")
     functions = dict.fromkeys(attention, run.of_attention) | {"upsample_argmax": run.of_post}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(model.layers, layers))
         for name, label in functions.items():
-            stack.enter_context(mock.patch.object(ops, name, _Labelled(getattr(ops, name), label, run)))
+            stack.enter_context(mock.patch.object(ops, name, partial(run.labelling(label), getattr(ops, name))))
         yield run

@@ -16,7 +16,7 @@ import torch
 from vpd_fast.bench import telemetry
 from vpd_fast.bench.environment import peak_memory
 from vpd_fast.bench.operations import ValuesAreFine
-from vpd_fast.bench.timing import L2_FLUSH_BYTES, Stopwatch, as_graph
+from vpd_fast.bench.timing import L2_FLUSH_BYTES, Stopwatch, as_graph, time_limit
 from vpd_fast.bench.variants import WHOLE, Case, ModelVariant, Source, Variant
 from vpd_fast.bench.worker import WorkerError
 from vpd_fast.models import VPD
@@ -29,11 +29,12 @@ class Shared(Source):
     """A source of models with the same parameters in the same memory, on the device of the model that it is given.
 
     timed: "replays" if passes are timed as replays of CUDA graphs, otherwise they are called. Variants and fast models
-    are made once.
+    are made once. compile_seconds: the most that torch.compile may take for a variant and a case.
     """
 
-    def __init__(self, model: VPD, scratch: Path, threads: int) -> None:
+    def __init__(self, model: VPD, scratch: Path, threads: int, compile_seconds: float | None = None) -> None:
         super().__init__(scratch, scratch, threads)
+        self.compile_seconds = compile_seconds
         self.model, self.device, self.timed = model, model.device.type, "calls"
         self.telemetry = telemetry.Telemetry(self.device)
         cold = self.device == "cuda"
@@ -79,7 +80,7 @@ class Turn:
 
         {"peak"}: most bytes during it, of the process on a CPU, and of the variant with its weights on a GPU.
         """
-        with _failures():
+        with _failures(), self._limited():
             self._variant.prepare(case)
             device = self._source.device
             result, before, peak = peak_memory(device, lambda: self._variant.run()[1])
@@ -107,6 +108,19 @@ class Turn:
                 seconds = watch.seconds
         self._source.telemetry(f"{self._source.timed} {self._name}")
         return seconds
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """End torch.compile when its time is over. Raises TimeoutError."""
+        if not isinstance(self._variant, ModelVariant) or self._variant.mode is None:
+            yield
+            return
+        try:
+            with time_limit(self._source.compile_seconds, "compiling and the first passes"):
+                yield
+        except TimeoutError:
+            torch.compiler.reset()  # half of a graph is of no use
+            raise
 
     def close(self) -> None:
         """Forget the graph; the variant is kept by the source."""

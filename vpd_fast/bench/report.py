@@ -137,6 +137,19 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def line(row: Row) -> str:
+    """The row in a line of text, for a log."""
+    name = ", ".join([row["variant"], row["case"], *([row["timed"]] if "timed" in row else [])])
+    if "error" in row:
+        return f"{name}: FAILED: {row['error']}"
+    shown = [f"{number(row['ms_per_image'])} ms per image"] if "ms_per_image" in row else ["not measured"]
+    for column, text in (("speedup", "{} faster"), ("backbone_speedup", "encoder and UNet {} faster")):
+        if column in row and row["variant"] != row["over"]:
+            shown.append(text.format(_times(row[column])))
+            break
+    return f"{name}: {', '.join([*shown, *([row['parity']] if row.get('parity') == 'failed' else [])])}"
+
+
 def remarks(rows: Sequence[Row], left_out: Sequence[str]) -> list[str]:
     """What a reader of the tables must know, one line each."""
     found = []

@@ -73,8 +73,9 @@ class Bench:
     """One run. `measurements` holds what is known so far, also when `run` ends early.
 
     names: of variants, see `catalog`; a baseline is added. rounds: passes of each variant; fewer, but at least three,
-    when those of a case have taken `seconds`. A source that is `Shared` has all
-    variants in this process. on_step is told what is being done, and how many more of `steps` are.
+    when those of a case have taken `seconds`. A source that is `Shared` has all variants in this process. on_step is
+    told what is being done, and how many more of `steps` are; on_measured is given each measurement once, when it can
+    be reported.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Bench:
         self.source, self.config, self.names, self.cases = source, config, list(names), list(cases)
         self.rounds, self.seconds = rounds, seconds
         self.on_step: Callable[[str, int], None] = lambda text, done: None
+        self.on_measured: Callable[[Measurement], None] = lambda measurement: None
         self.measurements: list[Measurement] = []
+        self._reported: set[tuple[Case, str]] = set()
         self._model_bytes = sum(4 * p.numel() for p in VPD.empty(config).parameters())
         self._members: list[_Member] = []
 
@@ -129,17 +132,30 @@ class Bench:
             while pending and (not group or self._fits(pending[0])):
                 member = self._start(pending.pop(0), baseline if base else None, largest, cases)
                 group += [member] if member else []
+            self._report()
             for case in cases:
                 self._measure(case, base, group)
+                self._report()
             self._close(group)
             if not pending:
                 break
         self._close(list(self._members))
 
+    def _report(self) -> None:
+        """Hand over the measurements that are new: they have been measured, or never will be."""
+        for measurement in self.measurements:
+            key = (measurement.case, measurement.variant)
+            if key not in self._reported:
+                self._reported.add(key)
+                self.on_measured(measurement)
+
     def _fits(self, name: str) -> bool:
-        """Whether another variant's process has room beside those that run."""
+        """Whether another variant's process has room beside those that run.
+
+        In one process they come one by one, beside the baseline, so that a row is there before the next one is made.
+        """
         if isinstance(self.source, Shared):
-            return True
+            return False
         held = sum(max(m.memory["resident"], m.memory["run"]) for m in self._members)
         largest_pass = max((m.memory["run"] - m.memory["resident"] for m in self._members), default=0)
         return held + ENTRIES[name].size * self._model_bytes + largest_pass <= USABLE * total_memory()

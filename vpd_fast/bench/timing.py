@@ -6,8 +6,11 @@ How times become numbers is in `vpd_fast.bench.statistics`.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,40 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """The seconds of each stage."""
         return {stage: _between(start, end) for (_, start), (stage, end) in pairwise(self._marks)}
+
+
+class _TimeIsUp(BaseException):
+    """Raised in the middle of anything, so it is no Exception, which compilers take for a candidate that failed."""
+
+
+@contextmanager
+def time_limit(seconds: float | None, what: str) -> Iterator[None]:
+    """Raise TimeoutError when what is done in the context has taken so long; None: no limit.
+
+    what: for the message. Only in the main thread, whose Python code is interrupted by a signal; a call of native code
+    is over first.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    armed = True
+
+    def stop(*_: Any) -> None:
+        if armed:
+            raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 30.0)  # again, should something have swallowed the first
+    try:
+        yield
+        armed = False
+    except _TimeIsUp:
+        armed = False
+        raise TimeoutError(f"{what} took longer than {seconds:g} s") from None
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _event() -> torch.cuda.Event:

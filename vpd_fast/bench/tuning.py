@@ -162,7 +162,7 @@ def tune(
         choices.known_times(table), deadline, milliseconds, lambda: file.save_sometimes()
     )
     file = TableFile(path, products, operators, fresh)
-    model = randomize(VPD(config), seed=0).eval().to(device)
+    model = randomize(VPD.empty(config), seed=0, device=device).eval()
     measure_models(file, model, precisions, [Case(size, batch) for batch in batches for size in sizes], report)
     left_out = products.left_out + len(operators.left_out)
     if left_out:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STAGES = ("encoder", "unet", "head", "post")
 WHOLE = "pass"  # the only stage of what cannot be cut into these
+MAX_GRAPHS = 64  # that torch.compile makes of one function, which all variants and cases share
 BACKBONE = STAGES[:2]  # what variants without maps and head have, too
 
 
@@ -90,8 +91,9 @@ class ModelVariant:
     """A `VPD`, plain or fast, with everything it does for a prediction on images of its own size.
 
     label: makes labels of logits (B,C,h,w) and a size (H,W); what the model's kind does best. autocast: compute in
-    bfloat16 where PyTorch sees fit. channels_last: images are bfloat16 in that format, as the weights are. compiled: by
-    torch.compile(mode="max-autotune"), which brings its own CUDA graphs. graphs: whether a fast model uses its own.
+    bfloat16 where PyTorch sees fit. channels_last: images are bfloat16 in that format, as the weights are. mode: of
+    torch.compile, which compiles everything as one graph for each case; None: it is not compiled. "reduce-overhead" and
+    "max-autotune" bring CUDA graphs of their own. graphs: whether a fast model uses its own.
     """
 
     def __init__(
@@ -101,12 +103,15 @@ class ModelVariant:
         *,
         autocast: bool = False,
         channels_last: bool = False,
-        compiled: bool = False,
+        mode: str | None = None,
         graphs: bool | None = None,
     ) -> None:
         self.model, self._label, self._graphs = model, label, graphs
         self._autocast, self._channels_last = autocast, channels_last
-        self._program = torch.compile(self.tensors, mode="max-autotune", dynamic=False) if compiled else None
+        self.mode, self._program = mode, None
+        if mode is not None:
+            torch._dynamo.config.recompile_limit = MAX_GRAPHS
+            self._program = torch.compile(self.tensors, mode=mode, dynamic=False, fullgraph=True)
 
     def prepare(self, case: Case) -> None:
         """Get ready for images of this case."""
@@ -156,14 +161,14 @@ def make_plain(
     attention_backend: str = "plain",
     autocast: bool = False,
     channels_last: bool = False,
-    compiled: bool = False,
+    mode: str | None = None,
 ) -> Variant:
     """The plain model in one of its forms, see `ModelVariant`."""
     model = source.load()
     model.attention_backend = attention_backend
     if channels_last:
         model = convert_conv2d_weight_memory_format(model.to(torch.bfloat16), torch.channels_last)
-    return ModelVariant(model, plain_labels, autocast=autocast, channels_last=channels_last, compiled=compiled)
+    return ModelVariant(model, plain_labels, autocast=autocast, channels_last=channels_last, mode=mode)
 
 
 def plain_bytes(config: VPDConfig, case: Case) -> int:

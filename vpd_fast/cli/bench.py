@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from vpd_fast.files import write_files, write_json
 from vpd_fast.progress import ProgressBar, error_console
 
 if TYPE_CHECKING:
-    from vpd_fast.bench.runner import Bench
+    from vpd_fast.bench.runner import Bench, Measurement
     from vpd_fast.bench.variants import Source
     from vpd_fast.config import VPDConfig
 
@@ -54,6 +54,9 @@ def bench(
         str, in_process_option(metavar="NAME,...", help="Attention of plain models, besides plain.")
     ] = "sdpa",
     compile: Annotated[bool, in_process_option(help="With torch.compile on a GPU, which takes minutes.")] = True,
+    compile_seconds: Annotated[
+        float, in_process_option(min=1, help="The most that it may take for a variant and a case.")
+    ] = 300,
     size: Annotated[str, measuring_option(metavar="N,...", help="Height and width in pixels.")] = "512",
     batch: Annotated[str, measuring_option(metavar="N,...", help="Images per pass.")] = "1",
     rounds: Annotated[int, measuring_option(min=1, help="Passes of each variant.")] = 10,
@@ -72,9 +75,11 @@ def bench(
     ratios within a round. It is shown only if features and logits agree with the plain model's. Other libraries compute
     encoder and UNet only. An interruption keeps what is there.
 
-    With --in-process variants share one process, on a CPU or a GPU: plain models also in bfloat16 (autocast, on a GPU
-    channels-last and compiled). A GPU's clocks and power are kept, and passes are timed as they are called and as CUDA
-    graphs.
+    With --in-process variants share one process, on a CPU or a GPU, one by one beside the plain model: plain models
+    also in bfloat16 (autocast, on a GPU channels-last and compiled). A GPU's clocks and power are kept, and passes are
+    timed as they are called and as CUDA graphs. Random weights are drawn by the device.
+
+    What is measured is printed and written to --json at once.
     """
     import torch
 
@@ -100,21 +105,20 @@ def bench(
     _check_output("--chart", chart, ".png")
 
     with _interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
-        source, model_config = _prepare(model_options, Path(scratch), threads, in_process)
-        runs = {"": Bench(source, model_config, names, cases, rounds, seconds)}
-        if device == "cuda":
-            replayed = [name for name in names if catalog.may_be_replayed(name)]
-            runs = {"calls": runs[""], "replays": Bench(source, model_config, replayed, cases, rounds, seconds)}
+        source, model_config = _prepare(model_options, Path(scratch), threads, in_process, compile_seconds)
+        parts = catalog.in_order(device, names) if in_process else [("calls", names)]
+        runs = [(timed, Bench(source, model_config, part, cases, rounds, seconds)) for timed, part in parts]
+        report = _Report(runs, left_out, model_options, json)
         finished = False
         try:
-            for timed, run in runs.items():
+            for timed, run in runs:
                 if isinstance(source, Shared):
                     source.timed = timed
-                _run(run)
+                _run(run, partial(report.add, timed))
             finished = True
         finally:
             # Also after an interruption: what is finished is worth having.
-            rows = _report(runs, left_out, model_options, finished, json, chart)
+            rows = report.end(finished, chart)
     if any("error" in row or (in_process and row.get("parity") == "failed") for row in rows):
         raise typer.Exit(1)
 
@@ -134,7 +138,7 @@ def _interrupted_by_termination() -> Iterator[None]:
 
 
 def _prepare(
-    model_options: options.ModelOptions, scratch: Path, threads: int | None, in_process: bool
+    model_options: options.ModelOptions, scratch: Path, threads: int | None, in_process: bool, compile_seconds: float
 ) -> tuple[Source, VPDConfig]:
     """The source of models, whose weights are in a file for all processes or in this process, and what they are."""
     import torch
@@ -145,7 +149,7 @@ def _prepare(
     if in_process and threads is not None:
         torch.set_num_threads(threads)
     with error_console().status("preparing the weights"):
-        model = model_options.load()
+        model = model_options.load(drawn_on=model_options.device)
         path = model_options.checkpoint
         if not isinstance(model, VPD):
             raise InputError(f"--checkpoint {path} is a fast model; give the weights it was made from")
@@ -153,75 +157,107 @@ def _prepare(
         if in_process:
             from vpd_fast.bench.in_process import Shared
 
-            return Shared(model, scratch, threads), model.config
+            return Shared(model, scratch, threads, compile_seconds), model.config
         if path is None:
             path = scratch / "model"
             model.save_pretrained(path)
     return Source(path, scratch, threads), model.config
 
 
-def _run(run: Bench) -> None:
+def _run(run: Bench, on_measured: Callable[[Measurement], None]) -> None:
     """Run it with a progress bar on stderr, if that is a terminal."""
     with ProgressBar(run.steps) as bar:
         run.on_step = lambda text, done: bar.update(description=text, advance=done)
+        run.on_measured = on_measured
         run.run()
 
 
-def _report(
-    runs: dict[str, Bench],
-    left_out: list[str],
-    model_options: options.ModelOptions,
-    finished: bool,
-    json: Path | None,
-    chart: Path | None,
-) -> list[dict[str, Any]]:
-    """Print the tables and write the files; the rows of all runs, which are named after how they were timed."""
-    from rich.console import Console
+class _Report:
+    """What is printed, and the file of all numbers, which is written anew for each measurement."""
 
-    from vpd_fast.bench import report
-    from vpd_fast.bench.environment import environment
-    from vpd_fast.bench.in_process import Shared
+    def __init__(
+        self,
+        runs: list[tuple[str, Bench]],
+        left_out: list[str],
+        model_options: options.ModelOptions,
+        path: Path | None,
+    ) -> None:
+        from vpd_fast.bench.environment import environment
 
-    source, model_config = next((run.source, run.config) for run in runs.values())
-    threads, rows = source.threads, []
-    for timed, run in runs.items():
-        for measurement in run.ordered():
-            rows.append(report.row_of(measurement, model_config.task, threads))
-            if timed and isinstance(source, Shared):
-                rows[-1] |= {"timed": timed} | source.telemetry.medians(f"{timed} {measurement.variant}")
-    console = Console()
-    if not console.is_terminal:  # nothing to fit into
-        console = Console(width=220)
-    for case in dict.fromkeys((row["case"], row.get("timed")) for row in rows):
-        console.print(report.table([row for row in rows if (row["case"], row.get("timed")) == case]))
-    for line in report.remarks(rows, left_out):
-        typer.echo(line)
-    if not finished:
-        typer.echo("not finished: these are the rounds that were complete")
-    about = environment(source.device) | {"threads": threads}
-    if source.device == "cuda":
-        from vpd_fast.bench import telemetry
+        self._runs, self._left_out, self._path = runs, left_out, path
+        self._source, self._config = runs[0][1].source, runs[0][1].config
+        self._about = environment(self._source.device) | {"threads": self._source.threads}
+        if self._source.device == "cuda":
+            from vpd_fast.bench import telemetry
 
-        about |= telemetry.facts()
-    if json is not None:
+            self._about |= telemetry.facts()
         weights = {"checkpoint": str(model_options.checkpoint)} if model_options.checkpoint else {
             "random_weights": model_options.random_weights
         }  # fmt: skip
-        values = {
-            "environment": about,
-            "model": {**weights, "config": model_config.to_dict()},
-            "finished": finished,
-            "left_out": left_out,
-            "rows": rows,
-        }
-        write_files({json: partial(write_json, values=values)}, ImageError)
-    if chart is not None and rows:
-        from vpd_fast.bench import plots
+        self._model = {**weights, "config": self._config.to_dict()}
 
-        footer = f"{about['device']}, {threads} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
-        figure = plots.stage_bars(rows, footer)
-        write_files({chart: lambda path: plots.save(figure, path)})
-    return rows
+    def add(self, timed: str, measurement: Measurement) -> None:
+        """Print a measurement of a run that is timed so, and write the file."""
+        from vpd_fast.bench import report
+
+        row = self._write(finished=False)[timed, str(measurement.case), measurement.variant]
+        typer.echo(report.line(row))
+
+    def end(self, finished: bool, chart: Path | None) -> list[dict[str, Any]]:
+        """Print the tables and write the files; the rows of all runs, which are named after how they were timed."""
+        from rich.console import Console
+
+        from vpd_fast.bench import report
+
+        rows = list(self._write(finished).values())
+        console = Console()
+        if not console.is_terminal:  # nothing to fit into
+            console = Console(width=220)
+        for case in dict.fromkeys((row["case"], row.get("timed")) for row in rows):
+            console.print(report.table([row for row in rows if (row["case"], row.get("timed")) == case]))
+        for line in report.remarks(rows, self._left_out):
+            typer.echo(line)
+        if not finished:
+            typer.echo("not finished: these are the rounds that were complete")
+        if chart is not None and rows:
+            from vpd_fast.bench import plots
+
+            about = self._about
+            footer = (
+                f"{about['device']}, {about['threads']} threads, vpd_fast {about['vpd_fast']}, torch {about['torch']}"
+            )
+            figure = plots.stage_bars(rows, footer)
+            write_files({chart: lambda path: plots.save(figure, path)})
+        return rows
+
+    def _write(self, finished: bool) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """Write the file, if one is wanted; its rows, see `_rows`."""
+        rows = self._rows()
+        if self._path is not None:
+            values = {
+                "environment": self._about,
+                "model": self._model,
+                "finished": finished,
+                "left_out": self._left_out,
+                "rows": list(rows.values()),
+            }
+            write_files({self._path: partial(write_json, values=values)}, ImageError)
+        return rows
+
+    def _rows(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """The rows of all runs by how they were timed, case and variant; of a baseline's, those of the first run."""
+        from vpd_fast.bench import report
+        from vpd_fast.bench.in_process import Shared
+
+        source = self._source
+        rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for timed, run in self._runs:
+            for measurement in run.ordered():
+                row = report.row_of(measurement, self._config.task, source.threads)
+                if source.device == "cuda" and isinstance(source, Shared):
+                    row |= {"timed": timed} | source.telemetry.medians(f"{timed} {measurement.variant}")
+                rows.setdefault((timed, row["case"], row["variant"]), row)
+        return rows
 
 
 def _names(text: str) -> list[str]:

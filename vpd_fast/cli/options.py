@@ -141,14 +141,17 @@ class ModelOptions:
         if self.checkpoint is None and self.ema:
             raise InputError("--ema goes with --checkpoint; random weights have no averages")
 
-    def load(self) -> Perceiver:
-        """Load the model for evaluation. Raises InputError, CheckpointError, MissingDependencyError."""
+    def load(self, drawn_on: str = "cpu") -> Perceiver:
+        """Load the model for evaluation. Raises InputError, CheckpointError, MissingDependencyError.
+
+        drawn_on: the device that draws random weights; those of a seed are the same wherever a model runs if it is one.
+        """
         device = _device(self.device)
         check_backend(self.attention_backend)  # before the weights are read
         place = torch.device("cpu") if self.precision else device  # where layers are converted one by one
         if self.checkpoint is None:
             assert self.random_weights is not None  # checked when made
-            model = _random_model(self.random_weights, self.task, self.config).to(place).eval()
+            model = _random_model(self.random_weights, self.task, self.config, drawn_on).to(place).eval()
         elif (self.checkpoint / SETTINGS).exists():
             return self._load_engine(self.checkpoint, device)
         else:
@@ -274,11 +277,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _random_model(seed: int, task: str | None, path: Path | None) -> VPD:
+def _random_model(seed: int, task: str | None, path: Path | None, device: str) -> VPD:
     if path is None:
         config = VPDConfig(task=task or "segmentation")
     else:
         config = VPDConfig.from_dict(read_json(path))
         if task not in (None, config.task):
             raise InputError(f"--task is {task}, but {path} is the configuration of a {config.task} model")
-    return randomize(VPD.empty(config), seed)
+    return randomize(VPD.empty(config), seed, device)

@@ -7,9 +7,9 @@ SmoothQuant, ICML 2023, equation 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
-from vpd_fast.engine.layers import GemmLayer, Layer, Linear
+from vpd_fast.engine.layers import GemmLayer, Layer, Linear, intercepted
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import Policy
 from vpd_fast.engine.specs import Spec
@@ -81,15 +81,19 @@ class _LayerInput:
 
 
 class _Recorder:
-    """Stands in for a layer and notes its input as the matrix product gets it."""
+    """Notes the input of a layer as the matrix product gets it, whenever the layer is called."""
 
     def __init__(self, layer: GemmLayer, inputs: dict[str, _LayerInput], name: str) -> None:
         self._layer, self._inputs, self._name = layer, inputs, name
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, x: Tensor, x2: Tensor | None = None, affine: Tensor | None = None, **options: Any) -> Tensor:
+    def __call__(
+        self,
+        call: Callable[..., Tensor],
+        x: Tensor,
+        x2: Tensor | None = None,
+        affine: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         rows = (x if x2 is None else torch.cat([x, x2.to(x.dtype)], dim=-1)).float()
         if affine is not None:
             scale, shift = (t.view(t.shape[0], *[1] * (rows.dim() - 2), -1) for t in affine.unbind(1))
@@ -104,7 +108,7 @@ class _Recorder:
             self._inputs[self._name] = _LayerInput(largest, _center(rows))
         else:
             inputs.largest = torch.maximum(inputs.largest, largest)
-        return self._layer(x, x2=x2, affine=affine, **options)
+        return call(x, x2=x2, affine=affine, **options)
 
 
 def _center(rows: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ class Calibration:
         layers = model.layers
         for name, layer in layers.items():
             if isinstance(layer, GemmLayer):
-                layers[name] = cast("Layer", _Recorder(layer, inputs, name))
+                layers[name] = intercepted(layer, _Recorder(layer, inputs, name))
         for batch in batches:
             model(*batch)
         return cls(inputs, policy, precision)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.ops.packing import PackedWeight
+
+L = TypeVar("L", bound="Layer")
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ class Winograd(GemmLayer):
 
 
 class Layers(dict[str, Layer]):
-    """The layers of a fast model by name, each as what it is; what stands in for a layer has the same methods."""
+    """The layers of a fast model by name, each as what it is."""
 
     def gemm(self, name: str) -> GemmLayer:
         """The layer of that name, which has a packed weight."""
@@ -177,6 +181,21 @@ class Layers(dict[str, Layer]):
     def norm(self, name: str) -> GroupNorm:
         """The group norm of that name."""
         return cast("GroupNorm", self[name])
+
+
+def intercepted(layer: L, around: Callable[..., Any]) -> L:
+    """Return the layer with the same tensors and of the same kind, whose calls are around(call, *args, **options).
+
+    call: what the layer does by itself with such arguments.
+    """
+    kind = type(layer)
+
+    def through(self: L, *args: Any, **options: Any) -> Any:
+        return around(partial(kind.__call__, self), *args, **options)
+
+    copy = object.__new__(type(kind.__name__, (kind,), {"__call__": through}))
+    vars(copy).update(vars(layer))
+    return copy
 
 
 OUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

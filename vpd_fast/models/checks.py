@@ -73,14 +73,19 @@ def tokens(value: Tensor, expected: tuple[int, int], device: torch.device, dtype
 
 
 def class_ids(value: Tensor, num_scenes: int, device: torch.device) -> None:
-    """Raises InputError unless class_ids are (B,) int64 in [0, num_scenes), on device."""
+    """Raises InputError unless class_ids are (B,) int64 in [0, num_scenes), on device.
+
+    Under torch.compile, whose graph would end where values are looked at, the device itself asserts their range.
+    """
     _tensor("class_ids", value)
     if value.dim() != 1 or value.dtype != torch.long:
         raise InputError(
             f"class_ids must have shape (B,) and dtype torch.int64, got {tuple(value.shape)} {value.dtype}"
         )
     _place("class_ids", value, device, None)
-    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < num_scenes:
+    if torch.compiler.is_compiling():
+        torch._assert_async(((value >= 0) & (value < num_scenes)).all(), f"class_ids must be in [0, {num_scenes})")
+    elif value.numel() and not 0 <= int(value.min()) <= int(value.max()) < num_scenes:
         raise InputError(f"class_ids must be in [0, {num_scenes}), got {value.tolist()}")
 
 

@@ -103,7 +103,7 @@ class Perceiver:
         """Raises InputError unless they are what `features` takes."""
         backbone, place = self.config.backbone, (self.device, self.dtype)
         checks.latents(latents, backbone.in_channels, 2 ** (len(backbone.channel_mult) - 1), *place)
-        checks.context(context, len(latents), backbone.context_dim, *place)
+        checks.context(context, latents.shape[0], backbone.context_dim, *place)
 
     def _adapted(self, texts: Tensor) -> Tensor:
         """Text features (..., context_dim) through the text adapter."""

@@ -103,7 +103,7 @@ class VPD(Backbone, Perceiver):
         config, levels = self.config.backbone, len(self.config.backbone.channel_mult)
         # Channels in a group at the lowest level, where the first block has those of the level above.
         per_group = config.model_channels * min(config.channel_mult[-2:]) // 32
-        if per_group == 1 and len(latents) * latents[0, 0].numel() == 4 ** (levels - 1):
+        if per_group == 1 and latents.shape[0] * latents[0, 0].numel() == 4 ** (levels - 1):
             raise InputError(
                 "the UNet's group norms have one number per group, of which there are no statistics, for one image of "
                 f"64x64 with model_channels={config.model_channels}: take larger images (size), at least 2 of them "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.errors import brief
+from vpd_fast.errors import InputError, brief
 from vpd_fast.ops._checks import FLOATS, MAX_FLOAT32, check, check_choice, check_tensor, is_int
 
 QKV_DTYPES = (*FLOATS, torch.float64)
@@ -21,7 +21,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
     check(is_int(heads) and heads > 0, f"heads must be a positive int, got {brief(heads)}")
     check_tensor("q", q, "B N heads*D", QKV_DTYPES, may_be_empty="B N")
     batch, _, width = q.shape
-    check(width % heads == 0, f"heads={heads} must divide the width of q, got q of shape {tuple(q.shape)}")
+    # Messages of sizes are made where they are needed only: made under torch.compile, they would fix the sizes.
+    if width % heads:
+        raise InputError(f"heads={heads} must divide the width of q, got q of shape {tuple(q.shape)}")
     check_tensor("k", k, "B L heads*D", QKV_DTYPES, may_be_empty="B", **{"heads*D": width})
     check_tensor("v", v, "B L heads*D", QKV_DTYPES, may_be_empty="B", L=k.shape[1], **{"heads*D": width})
     for name, other in (("k", k), ("v", v)):
@@ -29,11 +31,10 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
             other.dtype == q.dtype and other.device == q.device,
             f"{name} must be {q.dtype} on {q.device} as q is, got {other.dtype} on {other.device}",
         )
-        check(
-            other.shape[0] in (1, batch),
-            f"{name} must have a batch of 1 or {batch} as q has, got shape {tuple(other.shape)}",
-        )
-    check(k.shape[0] == v.shape[0], f"k and v must have the same batch, got {k.shape[0]} and {v.shape[0]}")
+        if other.shape[0] not in (1, batch):
+            raise InputError(f"{name} must have a batch of 1 or {batch} as q has, got shape {tuple(other.shape)}")
+    if k.shape[0] != v.shape[0]:
+        raise InputError(f"k and v must have the same batch, got {k.shape[0]} and {v.shape[0]}")
     return (width // heads) ** -0.5 if scale is None else check_number("scale", scale)
 
 
