@@ -193,7 +193,7 @@ def intercepted(layer: L, around: Callable[..., Any]) -> L:
     def through(self: L, *args: Any, **options: Any) -> Any:
         return around(partial(kind.__call__, self), *args, **options)
 
-    copy = object.__new__(type(kind.__name__, (kind,), {"__call__": through}))
+    copy: Any = object.__new__(type(kind.__name__, (kind,), {"__call__": through}))
     vars(copy).update(vars(layer))
     return copy
 

@@ -84,7 +84,8 @@ def class_ids(value: Tensor, num_scenes: int, device: torch.device) -> None:
         )
     _place("class_ids", value, device, None)
     if torch.compiler.is_compiling():
-        torch._assert_async(((value >= 0) & (value < num_scenes)).all(), f"class_ids must be in [0, {num_scenes})")
+        inside = ((value >= 0) & (value < num_scenes)).all()
+        torch.ops.aten._assert_async.msg(inside, f"class_ids must be in [0, {num_scenes})")
     elif value.numel() and not 0 <= int(value.min()) <= int(value.max()) < num_scenes:
         raise InputError(f"class_ids must be in [0, {num_scenes}), got {value.tolist()}")
 
