@@ -14,6 +14,8 @@ from vpd_fast.ops._dispatch import registry
 from vpd_fast.ops.packing import PackedWeight
 from vpd_fast.ops.statistics import Statistics
 
+from .variants import ON_GPU
+
 
 class Moved:
     """Arguments on another device: copies of all memory between their first and last element, with the same strides."""
@@ -72,7 +74,7 @@ class _Ops:
 
         def call(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
             here = not any(isinstance(value, Tensor) and value.is_cuda for value in (*args, *kwargs.values()))
-            return (there if here and impl in ("triton", "cuda") else function)(*args, impl=impl, **kwargs)
+            return (there if here and impl in ON_GPU else function)(*args, impl=impl, **kwargs)
 
         return call
 

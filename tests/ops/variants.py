@@ -11,11 +11,12 @@ import torch
 from vpd_fast import _native
 from vpd_fast.ops.availability import triton_missing
 
-ON_GPU = ("triton", "cuda")  # implementations for GPUs
+BY_KERNELS = ("triton", "cuda")  # implementations for GPUs that all tests try
+ON_GPU = (*BY_KERNELS, "library")  # the last by test_products_library.py
 ISAS = _native.load("_C").usable_isas()
 INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]
 if torch.cuda.is_available():  # `on_device.ops` moves what they compute
-    INTERPRETED = [pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU]
+    INTERPRETED = [pytest.param(name, marks=pytest.mark.gpu) for name in BY_KERNELS]
 VARIANTS = [*(f"cpu:{isa}" for isa in ISAS), *INTERPRETED, "sdpa", "reference"]
 
 
