@@ -99,7 +99,7 @@ MUTANTS = {
     # CUDA kernels, emulated
     "cuda epilogue without the zero point": Mutant(
         "csrc/cuda/gemm_epilogue.cuh",
-        "float(sum - row.zero * weight_sums[i])",
+        "float(sum - row.zero * weight_sum)",
         "float(sum)",
         "tests/native/test_cuda_gemm.py -k sizes",
     ),
