@@ -28,6 +28,25 @@ _CPU = "-k cpu"
 _TRITON = "-k triton"
 
 MUTANTS = {
+    # Kernels compiled ahead of time
+    "an unaligned tensor has the kernel of aligned ones": Mutant(
+        "kernels/specialization.py",
+        "ALIGNED * (address % 16 == 0)",
+        "ALIGNED",
+        "tests/kernels/test_cubins.py",
+    ),
+    "a parameter follows the one before without a gap": Mutant(
+        "kernels/specialization.py",
+        'struct.calcsize("@" + ',
+        'struct.calcsize("=" + ',
+        "tests/kernels/test_cubins.py",
+    ),
+    "kernels of other sources are launched": Mutant(
+        "kernels/cubins.py",
+        "if self.sources != hash_of_sources():\n            raise",
+        "if False:\n            raise",
+        "tests/kernels/test_cubins.py",
+    ),
     # Which implementation runs on a GPU
     "times of a far shape decide": Mutant(
         "vpd_fast/ops/_choices.py",
