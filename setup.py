@@ -5,6 +5,7 @@ Neither PyTorch, nor a GPU, nor the network is needed, but for VPD_FAST_KERNELS.
     VPD_FAST_CUDA=AUTO|ON|OFF   build vpd_fast._C_cuda when nvcc is found (AUTO, default), always (ON) or never (OFF)
     VPD_FAST_KERNELS=OFF|ON     compile Triton's kernels into the package (default: OFF): vpd-fast compile-kernels,
                                 which takes minutes and needs --no-build-isolation, PyTorch and Triton
+    VPD_FAST_PROBES=OFF|ON      build vpd_fast._C_probes, too, which benchmarks/measure.py uses (default: OFF)
     CMAKE_ARGS                  further arguments for CMake's configure step, such as those of .ci/sanitize
 """
 
@@ -49,6 +50,7 @@ def switch(variable: str, default: str, *values: str) -> str:
 
 
 COMPILE_KERNELS = switch("VPD_FAST_KERNELS", "OFF", "OFF", "ON") == "ON"
+PROBES = switch("VPD_FAST_PROBES", "OFF", "OFF", "ON") == "ON"
 
 
 class KernelBuild(build_py):
@@ -79,6 +81,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DVPD_FAST_VERSION={self.distribution.get_version()}",
             f"-DVPD_FAST_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DVPD_FAST_PROBES={'ON' if nvcc and PROBES else 'OFF'}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
@@ -105,6 +108,8 @@ class CMakeBuild(build_ext):
 extensions = [Extension("vpd_fast._C", sources=[])]
 if cuda_compiler():
     extensions.append(Extension("vpd_fast._C_cuda", sources=[]))
+    if PROBES:
+        extensions.append(Extension("vpd_fast._C_probes", sources=[]))
 
 setup(
     # vpd_fast/kernels is a link to kernels/, which has no __init__.py: whoever has the checkout on sys.path and another

@@ -39,6 +39,14 @@ EXPECTED = {
         "wgmma_kernel<signed char": ("IGMMA", *BOXES),
         "wgmma_kernel<vpd::device::Float8": ("QGMMA", *BOXES),
         "wgmma_kernel<": (r"HGMMA\.64x(64|128)x16\.F32", *BOXES),
+        # Probes.
+        "copy_kernel<1>": (r"UTMALDG\.2D$",),
+        "copy_kernel<": (r"UTMALDG\.2D\.MULTICAST",),
+        "multiply_kernel<signed char": (r"IGMMA\.64x(128|160|256)x32", r"UTMALDG\.2D"),
+        "multiply_kernel<vpd::device::Float8": (r"QGMMA\.64x(128|160|256)x32", r"UTMALDG\.2D"),
+        "multiply_kernel<": (r"HGMMA\.64x(128|160|256)x16\.F32", r"UTMALDG\.2D"),
+        "tile_kernel": (r"IGMMA\.64x64x32",),
+        "small_kernel": ("ACQBULK", "PREEXIT"),  # griddepcontrol
     },
 }
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
@@ -118,9 +126,10 @@ def unused(rows: list[dict[str, str | int]]) -> list[str]:
 
 def main() -> int:
     """Prints the table. Returns the exit code."""
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    sources, probes = (sorted((CSRC / folder).glob("*.cu")) for folder in ("cuda", "cuda/probes"))
+    compiled = [*product(sources, ARCHITECTURES), *product(probes, ARCHITECTURES[1:])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(lambda job: resources(*job), product(sources, ARCHITECTURES))
+        jobs = pool.map(lambda job: resources(*job), compiled)
         rows = [row for found in jobs for row in found]
     print(table(rows))
     faults = unused(rows)

@@ -23,9 +23,12 @@ limited=(timeout -s INT -k 20 "${LIMIT:-540}") # interrupted, pytest and our scr
 
 build() {
     if compgen -G "$root/wheel/*.whl" >/dev/null; then # a folder of `pack`
-        [[ -e $root/site/vpd_fast ]] || "$python" -m pip install --no-index --no-deps --no-compile --quiet \
-            --target "$root/site" "$root"/wheel/*.whl >"$out/build.log" 2>&1 ||
-            { tail -n 40 "$out/build.log"; echo "gpu.sh: the wheel does not fit this Python, see $out/build.log"; exit 1; }
+        if [[ ! -e $root/site/vpd_fast ]]; then
+            "$python" -m pip install --no-index --no-deps --no-compile --quiet --target "$root/site" "$root"/wheel/*.whl \
+                >"$out/build.log" 2>&1 ||
+                { tail -n 40 "$out/build.log"; echo "gpu.sh: the wheel does not fit this Python, see $out/build.log"; exit 1; }
+            [[ ! -e $root/kernels/cubins.zip ]] || cp "$root/kernels/cubins.zip" "$root/site/vpd_fast/kernels/"
+        fi
         export PYTHONPATH=$root/site:$root${PYTHONPATH:+:$PYTHONPATH}
         return
     fi

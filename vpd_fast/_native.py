@@ -12,6 +12,7 @@ from vpd_fast.errors import InputError, MissingDependencyError
 MODULES = {
     "_C": "reinstall vpd_fast from source with a C++17 compiler (pip install .)",
     "_C_cuda": "reinstall vpd_fast from source where nvcc is on PATH, with VPD_FAST_CUDA=ON",
+    "_C_probes": "build it from source where nvcc is on PATH, with VPD_FAST_PROBES=ON; benchmarks/gpu.sh pack does so",
 }
 ISA_VARIABLE = "VPD_FAST_ISA"
 

@@ -99,7 +99,7 @@ def _engine(setting: Setting, precision: str, name: str, batch: int, expected: C
         if setting.device == "cuda":
             graphs = _prepared(ModelVariant(model, upsample_argmax, graphs=True), setting, batch)
             with setting.capturing():
-                calls = {"one graph": as_graph(variant.run), "engine's graphs": graphs.run} | calls
+                calls = {"one graph": as_graph(variant.tensors), "engine's graphs": graphs.run} | calls
         times = _take_turns(setting, calls)
     rows = []
     for launched, values in times.items():

@@ -41,6 +41,7 @@ class Variant:
 
 VARIANTS = {
     "cuda": Variant(),
+    "cuda, wide epilogue": Variant(instructions="wgmma_wide"),
     "cuda, no residual": Variant(residual=False),
     "cuda, residual": Variant(residual=True),
     "cuda, float32 result": Variant(out_dtype=torch.float32),

@@ -112,3 +112,23 @@ def test_rates_of_libraries(script, monkeypatch, capsys) -> None:
     assert found.keys() == {"fp32", "int8"}
     assert min(found.values()) > 0
     assert "no rate of fp8 products: NotImplementedError: there is no product of fp8 on cpu" in capsys.readouterr().out
+
+
+def test_a_captured_pass_has_no_times(monkeypatch) -> None:
+    """Whoever waits for an event of a stream that is being captured ends the capture with an error."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    watch = timing.Stopwatch("cuda")
+    watch.lap("pass")
+    assert watch.seconds == {}

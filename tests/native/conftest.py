@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_emulation"
 OPERATORS = ("cross_attention_maps", "gemm", "gemm_mma", "gemm_wgmma")
+PROBES = ("copies", "launches", "products", "tiles")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,8 @@ def compile_commands() -> list[list[str]]:
     """The compiler's command for every source; the source is the last word."""
     python = [f"-I{sysconfig.get_path('include')}", f"-I{Path(torch.__file__).parent / 'include'}"]
     sources = {ROOT / f"csrc/cuda/{name}.cu": ["-O2", "-x", "c++"] for name in OPERATORS}
+    sources |= {ROOT / f"csrc/cuda/probes/{name}.cu": ["-O2", "-x", "c++"] for name in PROBES}
+    sources[ROOT / "csrc/bindings/probes/probes.cpp"] = ["-O0", *python]
     bindings = (ROOT / f"csrc/bindings/cuda/{name}.cpp" for name in OPERATORS)
     sources |= {path: ["-O0", *python] for path in bindings if path.exists()}
     sources |= {path: ["-O2", *python] for path in sorted(EMULATION.glob("*.cpp"))}

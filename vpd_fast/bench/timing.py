@@ -46,7 +46,9 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The seconds of each stage."""
+        """The seconds of each stage; none while a CUDA graph is captured, when no event may be waited for."""
+        if self._now is _event and torch.cuda.is_current_stream_capturing():
+            return {}
         return {stage: _between(start, end) for (_, start), (stage, end) in pairwise(self._marks)}
 
 

@@ -29,10 +29,10 @@ __device__ inline unsigned long long nanoseconds_now() {
 
 // As barrier_wait, but gives up after MAX_WAIT. Returns whether the phase has ended.
 __device__ inline bool barrier_wait_bounded(uint64_t* barrier, unsigned parity) {
-    unsigned done = 0;
 #if VPD_HOPPER
-    const unsigned long long begin = nanoseconds_now();
-    while (!done && nanoseconds_now() - begin < MAX_WAIT)
+    unsigned long long begin = 0;
+    while (true) {
+        unsigned done = 0;
         asm volatile(
             "{\n.reg .pred p;\n"
             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
@@ -40,8 +40,13 @@ __device__ inline bool barrier_wait_bounded(uint64_t* barrier, unsigned parity) 
             : "=r"(done)
             : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
+        if (done) return true;
+        const unsigned long long now = nanoseconds_now();
+        if (!begin) begin = now;
+        if (now - begin > MAX_WAIT) return false;
+    }
 #endif
-    return done;
+    return false;
 }
 
 __device__ inline unsigned rank_in_cluster() {

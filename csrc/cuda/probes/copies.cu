@@ -9,8 +9,8 @@ namespace {
 constexpr int THREADS = 32, MAX_STAGES = 8;
 
 template <int CLUSTER>
-__global__ void __launch_bounds__(THREADS) copy_kernel(const __grid_constant__ TensorMap map,
-                                                       const __grid_constant__ Copies p) {
+__global__ void __launch_bounds__(THREADS)
+    copy_kernel(const __grid_constant__ TensorMap map, const __grid_constant__ Copies p) {
 #if VPD_HOPPER
     unsigned char* const stages = aligned_shared();
     const int box_bytes = p.lines * LINE_BYTES;

@@ -30,9 +30,9 @@ struct Products {
     const void* source;    // of copies, `region` lines
     int64_t region;
     int blocks, columns, steps, copy_lines;
-    float* sums;            // (blocks, 256): something of every thread's sums
-    long long *clocks;      // (blocks), of the products
-    int* boxes;             // (blocks), that were copied
+    float* sums;        // (blocks, 256): something of every thread's sums
+    long long* clocks;  // (blocks), of the products
+    int* boxes;         // (blocks), that were copied
     int* failed;
 };
 cudaError_t multiply(const Products& p, Operand operand, cudaStream_t stream);

@@ -19,14 +19,14 @@ struct SumOf<int8_t> {
     using Type = int32_t;
 };
 
-// Copies boxes until both warpgroups are done. Returns how many have come, or -1 if a wait was given up.
+// Copies boxes until a warpgroup is done, a few in any case. Returns how many have come, or -1 if a wait was given up.
 __device__ inline int copy_meanwhile(const TensorMap& map, const Products& p, unsigned char* ring, uint64_t* filled,
                                      const volatile int* multiplying) {
     int64_t line = int64_t(blockIdx.x) * p.copy_lines * 7 % p.region;
     int begun = 0, came = 0;
     bool more = true;
     while (more || came < begun) {
-        more = more && *multiplying > 0;
+        more = more && (begun < RING || *multiplying > 0);
         if (more) {
             const int stage = begun % RING;
             barrier_expect(filled + stage, unsigned(p.copy_lines * LINE_BYTES));
@@ -44,8 +44,8 @@ __device__ inline int copy_meanwhile(const TensorMap& map, const Products& p, un
 }
 
 template <typename T, int COLUMNS>
-__global__ void __launch_bounds__(THREADS, 1) multiply_kernel(const __grid_constant__ TensorMap map,
-                                                              const __grid_constant__ Products p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    multiply_kernel(const __grid_constant__ TensorMap map, const __grid_constant__ Products p) {
 #if VPD_HOPPER
     using Sum = typename SumOf<T>::Type;
     constexpr int LINES = LEFT_LINES + COLUMNS, QUADS = LINES * LINE_BYTES / 16;

@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ T
     __syncthreads();
     const int start = load_global(p.starts + blockIdx.x), apart = load_global(p.aparts + blockIdx.x);
     const unsigned offset = unsigned(load_global(p.offsets + blockIdx.x));
-    const uint64_t a =
-        descriptor_of(shared_address(left + start * LINE_BYTES), uint32_t(apart) * LINE_BYTES, offset);
+    const uint64_t a = descriptor_of(shared_address(left + start * LINE_BYTES), uint32_t(apart) * LINE_BYTES, offset);
     const uint64_t b = descriptor_of(shared_address(right), 8 * LINE_BYTES, 0);
     int32_t sums[COLUMNS / 2];
 #pragma unroll
@@ -39,8 +38,7 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(const __grid_constant__ T
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     int32_t* const out = p.sums + (int64_t(blockIdx.x) * 64 + warp * 16 + lane / 4) * COLUMNS + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i)
-        store_global(out + i / 2 % 2 * 8 * COLUMNS + i / 4 * 8 + i % 2, sums[i]);
+    for (int i = 0; i < COLUMNS / 2; ++i) store_global(out + i / 2 % 2 * 8 * COLUMNS + i / 4 * 8 + i % 2, sums[i]);
 #endif
 }
 
