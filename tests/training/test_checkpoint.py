@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import torch
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.training import checkpoint
 from vpd_fast.training.checkpoint import CheckpointStore
+from vpd_fast.training.logging import RunLog
 
 
 def text(content: str):
@@ -93,6 +95,15 @@ def test_a_process_killed_before_it_removed_the_oldest(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     assert store.clean() == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_an_evaluation_that_did_not_count_is_not_logged_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    entries = [{"step": 2, "evaluation": {}}, {"step": 4, "loss": 1.0}, {"step": 4, "evaluation": {}}, {"step": 5}]
+    for evaluated, kept in ((4, 3), (2, 2)):
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        RunLog(tmp_path, start=4, steps=9, evaluated=evaluated, tensorboard=False, bar=False).close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:kept]
 
 
 def test_the_index(tmp_path):

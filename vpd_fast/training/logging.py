@@ -27,11 +27,19 @@ class RunLog:
     """The log of the process that writes; the others have one with `folder` None, which says nothing.
 
     start: the step the run begins at, 0 or where it resumes; what an earlier attempt logged behind it is dropped, so
-    that every step is there once. steps: the last one. bar: whether to draw a progress bar; None: on a terminal.
+    that every step is there once. evaluated: the last step whose evaluation counts.
+    steps: the last one. bar: whether to draw a progress bar; None: on a terminal.
     """
 
     def __init__(
-        self, folder: Path | None, *, start: int, steps: int, tensorboard: bool = True, bar: bool | None = None
+        self,
+        folder: Path | None,
+        *,
+        start: int,
+        steps: int,
+        evaluated: int | None = None,
+        tensorboard: bool = True,
+        bar: bool | None = None,
     ) -> None:
         self.folder = folder
         self.steps = steps
@@ -42,7 +50,7 @@ class RunLog:
         self._start = start
         if folder is None:
             return
-        _drop_later(folder / METRICS, start)
+        _drop_later(folder / METRICS, start, start if evaluated is None else evaluated)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -141,8 +149,8 @@ class Window:
         return {"loss": sum(self.losses) / len(self.losses), **speed} if self.losses else speed
 
 
-def _drop_later(path: Path, step: int) -> None:
-    """Drop entries after `step`, and a line that a kill cut off."""
+def _drop_later(path: Path, step: int, evaluated: int) -> None:
+    """Drop entries after `step`, evaluations after `evaluated`, and a line that a kill cut off."""
     if not path.is_file():
         return
     kept = []
@@ -151,7 +159,7 @@ def _drop_later(path: Path, step: int) -> None:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and entry.get("step", 0) <= step:
+        if isinstance(entry, dict) and entry.get("step", 0) <= (evaluated if "evaluation" in entry else step):
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
 

@@ -187,6 +187,7 @@ class Trainer:
     def _run_locked(self) -> None:
         log = RunLog(
             self.folder if self.processes.first else None, start=self.step, steps=self.steps,
+            evaluated=self.evaluated,
             tensorboard=self.config.log.tensorboard, bar=self.bar,
         )  # fmt: skip
         with self.signals, contextlib.closing(log) as self.log:
@@ -363,13 +364,13 @@ class Trainer:
         if better:
             self.best = {"step": self.step, "metric": name, "value": value}
         self.evaluated = self.step
+        self.log.evaluation(self.step, result.metrics, better)  # before it counts: a kill in between evaluates anew
         with self.processes.first_only():
             if self.processes.first:
                 if better:
                     save_best(self.folder, model, {"step": self.step, **result.metrics})
                     self._written.add(self.folder / BEST)
                 self.store.write_index(best=self.best, evaluated=self.evaluated)
-        self.log.evaluation(self.step, result.metrics, better)
         self.log.pictures(self.step, pictures)
 
     # Saving and resuming
