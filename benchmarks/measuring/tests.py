@@ -107,7 +107,8 @@ def run(selection: Selection) -> list[Row]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """That of a process that nobody tests: without what pytest says to those within one."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> str:
