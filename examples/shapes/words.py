@@ -12,7 +12,7 @@ import numpy as np
 from vpd_fast.data.shapes import CLASSES, VOCABULARY, Scene
 from vpd_fast.files import write_files
 from vpd_fast.labels import IMAGENET_TEMPLATES
-from vpd_fast.models.text import WORDS
+from vpd_fast.models.encoder_folders import WORDS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _MIRRORED = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}

@@ -24,7 +24,7 @@ from vpd_fast.kernels.specialization import layout, parse
 from ..kernels.conftest import launcher, stub_of  # noqa: F401  fixtures
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (pip install triton)")
 
 
 @pytest.fixture(scope="module")

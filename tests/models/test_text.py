@@ -94,7 +94,7 @@ def test_more_sentences_than_a_batch_and_duplicates(encoder, clip):
 
 def test_second_call_reads_the_cache_and_loads_no_model(encoder, clip, tmp_path, monkeypatch):
     first = encoder.embed_classes(["wall", "sky"]), encoder.embed_sentences(["a dog"])
-    monkeypatch.setattr(text, "_load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(text.encoder_folders, "load_model", lambda *args: pytest.fail("the model was loaded"))
     again = TextEncoder(clip, cache_dir=tmp_path / "cache")
     assert torch.equal(again.embed_classes(["sky", "wall"]), first[0].flip(0))
     assert torch.equal(again.embed_sentences(["a dog"]), first[1])
