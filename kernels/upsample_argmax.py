@@ -13,8 +13,8 @@ import triton.language as tl
 from vpd_fast.kernels._common import INTERPRETED, UNFUSED, launch
 
 UNROLLED_TAPS = (2, 4, 8)  # taps of an axis that a kernel is compiled for; more are counted when it runs
-# Rows and columns of a program's tile; the interpreter's time is by operations, however many pixels they have.
-TILE = (128, 256) if INTERPRETED.value else (8, 32)
+TILE = (8, 32)  # rows and columns of a program's tile
+INTERPRETED_TILE = (128, 256)  # the most; the interpreter's time is by operations, and by thousands of pixels
 
 
 @triton.jit
@@ -109,13 +109,22 @@ def taps_for(max_taps: int) -> int:
     return next((taps for taps in UNROLLED_TAPS if taps >= max_taps), max_taps)
 
 
+def tile_for(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile for labels of that size."""
+    if not INTERPRETED.value:
+        return TILE
+    return tuple(
+        min(most, triton.next_power_of_2(n)) for most, n in zip(INTERPRETED_TILE, (height, width), strict=True)
+    )
+
+
 def forward(
     logits: torch.Tensor,
     rows: tuple[torch.Tensor, torch.Tensor],
     columns: tuple[torch.Tensor, torch.Tensor],
     labels: torch.Tensor,
     *,
-    tile: tuple[int, int] = TILE,
+    tile: tuple[int, int] | None = None,
 ) -> None:
     """Fills labels (B, H, W) int64, contiguous.
 
@@ -125,6 +134,7 @@ def forward(
     """
     batch, channels = logits.shape[0], logits.shape[3]
     _, height, width = labels.shape
+    tile = tile or tile_for(height, width)
     taps = rows[0].shape[1]
     unrolled = taps if taps in UNROLLED_TAPS else 0
     launch(

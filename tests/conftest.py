@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from vpd_fast import BackboneConfig  # noqa: E402
 
 from .golden.case import GoldenCase  # noqa: E402
-from .helpers import runs  # noqa: E402
+from .helpers import processes, runs  # noqa: E402
 from .helpers.addresses import check_addresses  # noqa: E402
 from .helpers.backbones import SMALL, TINY  # noqa: E402
 from .helpers.decisions import leave_out_refused  # noqa: E402
@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, metavar="N", help="how often the drill kills each kind of run")
+    parser.addoption("--kills", type=int, default=2, metavar="N", help="how often the drill kills each kind of run")
 
 
 @pytest.fixture
@@ -65,6 +65,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in runs.TASKS:
         runs.make_data(root, task)
     return root
+
+
+@pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of `vpd_fast.bench` begin with their imports done; tests/bench/test_variants.py starts whole ones."""
+    monkeypatch.setattr("vpd_fast.bench.worker._SPAWN", processes.preloaded())
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from vpd_fast.bench.variants import conditioning
 from vpd_fast.engine.model import FastVPD
 
 IMAGES = torch.empty(2, 3, 64, 64, device="meta")
-RESIDUAL_BLOCKS = 10 + 22  # of the encoder and the UNet
+RESIDUAL_BLOCKS = 6 + 14  # of the encoder and the UNet
 
 
 class Launches(TorchDispatchMode):
@@ -48,11 +48,11 @@ def recorded() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 
 @pytest.fixture
-def engine(small_backbone) -> Callable[..., FastVPD]:
+def engine(tiny_backbone) -> Callable[..., FastVPD]:
     """A fast model of tensors without memory, which launches what one for that kind of device does."""
 
     def make(precision: str, kind: str, task: str = "segmentation") -> FastVPD:
-        config = VPDConfig(task=task, base_size=64, channels=32, backbone=small_backbone)
+        config = VPDConfig(task=task, base_size=64, channels=32, backbone=tiny_backbone)
         return operations.empty_engine(config, precision, kind)
 
     return make
@@ -69,7 +69,8 @@ def plain_pass(model: FastVPD, known: tuple) -> None:
 
 @pytest.mark.parametrize(("precision", "kind", "task"), [
     *(("int8", "cuda", task) for task in ("segmentation", "referring", "depth")),
-    *((precision, "cuda", "segmentation") for precision in ("fp8", "bf16", "fp32")), ("int8", "cpu", "segmentation"),
+    *((precision, "cuda", "segmentation") for precision in ("fp8", "fp32")), ("int8", "cpu", "segmentation"),
+    pytest.param("bf16", "cuda", "segmentation", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_labels_change_nothing(engine: Callable, precision: str, kind: str, task: str) -> None:
     model, labels = engine(precision, kind, task), []

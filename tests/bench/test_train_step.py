@@ -18,6 +18,7 @@ from vpd_fast.training.groups import parameter_groups
 
 from ..helpers.backbones import TINY
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
 SMALL = ["--device", "cpu", "--model", "small", "--size", "128", "--steps", "1"]
 
 

@@ -138,6 +138,7 @@ def test_a_process_of_its_own(source, tmp_path) -> None:
         worker.close()
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_a_process_that_cannot_start_or_is_killed(source, tmp_path) -> None:
     weights = source()
     worker = Worker(partial(make_loaded, folder=tmp_path / "nothing"), weights, "loaded")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vpd_fast import VPD
 from vpd_fast.checkpoints import (
     convert,
     load_checkpoint,
@@ -20,6 +19,7 @@ from vpd_fast.checkpoints import (
 )
 from vpd_fast.errors import CheckpointError
 
+from ..helpers import processes
 from ..helpers.released import (
     check_same_outputs,
     reference_model,
@@ -70,24 +70,21 @@ def test_saving_over_the_file_that_is_loaded(golden: Callable, tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def load_change_and_save(path: Path) -> None:
+    """A program that writes over the file that its model was loaded from."""
+    model = VPD.from_checkpoint(path, num_heads=4, base_size=128)
+    path = path / "model.safetensors" if path.is_dir() else path
+    with torch.no_grad():
+        model.decode_head.conv_seg.bias += 1
+    if path.suffix == ".pth":
+        torch.save({"model": model.state_dict()}, path)
+    else:
+        save_file(model.state_dict(), path)
+
+
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "own"])
 def test_saving_over_the_file_that_is_loaded_by_other_means(golden: Callable, tmp_path: Path, name: str) -> None:
     """torch.save and safetensors cut the file first: a model that still lay in it would end the process."""
-    program = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from vpd_fast import VPD
-path = Path(sys.argv[1])
-model = VPD.from_checkpoint(path, num_heads=4, base_size=128)
-path = path / "model.safetensors" if path.is_dir() else path
-with torch.no_grad():
-    model.decode_head.conv_seg.bias += 1
-if path.suffix == ".pth":
-    torch.save({"model": model.state_dict()}, path)
-else:
-    save_file(model.state_dict(), path)
-"""
     model = reference_model(golden("seg_small"))
     path = tmp_path / name
     model.save_pretrained(tmp_path / "own")
@@ -95,7 +92,7 @@ else:
         torch.save({"model": model.state_dict()}, path)
     elif name == "a.safetensors":
         save_file(model.state_dict(), path)
-    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+    processes.run(load_change_and_save, path, log=tmp_path / "log")
     loaded = load_checkpoint(path, num_heads=4, base_size=128)
     key = "decode_head.conv_seg.bias"
     assert torch.equal(loaded.state_dict()[key], model.state_dict()[key] + 1)

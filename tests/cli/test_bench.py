@@ -17,6 +17,7 @@ from vpd_fast.cli.main import run
 from vpd_fast.models.random_weights import randomize
 
 SPEEDUPS = ("speedup", "backbone_speedup")
+pytestmark = pytest.mark.usefixtures("quick_workers")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-FEW_KILLS = 3  # the default of --kills
+FEW_KILLS = 2  # the default of --kills
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -59,8 +59,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
 
 def points(operations: int, kills: int) -> list[int]:
-    """Numbers of operations, from the first to the last."""
-    return sorted({1 + round(i * (operations - 1) / max(kills - 1, 1)) for i in range(kills)})
+    """Numbers of operations, spread over all of them; the last is one of them."""
+    return sorted({max(1, round(i * operations / kills)) for i in range(1, kills + 1)})
 
 
 def content(folder: Path) -> dict[str, bytes]:

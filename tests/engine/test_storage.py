@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,11 @@ from safetensors.torch import load_file, save_file
 import vpd_fast
 from vpd_fast import VPD, VPDConfig
 from vpd_fast.engine import Policy
+from vpd_fast.engine.model import FastVPD
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.models.random_weights import randomize
 
+from ..helpers import processes
 from ..helpers.backbones import TINY
 
 TINY_16 = dataclasses.replace(TINY, context_dim=16)
@@ -28,6 +29,12 @@ TINY_16 = dataclasses.replace(TINY, context_dim=16)
 def small_model(task: str) -> VPD:
     config = VPDConfig(task=task, num_classes=7, tokens=5, num_scenes=3, base_size=128, channels=32, backbone=TINY_16)
     return randomize(VPD(config), seed=1).eval()
+
+
+@functools.cache
+def fast_model(task: str, precision: str = "int8") -> FastVPD:
+    """Of that model; all tests have the same one."""
+    return vpd_fast.optimize(small_model(task), precision)
 
 
 def inputs(task: str) -> tuple[torch.Tensor, ...]:
@@ -45,7 +52,7 @@ def tensor(result: object) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
 def test_a_saved_engine_gives_the_same_bits(tmp_path: Path, task: str, precision: str) -> None:
-    fast = vpd_fast.optimize(small_model(task), precision)
+    fast = fast_model(task, precision)
     fast.save(tmp_path / "engine")
     assert sorted(p.name for p in (tmp_path / "engine").iterdir()) == ["engine.json", "engine.safetensors"]
     loaded = vpd_fast.load_engine(tmp_path / "engine")
@@ -64,16 +71,17 @@ def test_smoothed_and_calibrated_layers_are_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(*inputs("segmentation")), fast(*inputs("segmentation")), rtol=0, atol=0)
 
 
+def print_precision(folder: Path) -> None:
+    print(vpd_fast.load_engine(folder).precision)
+
+
 def test_loading_needs_no_other_weights(tmp_path: Path) -> None:
     """The engine's file is all that is read, and most of it is 8-bit."""
-    model = small_model("segmentation")
-    fast = vpd_fast.optimize(model, "int8")
+    model, fast = small_model("segmentation"), fast_model("segmentation")
     fast.save(tmp_path)
     weights = sum(p.nbytes for p in model.parameters())
     assert (tmp_path / "engine.safetensors").stat().st_size < 0.6 * weights
-    code = f"import vpd_fast; print(vpd_fast.load_engine({str(tmp_path)!r}).precision)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "int8"
+    assert processes.run(print_precision, tmp_path, log=tmp_path / "log") == "int8\n"
 
 
 def save_pair(folder: Path) -> tuple[Path, Path]:
@@ -123,7 +131,7 @@ def test_settings_of_another_engine(tmp_path: Path) -> None:
     ],
 )
 def test_spoiled_layers(tmp_path: Path, name: str, change: dict | None, message: str) -> None:
-    vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
+    fast_model("segmentation").save(tmp_path)
     settings = json.loads((tmp_path / "engine.json").read_text())
     if change is None:  # missing from both files
         del settings["layers"][name]
@@ -152,7 +160,7 @@ def test_spoiled_layers(tmp_path: Path, name: str, change: dict | None, message:
     ],
 )
 def test_spoiled_tensors(tmp_path: Path, key: str, change: object, message: str) -> None:
-    vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
+    fast_model("segmentation").save(tmp_path)
     tensors = load_file(tmp_path / "engine.safetensors")
     spoiled = change(tensors.pop(key))
     save_file(tensors if spoiled is None else tensors | {key: spoiled}, tmp_path / "engine.safetensors")
@@ -177,7 +185,7 @@ def test_spoiled_tensors(tmp_path: Path, key: str, change: object, message: str)
     ],
 )
 def test_spoiled_settings(tmp_path: Path, change: object, message: str) -> None:
-    vpd_fast.optimize(small_model("segmentation"), "int8").save(tmp_path)
+    fast_model("segmentation").save(tmp_path)
     (tmp_path / "engine.json").write_text(change(json.loads((tmp_path / "engine.json").read_text())))
     with pytest.raises(CheckpointError, match=message) as caught:
         vpd_fast.load_engine(tmp_path)
@@ -206,7 +214,7 @@ def test_weights_that_an_engine_cannot_hold(precision: str, value: float, messag
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
-    fast, path = vpd_fast.optimize(small_model("segmentation"), "bf16"), tmp_path / "file"
+    fast, path = fast_model("segmentation", "bf16"), tmp_path / "file"
     path.write_text("something")
     with pytest.raises(CheckpointError, match="no saved engine"):
         vpd_fast.load_engine(path)
@@ -217,7 +225,7 @@ def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["segmentation", "depth"])
 def test_copies_are_independent(task: str) -> None:
-    fast = vpd_fast.optimize(small_model(task), "int8")
+    fast = fast_model(task)
     expected = tensor(fast(*inputs(task)))
     for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         torch.testing.assert_close(tensor(copied(*inputs(task))), expected, rtol=0, atol=0)
@@ -228,7 +236,7 @@ def test_copies_are_independent(task: str) -> None:
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no saved engine"):
         vpd_fast.load_engine(tmp_path / "nothing")
-    vpd_fast.optimize(small_model("segmentation"), "bf16").save(tmp_path)
+    fast_model("segmentation", "bf16").save(tmp_path)
     settings = json.loads((tmp_path / "engine.json").read_text())
 
     def spoiled(**changes: object) -> None:

@@ -1,12 +1,8 @@
-"""One of two processes that evaluate together: `python -m tests.evaluation.process RANK STORE RESULT`.
-
-Its results are pickled into RESULT.
-"""
+"""One of two processes that evaluate together."""
 
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 
 import torch
@@ -42,6 +38,7 @@ def dataset_with_a_broken_one(task: str) -> MemoryDataset:
 
 
 def main(rank: int, store: str, result: str) -> None:
+    """What the process finds is pickled into `result`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = {"rank": rank, "world_size": 2}
@@ -53,7 +50,3 @@ def main(rank: int, store: str, result: str) -> None:
         found["strict"] = f"{type(error).__name__}: {error}"
     torch.distributed.destroy_process_group()
     Path(result).write_bytes(pickle.dumps(found))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])

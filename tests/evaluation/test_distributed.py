@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from .process import TASKS, dataset_with_a_broken_one, measure
+from ..helpers import processes
+from .process import TASKS, dataset_with_a_broken_one, main, measure
 from .sets import BROKEN
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """{rank: what it found}."""
     folder = tmp_path_factory.mktemp("group")
-    program = [sys.executable, "-m", "tests.evaluation.process"]
     results = {rank: folder / f"{rank}.pkl" for rank in (0, 1)}
-    processes = [
-        subprocess.Popen(
-            [*program, str(rank), str(folder / "store"), str(result)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for rank, result in results.items()
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    processes.run_together(
+        main, [(rank, str(folder / "store"), str(result)) for rank, result in results.items()], folder / "log", 240
+    )
     return {rank: pickle.loads(result.read_bytes()) for rank, result in results.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +13,12 @@ from vpd_fast.training.losses import referring_loss, segmentation_loss, silog_lo
 SMALL = ["seg_small", "seg_small_a64", "refer_small", "depth_small"]
 FULL_SIZE = [("seg_sd15", "plain"), ("refer_sd15", "plain"), ("depth_sd15", "plain"), ("seg_sd15", "sdpa")]
 TRAINED = ["seg_small", "refer_small", "depth_small"]  # cases with gradients
-BACKENDS = ["plain", "sdpa"]
-CASES = list(itertools.product(SMALL, BACKENDS)) + [pytest.param(*case, marks=pytest.mark.slow) for case in FULL_SIZE]
+OTHERS = [("seg_small", "sdpa"), ("depth_small", "sdpa"), *FULL_SIZE]
+GRADIENTS = [("seg_small", "plain"), ("refer_small", "plain"), ("depth_small", "sdpa")]
+OTHER_GRADIENTS = [("seg_small", "sdpa"), ("refer_small", "sdpa"), ("depth_small", "plain")]
+# Every case with the plain model, and some with the fused operators, which test_attention_backends.py holds to it.
+QUICK = [*((name, "plain") for name in SMALL), ("seg_small_a64", "sdpa"), ("refer_small", "sdpa")]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
 RTOL = 1e-4  # relative L2 of every float32 tensor
 GRAD_RTOL = 1e-3  # of every parameter's gradient norm
 LABELS_EQUAL = 0.999
@@ -114,8 +117,9 @@ def test_stored_exact_gradients(golden: Callable, name: str) -> None:
         torch.testing.assert_close(actual[key], stored, rtol=1e-9, atol=1e-12 * stored.norm().item())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*GRADIENTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_GRADIENTS)]
+)
 def test_gradients_match_the_original(golden: Callable, name: str, backend: str) -> None:
     case = golden(name)
     model, exact = case.model(), case.exact_gradients

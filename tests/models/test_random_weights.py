@@ -13,8 +13,8 @@ from vpd_fast.models.random_weights import randomize
 
 
 @pytest.fixture
-def config(small_backbone) -> VPDConfig:
-    return VPDConfig(num_classes=3, channels=32, base_size=64, backbone=small_backbone)
+def config(tiny_backbone) -> VPDConfig:
+    return VPDConfig(num_classes=3, channels=32, base_size=64, backbone=tiny_backbone)
 
 
 def test_they_depend_on_name_shape_and_seed(config: VPDConfig) -> None:

@@ -17,14 +17,14 @@ from vpd_fast.models.random_weights import randomize
 
 from ..helpers.threads import results_of_threads
 
-WIDTHS = (32, 64, 128, 128)
+WIDTHS = (32, 32, 64, 64)
 
 
 @pytest.fixture
-def make(small_backbone: BackboneConfig) -> Callable[..., VPD]:
+def make(tiny_backbone: BackboneConfig) -> Callable[..., VPD]:
     def make(task: str = "segmentation", seed: int = 0, **fields: object) -> VPD:
         sizes = {"num_classes": 3, "tokens": 5, "num_scenes": 4, "channels": 32, "base_size": 128}
-        config = VPDConfig(task=task, **{**sizes, **fields}, backbone=small_backbone)
+        config = VPDConfig(task=task, **{**sizes, "backbone": tiny_backbone, **fields})
         return randomize(VPD.empty(config), seed).eval()
 
     return make
@@ -130,8 +130,8 @@ def test_cross_and_self_maps_together(make: Callable) -> None:
     both = make(attn_selector="up_cross+up_self")
     x = images()
     feature = both.extract_feat(x)[2]
-    assert feature.shape == (1, 128 + 3 + 16, 4, 4)
-    for start, stop, kind in ((128, 131, "up_cross"), (131, 147, "up_self")):
+    assert feature.shape == (1, 64 + 3 + 16, 4, 4)
+    for start, stop, kind in ((64, 67, "up_cross"), (67, 83, "up_self")):
         expected = reference_maps(both, x, [kind])[16]
         torch.testing.assert_close(feature[:, start:stop].flatten(2).transpose(1, 2), expected)
     assert both.split_maps([f for f in both.extract_feat(x)])[1][2].shape == (1, 3, 4, 4)
@@ -158,7 +158,7 @@ def test_map_gradients(make: Callable, map_grad: bool) -> None:
     model = make(map_grad=map_grad)
     _, maps = model.split_maps(model.extract_feat(images()))
     (maps[1] ** 2).sum().backward()
-    key = model.unet.unet.diffusion_model.output_blocks[6][1].transformer_blocks[0].attn2.to_k.weight
+    key = model.unet.unet.diffusion_model.output_blocks[4][1].transformer_blocks[0].attn2.to_k.weight
     assert (key.grad.abs().max().item() > 0) is map_grad
 
 
@@ -183,8 +183,8 @@ def test_checkpointing_changes_no_gradient_and_computes_each_map_once(
         model(x).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         calls.append((len(asked), sum(asked)))
-    assert calls[0] == (32, 10)  # 16 transformer blocks; five layers at each of two levels give maps
-    assert calls[1] == (64, 10)
+    assert calls[0] == (20, 6)  # 10 transformer blocks; three layers at each of two levels give maps
+    assert calls[1] == (40, 6)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0, msg=name)
 
@@ -233,10 +233,10 @@ def test_the_batch_changes_nothing(make: Callable) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @torch.inference_mode()
-def test_other_dtypes(make: Callable, dtype: torch.dtype) -> None:
-    model, x = make(), images(64, 64)
+def test_other_dtypes(make: Callable, small_backbone: BackboneConfig, dtype: torch.dtype) -> None:
+    model, x = make(backbone=small_backbone), images(64, 64)
     expected = model(x)
-    actual = make().to(dtype)(x.to(dtype))
+    actual = make(backbone=small_backbone).to(dtype)(x.to(dtype))
     assert actual.dtype == dtype
     tolerance = {torch.float64: 1e-4, torch.bfloat16: 0.1}[dtype]  # bf16 keeps 8 bits through some 300 layers
     assert (actual.double() - expected.double()).norm() <= tolerance * expected.double().norm()
@@ -272,11 +272,9 @@ def test_random_weights_depend_on_the_seed_only(make: Callable) -> None:
     assert a["class_embeddings"].std() == pytest.approx(1, abs=0.2)
 
 
-def test_gradient_checkpointing_by_level(small_backbone):
+def test_gradient_checkpointing_by_level(tiny_backbone):
     """What backward keeps shrinks level by level, and the gradients stay."""
-    model = randomize(
-        VPD.empty(VPDConfig(num_classes=5, channels=32, base_size=128, backbone=small_backbone)), 2
-    ).eval()
+    model = randomize(VPD.empty(VPDConfig(num_classes=5, channels=32, base_size=128, backbone=tiny_backbone)), 2).eval()
     images = torch.randn(1, 3, 128, 128).clamp(-1, 1)
 
     def run(levels: bool | tuple[int, ...]) -> tuple[int, torch.Tensor]:

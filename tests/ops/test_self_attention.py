@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vpd_fast.errors import InputError
 
-from .attention_cases import assert_close, error, make_qkv, probabilities
+from .attention_cases import assert_close, error, make_qkv, probabilities, remembered
 from .on_device import ops
 from .variants import computed_on_gpu
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@remembered
 def eager(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
     return probabilities(q, k, v, heads, scale)[2]
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,32 +12,15 @@ import torch
 
 from vpd_fast.training.trainer import Trainer
 
-from ..helpers import runs
-
-ROOT = Path(__file__).parents[2]
+from ..helpers import processes, runs
+from . import worker
 
 
 @pytest.fixture(scope="module")
 def results(data, tmp_path_factory) -> tuple[Path, Path]:
     """(data, what two processes left)."""
     out = tmp_path_factory.mktemp("out")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.training.worker", str(data), str(out)]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(text[-4000:] for text in outputs)
+    processes.run_together(worker.main, [(data, out, False)] * 2, out / "log", 400)
     return data, out
 
 
@@ -129,8 +108,10 @@ def test_an_error_while_saving_reaches_both(results):
     assert "the disk is full" in texts[0]
 
 
-def test_sharded_weights_train_as_whole_ones(results, trainers):
-    _, out = results
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones(data, trainers, tmp_path):
+    out = tmp_path
+    processes.run_together(worker.main, [(data, out, True)] * 2, out / "log", 400)
     ddp, fsdp, again = (runs.weights(out / f"{name}/checkpoints/step_000002") for name in ("ddp", "fsdp", "fsdp_again"))
     assert ddp.keys() == fsdp.keys()
     assert runs.same(fsdp, again)

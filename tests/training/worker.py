@@ -1,8 +1,7 @@
-"""One of several processes of a run: `python -m tests.training.worker DATA OUT`, in the environment of torchrun."""
+"""One of several processes of a run, in the environment of torchrun."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -82,10 +81,12 @@ def fail_to_save(config, out: Path, rank: int) -> None:
         (out / f"error_{rank}.txt").write_text(str(error))
 
 
-if __name__ == "__main__":
+def main(root: Path, out: Path, sharded: bool) -> None:
+    """What every process does: a few steps, or as many in both ways to spread the work."""
     torch.set_num_threads(1)
-    data, output = Path(sys.argv[1]), Path(sys.argv[2])
-    for name in runs.TASKS:
-        gradients(name, data, output)
-    run_sharded(data, output)
-    run(data, output)
+    if sharded:
+        run_sharded(root, out)
+        return
+    for task in runs.TASKS:
+        gradients(task, root, out)
+    run(root, out)
