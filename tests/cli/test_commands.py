@@ -62,14 +62,14 @@ def test_predict_segmentation(small, photo, tmp_path, capsys):
     output = tmp_path / "new" / "out"
     command = ["predict", str(photo), *small("segmentation"), "-o", str(output), "--flip", "--scales", "0.5,1"]
     assert run([*command, "--probabilities"]) == 0
-    files = {"photo.png", "photo_overlay.png", "photo_probabilities.npy"}
+    files = {"photo.png", "photo_overlay.jpg", "photo_probabilities.npy"}
     assert _names(output) == files | {"results.json"}
     labels = np.asarray(Image.open(output / "photo.png"))
     probabilities = np.load(output / "photo_probabilities.npy")
     assert labels.shape == (70, 100)
     assert probabilities.shape == (5, 70, 100)
     assert np.array_equal(probabilities.argmax(0), labels)
-    assert min(Image.open(output / "photo_overlay.png").size) >= 70
+    assert min(Image.open(output / "photo_overlay.jpg").size) >= 70
 
     results = _results(output)
     assert results["task"] == "segmentation"
@@ -143,7 +143,7 @@ def test_predict_referring_with_several_sentences(small, photo, tmp_path, capsys
     assert any("no text encoder" in note for note in printed["notes"])
     (record,) = printed["images"]
     assert [mask["text"] for mask in record["masks"]] == ["left dog", "cat"]
-    assert record["files"] == ["photo_1.png", "photo_2.png", "photo_overlay.png"]
+    assert record["files"] == ["photo_1.png", "photo_2.png", "photo_overlay.jpg"]
     masks = [np.asarray(Image.open(tmp_path / "out" / f"photo_{i}.png")) for i in (1, 2)]
     assert [int((mask > 0).sum()) for mask in masks] == [mask["pixels"] for mask in record["masks"]]
     assert not np.array_equal(*masks)
@@ -182,7 +182,7 @@ def test_folders_globs_and_equal_names(small, tmp_path):
     ]  # fmt: skip
     written = [name for record in records for name in record["files"]]
     assert len(written) == len(set(written)) == 10
-    assert written[:2] == ["a/cat.jpg.png", "a/cat.jpg_overlay.png"]
+    assert written[:2] == ["a/cat.jpg.png", "a/cat.jpg_overlay.jpg"]
     assert {p.relative_to(output).as_posix() for p in output.rglob("*.*")} == {*written, "results.json"}
     # In one folder, but cat_overlay.png would be written twice.
     assert run(["predict", str(tmp_path / "b" / "deep"), *small("segmentation"), "-o", str(tmp_path / "deep")]) == 0
@@ -354,7 +354,7 @@ def test_program_exits_with_the_code_and_leaves_what_is_done_when_interrupted(sm
     process = subprocess.Popen([*program, *arguments], **pipes, preexec_fn=restore)
     try:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "out").glob("*_overlay.png")) and time.monotonic() < deadline:
+        while not list((tmp_path / "out").glob("*_overlay.jpg")) and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -42,7 +42,7 @@ def images(tmp_path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.[jp][pn]g")}
 
 
 def records(path: Path) -> dict[str, dict]:
@@ -58,14 +58,14 @@ def test_shards_make_what_one_process_makes(model, images, tmp_path, capsys) -> 
     for i in range(2):
         assert run(["predict", str(images), *model, "-r", "-o", str(two), "--shard", f"{i}/2", "--prefetch", "1"]) == 0
     assert files(one) == files(two)
-    assert files(one).keys() == {f"{name}{end}" for name in NAMES for end in (".png", "_overlay.png")}
+    assert files(one).keys() == {f"{name}{end}" for name in NAMES for end in (".png", "_overlay.jpg")}
     whole = records(one / "results.jsonl")
     parts = [records(two / f"results-0000{i}-of-00002.jsonl") for i in range(2)]
     assert [len(part) for part in parts] == [3, 2]
     joined = parts[0] | parts[1]
     assert joined.keys() == whole.keys() == set(NAMES)
     for name, record in whole.items():
-        assert record["files"] == [f"{name}.png", f"{name}_overlay.png"]
+        assert record["files"] == [f"{name}.png", f"{name}_overlay.jpg"]
         assert {**record, "seconds": 0} == {**joined[name], "seconds": 0}
 
 
@@ -134,10 +134,10 @@ def test_names_that_are_not_utf8(model, images, tmp_path, capfd, monkeypatch) ->
 
 
 def test_names_as_long_as_results_allow(model, images, tmp_path) -> None:
-    name = "x" * (255 - len("_overlay.png"))
+    name = "x" * (255 - len("_overlay.jpg"))
     (images / "z.jpg").rename(images / f"{name}.jpg")
     assert run(["predict", str(images / f"{name}.jpg"), *model, "-o", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / f"{name}_overlay.png").is_file()
+    assert (tmp_path / "out" / f"{name}_overlay.jpg").is_file()
 
 
 def test_names_are_the_same_with_and_without_options_of_scale(model, images, tmp_path) -> None:
@@ -145,7 +145,7 @@ def test_names_are_the_same_with_and_without_options_of_scale(model, images, tmp
     for name, options in (("few", []), ("many", ["--prefetch", "2"])):
         assert run(["predict", str(images), *model, "-o", str(tmp_path / name), *options]) == 0
     assert files(tmp_path / "few") == files(tmp_path / "many")
-    assert files(tmp_path / "few").keys() == {"a.png", "a_overlay.png", "z.png", "z_overlay.png"}
+    assert files(tmp_path / "few").keys() == {"a.png", "a_overlay.jpg", "z.png", "z_overlay.jpg"}
     for name, options in (("tree", [str(images / "*"), str(images / "sub" / "*")]), ("folder", [str(images), "-r"])):
         assert run(["predict", *options, *model, "-o", str(tmp_path / name)]) == 0
     assert {f"{name}.png" for name in ("a.jpg", "sub/a.jpg", "z.jpg")} < files(tmp_path / "tree").keys()
@@ -153,16 +153,34 @@ def test_names_are_the_same_with_and_without_options_of_scale(model, images, tmp
 
 
 def test_a_run_of_an_earlier_version_goes_on_under_its_names(model, images, tmp_path) -> None:
-    """Its header does not say how results are named: they had folders and endings, also where all are in one folder."""
+    """Its header does not say how results are named: they had folders and endings, also where all are in one folder,
+    and overlays were PNGs."""
     (images / "a.png").unlink()
     command = ["predict", str(images), *model, "--prefetch", "1", "-o", str(tmp_path / "out")]
-    assert run(command) == 0
+    assert run([*command, "--overlay", "png"]) == 0
     path = tmp_path / "out" / "results.jsonl"
     header, first, _ = map(json.loads, path.read_text().splitlines())
-    assert header["header"].pop("names") == "short"
+    assert (header["header"].pop("names"), header["header"].pop("overlay")) == ("short", "png")
     path.write_text(f"{json.dumps(header)}\n{json.dumps(first)}\n")
     assert run([*command, "--resume"]) == 0
     assert records(path)["z.jpg"]["files"] == ["z.jpg.png", "z.jpg_overlay.png"]
+
+
+def test_kinds_of_overlays(model, images, tmp_path, capsys) -> None:
+    command = ["predict", str(images / "z.jpg"), *model, "-o"]
+    for kind, ending in ((None, "jpg"), ("png", "png"), ("none", None)):
+        out = tmp_path / str(kind)
+        assert run([*command, str(out), "--resume", *(["--overlay", kind] if kind else [])]) == 0
+        assert set(files(out)) == {"z.png", *([f"z_overlay.{ending}"] if ending else [])}
+        assert records(out / "results.jsonl")["z.jpg"]["files"] == sorted(files(out))
+        assert run([*command, str(out), "--resume"]) == 0  # goes on with the kind that it began with
+    assert run([*command, str(tmp_path / "none"), "--resume", "--overlay", "png"]) == 2
+    assert "(overlay was 'none', is 'png')" in capsys.readouterr().err
+    exact, lossy = (
+        np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("png/z_overlay.png", "None/z_overlay.jpg")
+    )
+    assert exact.shape == lossy.shape
+    assert np.abs(exact - lossy).mean() < 4
 
 
 def test_new_images_of_equal_names_do_not_mix_with_an_earlier_run(model, images, tmp_path, capsys) -> None:
@@ -206,6 +224,7 @@ def test_killed_in_the_middle(model, images, tmp_path) -> None:
         (["IMAGES", "--shard", "2/2"], "shard 2/2: expected I/N with 0 <= I < N"),
         (["IMAGES", "--shard", "x"], "a shard is I/N, part I (from 0) of N, got 'x'"),
         (["IMAGES", "--prefetch", "0"], "--prefetch must be at least 1, got 0"),
+        (["IMAGES", "--overlay", "gif"], "--overlay must be one of jpg, png, none, got 'gif'"),
         (["IMAGES", "-r", "-o", "IMAGES/out"], "where images are looked for; choose another folder"),
         (["images/z.jpg", "--resume", "-o", "IMAGES"], "has the images, which results could overwrite"),
         (["IMAGES", "-r", "--root", "EMPTY"], "results keep the folders below it, so choose another root"),

@@ -20,10 +20,11 @@ from PIL import Image
 
 import vpd_fast
 from vpd_fast import VPD, BackboneConfig, VPDConfig
-from vpd_fast.inference import make_predictor, save_png
+from vpd_fast.inference import make_predictor
 from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.predict_images import predict_images
 from vpd_fast.inference.records import Records
+from vpd_fast.inference.results import save_picture
 from vpd_fast.models.random_weights import randomize
 
 SIZES = [(40 + 5 * i, 96 - 4 * i) for i in range(12)]  # widths and heights
@@ -49,7 +50,7 @@ def main() -> None:
 
     def write(result: object, name: str) -> dict[str, object]:
         written = result.save(folder / f"{int(name) % FILES}.png")  # type: ignore[attr-defined]
-        written.append(save_png(result.overlay(), folder / f"{int(name) % FILES}_overlay.png"))  # type: ignore[attr-defined]
+        written.append(save_picture(result.overlay(), folder / f"{int(name) % FILES}_overlay.jpg"))  # type: ignore[attr-defined]
         return {**result.record(), "files": [path.name for path in written]}  # type: ignore[attr-defined]
 
     images = ((str(i), str(paths[i % len(paths)])) for i in range(count))

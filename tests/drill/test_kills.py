@@ -76,7 +76,7 @@ def test_predict(command: Command, tmp_path: Path, kills: int) -> None:
     model = ["--random-weights", "1", "--config", str(tmp_path / "config.json"), "--mode", "whole"]
     arguments = ["predict", str(tmp_path / "images"), "-r", *model, "--resume", "-o"]
     _, operations = command([*arguments, str(tmp_path / "whole")], tmp_path / "whole")
-    whole = {name: data for name, data in content(tmp_path / "whole").items() if name.endswith(".png")}
+    whole = {name: data for name, data in content(tmp_path / "whole").items() if name.endswith((".png", ".jpg"))}
     assert len(whole) == 2 * IMAGES
     assert operations > 4 * IMAGES
     out = tmp_path / "out"

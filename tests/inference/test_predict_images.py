@@ -21,8 +21,8 @@ from vpd_fast.errors import ImageError, InputError, ModelError
 from vpd_fast.inference import predict_images as loop
 from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.predict_images import predict_images
-from vpd_fast.inference.records import FULL, Records, ResultsFile, recorded_names
-from vpd_fast.inference.resuming import drop_cut_line
+from vpd_fast.inference.records import Records, ResultsFile, recorded
+from vpd_fast.inference.resuming import EARLIER, FULL, drop_cut_line
 
 HEADER = {"task": "segmentation", "options": {"flip": True}}
 
@@ -204,20 +204,20 @@ def test_a_run_whose_records_vanish_fails(tmp_path, pictures, what: str) -> None
 
 
 def test_names_of_the_results_of_an_earlier_run(tmp_path) -> None:
-    """Files that do not say how results are named are of a run that kept folders and endings."""
-    assert recorded_names(tmp_path) is None
+    """Files that do not say how results are named are of a run that kept folders and endings, and drew PNGs."""
+    assert recorded(tmp_path) == {}
     with Records(tmp_path, Shard(), HEADER):
         pass
-    assert recorded_names(tmp_path) == FULL
+    assert recorded(tmp_path) == {**HEADER, **EARLIER} == {**HEADER, "names": FULL, "overlay": "png"}
     with Records(tmp_path, Shard(), {**HEADER, "names": FULL}, resume=True):
         pass
     with pytest.raises(InputError, match=r"is of another run \(names was 'full', is 'short'\)"):
         Records(tmp_path, Shard(), {**HEADER, "names": "short"}, resume=True)
     for damage in DAMAGE.values():
         (tmp_path / "results.jsonl").write_bytes(damage + b"\n")
-        assert recorded_names(tmp_path) is None
+        assert recorded(tmp_path) == {}
     (tmp_path / "results.jsonl").write_text('{"header": 5}\n')
-    assert recorded_names(tmp_path) is None
+    assert recorded(tmp_path) == {}
 
 
 def test_one_file_at_the_end(tmp_path, pictures) -> None:

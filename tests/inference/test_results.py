@@ -95,11 +95,12 @@ def test_unwritable_places_are_named_and_leave_nothing(tmp_path: Path, monkeypat
     save_png(image, tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
 
-    def full_disk(self: Image.Image, path: Path, **options: object) -> None:
-        path.write_bytes(b"half")
+    def full_disk(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(ImageError, match="No space left on device"):
         save_png(image, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before

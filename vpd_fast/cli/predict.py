@@ -14,10 +14,14 @@ import typer
 from vpd_fast.cli import files, options, running
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
-from vpd_fast.inference import Result, save_png
-from vpd_fast.inference.listing import Listing, Shard
-from vpd_fast.inference.records import FULL, NAMES, SHORT, Records, ResultsFile, Sink, recorded_names
+from vpd_fast.inference import Result
+from vpd_fast.inference.listing import Listing, Naming, Shard
+from vpd_fast.inference.records import Records, ResultsFile, Sink, recorded
+from vpd_fast.inference.results import save_picture
+from vpd_fast.inference.resuming import FULL, NAMES, OVERLAY, SHORT
 from vpd_fast.progress import error_console
+
+OVERLAYS = ("jpg", "png", "none")
 
 
 def predict(
@@ -45,6 +49,13 @@ def predict(
             "--probabilities", help="Write them too, as .npy: float32, (classes or sentences, H, W)."
         ),
     ] = False,
+    overlay: Annotated[
+        str | None,
+        options.running_option(
+            metavar="KIND",
+            help="Of the pictures to look at: jpg, png (exact, but slow to write), or none. [default: jpg]",
+        ),
+    ] = None,
     output: options.Output = Path("vpd_results"),
     device: options.Device = "cpu",
     precision: options.Precision = None,
@@ -86,10 +97,10 @@ def predict(
       per metre, that results.json has where these do not fit), or the mask of a sentence (cat_1.png, cat_2.png, ... if
       there are several)
 
-    - cat_overlay.png: a picture to look at
+    - cat_overlay.jpg: a picture to look at
 
     Images that are not all in one folder keep their folders, and like those of equal names (cat.jpg, cat.png) their
-    endings: a/cat.jpg gives a/cat.jpg.png and a/cat.jpg_overlay.png.
+    endings: a/cat.jpg gives a/cat.jpg.png and a/cat.jpg_overlay.jpg.
 
     Broken images do not stop a run: they are reported at the end, and the exit code is 1.
 
@@ -101,6 +112,8 @@ def predict(
     part = Shard.from_environment() if shard is None else Shard.parse(shard)
     given = (list_file, root, shard, prefetch)
     at_scale = recursive or resume or part.count > 1 or any(value is not None for value in given)
+    if overlay not in (None, *OVERLAYS):
+        raise InputError(f"--overlay must be one of {', '.join(OVERLAYS)}, got {overlay!r}")
     if prefetch is not None and prefetch < 1:
         raise InputError(f"--prefetch must be at least 1, got {prefetch}")
     if at_scale and device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun started several processes here
@@ -118,13 +131,15 @@ def predict(
     masks = [f"_{i}" for i in range(1, len(text or []) + 1)]
     # What is misspelt is said before the model is loaded.
     naming = listing.naming(["_overlay", *masks])
-    if resume and recorded_names(output) == FULL:
+    before = recorded(output) if resume else {}
+    if before.get(NAMES) == FULL:
         naming = replace(naming, short=False)  # as the run began
+    overlay = overlay or before.get(OVERLAY, OVERLAYS[0])
     if at_scale:
         files.check_output(output, images or [], naming.folder if naming.short else None)
     else:
         paths = list(listing.paths())
-        suffixes = [".png", "_overlay.png", "_probabilities.npy", *(f"{mask}.png" for mask in masks)]
+        suffixes = [".png", f"_overlay.{overlay}", "_probabilities.npy", *(f"{mask}.png" for mask in masks)]
         files.check_not_overwritten(output, map(naming.stem, paths), suffixes, paths)
     files.prepare_output(output)
 
@@ -137,25 +152,28 @@ def predict(
     if at_scale:
         shown = {name: value for name, value in chosen.items() if name != "text_encoder"}
         header["options"] = shown | ({"text_encoder": text_encoder} if text_encoder else {})
-        header[NAMES] = SHORT if naming.short else FULL
+        header |= {NAMES: SHORT if naming.short else FULL, OVERLAY: overlay}
         kept = {**header, "device": header["device"].partition(":")[0]}  # whichever GPU a process has
         sink: Sink = Records(output, part, kept, resume)
     else:
         footer = partial(running.peak_memory, header["device"])
         sink = ResultsFile(output / "results.json", header, only=naming.total == 1, footer=footer)
     total = None if naming.total is None else len(range(part.index, naming.total, part.count))
+    write = partial(_write, output, naming, overlay)
     running.run(
-        listing.images(naming, part), total, predictor, lambda result, name: _write(output, naming.stem(name), result),
+        listing.images(naming, part), total, predictor, write,
         sink, header, prefetch=(prefetch or 4) if at_scale else 0, print_json=json,
         label="" if part.count == 1 else f"shard {part.index}/{part.count}",
     )  # fmt: skip
 
 
-def _write(output: Path, stem: str, result: Result) -> running.Record:
-    """Write a result's files. Returns what is in them, and their names."""
+def _write(output: Path, naming: Naming, overlay: str, result: Result, name: str) -> running.Record:
+    """Write the files of an image's result, the overlay of that kind. Returns what is in them, and their names."""
+    stem = naming.stem(name)
     files.make_folder((output / stem).parent)
     written = result.save(output / f"{stem}.png")
-    written.append(save_png(result.overlay(), output / f"{stem}_overlay.png"))
+    if overlay != "none":
+        written.append(save_picture(result.overlay(), output / f"{stem}_overlay.{overlay}"))
     probabilities = getattr(result, "probabilities", None)  # depth has none
     if probabilities is not None:
         path = output / f"{stem}_probabilities.npy"

@@ -19,10 +19,9 @@ from typing import IO
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files, write_json
 from vpd_fast.inference.listing import Shard
-from vpd_fast.inference.resuming import FULL, NAMES, Record, digest, drop_cut_line, read_header, read_records
+from vpd_fast.inference.resuming import EARLIER, Record, digest, drop_cut_line, read_header, read_records
 from vpd_fast.locking import RunLock, same_file
 
-SHORT = "short"  # names of results: cat.png for cat.jpg; else FULL
 _LOCK = ".results"
 
 
@@ -197,10 +196,10 @@ def _require_files(folder: Path, records: Iterable[Record]) -> None:
         )
 
 
-def recorded_names(folder: Path) -> str | None:
-    """Return how the results of an earlier run in the folder are named, SHORT or FULL; None where there is none."""
+def recorded(folder: Path) -> Record:
+    """Return the header of an earlier run in the folder, with what earlier versions did not say; {} without a run."""
     for path in sorted(folder.glob("results*.jsonl")):
         header = read_header(path)
         if header is not None:
-            return header.get(NAMES, FULL)
-    return None
+            return {**EARLIER, **header}
+    return {}

@@ -16,6 +16,7 @@ from PIL import Image
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
 from vpd_fast.pictures import canvas
+from vpd_fast.pictures.encoding import encode, encode_numbers
 from vpd_fast.pictures.palette import palette
 
 if TYPE_CHECKING:
@@ -38,11 +39,26 @@ def depth_scale(max_depth: float) -> float:
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
     """Write a PNG under a temporary name and rename it: no half-written file stays behind. Raises ImageError."""
+    path = _png(path)
+    return save_picture(image, path)
+
+
+def save_picture(image: Image.Image, path: str | Path) -> Path:
+    """Write a picture as PNG or JPEG, which the ending of the path says, as safely as `save_png`. Raises ImageError."""
+    path = Path(path)
+    return _write(path, encode(image, path))
+
+
+def _png(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ImageError(f"{path}: results are written as PNG; expected a file name that ends in .png")
+    return path
+
+
+def _write(path: Path, data: bytes) -> Path:
     try:
-        write_files({path: lambda temporary: image.save(temporary, format="PNG")})
+        write_files({path: lambda temporary: temporary.write_bytes(data)})
     except OSError as error:
         raise ImageError(f"{path}: cannot write the image ({error.strerror or error})") from error
     return path
@@ -121,9 +137,12 @@ class SegmentationResult:
 
     def shares(self) -> dict[str, float]:
         """Return the fraction of the image that each class covers, largest first, without those that do not occur."""
+        return {self.class_names[i]: share for i, share in self._shares()}
+
+    def _shares(self) -> list[tuple[int, float]]:
         counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
-        order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-        return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+        return [(i, float(counts[i] / self.labels.size)) for i in order]
 
     @property
     def values(self) -> np.ndarray:
@@ -134,8 +153,8 @@ class SegmentationResult:
         """Return what results files say: {"classes": [{"name", "label", "percent"}, ...]}, the largest class first."""
         return {
             "classes": [
-                {"name": name, "label": self.class_names.index(name), "percent": round(100 * share, 3)}
-                for name, share in self.shares().items()
+                {"name": self.class_names[i], "label": i, "percent": round(100 * share, 3)}
+                for i, share in self._shares()
             ]
         }
 
@@ -145,10 +164,8 @@ class SegmentationResult:
         if count > LARGEST_16_BIT + 1:
             raise InputError(f"labels of {count} classes do not fit into a PNG; expected at most {LARGEST_16_BIT + 1}")
         if count > 256:
-            return [save_png(Image.fromarray(self.labels.astype(np.uint16)), path)]
-        image = Image.fromarray(self.labels.astype(np.uint8))
-        image.putpalette(palette(count).tobytes())
-        return [save_png(image, path)]
+            return [_write(_png(path), encode_numbers(self.labels.astype(np.uint16)))]
+        return [_write(_png(path), encode_numbers(self.labels.astype(np.uint8), palette(count)))]
 
     def overlay(self) -> Image.Image:
         """Draw the photo with the classes in colour and a legend."""
@@ -189,11 +206,11 @@ class ReferringResult:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the masks as PNG, 255 inside and 0 outside; several as name_1.png, name_2.png, ..."""
-        path = Path(path)
-        images = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in self.masks]
+        path = _png(path)
+        images = [encode_numbers(mask.astype(np.uint8) * 255) for mask in self.masks]
         if len(images) == 1:
-            return [save_png(images[0], path)]
-        return [save_png(image, path.with_stem(f"{path.stem}_{i}")) for i, image in enumerate(images, 1)]
+            return [_write(path, images[0])]
+        return [_write(path.with_stem(f"{path.stem}_{i}"), image) for i, image in enumerate(images, 1)]
 
     def overlay(self) -> Image.Image:
         """Draw the photo with each mask in colour and outlined, and the sentences."""
@@ -228,8 +245,9 @@ class DepthResult:
         """Write the depth as 16-bit PNG, `scale` levels per metre: millimetres unless max_depth is beyond 65.535 m."""
         if not np.isfinite(self.depth).all():
             raise ImageError(f"{path}: the depth contains NaN or infinity and is not written")
-        levels = np.maximum(np.rint(self.depth * self.scale), 0)
-        return [save_png(Image.fromarray(levels.astype(np.uint16)), path)]
+        levels = self.depth * self.scale
+        np.maximum(np.rint(levels, out=levels), 0, out=levels)
+        return [_write(_png(path), encode_numbers(levels.astype(np.uint16)))]
 
     def overlay(self) -> Image.Image:
         """Draw the photo beside the depth in colour, with a scale in metres."""

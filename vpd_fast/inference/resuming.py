@@ -14,9 +14,11 @@ from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
 
 Record = dict[str, Any]
-# How results are named: "short" is cat.png for cat.jpg; "full", also that of files that do not say, is a/cat.jpg.png.
+# How results are named: "short" is cat.png for cat.jpg, "full" is a/cat.jpg.png.
 NAMES = "names"
-FULL = "full"
+SHORT, FULL = "short", "full"
+OVERLAY = "overlay"  # the kind of pictures to look at
+EARLIER = {NAMES: FULL, OVERLAY: "png"}  # what headers that do not say so mean: those of earlier versions
 
 
 @dataclass
@@ -106,7 +108,7 @@ def _parse(line: bytes) -> Record:
 
 
 def _check_header(path: Path, header: Record, expected: Record) -> None:
-    before, now = ({NAMES: FULL, **values} for values in (header, expected))
+    before, now = ({**EARLIER, **values} for values in (header, expected))
     changes = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changes:
         changed = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changes)

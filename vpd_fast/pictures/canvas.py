@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vpd_fast.errors import ImageError
-from vpd_fast.pictures.palette import palette
+from vpd_fast.pictures.palette import PALETTE_SIZE, palette
 from vpd_fast.pictures.reading import to_uint8
 from vpd_fast.pictures.resizing import resize_area
 
@@ -24,6 +25,9 @@ FONT_SIZE = 18
 LEGEND_ROWS = 16
 LEAST_SPREAD = 0.01  # metres: a flat depth map keeps one colour
 SMALLEST_NAMED = 0.01  # of the image: smaller regions get no name drawn on them
+NAMING_SIDE = 160  # pixels of the longer side of the map on which names are placed
+CLASS_ALPHA, MASK_ALPHA = 0.55, 0.4  # shares of the colours that are laid over a photo
+OUTSIDE = (0.35, 0.15)  # shares of grey and of its own colours that the photo outside of masks keeps
 
 
 def segmentation_overlay(
@@ -31,10 +35,10 @@ def segmentation_overlay(
 ) -> Image.Image:
     """Draw the photo with classes in colour, their borders and names, and a legend of the largest ones."""
     photo = display_photo(image)
-    small = sample_nearest(labels, photo.shape[:2])
+    small = sample_nearest(labels.astype(np.min_scalar_type(len(names) - 1)), photo.shape[:2])
     colours = palette(len(names))
-    blended = tint(photo, colours[small], np.full((*small.shape, 1), 0.55, np.float32))
-    blended[label_borders(small)] = 255
+    blended = cv2.addWeighted(photo, 1 - CLASS_ALPHA, paint(small), CLASS_ALPHA, 0)
+    cv2.copyTo(np.full_like(blended, 255), label_borders(small).view(np.uint8), blended)
     picture = Image.fromarray(blended)
     name_regions(picture, small, names)
     by_name = {name: tuple(colours[i].tolist()) for i, name in reversed(list(enumerate(names)))}
@@ -48,17 +52,20 @@ def referring_overlay(image: np.ndarray, masks: np.ndarray, sentences: Sequence[
     photo = display_photo(image)
     size = photo.shape[:2]
     small = [sample_nearest(mask, size) for mask in masks]
-    outside = ~np.any(small, axis=0)
-    picture = photo.copy()
-    picture[outside] = (photo[outside].mean(1, keepdims=True) * 0.35 + photo[outside] * 0.15).astype(np.uint8)
+    small = [np.ascontiguousarray(mask, bool).view(np.uint8) for mask in small]
+    grey, own = OUTSIDE
+    picture = cv2.transform(photo, np.full((3, 3), grey / 3) + own * np.eye(3))
+    cv2.copyTo(photo, np.bitwise_or.reduce(small), picture)
     colours = palette(len(masks))
+    levels = np.arange(256)[:, None] * (1 - MASK_ALPHA)
     for mask, colour in zip(small, colours, strict=True):
-        picture = tint(picture, colour, mask[..., None].astype(np.float32) * 0.4)
+        table = np.rint(levels + colour * MASK_ALPHA).astype(np.uint8)
+        cv2.copyTo(cv2.LUT(picture, table[:, None]), mask, picture)
     for mask, colour in zip(small, colours, strict=True):
-        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        outlines, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         cv2.drawContours(picture, outlines, -1, (255, 255, 255), 4, cv2.LINE_AA)
         cv2.drawContours(picture, outlines, -1, colour.tolist(), 2, cv2.LINE_AA)
-    shares = [_percent(mask.mean()) for mask in masks]
+    shares = [_percent(np.count_nonzero(mask) / mask.size) for mask in masks]
     return above(
         Image.fromarray(picture), _captions(list(zip(colours.tolist(), sentences, shares, strict=True)), size[1])
     )
@@ -110,8 +117,16 @@ def display_photo(image: np.ndarray, longest: int = LONGEST) -> np.ndarray:
     return to_uint8(np.clip(resize_area(image, (max(round(height * scale), 1), max(round(width * scale), 1))), 0, 255))
 
 
+def paint(labels: np.ndarray) -> np.ndarray:
+    """Return labels (H,W) of integers in the palette's colours, (H,W,3) uint8, by one look-up table."""
+    numbers = labels if labels.dtype == np.uint8 else (labels % PALETTE_SIZE).astype(np.uint8)
+    return cv2.applyColorMap(numbers, palette(PALETTE_SIZE)[:, None])
+
+
 def sample_nearest(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Return values (H,W) at the centres of the pixels of a picture of `size` (height, width): no interpolation."""
+    if values.shape == tuple(size):
+        return values
     rows, columns = ((np.arange(n) + 0.5) * whole / n for n, whole in zip(size, values.shape, strict=True))
     return values[rows.astype(int)[:, None], columns.astype(int)]
 
@@ -130,18 +145,54 @@ def label_borders(labels: np.ndarray) -> np.ndarray:
 
 
 def name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Write the class on the widest spot of its largest region, where it fits."""
-    draw = ImageDraw.Draw(picture)
-    for label in np.unique(labels):
-        mask = np.pad(labels == label, 1).astype(np.uint8)
-        if mask.sum() < SMALLEST_NAMED * labels.size:
-            continue
+    """Write the class on the widest spot of its largest region, where it fits.
+
+    The spot is looked for on a map of at most NAMING_SIDE pixels a side: a few pixels do not matter to a name.
+    """
+    step = -(-max(labels.shape) // NAMING_SIDE)
+    small = labels[step // 2 :: step, step // 2 :: step]
+    small = small if small.size else labels
+    counts = np.bincount(small.ravel())
+    for label in np.flatnonzero(counts >= max(SMALLEST_NAMED * small.size, 1)):
+        mask = cv2.copyMakeBorder((small == label).view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
         distance = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
-        y, x = np.unravel_index(distance.argmax(), distance.shape)
-        font = load_font(FONT_SIZE)
+        _, widest, _, (x, y) = cv2.minMaxLoc(distance)
         name = str(names[label])
-        if distance[y, x] > 0.35 * draw.textlength(name, font):
-            draw.text((int(x), int(y)), name, TEXT, font, anchor="mm", stroke_width=2, stroke_fill=(0, 0, 0))
+        if widest * step > 0.35 * text_length(name):
+            spot = (x * step + step // 2, y * step + step // 2)
+            write(picture, spot, name, (0, 0, 0), anchor="mm", stroke=2)
+            write(picture, spot, name, TEXT, anchor="mm")
+
+
+@lru_cache(maxsize=2048)
+def _lettering(text: str, size: int, anchor: str, stroke: int) -> tuple[Image.Image, int, int]:
+    """Return how much of each pixel a text covers (mode L), and where that lies from its anchor: x, y."""
+    font = load_font(size)
+    left, top, right, bottom = map(round, font.getbbox(text, anchor=anchor, stroke_width=stroke))
+    mask = Image.new("L", (max(right - left, 1), max(bottom - top, 1)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, font, anchor=anchor, stroke_width=stroke)
+    return mask, left, top
+
+
+def write(
+    picture: Image.Image,
+    spot: tuple[int, int],
+    text: str,
+    colour: tuple[int, int, int],
+    size: int = FONT_SIZE,
+    *,
+    anchor: str = "lm",
+    stroke: int = 0,
+) -> None:
+    """Write a text at a spot (x, y); anchor: as Pillow's. Letters are kept, as pictures of a run repeat their words."""
+    mask, x, y = _lettering(text, size, anchor, stroke)
+    picture.paste(colour, (spot[0] + x, spot[1] + y), mask)
+
+
+@lru_cache(maxsize=2048)
+def text_length(text: str, size: int = FONT_SIZE) -> float:
+    """Return the width of a text in pixels."""
+    return load_font(size).getlength(text)
 
 
 def heatmap(photo: np.ndarray, heat: np.ndarray, title: str | None = None) -> Image.Image:
@@ -168,6 +219,7 @@ def apply_colour_map(values: np.ndarray, colours: int) -> np.ndarray:
     return cv2.cvtColor(cv2.applyColorMap(indices, colours), cv2.COLOR_BGR2RGB)
 
 
+@lru_cache(maxsize=8)
 def load_font(size: int) -> Font:
     """Return Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)
@@ -184,45 +236,50 @@ def _percent(share: float) -> str:
 
 def _legend(rows: Sequence[tuple[tuple[int, int, int], str, str]], footer: str) -> Image.Image:
     """Draw swatches with names and values."""
-    font = load_font(FONT_SIZE)
     line = FONT_SIZE + 10
-    names = max(font.getlength(name) for _, name, _ in rows)
-    values = max(font.getlength(value) for _, _, value in rows)
+    names = max(text_length(name) for _, name, _ in rows)
+    values = max(text_length(value) for _, _, value in rows)
     width = round(MARGIN + 28 + names + 24 + values + MARGIN)
     panel = Image.new("RGB", (width, 2 * MARGIN + line * (len(rows) + bool(footer))), BACKGROUND)
-    draw = ImageDraw.Draw(panel)
     for i, (colour, name, value) in enumerate(rows):
         middle = MARGIN + line * i + line // 2
-        draw.rounded_rectangle((MARGIN, middle - 8, MARGIN + 16, middle + 8), 4, fill=tuple(colour))
-        draw.text((MARGIN + 28, middle), name, TEXT, font, anchor="lm")
-        draw.text((width - MARGIN, middle), value, FAINT, font, anchor="rm")
+        panel.paste(tuple(colour), (MARGIN, middle - 8), _swatch(17, 17))
+        write(panel, (MARGIN + 28, middle), name, TEXT)
+        write(panel, (width - MARGIN, middle), value, FAINT, anchor="rm")
     if footer:
-        draw.text((MARGIN + 28, MARGIN + line * len(rows) + line // 2), footer, FAINT, font, anchor="lm")
+        write(panel, (MARGIN + 28, MARGIN + line * len(rows) + line // 2), footer, FAINT)
     return panel
+
+
+@lru_cache(maxsize=8)
+def _swatch(width: int, height: int) -> Image.Image:
+    """Return a rectangle with round corners, as a mask."""
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, width - 1, height - 1), 4, fill=255)
+    return mask
 
 
 def _captions(rows: Sequence[tuple[Sequence[int], str, str]], width: int) -> Image.Image:
     """Draw sentences with swatches, wrapped to `width`."""
-    font = load_font(FONT_SIZE + 2)
+    size = FONT_SIZE + 2
     width = max(width, 320)
     line = FONT_SIZE + 12
-    wrapped = [(colour, _wrap(f"{text}  ({value})", font, width - 2 * MARGIN - 28)) for colour, text, value in rows]
+    wrapped = [(colour, _wrap(f"{text}  ({value})", size, width - 2 * MARGIN - 28)) for colour, text, value in rows]
     panel = Image.new("RGB", (width, 2 * MARGIN + line * sum(len(lines) for _, lines in wrapped)), BACKGROUND)
-    draw = ImageDraw.Draw(panel)
     middle = MARGIN + line // 2
     for colour, lines in wrapped:
-        draw.rounded_rectangle((MARGIN, middle - 9, MARGIN + 18, middle + 9), 4, fill=tuple(colour))
+        panel.paste(tuple(colour), (MARGIN, middle - 9), _swatch(19, 19))
         for text in lines:
-            draw.text((MARGIN + 28, middle), text, TEXT, font, anchor="lm")
+            write(panel, (MARGIN + 28, middle), text, TEXT, size)
             middle += line
     return panel
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def _wrap(text: str, size: int, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
+        if lines[-1] and text_length(longer, size) > width:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -231,22 +288,21 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
 
 def _scale(near: float, far: float, height: int) -> Image.Image:
     """Draw a colour bar, near at the bottom, with about six round numbers of metres."""
-    font = load_font(FONT_SIZE)
     panel = Image.new("RGB", (112, height), BACKGROUND)
     top, bottom = MARGIN + 32, height - MARGIN - 12
     bar = apply_colour_map(
         np.linspace(0, 1, bottom - top, dtype=np.float32)[:, None].repeat(24, 1), cv2.COLORMAP_INFERNO
     )
     panel.paste(Image.fromarray(bar), (MARGIN, top))
+    write(panel, (MARGIN, MARGIN + 4), "metres", FAINT)
     draw = ImageDraw.Draw(panel)
-    draw.text((MARGIN, MARGIN + 4), "metres", FAINT, font, anchor="lm")
     spread = max(far - near, LEAST_SPREAD)
     step = _round_step(spread / 6)
     decimals = max(0, -int(np.floor(np.log10(step) + 1e-9)))
     for value in np.arange(np.ceil(near / step - 1e-6), np.floor((near + spread) / step + 1e-6) + 1) * step:
-        y = bottom - (value - near) / spread * (bottom - top)
+        y = round(bottom - (value - near) / spread * (bottom - top))
         draw.line((MARGIN + 24, y, MARGIN + 32, y), TEXT)
-        draw.text((MARGIN + 38, y), f"{value:.{decimals}f}", TEXT, font, anchor="lm")
+        write(panel, (MARGIN + 38, y), f"{value:.{decimals}f}", TEXT)
     return panel
 
 
@@ -259,11 +315,9 @@ def _round_step(least: float) -> float:
 def titled(tile: Image.Image, title: str, note: str) -> Image.Image:
     """Draw a title above the picture, and a note at the right where there is room."""
     bar = Image.new("RGB", (tile.width, FONT_SIZE + 14), BACKGROUND)
-    draw = ImageDraw.Draw(bar)
-    font = load_font(FONT_SIZE)
-    draw.text((8, bar.height // 2), title, TEXT, font, anchor="lm")
-    if note and font.getlength(title) + font.getlength(note) + 32 < tile.width:
-        draw.text((bar.width - 8, bar.height // 2), note, FAINT, font, anchor="rm")
+    write(bar, (8, bar.height // 2), title, TEXT)
+    if note and text_length(title) + text_length(note) + 32 < tile.width:
+        write(bar, (bar.width - 8, bar.height // 2), note, FAINT, anchor="rm")
     return above(bar, tile)
 
 
