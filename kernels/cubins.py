@@ -30,6 +30,9 @@ FORMAT = 1  # of the index
 VARIABLE = "VPD_FAST_CUBINS"
 MODES = ("", "off", "only")
 DRIVER = "libcuda.so.1"
+# GPUs that run machine code of another architecture, as it is of the same major version: A10, A40, RTX 30 series; L4,
+# L40, RTX 40 series. They have less shared memory (99 KB a block), which the kernels for sm_80 keep to.
+COMPATIBLE = {"sm_86": "sm_80", "sm_89": "sm_80"}
 
 
 class UnusableError(Exception):
@@ -98,17 +101,22 @@ class Archive:
                 NotImplementedError, RuntimeError) as error:  # fmt: skip
             raise UnusableError(f"it is damaged ({error!r})") from error
 
-    def check(self, architecture: str, driver: int) -> None:
-        """Raises UnusableError unless it is of these sources, and for this architecture and version of the driver."""
+    def entries_for(self, architecture: str, driver: int) -> dict[str, Entry]:
+        """What GPUs of this architecture run, by key.
+
+        Raises UnusableError unless it is of these sources, and for such GPUs and this version of the driver.
+        """
         if self.sources != hash_of_sources():
             raise UnusableError(
                 "it was made from other sources of the kernels; vpd-fast compile-kernels makes it again"
             )
-        if architecture not in self.entries:
+        taken = architecture if architecture in self.entries else COMPATIBLE.get(architecture)
+        if taken not in self.entries:
             raise UnusableError(f"this GPU is {architecture}, and it has kernels for {', '.join(sorted(self.entries))}")
         if driver // 1000 < int(self.cuda.partition(".")[0]):
             version = f"{driver // 1000}.{driver % 1000 // 10}"
             raise UnusableError(f"the driver is for CUDA {version}, and it was assembled by CUDA {self.cuda}")
+        return self.entries[taken]
 
     def cubin(self, entry: Entry) -> bytes:
         """A kernel's machine code. Raises UnusableError if it is damaged."""
@@ -131,9 +139,8 @@ class Table:
 
     def __init__(self, archive: Archive, architecture: str, driver: Any, only: bool = False) -> None:
         """driver: a `_C_cuda.Driver`. only: what cannot be launched is an error. Raises UnusableError."""
-        archive.check(architecture, driver.version)
+        self._entries = archive.entries_for(architecture, driver.version)
         self._archive, self._driver, self._only = archive, driver, only
-        self._entries = archive.entries[architecture]
         self._kernels: dict[tuple[str, int], Any] = {}  # loaded on a device, None if they cannot be
         self._warned = False
 

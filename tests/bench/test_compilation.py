@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vpd_fast.bench import compilation, launches
 from vpd_fast.bench.compilation import newest
 from vpd_fast.bench.cubin_files import read_cubin
+from vpd_fast.bench.engine_pass import MODELS
+from vpd_fast.bench.operations import ValuesAreFine
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError
 from vpd_fast.kernels import cubins
 from vpd_fast.kernels.cubins import Archive
 from vpd_fast.kernels.specialization import layout, parse
+from vpd_fast.models import checks
+from vpd_fast.tasks import TASKS
 
 from ..kernels.conftest import launcher, stub_of  # noqa: F401  fixtures
 
@@ -110,6 +116,21 @@ def test_what_is_measured_by_default_is_compiled() -> None:
         for precision in ("fp32", "bf16", "fp16", "int8", "fp8"):
             for batch in (1, 2, 4, 8, 16):
                 assert launches.Configuration(model, precision, batch, 512) in known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "segmentation"])
+def test_other_tasks_are_recorded_without_memory(task: str) -> None:
+    """Checks of values are passed by; `recorded_passes.py` records the first task."""
+    model, launched = launches.EmptyModel(dataclasses.replace(MODELS["small"], task=task), "fp32"), []
+    model.record(1, 64, lambda architecture, *_: launched.append(architecture), ["sm_90"])
+    assert len(launched) > 200
+
+
+def test_scenes_without_values_are_recorded() -> None:
+    scenes = torch.empty(2, dtype=torch.long, device="meta")
+    with ValuesAreFine():
+        checks.class_ids(scenes, 27, scenes.device)
 
 
 def test_versions_are_compared_as_numbers() -> None:

@@ -31,6 +31,10 @@ class StubDriver:
         """Sizes of the parameters of the next launches, of whose bytes there is a record then."""
         self._library.stub_sizes((ctypes.c_int * len(sizes))(*sizes), len(sizes))
 
+    def limit_shared(self, kilobytes: int) -> None:
+        """Shared memory of a block from now on, as GPUs have it: 227 (sm_90), 163 (sm_80), 99 (sm_86, sm_89)."""
+        self._library.stub_shared(kilobytes << 10)
+
     def launches(self) -> list[list[str]]:
         """Device, stream, kernel, grid, threads, shared memory and parameters of each launch since the last call."""
         lines = self._library.stub_log().decode().splitlines()
@@ -95,8 +99,9 @@ def stub_of(pytestconfig: pytest.Config):
 
 @pytest.fixture
 def stub(stub_of) -> StubDriver:
-    """A driver for CUDA 12.8 that has launched nothing."""
+    """A driver for CUDA 12.8 that has launched nothing, for an H200."""
     driver = stub_of(12080)
     driver.expect()
+    driver.limit_shared(227)
     driver.launches()
     return driver

@@ -92,13 +92,13 @@ def test_parameters_lie_as_in_a_structure_of_c() -> None:
     assert packing.size == 64
 
 
-def write(path: Path, keys: dict[str, tuple[int, int]], **changes: Any) -> None:
+def write(path: Path, keys: dict[str, tuple[int, int]], architecture: str = "sm_90", **changes: Any) -> None:
     """An archive whose kernels are no machine code."""
-    files = {f"sm_90/{i}.cubin": b"\x7fELF" + bytes([i]) * 2000 for i in range(len(keys))}
+    files = {f"{architecture}/{i}.cubin": b"\x7fELF" + bytes([i]) * 2000 for i in range(len(keys))}
     rows = {key: (name, *how) for (key, how), name in zip(keys.items(), files, strict=True)}
     index = {"format": 1, "sources": cubins.hash_of_sources(), "triton": "3.6.0", "cuda": "12.8", "scratch": 2}
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("index.json", json.dumps(index | {"kernels": {"sm_90": rows}} | changes))
+        file.writestr("index.json", json.dumps(index | {"kernels": {architecture: rows}} | changes))
         for name, content in files.items():
             file.writestr(name, content)
 
@@ -116,10 +116,10 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: ModuleTyp
     return path
 
 
-def open_quietly() -> cubins.Table:
+def open_quietly(capability: tuple[int, int] = (9, 0)) -> cubins.Table:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = cubins.open_table((9, 0))
+        table = cubins.open_table(capability)
     assert table is not None
     return table
 
@@ -178,6 +178,36 @@ def test_a_kernel_that_does_not_load_is_left_to_triton(archive: Path, change) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not table.launch(Kernel(), (1,), arguments(), 0, 0)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
+def test_gpus_run_machine_code_of_their_major_version(archive: Path, stub, capability: tuple[int, int]) -> None:
+    """What needs more shared memory than they have, up to 163 KB as an A100, the driver refuses."""
+    other = arguments(num_stages=5)
+    write(archive, {KEY: (256, 99 << 10), specialize(Kernel(), other)[0]: (256, (99 << 10) + 4)}, "sm_80")
+    stub.limit_shared(163 if capability == (8, 0) else 99)
+    table = open_quietly(capability)
+    assert table.launch(Kernel(), (3,), arguments(), 0, 0)
+    if capability == (8, 0):
+        assert table.launch(Kernel(), (3,), other, 0, 0)
+        return
+    with pytest.warns(UserWarning, match=r"the driver does not load .*num_stages=5.*Triton compiles"):
+        assert not table.launch(Kernel(), (3,), other, 0, 0)
+    assert [line[2:6] for line in stub.launches()] == [["_kernel", "3,1,1", "256", str(99 << 10)]]
+
+
+def test_an_architecture_of_their_own_comes_first() -> None:
+    """Machine code of another major version, for one GPU only (sm_90a) or for Jetsons (sm_87) is not taken over."""
+    rows = {name: {KEY: cubins.Entry(f"{name}/0.cubin", 32, 0)} for name in ("sm_80", "sm_86", "sm_90")}
+    full = cubins.Archive(Path("cubins.zip"), cubins.hash_of_sources(), "3.6.0", "12.8", 2, rows)
+    expected = {"sm_80": "sm_80", "sm_86": "sm_86", "sm_89": "sm_80", "sm_90": "sm_90"}
+    for architecture, taken in expected.items():
+        assert full.entries_for(architecture, 12080)[KEY].file == f"{taken}/0.cubin"
+    for architecture in ("sm_75", "sm_87", "sm_100", "sm_120"):
+        with pytest.raises(
+            cubins.UnusableError, match=f"this GPU is {architecture}, and it has kernels for sm_80, sm_"
+        ):
+            full.entries_for(architecture, 12080)
 
 
 UNUSABLE = {

@@ -19,12 +19,21 @@ from vpd_fast.bench.operations import ValuesAreFine, empty_engine
 from vpd_fast.bench.variants import conditioning
 from vpd_fast.config import PRECISIONS
 from vpd_fast.kernels import _library
+from vpd_fast.kernels.tables import Gpu
 
-# Architectures that kernels are compiled for, their GPUs, and how many multiprocessors those have, by which tiles are
-# chosen.
+# Architectures that kernels are compiled for, GPUs that run them, and how many multiprocessors those have, by which
+# tiles are chosen.
 GPUS = {
-    "sm_80": {"NVIDIA A100-SXM4-80GB": 108},
-    "sm_90": {"NVIDIA H200": 132, "NVIDIA H100 PCIe": 114},  # and the other H100s, as the H200
+    "sm_80": {
+        Gpu("NVIDIA A100-SXM4-80GB", (8, 0)): 108,
+        Gpu("NVIDIA A10", (8, 6)): 72,
+        Gpu("NVIDIA GeForce RTX 3090", (8, 6)): 82,
+        Gpu("NVIDIA L4", (8, 9)): 58,
+        Gpu("NVIDIA GeForce RTX 4090", (8, 9)): 128,
+        Gpu("NVIDIA L40S", (8, 9)): 142,
+    },
+    # And the other H100s, as the H200.
+    "sm_90": {Gpu("NVIDIA H200", (9, 0)): 132, Gpu("NVIDIA H100 PCIe", (9, 0)): 114},
 }
 BATCHES = (1, 2, 4, 8, 16)
 SIZES = (512, 640)
@@ -86,11 +95,11 @@ class _Recorder(TorchDispatchMode):
         runs = [i.run for i in operator.implementations if _launches(operator.name, i.name, arguments)]
         for architecture in self._architectures:
             if architecture == "sm_80" and _has_float8(arguments):
-                continue  # PyTorch computes those
-            for name, processors in GPUS[architecture].items():
-                table = tables.of_gpu(tables.Gpu(name, (int(architecture[3:-1]), int(architecture[-1])))).table
+                continue  # PyTorch computes those, and Triton compiles them for sm_89
+            for gpu, processors in GPUS[architecture].items():
+                table = tables.of_gpu(gpu).table
                 configs = {} if table is None else table.configs
-                with recording(lambda *launch, name=architecture: self._record(name, *launch), processors, configs):
+                with recording(lambda *launch, of=architecture: self._record(of, *launch), processors, configs):
                     for run in runs:
                         run(arguments)
 

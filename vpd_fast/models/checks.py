@@ -83,10 +83,10 @@ def class_ids(value: Tensor, num_scenes: int, device: torch.device) -> None:
             f"class_ids must have shape (B,) and dtype torch.int64, got {tuple(value.shape)} {value.dtype}"
         )
     _place("class_ids", value, device, None)
+    inside = ((value >= 0) & (value < num_scenes)).all()
     if torch.compiler.is_compiling():
-        inside = ((value >= 0) & (value < num_scenes)).all()
         torch.ops.aten._assert_async.msg(inside, f"class_ids must be in [0, {num_scenes})")
-    elif value.numel() and not 0 <= int(value.min()) <= int(value.max()) < num_scenes:
+    elif not inside:
         raise InputError(f"class_ids must be in [0, {num_scenes}), got {value.tolist()}")
 
 

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_IMAGE = 200, NOT_FOUND = 500, MAX_SHARED = 227 << 10, TEXT = 1 << 20 };
+enum { SUCCESS = 0, INVALID_IMAGE = 200, NOT_FOUND = 500, TEXT = 1 << 20 };
 
 typedef struct {
     unsigned grid[3], block[3], shared;
@@ -16,18 +16,19 @@ typedef struct {
 
 static char text[TEXT];
 static size_t used;
-static int sizes[256], size_count, current = -1, allowed[64];
+static int sizes[256], size_count, current = -1, allowed[64], max_shared = 227 << 10;
 static char names[4096][64];
 static int kernels;
 
 const char* stub_log(void) { return text; }
 void stub_clear(void) { used = 0, text[0] = 0; }
+void stub_shared(int bytes) { max_shared = bytes, memset(allowed, 0, sizeof allowed); }
 void stub_sizes(const int* values, int count) {
     size_count = count;
     memcpy(sizes, values, sizeof(int) * count);
 }
 
-#define WRITE(...) (used += snprintf(text + used, TEXT - used, __VA_ARGS__))
+#define WRITE(...) (used += used < TEXT / 2 ? snprintf(text + used, TEXT - used, __VA_ARGS__) : 0)  // and no more then
 
 int cuInit(unsigned flags) { return flags ? INVALID_IMAGE : SUCCESS; }
 int cuGetErrorName(int status, const char** name) { return *name = status == INVALID_IMAGE ? "INVALID_IMAGE" : "ERROR", 0; }
@@ -51,7 +52,7 @@ int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
 }
 int cuKernelSetCacheConfig(void* kernel, int config, int device) { return SUCCESS; }
 int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
-    if (attribute != 8 || value > MAX_SHARED) return NOT_FOUND;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if (attribute != 8 || value > max_shared) return NOT_FOUND;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     if (value > allowed[device]) allowed[device] = value;
     return SUCCESS;
 }
