@@ -1,7 +1,7 @@
 """Registers, shared memory, spills and instructions of every CUDA kernel per architecture. Needs no GPU.
 
-Exits with 1 if one spills, if its tensor-core or copy instructions are missing, or if the assembler had to make
-asynchronous matrix instructions wait for each other.
+Exits with 1 if one spills, if its tensor-core or copy instructions are missing, if the loop that starts its copies is
+too long, or if the assembler had to make asynchronous matrix instructions wait for each other.
 
 python benchmarks/cuda_resources.py
 """
@@ -38,7 +38,7 @@ EXPECTED = {
         "mma_kernel<": ("HMMA", *COPIES),
         "wgmma_kernel<signed char": ("IGMMA", *BOXES),
         "wgmma_kernel<vpd::device::Float8": ("QGMMA", *BOXES),
-        "wgmma_kernel<": (r"HGMMA\.64x(64|128)x16\.F32", *BOXES),
+        "wgmma_kernel<": (r"HGMMA\.64x(64|128|160)x16\.F32", *BOXES),
         # Probes.
         "copy_kernel<1>": (r"UTMALDG\.2D$",),
         "copy_kernel<": (r"UTMALDG\.2D\.MULTICAST",),
@@ -49,6 +49,8 @@ EXPECTED = {
         "small_kernel": ("ACQBULK", "PREEXIT"),  # griddepcontrol
     },
 }
+# Instructions for each step of K in the loop that starts both copies, of kernels whose name begins like this.
+COPY_LOOPS = {r"wgmma_kernel<.*, true>": 32}
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
 SERIALIZED = ("C7510", "C7520")  # the assembler's notes that wgmma instructions wait for each other
 
@@ -64,13 +66,38 @@ def find_cuobjdump() -> str:
     return found
 
 
-def instructions_of(cubin: Path) -> dict[str, set[str]]:
-    """The machine instructions, with their modifiers, of each kernel by its mangled name."""
+def code_of(cubin: Path) -> dict[str, str]:
+    """The machine code of each kernel by its mangled name, as text."""
     code = subprocess.run([find_cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    kernels = {}
-    for part in code.split("Function : ")[1:]:
-        kernels[part.split(maxsplit=1)[0]] = set(re.findall(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", part))
-    return kernels
+    return {part.split(maxsplit=1)[0]: part for part in code.split("Function : ")[1:]}
+
+
+def instructions_of(code: str) -> set[str]:
+    """The machine instructions of a kernel, with their modifiers."""
+    return set(re.findall(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", code))
+
+
+def copy_loop(code: str) -> int | None:
+    """Instructions of the shortest loop with a copy of a box of each kind, or None if there is none."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    numbers = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+    lengths = []
+    for last, (_, line) in enumerate(lines):
+        target = re.search(r"\bBRA .*\b0x([0-9a-f]+)", line)
+        first = numbers.get(int(target[1], 16), last + 1) if target else last + 1
+        body = " ".join(line for _, line in lines[first : last + 1])
+        if all(re.search(box, body) for box in BOXES):
+            lengths.append(last + 1 - first)
+    return min(lengths, default=None)
+
+
+def copies_too_long(kernel: str, code: str) -> list[str]:
+    """What is wrong with the loop that starts the copies of that kernel, if it has a limit."""
+    for pattern, limit in COPY_LOOPS.items():
+        if re.match(pattern, kernel):
+            length = copy_loop(code)
+            return [] if length is not None and length <= limit else [f"{length} instructions per copied step"]
+    return []
 
 
 def missing(kernel: str, architecture: str, instructions: set[str]) -> list[str]:
@@ -89,7 +116,7 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
         done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
-        kernels = instructions_of(cubin) if "Compiling entry function" in done.stderr else {}
+        code = code_of(cubin) if "Compiling entry function" in done.stderr else {}
     rows = []
     for entry in done.stderr.split("Compiling entry function ")[1:]:
         mangled = entry.split("'")[1]
@@ -97,10 +124,12 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
         kernel = re.sub(r"^(?:void )?(?:\w+::|\(anonymous namespace\)::)*", "", name)
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry))
         stack, shared = re.search(r"(\d+) bytes stack", entry), re.search(r"(\d+) bytes smem", entry)
-        absent = missing(kernel, architecture, kernels[mangled])
+        instructions = instructions_of(code[mangled])
+        absent = missing(kernel, architecture, instructions)
+        long = copies_too_long(kernel, code[mangled]) if architecture == ARCHITECTURES[1] else []
         notes = [line for line in done.stderr.splitlines() if any(note in line for note in SERIALIZED)]
         serialized = any(f"'{mangled}'" in line for line in notes)
-        shown = sorted({found for i in kernels[mangled] for found in re.findall(NAMED, i.partition(".")[0])})
+        shown = sorted({found for i in instructions for found in re.findall(NAMED, i.partition(".")[0])})
         rows.append(
             {
                 "file": source.name,
@@ -111,7 +140,7 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
                 "stack_bytes": int(stack[1]) if stack else 0,
                 "spilled_bytes": spills,
                 "instructions": " ".join(shown),
-                "faults": " ".join([*(f"no {i}" for i in absent), *(["serialized"] if serialized else [])]),
+                "faults": " ".join([*(f"no {i}" for i in absent), *long, *(["serialized"] if serialized else [])]),
             }
         )
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ COUNT = 12  # shapes with the most work of a pass
 PRECISIONS = {"int8": torch.int8, "bf16": torch.bfloat16}
 STEPS_OF_K = (2, 5, 9, 18, 36, 72)  # of 128 bytes, by which the cost of a tile and of a step are told apart
 STEP_BYTES, TILE, PROCESSORS = 128, 128, 132
+LOOPS = ("wgmma", "wgmma_wide")  # whose tiles and steps are compared
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ class Variant:
 
 VARIANTS = {
     "cuda": Variant(),
-    "cuda, wide epilogue": Variant(instructions="wgmma_wide"),
     "cuda, no residual": Variant(residual=False),
     "cuda, residual": Variant(residual=True),
     "cuda, float32 result": Variant(out_dtype=torch.float32),
@@ -136,18 +137,19 @@ def _cost_of_a_tile(setting: Setting, name: str) -> list[Row]:
     """Clocks of a tile on a multiprocessor = a + b x steps of 128 bytes, by least squares over lengths of the sum."""
     dtype, rows = PRECISIONS[name], []
     tiles = 2 if setting.dry else 8 * PROCESSORS
-    for residual in (False, True):
+    for instructions, residual in itertools.product(LOOPS, (False, True)):
         points = []
         start = time.monotonic()
         for steps in setting.only(list(STEPS_OF_K), 2):
             k = steps * (16 if setting.dry else STEP_BYTES // dtype.itemsize)
             product = Product(1, tiles * (16 if setting.dry else TILE), 1, (k,), 16 if setting.dry else TILE)
-            call = Problem(setting, product, dtype).launch(Variant(residual=residual))
+            call = Problem(setting, product, dtype).launch(Variant(instructions=instructions, residual=residual))
             ms = setting.milliseconds({"": call}, rounds=9, cold=False)[""]
             points.append((steps, 1e6 * ms / (tiles / PROCESSORS)))
         slope, constant = numpy.polyfit(*zip(*points, strict=True), 1)
         ghz = setting.conditions(start).get("sm_mhz", 0.0) / 1e3
-        row = {"precision": name, "residual": residual, "tile_ns": float(constant), "step_ns": float(slope)}
+        row: Row = {"precision": name, "instructions": instructions, "residual": residual}
+        row |= {"tile_ns": float(constant), "step_ns": float(slope)}
         row |= {"tile_clk": float(constant) * ghz, "step_clk": float(slope) * ghz} if ghz else {}
         rows.append({**row, **({STAND_IN: "Triton's interpreter"} if setting.dry else {})})
     return rows

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
-#include "cuda/gemm_epilogue.cuh"
+#include "cuda/gemm_epilogue_wide.cuh"
 #include "cuda/gemm_kernels.h"
 #include "sizes.h"
 
@@ -14,6 +14,8 @@ namespace {
 using namespace gemm;
 
 constexpr int MAX_SPLITS = 16, MIN_STEPS_PER_SPLIT = 8;
+constexpr int STEPS_OF_EPILOGUE = 3;  // that take as long as what is around the steps of a tile
+constexpr int64_t MAX_WIDE_REACH = int64_t(8) * WideRow::NONE;
 constexpr int64_t MAX_COUNT = int64_t(1) << 30;  // of what is counted with 32 bits, with room for a tile more
 
 // Returns whether positions of these sizes follow each other at one distance, and sets it.
@@ -73,11 +75,18 @@ bool results_aligned(const CudaGemm& p, int columns) {
     return aligned(p.out, p.out_dtype, columns) && (!p.residual.data || aligned(p.residual, p.residual_dtype, columns));
 }
 
+// Returns how far the last position of a result or residual is from the first.
+int64_t reaches(const CudaPositions& x, const CudaGemm& p) {
+    return (p.batch - 1) * x.image + (p.out_height - 1) * x.row + (p.out_width - 1) * x.column;
+}
+
 // Returns whether the wide epilogue computes this result; see gemm_epilogue_wide.cuh.
 bool wide_takes(const CudaGemm& p, const Plan& plan) {
     const bool residual = p.residual.data && (p.activation == CudaActivation::geglu || p.residual_dtype != p.out_dtype);
-    return plan.splits == 1 && plan.out_columns % 8 == 0 && results_aligned(p, 8) &&
-           p.activation != CudaActivation::silu && !residual;
+    if (plan.splits > 1) return plan.rows < WideRow::NONE;  // what follows the sums is for the merge
+    return plan.out_columns % 8 == 0 && results_aligned(p, 8) && reaches(p.out, p) < MAX_WIDE_REACH &&
+           (!p.residual.data || reaches(p.residual, p) < MAX_WIDE_REACH) && p.activation != CudaActivation::silu &&
+           !residual;
 }
 
 // Sets the size of tiles and how they divide the result.
@@ -89,12 +98,37 @@ void set_tiles(const CudaGemm& p, int rows_of_tile, int columns_of_tile, Plan& p
 
 int64_t tiles_of(const Plan& plan) { return int64_t(plan.row_tiles) * plan.column_tiles; }
 
+// Sets by what kernels divide.
+void set_divisors(const CudaGemm& p, Plan& plan) {
+    plan.by_tiles = divisor_of(std::max<int64_t>(1, tiles_of(plan)));
+    plan.by_group = divisor_of(int64_t(GROUP) * plan.column_tiles);
+    plan.by_last_group = divisor_of(std::max(1, plan.row_tiles % GROUP));
+    plan.by_tiles_x = divisor_of(std::max(1, plan.tiles_x)), plan.by_tiles_y = divisor_of(std::max(1, plan.tiles_y));
+    for (int i = 0; i < 2; ++i) plan.by_blocks[i] = divisor_of(std::max(1, plan.blocks[i]));
+    plan.by_kernel_width = divisor_of(p.kernel_width);
+}
+
 // Split-K: idle SMs share the sums, as long as each part is worth a pipeline.
 void set_splits(Plan& plan, int processors) {
     const int64_t idle = processors / std::max<int64_t>(1, tiles_of(plan));
     const int splits =
         int(std::clamp<int64_t>(std::min<int64_t>(idle, plan.steps / MIN_STEPS_PER_SPLIT), 1, MAX_SPLITS));
     plan.share = int(ceil_divide(plan.steps, splits)), plan.splits = int(ceil_divide(plan.steps, plan.share));
+}
+
+// Lines of 128 bytes that multiprocessors copy one after the other, which is what takes most of the time.
+int64_t copied_lines(const Plan& plan, int processors) {
+    const int64_t tiles = ceil_divide(tiles_of(plan) * plan.splits, processors);
+    return tiles * (plan.share + STEPS_OF_EPILOGUE) * (plan.rows_of_tile + plan.columns_of_tile);
+}
+
+// Takes tiles of 160 columns where these leave no columns idle and are done earlier; by the wide kernel only.
+void widen_tiles(const CudaGemm& p, Plan& plan, int processors) {
+    Plan wider = plan;
+    if (p.n % 160) return;
+    set_tiles(p, plan.rows_of_tile, 160, wider);
+    set_splits(wider, processors);
+    if (wide_takes(p, wider) && copied_lines(wider, processors) < copied_lines(plan, processors)) plan = wider;
 }
 
 const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
@@ -158,10 +192,12 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
         if (tiles_of(plan) < processors) set_tiles(p, 64, 64, plan);
     }
     set_splits(plan, processors);
-    plan.wide = instructions == CudaInstructions::wgmma_wide && wide_takes(p, plan);
+    if (wgmma && instructions == CudaInstructions::wgmma_wide) plan.wide = wide_takes(p, plan);
+    if (plan.wide) widen_tiles(p, plan, processors);
     if (tiles_of(plan) * plan.splits >= MAX_COUNT ||
         plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
         return "the result has too many elements";
+    set_divisors(p, plan);
     return nullptr;
 }
 

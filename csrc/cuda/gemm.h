@@ -47,7 +47,7 @@ enum class CudaInstructions {
     automatic,  // wgmma if it can, else mma
     mma,        // mma.sync, from sm_80 on; not float8_e4m3fn
     wgmma,      // wgmma and TMA, sm_90 only
-    wgmma_wide  // the same, with an epilogue of eight columns per thread for usual results
+    wgmma_wide  // the same, with other copies, tiles up to 160 columns, and eight columns per thread of usual results
 };
 
 // nullptr if the product can run on the current device, else the reason why it cannot; scratch does not matter.

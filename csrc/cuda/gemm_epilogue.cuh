@@ -22,32 +22,35 @@ struct alignas(8) Two {
 // without conflicts.
 constexpr __host__ __device__ int pitch_of(int columns) { return columns + 8; }
 
-// One row of the result: where it is, and what all its columns share. number < 0: there is no such row.
+// One row of the result: where it is, and what all its columns share. position < 0: there is no such row.
 struct ResultRow {
     int64_t out, residual;
     float scale;
-    int32_t zero, number;
+    int32_t zero, position;
+
+    __device__ bool exists() const { return position >= 0; }
+    __device__ int64_t number() const { return position; }
 };
 
 template <typename T>
 __device__ inline ResultRow row_of(const CudaGemm& p, const Position& at) {
     ResultRow row{};
-    row.number = -1;
+    row.position = -1;
     if (!inside(p, at)) return row;
-    row.number = int32_t((at.image * p.out_height + at.y) * p.out_width + at.x);
+    row.position = int32_t((at.image * p.out_height + at.y) * p.out_width + at.x);
     row.out = at.image * p.out.image + at.y * p.out.row + at.x * p.out.column;
     row.residual = at.image * p.residual.image + at.y * p.residual.row + at.x * p.residual.column;
     if constexpr (Operand<T>::BYTES == 1)
-        row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.number));
+        row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.position));
     // |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
     if constexpr (std::is_same_v<T, int8_t>)
-        row.zero = int32_t(load_global(p.row_zeros + (p.scale_per_image ? at.image : row.number)));
+        row.zero = int32_t(load_global(p.row_zeros + (p.scale_per_image ? at.image : row.position)));
     return row;
 }
 
 // A sum with its scales and its bias.
-template <typename T>
-__device__ inline float scaled_sum(const ResultRow& row, typename Operand<T>::Sum sum, float scale, float bias,
+template <typename T, typename Row>
+__device__ inline float scaled_sum(const Row& row, typename Operand<T>::Sum sum, float scale, float bias,
                                    int32_t weight_sum) {
     float value;
     if constexpr (std::is_same_v<T, int8_t>)
@@ -204,7 +207,7 @@ __device__ inline void epilogue_rows(const CudaGemm& p, const Plan& plan, const 
     if (epilogue.result_column >= plan.out_columns) return;
 #pragma unroll 1
     for (int row = lane / ACROSS; row < ROWS_PER_WARP; row += WARP / ACROSS)
-        if (rows[row].number >= 0)
+        if (rows[row].exists())
             epilogue.apply(p, plan, rows[row], [&](int column) {
                 return *reinterpret_cast<const Four<typename Operand<T>::Sum>*>(staged + row * pitch_of(COLUMNS) +
                                                                                 column - tile.column);
@@ -212,16 +215,16 @@ __device__ inline void epilogue_rows(const CudaGemm& p, const Plan& plan, const 
 }
 
 // A part of the sums of this warp's rows goes to scratch (splits, rows, n).
-template <typename Sum, int COLUMNS>
+template <typename Sum, int COLUMNS, typename Row>
 __device__ inline void store_part(const CudaGemm& p, const Plan& plan, const Tile& tile, const Sum* staged,
-                                  const ResultRow* rows, int lane) {
+                                  const Row* rows, int lane) {
     Sum* const part = static_cast<Sum*>(p.scratch) + tile.split * plan.rows * p.n + tile.column;
     const int columns = p.n - tile.column < COLUMNS ? int(p.n - tile.column) : COLUMNS;
     for (int i = lane; i < ROWS_PER_WARP * COLUMNS / 4; i += WARP) {
         const int row = i / (COLUMNS / 4), column = i % (COLUMNS / 4) * 4;
-        if (rows[row].number < 0) continue;
+        if (!rows[row].exists()) continue;
         const Sum* const from = staged + row * pitch_of(COLUMNS) + column;
-        Sum* const to = part + rows[row].number * p.n + column;
+        Sum* const to = part + rows[row].number() * p.n + column;
         if (p.n % 4 == 0 && column < columns)
             store_global(reinterpret_cast<Four<Sum>*>(to), *reinterpret_cast<const Four<Sum>*>(from));
         else
@@ -255,7 +258,7 @@ constexpr int MERGE_THREADS = 128;
 template <typename T, bool GEGLU>
 __device__ inline void merge_four(const CudaGemm& p, const Plan& plan, const ResultRow& row, int result_column) {
     using Sum = typename Operand<T>::Sum;
-    const Sum* const part = static_cast<const Sum*>(p.scratch) + row.number * p.n;
+    const Sum* const part = static_cast<const Sum*>(p.scratch) + row.number() * p.n;
     Epilogue<T, GEGLU>(p, result_column).apply(p, plan, row, [&](int column) {
         Four<Sum> total{};
         for (int split = 0; split < plan.splits; ++split) {

@@ -1,14 +1,35 @@
 // Epilogue of the GEMM with eight neighbouring columns of a row per thread: 16 bytes of a result of 16 bits.
 //
-// What rows and columns need besides their sums lies in shared memory before the sums are there. A warp finishes 2, 4 or 8
+// What rows and columns need besides their sums lies in shared memory before the sums are there. A warp finishes 2 to 16
 // rows in a step, and asks for the residuals of several steps before it uses the first. Results are those of the other
 // epilogue, bit for bit. What is rare is left to that one: results whose columns or addresses are not multiples of 16
-// bytes, sums that several blocks share, silu, a residual of geglu, and one of another type than the result's.
+// bytes, silu, a residual of geglu, and one of another type than the result's. Sums that several blocks share go to
+// scratch memory as they do there.
 #pragma once
 
 #include "cuda/gemm_epilogue.cuh"
 
 namespace vpd::gemm {
+
+// One row of the result, as ResultRow, but where it is in steps of eight numbers. out: NONE if there is no such row; the
+// number of the row where several blocks share a sum.
+struct alignas(16) WideRow {
+    static constexpr uint32_t NONE = 0xffffffff;
+    uint32_t out, residual;
+    float scale;
+    int32_t zero;
+
+    __device__ bool exists() const { return out != NONE; }
+    __device__ int64_t number() const { return out; }
+};
+
+template <typename T>
+__device__ inline WideRow wide_row_of(const CudaGemm& p, const Plan& plan, const Position& at) {
+    const ResultRow row = row_of<T>(p, at);
+    if (!row.exists()) return {WideRow::NONE};
+    return {plan.splits > 1 ? uint32_t(row.number()) : uint32_t(row.out / 8), uint32_t(row.residual / 8), row.scale,
+            row.zero};
+}
 
 // Of the columns of a tile. Beyond the result there are zeros.
 template <int COLUMNS>
@@ -93,7 +114,7 @@ struct EightColumns {
         for (int i = 0; i < 4; ++i) to[i] = four.v[i];
     }
 
-    __device__ void scaled(const ResultRow& row, const typename Operand<T>::Sum (&sums)[8], float (&x)[8]) const {
+    __device__ void scaled(const WideRow& row, const typename Operand<T>::Sum (&sums)[8], float (&x)[8]) const {
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] = scaled_sum<T>(row, sums[i], scale[i], bias[i], weight_sums[i]);
     }
@@ -113,18 +134,20 @@ __device__ inline void read_eight(const Sum* from, int lane, Sum (&sums)[8]) {
     }
 }
 
-template <typename T, int COLUMNS, typename Number, bool RESIDUAL, bool GEGLU>
+// The WIDTH columns of a tile from FIRST on, a power of two.
+template <typename T, int COLUMNS, int FIRST, int WIDTH, typename Number, bool RESIDUAL, bool GEGLU>
 __device__ inline void wide_rows(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                 const typename Operand<T>::Sum* staged, const ResultRow* rows,
+                                 const typename Operand<T>::Sum* staged, const WideRow* rows,
                                  const TileColumns<COLUMNS>& columns, int lane) {
     using Sum = typename Operand<T>::Sum;
-    constexpr int ACROSS = COLUMNS / (GEGLU ? 16 : 8);  // threads that share a row
+    constexpr int ACROSS = WIDTH / (GEGLU ? 16 : 8);  // threads that share a row
+    static_assert(WARP % ACROSS == 0);
     constexpr int DOWN = WARP / ACROSS, STEPS = ROWS_PER_WARP / DOWN;
     constexpr int AT_ONCE = STEPS < 4 ? STEPS : 4;  // steps whose residuals are on the way together
     const int across = lane % ACROSS * 8, down = lane / ACROSS;
-    const int result_column = (GEGLU ? tile.column / 2 : tile.column) + across;
+    const int result_column = (tile.column + FIRST) / (GEGLU ? 2 : 1) + across;
     if (result_column >= plan.out_columns) return;
-    const int column = GEGLU ? across / 16 * 32 + across % 16 : across;  // of the sums; gates are 16 further
+    const int column = FIRST + (GEGLU ? across / 16 * 32 + across % 16 : across);  // of the sums; gates are 16 further
     const EightColumns<T, COLUMNS> values(columns, column);
     const Number* const residual = static_cast<const Number*>(p.residual.data) + result_column;
     Number* const out = static_cast<Number*>(p.out.data) + result_column;
@@ -134,15 +157,15 @@ __device__ inline void wide_rows(const CudaGemm& p, const Plan& plan, const Tile
         if constexpr (RESIDUAL) {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
-                const ResultRow& row = rows[(step + i) * DOWN + down];
-                if (row.number >= 0) added[i] = Eight<Number>::load(residual + row.residual);
+                const WideRow& row = rows[(step + i) * DOWN + down];
+                if (row.exists()) added[i] = Eight<Number>::load(residual + int64_t(row.residual) * 8);
             }
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             const int number = (step + i) * DOWN + down;
-            const ResultRow row = rows[number];
-            if (row.number < 0) continue;
+            const WideRow row = rows[number];
+            if (!row.exists()) continue;
             const Sum* const from = staged + number * pitch_of(COLUMNS) + column;
             Sum sums[8];
             float x[8];
@@ -160,33 +183,45 @@ __device__ inline void wide_rows(const CudaGemm& p, const Plan& plan, const Tile
                 for (int j = 0; j < 8; ++j) x[j] = activated(CudaActivation::relu, x[j]);
             }
             if constexpr (RESIDUAL) added[i].add_to(x);
-            Eight<Number>::store(x, out + row.out);
+            Eight<Number>::store(x, out + int64_t(row.out) * 8);
         }
     }
 }
 
-template <typename T, int COLUMNS, typename Number>
+template <typename T, int COLUMNS, int FIRST, int WIDTH, typename Number>
 __device__ inline void wide_rows_of(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                    const typename Operand<T>::Sum* staged, const ResultRow* rows,
+                                    const typename Operand<T>::Sum* staged, const WideRow* rows,
                                     const TileColumns<COLUMNS>& columns, int lane) {
     if (p.activation == CudaActivation::geglu)
-        wide_rows<T, COLUMNS, Number, false, true>(p, plan, tile, staged, rows, columns, lane);
+        wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, true>(p, plan, tile, staged, rows, columns, lane);
     else if (p.residual.data)
-        wide_rows<T, COLUMNS, Number, true, false>(p, plan, tile, staged, rows, columns, lane);
+        wide_rows<T, COLUMNS, FIRST, WIDTH, Number, true, false>(p, plan, tile, staged, rows, columns, lane);
     else
-        wide_rows<T, COLUMNS, Number, false, false>(p, plan, tile, staged, rows, columns, lane);
+        wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, false>(p, plan, tile, staged, rows, columns, lane);
+}
+
+// The largest power of two in COLUMNS columns first, then the others.
+template <typename T, int COLUMNS, typename Number>
+__device__ inline void wide_columns(const CudaGemm& p, const Plan& plan, const Tile& tile,
+                                    const typename Operand<T>::Sum* staged, const WideRow* rows,
+                                    const TileColumns<COLUMNS>& columns, int lane) {
+    constexpr int WIDTH = COLUMNS >= 128 ? 128 : 64;
+    wide_rows_of<T, COLUMNS, 0, WIDTH, Number>(p, plan, tile, staged, rows, columns, lane);
+    if constexpr (COLUMNS > WIDTH)
+        wide_rows_of<T, COLUMNS, WIDTH, COLUMNS - WIDTH, Number>(p, plan, tile, staged, rows, columns, lane);
 }
 
 // A warp finishes its 16 rows of a tile, whose sums are in shared memory; `rows` and `columns` are the tile's.
 template <typename T, int COLUMNS>
 __device__ inline void wide_epilogue(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                     const typename Operand<T>::Sum* staged, const ResultRow* rows,
+                                     const typename Operand<T>::Sum* staged, const WideRow* rows,
                                      const TileColumns<COLUMNS>& columns, int warp, int lane) {
     staged += warp * ROWS_PER_WARP * pitch_of(COLUMNS), rows += warp * ROWS_PER_WARP;
+    if (plan.splits > 1) return store_part<typename Operand<T>::Sum, COLUMNS>(p, plan, tile, staged, rows, lane);
     switch (p.out_dtype) {
-        case CudaFloat::float32: return wide_rows_of<T, COLUMNS, float>(p, plan, tile, staged, rows, columns, lane);
-        case CudaFloat::bfloat16: return wide_rows_of<T, COLUMNS, Bfloat16>(p, plan, tile, staged, rows, columns, lane);
-        case CudaFloat::float16: return wide_rows_of<T, COLUMNS, Float16>(p, plan, tile, staged, rows, columns, lane);
+        case CudaFloat::float32: return wide_columns<T, COLUMNS, float>(p, plan, tile, staged, rows, columns, lane);
+        case CudaFloat::bfloat16: return wide_columns<T, COLUMNS, Bfloat16>(p, plan, tile, staged, rows, columns, lane);
+        case CudaFloat::float16: return wide_columns<T, COLUMNS, Float16>(p, plan, tile, staged, rows, columns, lane);
     }
 }
 

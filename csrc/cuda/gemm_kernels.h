@@ -12,7 +12,12 @@ inline int bytes_of(CudaOperand operand) {
 // A tile has 64 or 128 rows and as many columns. Not for float8_e4m3fn.
 cudaError_t launch_mma(const CudaGemm& problem, const Plan& plan, CudaOperand operand, cudaStream_t stream);
 
-constexpr int WGMMA_ROWS = 128;  // of a tile; it has 64 or 128 columns
+constexpr int WGMMA_ROWS = 128;  // of a tile; it has 64, 128 or, by the wide kernel, 160 columns
+
+// Blocks that share a multiprocessor, as far as registers allow; sums of float8 are kept twice.
+constexpr int blocks_per_processor(int columns, bool float8) {
+    return columns > 128 || (float8 && columns == 128) ? 1 : 2;
+}
 
 // Why TMA cannot read the sources or the weight in the boxes of the plan, or nullptr.
 const char* wgmma_refuses(const CudaGemm& problem, const Plan& plan, CudaOperand operand);

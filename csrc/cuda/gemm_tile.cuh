@@ -34,6 +34,22 @@ struct Operand<Float8> {
     static constexpr int BYTES = 1;
 };
 
+// Division of numbers below 2^31 by one that is known when a kernel is launched: a multiplication and a shift.
+struct Divisor {
+    uint32_t multiplier;  // 2^shift / divisor, rounded up
+    int shift;            // 31 + the binary logarithm of the divisor, rounded up
+};
+
+inline Divisor divisor_of(int64_t number) {
+    int log = 0;
+    while (int64_t(1) << log < number) ++log;
+    return {uint32_t(((uint64_t(1) << (31 + log)) + number - 1) / number), 31 + log};
+}
+
+__device__ inline int operator/(int x, const Divisor& by) {
+    return int(uint64_t(uint32_t(x)) * by.multiplier >> by.shift);
+}
+
 struct Plan {
     int rows_of_tile, columns_of_tile;
     int log_x, log_y;  // of the box; what is left are images
@@ -44,6 +60,9 @@ struct Plan {
     int64_t out_columns;
     bool four_at_once;  // four columns of out and residual are aligned
     bool wide;          // the epilogue takes eight
+    // By tiles of a split, tiles of a group of rows and rows of the last group, boxes along columns and rows, blocks of
+    // each source and columns of the convolution's kernel.
+    Divisor by_tiles, by_group, by_last_group, by_tiles_x, by_tiles_y, by_blocks[2], by_kernel_width;
 };
 
 // One block's work: a tile of the result and a range of steps.
@@ -53,16 +72,16 @@ struct Tile {
 
 __device__ inline Tile tile_of(const Plan& plan, int index) {
     Tile tile;
-    const int tiles = plan.row_tiles * plan.column_tiles;
-    tile.split = index / tiles, index -= tile.split * tiles;
-    const int group = index / (GROUP * plan.column_tiles), rest = index - group * GROUP * plan.column_tiles;
-    const int tall = plan.row_tiles - group * GROUP < GROUP ? plan.row_tiles - group * GROUP : GROUP;
-    const int row = group * GROUP + rest % tall;
-    tile.column = rest / tall * plan.columns_of_tile;
-    const int line = row / plan.tiles_x;
+    tile.split = index / plan.by_tiles, index -= tile.split * plan.row_tiles * plan.column_tiles;
+    const int group = index / plan.by_group, rest = index - group * GROUP * plan.column_tiles;
+    const int left = plan.row_tiles - group * GROUP, tall = left < GROUP ? left : GROUP;
+    const int across = left < GROUP ? rest / plan.by_last_group : rest / GROUP;
+    const int row = group * GROUP + rest - across * tall;
+    tile.column = across * plan.columns_of_tile;
+    const int line = row / plan.by_tiles_x, images = line / plan.by_tiles_y;
     tile.x = (row - line * plan.tiles_x) << plan.log_x;
-    tile.y = (line % plan.tiles_y) << plan.log_y;
-    tile.image = line / plan.tiles_y * (plan.rows_of_tile >> (plan.log_x + plan.log_y));
+    tile.y = (line - images * plan.tiles_y) << plan.log_y;
+    tile.image = images * (plan.rows_of_tile >> (plan.log_x + plan.log_y));
     tile.begin = tile.split * plan.share;
     tile.end = plan.steps - tile.begin < plan.share ? plan.steps : tile.begin + plan.share;
     return tile;
@@ -88,23 +107,26 @@ struct Step {
     int source, dy, dx, block;
 
     __device__ Step(const CudaGemm& p, const Plan& plan, int index) {
-        const int taps = int(p.kernel_height * p.kernel_width), first = taps * plan.blocks[0];
+        const int first = int(p.kernel_height * p.kernel_width) * plan.blocks[0];
         source = index >= first;
         index -= source * first;
-        const int blocks = plan.blocks[source], tap = blocks ? index / blocks : 0;
-        block = index - tap * blocks;
-        dy = tap / int(p.kernel_width), dx = tap - dy * int(p.kernel_width);
+        const int tap = index / plan.by_blocks[source];
+        block = index - tap * plan.blocks[source];
+        dy = tap / plan.by_kernel_width, dx = tap - dy * int(p.kernel_width);
     }
 
     // The next step; returns whether the source or the tap is another.
     __device__ bool advance(const CudaGemm& p, const Plan& plan) {
         if (++block < plan.blocks[source]) return false;
-        block = 0;
-        if (++dx < p.kernel_width) return true;
-        dx = 0;
-        if (++dy < p.kernel_height) return true;
-        dy = 0, source = 1;
+        next_tap(p);
         return true;
+    }
+    __device__ void next_tap(const CudaGemm& p) {
+        block = 0;
+        if (++dx < p.kernel_width) return;
+        dx = 0;
+        if (++dy < p.kernel_height) return;
+        dy = 0, source = 1;
     }
 
     // In elements: the first channel, the column of the weight that belongs to it, and the channels from there on.

@@ -36,20 +36,25 @@ bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int byte
     return encode_tensor_map(map, bytes, 2, p.weight, sizes, strides, box, steps);
 }
 
-template <typename T, int COLUMNS>
+template <typename T, int COLUMNS, bool WIDE>
 cudaError_t launch(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
     using Size = WgmmaTile<T, COLUMNS>;
     const int blocks = plan.row_tiles * plan.column_tiles * plan.splits;
-    if (plan.wide)
-        return launch_kernel(wgmma_kernel<T, COLUMNS, true>, blocks, Size::THREADS, Size::WIDE_BYTES, 1, stream, maps,
-                             p, plan);
-    return launch_kernel(wgmma_kernel<T, COLUMNS, false>, blocks, Size::THREADS, Size::SHARED_BYTES, 1, stream, maps, p,
-                         plan);
+    return launch_kernel(wgmma_kernel<T, COLUMNS, WIDE>, blocks, Size::THREADS,
+                         WIDE ? Size::WIDE_BYTES : Size::SHARED_BYTES, 1, stream, maps, p, plan);
 }
 
 template <typename T>
 cudaError_t launch_of(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
-    return plan.columns_of_tile == 128 ? launch<T, 128>(maps, p, plan, stream) : launch<T, 64>(maps, p, plan, stream);
+    switch (plan.columns_of_tile) {
+        case 64:
+            return plan.wide ? launch<T, 64, true>(maps, p, plan, stream) : launch<T, 64, false>(maps, p, plan, stream);
+        case 128:
+            return plan.wide ? launch<T, 128, true>(maps, p, plan, stream)
+                             : launch<T, 128, false>(maps, p, plan, stream);
+        case 160: return launch<T, 160, true>(maps, p, plan, stream);
+        default: return cudaErrorInvalidValue;
+    }
 }
 
 }  // namespace

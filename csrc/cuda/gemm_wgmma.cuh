@@ -5,12 +5,16 @@
 // padding exist anywhere, and a position costs no arithmetic. Boxes lie in shared memory with the swizzle of 128 bytes, as
 // wgmma reads them.
 //
+// WIDE: the wide epilogue, and copies by a loop over sources and taps, then over channels, that one elected thread runs, so
+// that the compiler keeps addresses in uniform registers. Also with tiles of 160 columns.
+//
 // Steps go through a ring of stages: `filled` says that a stage's bytes have come, `emptied` that both warpgroups are done
 // with it. Two blocks share a multiprocessor where registers allow, so that one multiplies while the other finishes; with
-// one warp for the copies they do without moving registers between warps (288 threads have 112 each, or 224 for one block).
+// one warp for the copies they do without moving registers between warps (288 threads have 96 each, or 168 for one block).
 #pragma once
 
 #include "cuda/gemm_epilogue_wide.cuh"
+#include "cuda/gemm_kernels.h"
 #include "cuda/hopper.cuh"
 
 namespace vpd::gemm {
@@ -22,14 +26,13 @@ struct TensorMaps {
 template <typename T, int COLUMNS>
 struct WgmmaTile {
     static constexpr int ROWS = 128, MULTIPLYING = 256, THREADS = MULTIPLYING + WARP;
-    // float8 sums are kept twice, see below.
-    static constexpr int BLOCKS = std::is_same_v<T, Float8> && COLUMNS == 128 ? 1 : 2;
+    static constexpr int BLOCKS = blocks_per_processor(COLUMNS, std::is_same_v<T, Float8>);
     static constexpr int LEFT_BYTES = ROWS * STEP_BYTES, STAGE_BYTES = LEFT_BYTES + COLUMNS * STEP_BYTES;
     static constexpr int STAGES = (BLOCKS == 2 ? 104 : 208) * 1024 / STAGE_BYTES;
     static constexpr int ALIGNMENT = 1024;  // of what is swizzled
     static constexpr int SHARED_BYTES = ALIGNMENT + STAGES * STAGE_BYTES + 2 * STAGES * 8;
     // The wide epilogue's rows and columns lie behind the barriers.
-    static constexpr int WIDE_BYTES = SHARED_BYTES + int(sizeof(TileColumns<COLUMNS>)) + ROWS * int(sizeof(ResultRow));
+    static constexpr int WIDE_BYTES = SHARED_BYTES + int(sizeof(TileColumns<COLUMNS>)) + ROWS * int(sizeof(WideRow));
     static_assert(BLOCKS * (WIDE_BYTES + 1024) <= 228 * 1024 && STAGES * 16 % alignof(TileColumns<COLUMNS>) == 0);
     static_assert(epilogue_bytes(ROWS, COLUMNS) <= STAGES * STAGE_BYTES && STAGES >= 3);
 };
@@ -55,6 +58,37 @@ __device__ inline void copy_steps(const TensorMaps& maps, const CudaGemm& p, con
         load_box(left + Size::LEFT_BYTES, maps.weight, filled + stage, step.weight_column(p), tile.column);
         step.advance(p, plan);
         if (++stage == Size::STAGES) stage = 0, ++round;
+    }
+}
+
+// As copy_steps, by one thread that the compiler knows to be one. The barriers of emptied stages follow those of filled.
+template <typename T, int COLUMNS>
+__device__ inline void copy_taps(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, const Tile& tile,
+                                 unsigned char* stages, uint64_t* filled) {
+    using Size = WgmmaTile<T, COLUMNS>;
+    constexpr int BYTES = Operand<T>::BYTES;
+    Step<BYTES> step(p, plan, tile.begin);
+    const int y = tile.y * int(p.stride) - int(p.top), x = tile.x * int(p.stride) - int(p.left);
+    uint64_t* full = filled;
+    unsigned char* to = stages;
+    int stages_left = Size::STAGES;  // of the ring's round
+    unsigned parity = 1;             // of the phase before the first, which counts as ended
+    for (int left = tile.end - tile.begin; left > 0; step.next_tap(p)) {
+        int blocks = plan.blocks[step.source] - step.block;
+        blocks = blocks < left ? blocks : left;
+        left -= blocks;
+        const TensorMap& source = maps.source[step.source];
+        const int from_x = x + step.dx, from_y = y + step.dy;
+        int channel = step.channel(), column = step.weight_column(p);
+        for (; blocks > 0; --blocks) {
+            barrier_wait(full + Size::STAGES, parity);
+            barrier_expect(full, Size::STAGE_BYTES);
+            load_box(to, source, full, channel, from_x, from_y, tile.image);
+            load_box(to + Size::LEFT_BYTES, maps.weight, full, column, tile.column);
+            channel += STEP_BYTES / BYTES, column += STEP_BYTES / BYTES;
+            ++full, to += Size::STAGE_BYTES;
+            if (--stages_left == 0) stages_left = Size::STAGES, full = filled, to = stages, parity ^= 1;
+        }
     }
 }
 
@@ -132,21 +166,26 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
         barrier_init_done();
         if constexpr (WIDE) {
             prefetch_tensor_map(maps.source[0]);
+            if (p.channels[1]) prefetch_tensor_map(maps.source[1]);
             prefetch_tensor_map(maps.weight);
         }
     }
     __syncthreads();
     const Tile tile = tile_of(plan, blockIdx.x);
     if (group == Size::MULTIPLYING / 128) {
-        if (lane == 0) copy_steps<T, COLUMNS>(maps, p, plan, tile, stages, filled, emptied);
+        if constexpr (WIDE) {
+            if (elected()) copy_taps<T, COLUMNS>(maps, p, plan, tile, stages, filled);
+        } else {
+            if (lane == 0) copy_steps<T, COLUMNS>(maps, p, plan, tile, stages, filled, emptied);
+        }
         return;
     }
     TileColumns<COLUMNS>& columns = *reinterpret_cast<TileColumns<COLUMNS>*>(emptied + Size::STAGES);
-    ResultRow* rows = reinterpret_cast<ResultRow*>(&columns + 1);
+    WideRow* const rows = reinterpret_cast<WideRow*>(&columns + 1);
     if constexpr (WIDE) {  // while the first copies are on their way
         load_columns<T>(p, tile, columns, threadIdx.x, Size::MULTIPLYING);
         const int row = warp * ROWS_PER_WARP + lane;
-        if (lane < ROWS_PER_WARP) rows[row] = row_of<T>(p, position_of(plan, tile, row));
+        if (lane < ROWS_PER_WARP) rows[row] = wide_row_of<T>(p, plan, position_of(plan, tile, row));
         sync_threads(1, Size::MULTIPLYING);
     }
     Sum sums[COLUMNS / 2];
@@ -166,8 +205,8 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];
         sync_warp();
-        rows = reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS));
-        tile_epilogue<T, COLUMNS>(p, plan, tile, staged, rows, warp, lane);
+        ResultRow* const result_rows = reinterpret_cast<ResultRow*>(staged + Size::ROWS * pitch_of(COLUMNS));
+        tile_epilogue<T, COLUMNS>(p, plan, tile, staged, result_rows, warp, lane);
     }
 #endif
 }

@@ -59,6 +59,20 @@ __device__ inline void barrier_wait(uint64_t* barrier, unsigned parity) {
 #endif
 }
 
+// Whether this thread is the one that a warp, all of which calls this, elects: always the same. The compiler then knows
+// that what depends on it is done by one thread.
+__device__ inline bool elected() {
+    unsigned chosen = 1;
+#if VPD_HOPPER
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(chosen));
+#endif
+    return chosen != 0;
+}
+
 // A number of threads, whole warps, wait for each other at one of the hardware's barriers; 0 is that of __syncthreads.
 __device__ inline void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
@@ -127,15 +141,24 @@ __device__ inline void wgmma_wait(Sum (&sums)[COUNT]) {
 // clang-format off
 #define VPD_SUMS_8(c, d, i) \
     c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
-#define VPD_SUMS_32(c, d, i) \
-    VPD_SUMS_8(c, d, i), VPD_SUMS_8(c, d, i + 8), VPD_SUMS_8(c, d, i + 16), VPD_SUMS_8(c, d, i + 24)
-#define VPD_NAMES_32                                                                                               \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-    "%24, %25, %26, %27, %28, %29, %30, %31"
-#define VPD_NAMES_64                                                                                               \
-    VPD_NAMES_32                                                                                                    \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
+#define VPD_SUMS_16(c, d, i) VPD_SUMS_8(c, d, i), VPD_SUMS_8(c, d, i + 8)
+#define VPD_SUMS_32(c, d, i) VPD_SUMS_16(c, d, i), VPD_SUMS_16(c, d, i + 16)
+#define VPD_SUMS_64(c, d, i) VPD_SUMS_32(c, d, i), VPD_SUMS_32(c, d, i + 32)
+#define VPD_NAMES_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define VPD_NAMES_64 \
+    VPD_NAMES_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define VPD_NAMES_80 \
+    VPD_NAMES_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define VPD_NAMES_128 \
+    VPD_NAMES_80 \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
+    "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
+    "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // `suffix`: what follows the predicate that says whether the sums so far count.
 #define VPD_WGMMA(shape, types, names, left, right, accumulate, suffix, ...)                               \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulate ", 0;\n"                                  \
@@ -146,9 +169,14 @@ __device__ inline void wgmma_wait(Sum (&sums)[COUNT]) {
 #define VPD_WGMMA_OF_COUNT(depth, types, suffix, c)                                                                  \
     if constexpr (COUNT == 32)                                                                                      \
         VPD_WGMMA("m64n64" depth, types, VPD_NAMES_32, "32", "33", "34", suffix, VPD_SUMS_32(c, d, 0));              \
+    else if constexpr (COUNT == 64)                                                                                 \
+        VPD_WGMMA("m64n128" depth, types, VPD_NAMES_64, "64", "65", "66", suffix, VPD_SUMS_64(c, d, 0));             \
+    else if constexpr (COUNT == 80)                                                                                 \
+        VPD_WGMMA("m64n160" depth, types, VPD_NAMES_80, "80", "81", "82", suffix, VPD_SUMS_64(c, d, 0),              \
+                  VPD_SUMS_16(c, d, 64));                                                                           \
     else                                                                                                            \
-        VPD_WGMMA("m64n128" depth, types, VPD_NAMES_64, "64", "65", "66", suffix, VPD_SUMS_32(c, d, 0),              \
-                  VPD_SUMS_32(c, d, 32))
+        VPD_WGMMA("m64n256" depth, types, VPD_NAMES_128, "128", "129", "130", suffix, VPD_SUMS_64(c, d, 0),          \
+                  VPD_SUMS_64(c, d, 64))
 #define VPD_FLOAT(x) "+f"(x)
 #define VPD_INTEGER(x) "+r"(x)
 // clang-format on
@@ -158,7 +186,7 @@ __device__ inline void wgmma_wait(Sum (&sums)[COUNT]) {
 // side. before: whether the sums so far count.
 template <typename T, typename Sum, int COUNT>
 __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b, bool before) {
-    static_assert(COUNT == 32 || COUNT == 64);
+    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 80 || COUNT == 128);
 #if VPD_HOPPER
     if constexpr (std::is_same_v<T, int8_t>) {
         VPD_WGMMA_OF_COUNT("k32", ".s32.s8.s8", "", VPD_INTEGER);
@@ -174,9 +202,13 @@ __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b
 }
 
 #undef VPD_SUMS_8
+#undef VPD_SUMS_16
 #undef VPD_SUMS_32
+#undef VPD_SUMS_64
 #undef VPD_NAMES_32
 #undef VPD_NAMES_64
+#undef VPD_NAMES_80
+#undef VPD_NAMES_128
 #undef VPD_WGMMA
 #undef VPD_WGMMA_OF_COUNT
 #undef VPD_FLOAT

@@ -1,4 +1,4 @@
-// What probes need beyond hopper.cuh: waits that end, clocks, copies to all blocks of a cluster.
+// What probes need beyond hopper.cuh: waits that end, clocks, copies to all blocks of a cluster, matrix descriptors.
 #pragma once
 
 #include "cuda/hopper.cuh"
@@ -99,5 +99,11 @@ inline unsigned rank_in_cluster() { return 0; }
 inline void stores_done() {}
 
 #endif
+
+// The matrix descriptor of lines of 128 bytes with their swizzle, groups of 8 lines `apart` bytes apart.
+__device__ inline uint64_t descriptor_of(uint32_t address, uint32_t apart, unsigned base_offset) {
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(apart >> 4) << 32 |
+           uint64_t(base_offset) << 49 | uint64_t(1) << 62;
+}
 
 }  // namespace vpd::probes

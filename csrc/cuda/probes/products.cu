@@ -1,6 +1,6 @@
 // How fast matrix instructions are without loads, and with copies to shared memory beside them.
+#include "cuda/probes/bounded.cuh"
 #include "cuda/probes/probes.h"
-#include "cuda/probes/wide.cuh"
 #include "cuda/tensor_map.h"
 
 namespace vpd::probes {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int step = 0; step < p.steps; ++step) {
         wgmma_begin();
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) multiply_add_widest<T>(sums, a + part * 2, b + part * 2);
+        for (int part = 0; part < PARTS; ++part) multiply_add_wide<T>(sums, a + part * 2, b + part * 2, true);
         wgmma_commit();
         wgmma_wait<1>(sums);
     }

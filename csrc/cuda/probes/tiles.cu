@@ -1,6 +1,6 @@
 // Whether matrix instructions read swizzled lines that begin anywhere, with groups of 8 lines any distance apart.
+#include "cuda/probes/bounded.cuh"
 #include "cuda/probes/probes.h"
-#include "cuda/probes/wide.cuh"
 
 namespace vpd::probes {
 namespace {

@@ -143,6 +143,7 @@ void barrier_expect(uint64_t* barrier, unsigned bytes);
 void barrier_arrive(uint64_t* barrier);
 void barrier_wait(uint64_t* barrier, unsigned parity);
 void sync_threads(int barrier, int threads);
+bool elected();
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
     cuda_emulation::load_box(shared, map, barrier, {x0, x1, 0, 0, 0});

@@ -253,6 +253,8 @@ void sync_threads(int barrier, int threads) {
     if (arrive(b, unsigned(threads))) release(b);
 }
 
+bool elected() { return current->lane == 0; }
+
 void wgmma_begin() { current->fenced = true; }
 void wgmma_commit() { ++current->group; }
 
