@@ -247,8 +247,8 @@ def gemm(
     if backend != "cuda":
         _triton_gemm(rows, geometry, weight, epilogue, out, config, library=backend == "library")
         return
-    _gemm_cuda.gemm(rows, geometry, weight, epilogue, out)
-    if epilogue.statistics is not None:
+    found = _gemm_cuda.gemm(rows, geometry, weight, epilogue, out)
+    if epilogue.statistics is not None and not found:
         partial(out.flatten(1, 2), epilogue.statistics[1], epilogue.statistics[0])
 
 

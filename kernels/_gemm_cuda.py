@@ -58,10 +58,13 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x if fits else torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
 
 
-def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue", out: Tensor) -> None:
-    """As `vpd_fast.kernels._gemm.gemm`, but for statistics. Raises InputError for what the kernels cannot compute."""
+def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue", out: Tensor) -> bool:
+    """As `vpd_fast.kernels._gemm.gemm`, but returns whether statistics were filled, if there are any to fill.
+
+    Raises InputError for what the kernels cannot compute.
+    """
     if recording.state.record is not None:
-        return
+        return False
     a, residual, bias = rows.a, epilogue.residual, epilogue.bias
     sources, weight = [aligned(t) for t in (a, rows.a2) if t is not None], aligned(weight[None, None])[0, 0]
     positions = a.shape[0] * geometry.out_height * geometry.out_width
@@ -80,6 +83,7 @@ def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue
         residual=_image(residual),
         out=_image(out),
         instructions=INSTRUCTIONS,
+        statistics=_statistics(epilogue.statistics),
     )
     device = a.get_device()
     try:
@@ -89,6 +93,7 @@ def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue
     scratch = torch.empty(size // 4, dtype=torch.int32, device=a.device) if size else None
     stream = torch.cuda.current_stream(a.device).cuda_stream
     call.run(0 if scratch is None else scratch.data_ptr(), device, stream)
+    return epilogue.statistics is not None and call.finds_statistics(device)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -98,6 +103,10 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 def _image(x: Tensor | None) -> tuple[int, str, tuple[int, ...]] | None:
     return None if x is None else (x.data_ptr(), _name(x.dtype), _strides(x))
+
+
+def _statistics(statistics: tuple[Tensor, int] | None) -> tuple[int, int, int] | None:
+    return None if statistics is None else (statistics[0].data_ptr(), statistics[0].stride(0), statistics[1])
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from measuring.setting import STAND_IN, Setting
 from measuring.shapes import Product, products, tiny
 from vpd_fast.bench import libraries as of_pytorch
 from vpd_fast.ops import PackedWeight
+from vpd_fast.ops.statistics import run_length, statistics_shape
 
 COUNT = 12  # shapes with the most work of a pass
 PRECISIONS = {"int8": torch.int8, "bf16": torch.bfloat16}
@@ -32,13 +34,14 @@ class Variant:
     """How a product is launched; nothing is compiled anew for it.
 
     backend: "cuda", "triton" or "library", which is cuBLAS and cuDNN. instructions: see csrc/cuda/gemm.h. residual:
-    None as the product has it. out_dtype: of the result.
+    None as the product has it. out_dtype: of the result. statistics: found with it, by whatever finds them.
     """
 
     backend: str = "cuda"
     instructions: str = "auto"
     residual: bool | None = None
     out_dtype: torch.dtype = torch.bfloat16
+    statistics: bool = False
 
 
 VARIANTS = {
@@ -49,6 +52,8 @@ VARIANTS = {
     "cuda, wide": Variant(instructions="wgmma_wide"),
     "cuda, wide, no residual": Variant(instructions="wgmma_wide", residual=False),
     "cuda, wide, residual": Variant(instructions="wgmma_wide", residual=True),
+    "cuda, statistics": Variant(statistics=True),
+    "cuda, wide, statistics": Variant(instructions="wgmma_wide", statistics=True),
     "cuda, mma": Variant(instructions="mma"),
     "triton": Variant("triton"),
     "library": Variant("library"),
@@ -84,7 +89,12 @@ class Problem:
 
         wanted = self.product.residual if variant.residual is None else variant.residual
         residual = self._residual if wanted else None
-        epilogue = Epilogue(self._scales, self._sums, self._bias, self.product.activation, residual)
+        positions, width = math.prod(self.product.sides), self._residual.shape[3]
+        statistics = None
+        if variant.statistics:
+            data = self._setting.random(*statistics_shape(self.product.batch, positions, width))
+            statistics = data, run_length(positions)
+        epilogue = Epilogue(self._scales, self._sums, self._bias, self.product.activation, residual, statistics)
         out = torch.full_like(self._residual, float("nan"), dtype=variant.out_dtype)
         backend = "triton" if self._setting.dry and variant.backend == "cuda" else variant.backend
 
@@ -129,7 +139,9 @@ def _by_variant(setting: Setting, name: str, product: Product, count: int) -> li
 
 
 def _differs(how: Variant, product: Product) -> bool:
-    """Whether a variant is another launch than the product's own."""
+    """Whether a variant is another launch than the product's own, and one that the engine has."""
+    if how.statistics and product.activation == "geglu":
+        return False
     return how.residual is None or how.residual != product.residual
 
 

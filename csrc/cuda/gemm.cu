@@ -89,6 +89,23 @@ bool wide_takes(const CudaGemm& p, const Plan& plan) {
            !residual;
 }
 
+// Returns whether rows of a tile that follow each other are whole runs of `positions` positions of an image.
+bool has_whole_runs(const CudaGemm& p, const Plan& plan, int64_t positions) {
+    if (p.run < ROWS_PER_WARP || p.run > plan.rows_of_tile || (p.run & (p.run - 1)) || positions % p.run) return false;
+    const int64_t across = int64_t(1) << plan.log_x, box = across << plan.log_y;
+    return p.run <= across ? p.out_width % p.run == 0 : across == p.out_width && p.run <= box;
+}
+
+// Sets whether and how the kernel finds statistics. positions: of an image.
+void set_statistics(const CudaGemm& p, int64_t positions, Plan& plan) {
+    plan.statistics = p.statistics && plan.wide && plan.splits == 1 && p.activation != CudaActivation::geglu &&
+                      has_whole_runs(p, plan, positions);
+    if (!plan.statistics) return;
+    while (int64_t(1) << plan.log_run < p.run) ++plan.log_run;
+    plan.runs = int(positions / p.run);
+    plan.by_runs = divisor_of(plan.runs);
+}
+
 // Sets the size of tiles and how they divide the result.
 void set_tiles(const CudaGemm& p, int rows_of_tile, int columns_of_tile, Plan& plan) {
     plan.rows_of_tile = rows_of_tile, plan.columns_of_tile = columns_of_tile;
@@ -123,9 +140,9 @@ int64_t copied_lines(const Plan& plan, int processors) {
 }
 
 // Takes tiles of 160 columns where these leave no columns idle and are done earlier; by the wide kernel only.
-void widen_tiles(const CudaGemm& p, Plan& plan, int processors) {
+void widen_tiles(const CudaGemm& p, CudaOperand operand, Plan& plan, int processors) {
     Plan wider = plan;
-    if (p.n % 160) return;
+    if (p.n % 160 || operand == CudaOperand::float8_e4m3fn) return;  // whose sums are kept twice
     set_tiles(p, plan.rows_of_tile, 160, wider);
     set_splits(wider, processors);
     if (wide_takes(p, wider) && copied_lines(wider, processors) < copied_lines(plan, processors)) plan = wider;
@@ -168,6 +185,7 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
     if (const char* reason = check_sizes(p, operand)) return reason;
     const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
     if (major < 8) return "the device is older than compute capability 8.0";
+    const int64_t positions = p.out_height * p.out_width;
     p = in_one_line(p);
     const int bytes = bytes_of(operand), taps = int(p.kernel_height * p.kernel_width);
     for (int i = 0; i < 2; ++i) plan.blocks[i] = int(ceil_divide(p.channels[i] * bytes, STEP_BYTES));
@@ -193,11 +211,12 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
     }
     set_splits(plan, processors);
     if (wgmma && instructions == CudaInstructions::wgmma_wide) plan.wide = wide_takes(p, plan);
-    if (plan.wide) widen_tiles(p, plan, processors);
+    if (plan.wide) widen_tiles(p, operand, plan, processors);
     if (tiles_of(plan) * plan.splits >= MAX_COUNT ||
         plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
         return "the result has too many elements";
     set_divisors(p, plan);
+    set_statistics(p, positions, plan);
     return nullptr;
 }
 
@@ -218,6 +237,13 @@ const char* gemm_cuda_refuses(const CudaGemm& problem, CudaOperand operand, Cuda
     Plan plan{};
     bool wgmma;
     return make_plan(p, operand, instructions, plan, wgmma);
+}
+
+bool gemm_cuda_finds_statistics(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions) {
+    CudaGemm p = problem;
+    Plan plan{};
+    bool wgmma;
+    return !make_plan(p, operand, instructions, plan, wgmma) && plan.statistics;
 }
 
 int64_t gemm_cuda_scratch(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions) {

@@ -40,6 +40,10 @@ struct CudaGemm {
     CudaPositions residual, out;  // (batch, out_height, out_width, n or n / 2); residual null: none
     CudaFloat residual_dtype, out_dtype;
     void* scratch;  // of gemm_cuda_scratch() bytes; null if that is 0
+    // Of the result as it is stored, (batch, positions / run, 5, columns), those of images `statistics_image` apart: of
+    // each column in runs of `run` output positions. Filled where gemm_cuda_finds_statistics(); null: not asked for.
+    float* statistics;
+    int64_t statistics_image, run;
 };
 
 // Which matrix instructions compute a product.
@@ -55,6 +59,9 @@ const char* gemm_cuda_refuses(const CudaGemm& problem, CudaOperand operand, Cuda
 
 // Bytes of scratch that a problem needs on the current device.
 int64_t gemm_cuda_scratch(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions);
+
+// Whether a product that is not refused fills the statistics that it is asked for.
+bool gemm_cuda_finds_statistics(const CudaGemm& problem, CudaOperand operand, CudaInstructions instructions);
 
 // Enqueues on the stream of the current device; returns the launch's error, or cudaErrorInvalidValue if the product is
 // refused or lacks scratch.

@@ -7,7 +7,7 @@
 // scratch memory as they do there.
 #pragma once
 
-#include "cuda/gemm_epilogue.cuh"
+#include "cuda/gemm_statistics.cuh"
 
 namespace vpd::gemm {
 
@@ -66,12 +66,13 @@ struct alignas(16) Eight {
             x[2 * i] += low, x[2 * i + 1] += high;
         }
     }
-    __device__ static void store(const float (&x)[8], Number* to) {
+    __device__ static Eight of(const float (&x)[8]) {
         Eight eight;
 #pragma unroll
         for (int i = 0; i < 4; ++i) eight.words[i] = pack<Number>(x[2 * i], x[2 * i + 1]);
-        store_global(reinterpret_cast<Eight*>(to), eight);
+        return eight;
     }
+    __device__ void store(Number* to) const { store_global(reinterpret_cast<Eight*>(to), *this); }
 };
 template <>
 struct Eight<float> {
@@ -85,10 +86,11 @@ struct Eight<float> {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] += low.v[i], x[4 + i] += high.v[i];
     }
-    __device__ static void store(const float (&x)[8], float* to) {
+    __device__ static Eight of(const float (&x)[8]) { return {{x[0], x[1], x[2], x[3]}, {x[4], x[5], x[6], x[7]}}; }
+    __device__ void store(float* to) const {
         Four<float>* const fours = reinterpret_cast<Four<float>*>(to);
-        store_global(fours, Four<float>{{x[0], x[1], x[2], x[3]}});
-        store_global(fours + 1, Four<float>{{x[4], x[5], x[6], x[7]}});
+        store_global(fours, low);
+        store_global(fours + 1, high);
     }
 };
 
@@ -134,10 +136,20 @@ __device__ inline void read_eight(const Sum* from, int lane, Sum (&sums)[8]) {
     }
 }
 
+// Numbers in place of sums.
+template <typename Sum>
+__device__ inline void put_eight(const float (&numbers)[8], Sum* to) {
+    Four<Sum> halves[2];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) put_number(halves[i / 4].v[i % 4], numbers[i]);
+    reinterpret_cast<Four<Sum>*>(to)[0] = halves[0];
+    reinterpret_cast<Four<Sum>*>(to)[1] = halves[1];
+}
+
 // The WIDTH columns of a tile from FIRST on, a power of two.
 template <typename T, int COLUMNS, int FIRST, int WIDTH, typename Number, bool RESIDUAL, bool GEGLU>
 __device__ inline void wide_rows(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                 const typename Operand<T>::Sum* staged, const WideRow* rows,
+                                 typename Operand<T>::Sum* staged, const WideRow* rows,
                                  const TileColumns<COLUMNS>& columns, int lane) {
     using Sum = typename Operand<T>::Sum;
     constexpr int ACROSS = WIDTH / (GEGLU ? 16 : 8);  // threads that share a row
@@ -183,14 +195,20 @@ __device__ inline void wide_rows(const CudaGemm& p, const Plan& plan, const Tile
                 for (int j = 0; j < 8; ++j) x[j] = activated(CudaActivation::relu, x[j]);
             }
             if constexpr (RESIDUAL) added[i].add_to(x);
-            Eight<Number>::store(x, out + int64_t(row.out) * 8);
+            const Eight<Number> stored = Eight<Number>::of(x);
+            stored.store(out + int64_t(row.out) * 8);
+            if (!GEGLU && plan.statistics) {
+                float numbers[8] = {};
+                stored.add_to(numbers);
+                put_eight(numbers, staged + number * pitch_of(COLUMNS) + column);
+            }
         }
     }
 }
 
 template <typename T, int COLUMNS, int FIRST, int WIDTH, typename Number>
 __device__ inline void wide_rows_of(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                    const typename Operand<T>::Sum* staged, const WideRow* rows,
+                                    typename Operand<T>::Sum* staged, const WideRow* rows,
                                     const TileColumns<COLUMNS>& columns, int lane) {
     if (p.activation == CudaActivation::geglu)
         wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, true>(p, plan, tile, staged, rows, columns, lane);
@@ -203,7 +221,7 @@ __device__ inline void wide_rows_of(const CudaGemm& p, const Plan& plan, const T
 // The largest power of two in COLUMNS columns first, then the others.
 template <typename T, int COLUMNS, typename Number>
 __device__ inline void wide_columns(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                    const typename Operand<T>::Sum* staged, const WideRow* rows,
+                                    typename Operand<T>::Sum* staged, const WideRow* rows,
                                     const TileColumns<COLUMNS>& columns, int lane) {
     constexpr int WIDTH = COLUMNS >= 128 ? 128 : 64;
     wide_rows_of<T, COLUMNS, 0, WIDTH, Number>(p, plan, tile, staged, rows, columns, lane);
@@ -214,7 +232,7 @@ __device__ inline void wide_columns(const CudaGemm& p, const Plan& plan, const T
 // A warp finishes its 16 rows of a tile, whose sums are in shared memory; `rows` and `columns` are the tile's.
 template <typename T, int COLUMNS>
 __device__ inline void wide_epilogue(const CudaGemm& p, const Plan& plan, const Tile& tile,
-                                     const typename Operand<T>::Sum* staged, const WideRow* rows,
+                                     typename Operand<T>::Sum* staged, const WideRow* rows,
                                      const TileColumns<COLUMNS>& columns, int warp, int lane) {
     staged += warp * ROWS_PER_WARP * pitch_of(COLUMNS), rows += warp * ROWS_PER_WARP;
     if (plan.splits > 1) return store_part<typename Operand<T>::Sum, COLUMNS>(p, plan, tile, staged, rows, lane);

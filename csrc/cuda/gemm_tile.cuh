@@ -60,9 +60,11 @@ struct Plan {
     int64_t out_columns;
     bool four_at_once;  // four columns of out and residual are aligned
     bool wide;          // the epilogue takes eight
+    bool statistics;    // the kernel finds them
+    int log_run, runs;  // of statistics: binary logarithm of a run's positions; runs of an image
     // By tiles of a split, tiles of a group of rows and rows of the last group, boxes along columns and rows, blocks of
-    // each source and columns of the convolution's kernel.
-    Divisor by_tiles, by_group, by_last_group, by_tiles_x, by_tiles_y, by_blocks[2], by_kernel_width;
+    // each source, columns of the convolution's kernel, and runs of statistics of an image.
+    Divisor by_runs, by_tiles, by_group, by_last_group, by_tiles_x, by_tiles_y, by_blocks[2], by_kernel_width;
 };
 
 // One block's work: a tile of the result and a range of steps.

@@ -52,9 +52,10 @@ cudaError_t launch_of(const TensorMaps& maps, const CudaGemm& p, const Plan& pla
         case 128:
             return plan.wide ? launch<T, 128, true>(maps, p, plan, stream)
                              : launch<T, 128, false>(maps, p, plan, stream);
-        case 160: return launch<T, 160, true>(maps, p, plan, stream);
-        default: return cudaErrorInvalidValue;
     }
+    if constexpr (!std::is_same_v<T, Float8>)
+        if (plan.columns_of_tile == 160) return launch<T, 160, true>(maps, p, plan, stream);
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace

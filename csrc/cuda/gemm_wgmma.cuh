@@ -201,6 +201,12 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
                                                                                                       sums[i + 1]};
         sync_warp();
         wide_epilogue<T>(p, plan, tile, staged, rows, columns, warp, lane);
+        if (plan.statistics) {
+            sync_warp();
+            statistics_of_warp<Sum, COLUMNS>(staged + warp * ROWS_PER_WARP * pitch_of(COLUMNS), lane);
+            sync_threads(1, Size::MULTIPLYING);
+            store_statistics<Sum, COLUMNS>(p, plan, tile, staged, threadIdx.x, Size::MULTIPLYING);
+        }
     } else {
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];

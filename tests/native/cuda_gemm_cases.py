@@ -40,6 +40,7 @@ class Case:
     out_dtype: torch.dtype = torch.float32
     pitch: int = 0  # elements between the channels of out and residual, and between those of sources, in 16 bytes
     seed: int = 0
+    run: int = 0  # positions of a run of statistics; 0: none are asked for
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -66,12 +67,13 @@ class Problem:
     bias: Tensor | None = None
     residual: Tensor | None = None
     out: Tensor = field(default_factory=lambda: torch.empty(0))
+    statistics: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def tensors(self) -> list[tuple[Tensor, bool]]:
         """All of them, and whether they may be written."""
         vectors = self.row_scales, self.row_zeros, self.column_scales, self.sums, self.bias, self.residual
         read = [*self.sources, self.weight, *vectors]
-        return [(t, False) for t in read if t is not None] + [(self.out, True)]
+        return [(t, False) for t in read if t is not None] + [(self.out, True), (self.statistics, True)]
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, pitch: int) -> Tensor:
@@ -111,6 +113,9 @@ def make(case: Case) -> Problem:
         problem.residual = poisoned((*places, case.out_columns), case.residual, case.pitch)
         problem.residual.copy_(torch.randn(problem.residual.shape, generator=generator))
     problem.out = poisoned((*places, case.out_columns), case.out_dtype, case.pitch)
+    if case.run:
+        runs = -(-case.sides[0] * case.sides[1] // case.run)
+        problem.statistics = torch.full((case.batch, runs, 5, case.out_columns), float("nan"))
     return problem
 
 
@@ -153,6 +158,7 @@ def run(cuda: ModuleType, p: Problem, instructions: str, device: Device = H200) 
         call, scratch = prepare(cuda, moved, instructions)
         call.run(scratch.data_ptr() if scratch.numel() else 0, 0, torch.cuda.current_stream().cuda_stream)
         whole(p.out).copy_(whole(moved.out))
+        p.statistics.copy_(moved.statistics)
     if p.out._base is not None and p.out.numel():  # what lies between the rows stays as it was
         assert p.out._base.isnan().sum() == p.out._base.numel() - p.out.numel() + p.out.isnan().sum()
     return p.out
@@ -175,6 +181,7 @@ def prepare(cuda: ModuleType, p: Problem, instructions: str) -> tuple[Any, Tenso
         image_of(p.residual),
         image_of(p.out),
         instructions,
+        (p.statistics.data_ptr(), p.statistics.stride(0), case.run) if case.run else None,
     )
     return call, torch.full((call.scratch(0) // 4,), float("nan"), device=p.weight.device)
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from vpd_fast import _native
+from vpd_fast.ops.statistics import Statistics
 
-from .cuda_gemm_cases import FLOAT8, Case, before_activation, check, make, name_of, run
+from ..ops.statistics_cases import assert_statistics
+from .cuda_gemm_cases import FLOAT8, Case, before_activation, check, make, name_of, prepare, run
 from .devices import A100, H200, L40, Device
 
 MMA = [("mma", A100)]
@@ -120,7 +122,7 @@ def test_the_wide_epilogue_gives_the_same_bits(machine: ModuleType, dtype, activ
         assert not shared or shared[0] != shared[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["", "geglu"])
 def test_tiles_of_160_columns(machine: ModuleType, dtype: torch.dtype, activation: str) -> None:
     """Where they end earlier than narrower ones: in one round of the processors, or in one whose sums are shared."""
@@ -135,6 +137,64 @@ def test_tiles_of_160_columns(machine: ModuleType, dtype: torch.dtype, activatio
     if hasattr(machine, "shared_bytes"):
         run(machine, make(case), "wgmma_wide", H200._replace(processors=2))
         assert machine.shared_bytes() > 5 * (128 + 160) * 128  # of five stages of such tiles
+
+
+STATISTICS = [  # positions of a run, height, width, batch, kernel; what a tile's rows are
+    (64, 16, 16, 2, 3),  # eight lines of an image
+    (64, 8, 8, 3, 3),  # two images, of which the last is missing
+    (128, 4, 32, 1, 1),  # positions of a matrix
+    (32, 4, 8, 5, 1),  # of several images
+    (128, 2, 256, 1, 3),  # half a line
+    (16, 6, 16, 1, 3),  # more lines than the image has
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize(("length", "height", "width", "batch", "kernel"), STATISTICS)
+def test_statistics(machine: ModuleType, dtype, length: int, height: int, width: int, batch: int, kernel: int) -> None:
+    """Those of the stored result, of tiles of 64, 128 and 160 columns; numbers far from zero."""
+    margin = kernel // 2
+    case = Case(batch, height, width, (32,), kernel=(kernel, kernel), padding=(margin,) * 4, dtype=dtype, run=length)
+    wide = {"n": 320, "residual": torch.bfloat16, "out_dtype": torch.bfloat16}
+    for options, processors in (({"n": 72}, 1), ({"n": 136, "activation": "relu"}, 1), (wide, 2)):
+        p = make(replace(case, **options))
+        p.bias += 300
+        device = H200._replace(processors=processors)
+        out = run(machine, p, "wgmma_wide", device)
+        if hasattr(machine, "configure"):  # a GPU shares the sums of so few tiles, and leaves statistics to others
+            assert prepare(machine, p, "wgmma_wide")[0].finds_statistics(0)
+        if not p.statistics.isnan().all():
+            assert_statistics(Statistics(p.statistics, length), out)
+
+
+def test_statistics_that_are_left_to_others(cuda: ModuleType) -> None:
+    """Runs that are no tile's rows, sums that blocks share, geglu, and other kernels: nothing is written."""
+    for change, instructions, processors in (
+        ({"height": 6, "width": 8, "run": 16, "kernel": (3, 3), "padding": (1, 1, 1, 1)}, "wgmma_wide", 2),
+        ({"height": 5, "width": 7, "run": 64}, "wgmma_wide", 2),
+        ({"height": 8, "width": 8, "run": 64, "channels": (2048,)}, "wgmma_wide", 132),
+        ({"height": 8, "width": 8, "run": 64, "n": 64, "activation": "geglu"}, "wgmma_wide", 2),
+        ({"height": 8, "width": 8, "run": 64}, "wgmma", 2),
+        ({"height": 8, "width": 8, "run": 64}, "mma", 2),
+    ):
+        p = make(Case(**{"n": 72, **change}))
+        run(cuda, p, instructions, H200._replace(processors=processors))
+        assert not prepare(cuda, p, instructions)[0].finds_statistics(0), change
+        assert p.statistics.isnan().all()
+
+
+def test_statistics_of_numbers_that_are_not_finite(machine: ModuleType) -> None:
+    """What is not finite makes the mean of its run so; least and largest leave NaN out."""
+    p = make(Case(height=8, width=16, channels=(32,), n=72, dtype=torch.bfloat16, run=64))
+    p.sources[0][0, 1, 3, 2], p.sources[0][0, 5, 1, 7] = float("nan"), float("inf")
+    out = run(machine, p, "wgmma_wide", H200._replace(processors=1)).view(2, 64, 72)
+    mean, _, squares, low, high = p.statistics[0].unbind(1)
+    assert mean[0].isnan().all()
+    assert not mean[1].isfinite().any()
+    assert not squares.isfinite().any()
+    assert torch.equal(low[0], out[0].nan_to_num(torch.inf).amin(0))
+    assert torch.equal(high[0], out[0].nan_to_num(-torch.inf).amax(0))
+    assert (low[1] <= high[1]).all()
 
 
 @paths_and_dtypes

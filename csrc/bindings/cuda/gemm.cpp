@@ -9,6 +9,7 @@ namespace {
 using Strides = std::array<int64_t, 3>;
 using Source = std::tuple<uintptr_t, Strides, int64_t>;
 using Image = std::tuple<uintptr_t, std::string, Strides>;
+using Statistics = std::tuple<uintptr_t, int64_t, int64_t>;
 
 CudaOperand parse_operand(const std::string& name) {
     if (name == "int8") return CudaOperand::int8;
@@ -48,7 +49,7 @@ struct Call {
     Call(const std::vector<Source>& sources, const std::string& dtype, const std::array<int64_t, 5>& shape,
          const std::array<int64_t, 5>& geometry, uintptr_t weight, int64_t n, const std::array<uintptr_t, 4>& scales,
          bool scale_per_image, uintptr_t bias, const std::string& activation, const std::optional<Image>& residual,
-         const Image& out, const std::string& instructions_)
+         const Image& out, const std::string& instructions_, const std::optional<Statistics>& statistics)
         : operand(parse_operand(dtype)), instructions(parse_instructions(instructions_)) {
         CudaGemm& p = problem;
         if (sources.empty() || sources.size() > 2) throw std::invalid_argument("there must be one or two sources");
@@ -67,6 +68,10 @@ struct Call {
             p.residual = positions(std::get<0>(*residual), std::get<2>(*residual));
             p.residual_dtype = parse_dtype(std::get<1>(*residual));
         }
+        if (statistics) {
+            p.statistics = reinterpret_cast<float*>(std::get<0>(*statistics));
+            std::tie(std::ignore, p.statistics_image, p.run) = *statistics;
+        }
     }
 
     void require_possible() const {
@@ -84,13 +89,15 @@ void bind_gemm(py::module_& m) {
         "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
         "address. scales: addresses of row scales, row zeros, column scales and weight sums, or 0. bias: address or 0.\n"
         "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma, wgmma or\n"
-        "wgmma_wide. All memory must live until a run has ended.")
+        "wgmma_wide. statistics: None or (address, stride of images, positions of a run). All memory must live until\n"
+        "a run has ended.")
         .def(py::init<const std::vector<Source>&, const std::string&, const std::array<int64_t, 5>&,
                       const std::array<int64_t, 5>&, uintptr_t, int64_t, const std::array<uintptr_t, 4>&, bool,
-                      uintptr_t, const std::string&, const std::optional<Image>&, const Image&, const std::string&>(),
+                      uintptr_t, const std::string&, const std::optional<Image>&, const Image&, const std::string&,
+                      const std::optional<Statistics>&>(),
              py::arg("sources"), py::arg("dtype"), py::arg("shape"), py::arg("geometry"), py::arg("weight"),
              py::arg("n"), py::arg("scales"), py::arg("scale_per_image"), py::arg("bias"), py::arg("activation"),
-             py::arg("residual"), py::arg("out"), py::arg("instructions") = "auto")
+             py::arg("residual"), py::arg("out"), py::arg("instructions") = "auto", py::arg("statistics") = py::none())
         .def(
             "scratch",
             [](const Call& call, int device) {
@@ -99,6 +106,13 @@ void bind_gemm(py::module_& m) {
                 return gemm_cuda_scratch(call.problem, call.operand, call.instructions);
             },
             py::arg("device"), "Bytes of scratch memory that it needs there. Raises ValueError if it cannot run there.")
+        .def(
+            "finds_statistics",
+            [](const Call& call, int device) {
+                const DeviceGuard guard(device);
+                return gemm_cuda_finds_statistics(call.problem, call.operand, call.instructions);
+            },
+            py::arg("device"), "Whether it fills the statistics there. If not, they stay as they are.")
         .def(
             "run",
             [](const Call& call, uintptr_t scratch, int device, uintptr_t stream) {
