@@ -3,6 +3,7 @@
 #
 #     benchmarks/gpu.sh [measure|tests|ops|slow|e2e|layers|sanitizer|tune|train|all] ...
 #     benchmarks/gpu.sh pack FOLDER [...]     on any machine: the folder that one without a compiler needs (pack.py)
+#     benchmarks/gpu.sh try                   on any machine: everything of `measure` with tiny sizes, to see that it runs
 #
 # It must have Python with torch (CUDA build) and pytest; and pybind11, cmake, ninja, setuptools and nvcc, or a built
 # vpd_fast._C_cuda, or be run in a folder of `pack`. Results, logs and summary.json go to $OUT (default
@@ -84,6 +85,9 @@ measure() {
         ${FORCE:+$([[ $FORCE == 1 ]] && echo --force)}
 }
 
+# The same on a CPU, with tiny sizes and stand-ins: whether a folder of `pack` has all that it needs.
+try() { part try "$python" benchmarks/measure.py --dry --out "$out/try" --seconds $((${LIMIT:-540} - 20)); }
+
 # Batch sizes apart, each within the limit: torch.compile takes minutes for each, and comes last. What it compiled it
 # keeps.
 e2e() {
@@ -152,16 +156,16 @@ chosen=()
 for name in "${@:-all}"; do
     if [[ $name == all ]]; then
         chosen+=("${known[@]}")
-    elif [[ " ${known[*]} " == *" $name "* ]]; then
+    elif [[ " ${known[*]} try " == *" $name "* ]]; then
         chosen+=("$name")
     else
-        echo "usage: benchmarks/gpu.sh [$(IFS='|'; echo "${known[*]}")|all] ..."
+        echo "usage: benchmarks/gpu.sh [$(IFS='|'; echo "${known[*]}")|all|try] ..."
         exit 2
     fi
 done
 
 if [[ $dry != 1 ]]; then
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    [[ ${chosen[*]} == try ]] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         { echo "gpu.sh: PyTorch finds no NVIDIA GPU here; nothing was run"; exit 1; }
     build
     "$python" -m vpd_fast

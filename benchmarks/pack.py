@@ -2,9 +2,10 @@
 
     benchmarks/gpu.sh pack FOLDER --python 3.12
 
-On a machine without a GPU, but with nvcc and the Python that the other one has. The folder gets a wheel for that
-Python, with CUDA C++ kernels and probes for sm_90a; the Triton kernels, compiled ahead of time; tests and benchmarks.
-There, in the folder, `benchmarks/gpu.sh measure` installs the wheel beside itself and measures.
+On a machine without a GPU, but with nvcc, a package index and the Python that the other one has. The folder gets a
+wheel for that Python, with CUDA C++ kernels and probes for sm_90a; the Triton kernels, compiled ahead of time by one
+version of Triton, which pip brings where another one is installed; tests and benchmarks. There, in the folder,
+`benchmarks/gpu.sh measure` installs the wheel beside itself and measures; `benchmarks/gpu.sh try` needs no GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ LEFT_OUT = ("__pycache__", "*.pyc", "results", ".cache")
 MAX_BYTES = 60 << 20
 CODE = "arch=compute_90a,code=sm_90a"
 BUILD = {"VPD_FAST_CUDA": "ON", "VPD_FAST_PROBES": "ON", "VPD_FAST_KERNELS": "OFF"}
+TRITON = "3.6.0"  # that compiles the kernels; its assembler is that of CUDA 12.8
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vpd_fast"
+WITHOUT = "--kernels none leaves the kernels to the machine with the GPU, which compiles them at run time"
 # What the passes of measure.py launch.
 KERNELS = ("--arch", "sm_90", "--task", "segmentation", "--size", "512")
 
@@ -43,11 +48,13 @@ def find_python(name: str) -> str:
     return found
 
 
-def run(what: str, command: Sequence[str], **environment: str) -> None:
-    """Run a command, which prints what it does. Raises SystemExit if it fails."""
+def run(what: str, command: Sequence[str], remedy: str = "", **environment: str) -> None:
+    """Run a command, which prints what it does. Raises SystemExit if it fails, with what else can be done."""
     print(f"== {what}: {' '.join(command)}", flush=True)
+    start = time.monotonic()
     if subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, check=False).returncode:
-        sys.exit(f"pack.py: {what} failed")
+        sys.exit(f"pack.py: {what} failed" + (f"; {remedy}" if remedy else ""))
+    print(f"== {what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def build_wheel(python: str, folder: Path, isolated: bool) -> Path:
@@ -60,18 +67,49 @@ def build_wheel(python: str, folder: Path, isolated: bool) -> Path:
     return wheel
 
 
-def compile_kernels(python: str, out: Path, ptxas: str | None, batches: Sequence[int]) -> str:
-    """Write the archive of Triton's kernels if that Python can make it; returns what became of it, in words."""
-    probe = subprocess.run([python, "-c", "import torch, triton"], capture_output=True, check=False)
-    if probe.returncode:
-        return f"none, they are compiled at run time: {python} has no Triton (--kernels names another Python)"
+def ask(python: str, code: str, what: str) -> str:
+    """What that Python prints for a line of code. Raises SystemExit if it fails, with the last line of its error."""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        sys.exit(f"pack.py: {python} {what}: {reason}; {WITHOUT}")
+    return done.stdout.strip()
+
+
+def fetch_triton(python: str, version: str, cache: Path) -> Path | None:
+    """Folder with that version of Triton for that Python, which pip fills once; None if it is the installed one.
+
+    Raises SystemExit if it cannot be had, or if there is no PyTorch.
+    """
+    ask(python, "import torch", "has no PyTorch, which the kernels are compiled with (--kernels names another Python)")
+    code = "import importlib.metadata as m; print(next((d.version for d in m.distributions(name='triton')), ''))"
+    installed = ask(python, code, "does not run")
+    if version in ("installed", installed):
+        ask(python, "import triton", "has no Triton that compiles the kernels")
+        return None
+    tag = ask(python, "import sys; print('cp%d%d' % sys.version_info[:2])", "does not run")
+    folder = cache / f"triton-{version}-{tag}"
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        try:
+            remedy = f"--triton installed takes {installed}; {WITHOUT}" if installed else WITHOUT
+            run(f"Triton {version}", [*command, "--target", str(unfinished), f"triton=={version}"], remedy=remedy)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def compile_kernels(python: str, triton: Path | None, ptxas: str | None, out: Path, batches: Sequence[int]) -> None:
+    """Write the archive of Triton's kernels. Raises SystemExit if it cannot be made."""
     out.parent.mkdir(parents=True)
     command = [python, "-m", "vpd_fast", "compile-kernels", *KERNELS, "--out", str(out)]
     for batch in batches:
         command += ["--batch", str(batch)]
     command += ["--ptxas", ptxas] if ptxas else []
-    run("Triton's kernels", command, PYTHONPATH=str(ROOT))
-    return f"batches {', '.join(map(str, batches))}"
+    path = os.pathsep.join(str(place) for place in (triton, ROOT) if place)
+    run("Triton's kernels", command, remedy=WITHOUT, PYTHONPATH=path)
 
 
 def copy_content(folder: Path) -> None:
@@ -101,8 +139,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--python", default=f"{sys.version_info[0]}.{sys.version_info[1]}", metavar="VERSION|PATH",
                         help="Python of the machine with the GPU (default: this one)")  # fmt: skip
     parser.add_argument("--kernels", default=sys.executable, metavar="PATH",
-                        help="whose Triton compiles the kernels (default: this Python); none: at run time")  # fmt: skip
+                        help="Python that compiles the kernels (default: this one); none: at run time")  # fmt: skip
+    parser.add_argument("--triton", default=TRITON, metavar="VERSION",
+                        help=f"that compiles them, or `installed` (default: {TRITON})")  # fmt: skip
     parser.add_argument("--ptxas", metavar="FILE", help="assembler for them, instead of Triton's")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="for versions of Triton")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8], help="of the compiled kernels")
     parser.add_argument("--no-build-isolation", action="store_true", help="with the build tools of that Python")
     options = parser.parse_args(arguments)
@@ -114,11 +155,14 @@ def main(arguments: list[str] | None = None) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
+        compiled, triton = "none, they are compiled at run time", None
+        if options.kernels != "none":  # before the wheel, which takes minutes
+            triton = fetch_triton(options.kernels, options.triton, options.cache)
+            compiled = f"Triton {options.triton}, batches {', '.join(map(str, options.batch))}"
         wheel = build_wheel(python, unfinished / "wheel", not options.no_build_isolation)
-        compiled = "none, they are compiled at run time"
         if options.kernels != "none":
             archive = unfinished / "kernels" / "cubins.zip"
-            compiled = compile_kernels(options.kernels, archive, options.ptxas, options.batch)
+            compile_kernels(options.kernels, triton, options.ptxas, archive, options.batch)
         copy_content(unfinished)
         facts: dict[str, Any] = {"wheel": wheel.name, "kernels": compiled}
         facts["bytes"] = check_size(unfinished)

@@ -189,7 +189,9 @@ def test_a_command_that_takes_too_long_has_failed(tmp_path, stub: dict[str, str]
 def test_unknown_part(tmp_path) -> None:
     done = call(tmp_path, "tests", "everything", GPU_SH_DRY="1")
     assert done.returncode == 2
-    assert done.stdout == "usage: benchmarks/gpu.sh [tests|tune|measure|ops|e2e|layers|slow|sanitizer|train|all] ...\n"
+    assert (
+        done.stdout == "usage: benchmarks/gpu.sh [tests|tune|measure|ops|e2e|layers|slow|sanitizer|train|all|try] ...\n"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which everything would run")
@@ -197,3 +199,14 @@ def test_without_a_gpu(tmp_path) -> None:
     done = call(tmp_path, "ops")
     assert done.returncode == 1
     assert done.stdout == "gpu.sh: PyTorch finds no NVIDIA GPU here; nothing was run\n"
+
+
+def test_the_trial_needs_no_gpu(tmp_path, stub: dict[str, str]) -> None:
+    path = Path(stub["PYTHON"])
+    path.write_text(path.read_text().replace('"-c "*) exit 0', '*is_available*) exit 1 ;;\n"-c "*) exit 0'))
+    done = call(tmp_path, "try", **stub)
+    assert done.returncode == 0, done.stdout
+    assert status(tmp_path) == {"try": "passed"}
+    asked = f"-m vpd_fast\nbenchmarks/measure.py --dry --out {tmp_path}/out/try --seconds 520\n"
+    assert Path(stub["LOG"]).read_text() == asked
+    assert call(tmp_path, "try", "ops", **stub).returncode == 1

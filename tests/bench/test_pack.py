@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 # Stands for Python: builds a "wheel", compiles "kernels", installs by unpacking, and notes all that it is asked.
 PYTHON = """#!/usr/bin/env bash
 echo "$CMAKE_ARGS|$VPD_FAST_CUDA$VPD_FAST_PROBES|$PYTHONPATH|$*" >>"$LOG"
 case "$*" in
+"-c import importlib.metadata"*) echo "$INSTALLED" ;;
+"-c import sys; print('cp"*) echo cp312 ;;
 "-c import sys; print"*) echo 3.12 ;;
 *"pip wheel"*)
     while [[ $1 != -w ]]; do shift; done
     mkdir -p "$2"
     echo wheel >"$2/vpd_fast-1-cp312-cp312-linux_x86_64.whl"
     ;;
+*"pip install"*triton==9*) exit 1 ;;
 *compile-kernels*) while [[ $1 != --out ]]; do shift; done; echo cubins >"$2" ;;
 *"pip install"*) while [[ $1 != --target ]]; do shift; done; mkdir -p "$2/vpd_fast/kernels" ;;
 esac
@@ -33,6 +37,7 @@ def stub(tmp_path, monkeypatch) -> Path:
     path.write_text(PYTHON)
     path.chmod(0o755)
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("INSTALLED", "3.6.0")
     monkeypatch.delenv("CMAKE_ARGS", raising=False)
     return path
 
@@ -41,7 +46,10 @@ def test_the_folder_has_all_that_is_needed(script, stub: Path, tmp_path) -> None
     folder = tmp_path / "packed"
     script("pack").main([str(folder), "--python", str(stub), "--kernels", str(stub), "--batch", "1", "8"])
     facts = json.loads((folder / "pack.json").read_text())
-    assert (facts["wheel"], facts["kernels"]) == ("vpd_fast-1-cp312-cp312-linux_x86_64.whl", "batches 1, 8")
+    assert (facts["wheel"], facts["kernels"]) == (
+        "vpd_fast-1-cp312-cp312-linux_x86_64.whl",
+        "Triton 3.6.0, batches 1, 8",
+    )
     assert facts["bytes"] < 60 << 20
     for name in ("wheel/" + facts["wheel"], "kernels/cubins.zip", "benchmarks/gpu.sh", "tests/conftest.py"):
         assert (folder / name).is_file()
@@ -67,9 +75,45 @@ def test_the_folder_has_all_that_is_needed(script, stub: Path, tmp_path) -> None
     assert not any("pip install" in line and " -e " in line for line in lines)
 
 
-def test_without_triton_kernels_are_compiled_at_run_time(script, stub: Path, tmp_path) -> None:
-    script("pack").main([str(tmp_path / "packed"), "--python", str(stub), "--kernels", "false"])
+def test_kernels_are_compiled_at_run_time_if_that_is_wanted(script, stub: Path, tmp_path) -> None:
+    script("pack").main([str(tmp_path / "packed"), "--python", str(stub), "--kernels", "none"])
     assert "compiled at run time" in json.loads((tmp_path / "packed/pack.json").read_text())["kernels"]
+
+
+def test_another_triton_than_the_installed_one_is_fetched_once(script, stub: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("INSTALLED", "3.9.0")
+    pack, cache = script("pack"), tmp_path / "cache"
+    for name in ("first", "second"):
+        pack.main([str(tmp_path / name), "--python", str(stub), "--kernels", str(stub), "--cache", str(cache)])
+    lines = (tmp_path / "log").read_text().splitlines()
+    (fetched,) = (line for line in lines if "pip install" in line)
+    assert fetched.endswith("triton==3.6.0")
+    assert "--no-deps" in fetched
+    for compiled in (line for line in lines if "compile-kernels" in line):
+        assert compiled.startswith(f"||{cache}/triton-3.6.0-cp312:{ROOT}|")
+    assert [path.name for path in cache.iterdir()] == ["triton-3.6.0-cp312"]
+
+    pack.main([str(tmp_path / "third"), "--python", str(stub), "--kernels", str(stub), "--triton", "installed"])
+    assert f"||{ROOT}|-m vpd_fast compile-kernels" in (tmp_path / "log").read_text()
+    with pytest.raises(SystemExit, match=r"Triton 9.9 failed; --triton installed takes 3.9.0; --kernels none leaves"):
+        pack.main([str(tmp_path / "4"), "--python", str(stub), "--kernels", str(stub), "--triton", "9.9",
+                   "--cache", str(cache)])  # fmt: skip
+    assert [path.name for path in cache.iterdir()] == ["triton-3.6.0-cp312"]
+    assert not (tmp_path / "4").exists()
+
+
+@pytest.mark.parametrize(("missing", "message"), [
+    ("torch", "has no PyTorch, which the kernels are compiled with .*: No module named 'torch'; --kernels none leaves"),
+    ("triton", "has no Triton that compiles the kernels: No module named 'triton'; --kernels none leaves"),
+])  # fmt: skip
+def test_a_piece_that_is_missing_is_named(script, stub: Path, tmp_path, missing: str, message: str) -> None:
+    fails = f'[[ "$*" == "-c import {missing}"* ]] && {{ echo "No module named \'{missing}\'" >&2; exit 1; }}\n'
+    other = tmp_path / "other"
+    other.write_text(PYTHON.replace("case", fails + "case", 1))
+    other.chmod(0o755)
+    with pytest.raises(SystemExit, match=message):
+        script("pack").main([str(tmp_path / "packed"), "--python", str(stub), "--kernels", str(other)])
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_folder_that_is_too_large(script, tmp_path) -> None:
@@ -90,8 +134,7 @@ def test_what_pack_refuses(script, stub: Path, tmp_path) -> None:
 
 
 def test_gpu_sh_hands_pack_its_arguments() -> None:
-    root = Path(__file__).parents[2]
-    command = ["bash", str(root / "benchmarks/gpu.sh"), "pack", "--help"]
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), "pack", "--help"]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0
