@@ -1,7 +1,7 @@
 """Registers, shared memory, spills and instructions of every CUDA kernel per architecture. Needs no GPU.
 
 Exits with 1 if one spills, if its tensor-core or copy instructions are missing, if the loop that starts its copies is
-too long, or if the assembler had to make asynchronous matrix instructions wait for each other.
+too long, if its main loop has more instructions or fewer loads on their way than it should, or if the assembler had to make asynchronous matrix instructions wait for each other.
 
 python benchmarks/cuda_resources.py
 """
@@ -18,6 +18,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+
+import machine_code
+from machine_code import LoopLimit
 
 from vpd_fast.bench.timing import table
 
@@ -51,6 +54,15 @@ EXPECTED = {
 }
 # Instructions for each step of K in the loop that starts both copies, of kernels whose name begins like this.
 COPY_LOOPS = {r"wgmma_kernel<.*, true>": 32}
+# Loops of kernels that bytes should limit. Per number: unpacking 1, scale and shift 1, SiLU 5, rounding 0.5 to 16 bits
+# and 6 to 8 bits (as the reference: product, sum and number are each rounded, then clamped and packed); what is left are
+# addresses.
+LOOPS = {
+    "positions_kernel<__nv_bfloat16, __nv_bfloat16, true, false, false>": LoopLimit(32, 9.0, 4),
+    "positions_kernel<__nv_bfloat16, signed char, true, false, false>": LoopLimit(32, 14.2, 4),
+    "positions_kernel<__half, __half, true, false, false>": LoopLimit(32, 9.0, 4),
+    "positions_kernel<__half, signed char, true, false, false>": LoopLimit(32, 14.2, 4),
+}
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
 SERIALIZED = ("C7510", "C7520")  # the assembler's notes that wgmma instructions wait for each other
 
@@ -100,6 +112,12 @@ def copies_too_long(kernel: str, code: str) -> list[str]:
     return []
 
 
+def main_loop_faults(kernel: str, code: str) -> list[str]:
+    """What is wrong with the main loop of that kernel, if it has limits."""
+    limits = (limit for name, limit in LOOPS.items() if kernel.startswith(name))
+    return [fault for limit in limits for fault in limit.faults(machine_code.parsed(code))]
+
+
 def missing(kernel: str, architecture: str, instructions: set[str]) -> list[str]:
     """What is expected of that kernel and not there."""
     for pattern, expected in EXPECTED[architecture].items():
@@ -127,6 +145,7 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
         instructions = instructions_of(code[mangled])
         absent = missing(kernel, architecture, instructions)
         long = copies_too_long(kernel, code[mangled]) if architecture == ARCHITECTURES[1] else []
+        slow = main_loop_faults(kernel, code[mangled])
         notes = [line for line in done.stderr.splitlines() if any(note in line for note in SERIALIZED)]
         serialized = any(f"'{mangled}'" in line for line in notes)
         shown = sorted({found for i in instructions for found in re.findall(NAMED, i.partition(".")[0])})
@@ -140,7 +159,9 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
                 "stack_bytes": int(stack[1]) if stack else 0,
                 "spilled_bytes": spills,
                 "instructions": " ".join(shown),
-                "faults": " ".join([*(f"no {i}" for i in absent), *long, *(["serialized"] if serialized else [])]),
+                "faults": " ".join(
+                    [*(f"no {i}" for i in absent), *long, *slow, *(["serialized"] if serialized else [])]
+                ),
             }
         )
     return rows
@@ -149,7 +170,7 @@ def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
 def unused(rows: list[dict[str, str | int]]) -> list[str]:
     """Patterns that no kernel's name begins with: the check would be of nothing."""
     names = {a: [row["kernel"] for row in rows if row["architecture"] == a] for a in EXPECTED}
-    pairs = ((a, pattern) for a, patterns in EXPECTED.items() for pattern in patterns)
+    pairs = ((a, pattern) for a, patterns in EXPECTED.items() for pattern in (*patterns, *LOOPS))
     return [f"{a}: no kernel {p}" for a, p in pairs if not any(name.startswith(p) for name in names[a])]
 
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vpd_fast.kernels import _prologue_cuda
 from vpd_fast.kernels._common import UNFUSED, image_arguments, launch, rounded
 
 ELEMENTS = 4096  # of the rows of one program, if one row is not longer
@@ -204,12 +205,14 @@ def prepare(
     input_scale: torch.Tensor | None = None,
     per_image: bool = False,
     ranges: torch.Tensor | None = None,
+    backend: str = "triton",
 ) -> Rows:
     """Rows of that dtype with their padding, or what is given where nothing is to be done.
 
     x, x2: (B, H, W, C), channels next to each other. padding: top, left, bottom, right. per_image: one scale and zero
     for each image instead of each row, from `ranges` (B, 2, parts) if they are known, which takes half the time.
-    Others: as in `vpd_fast.ops.linear` and `conv2d`.
+    backend: "triton", or "cuda" for what `_prologue_cuda.refuse` takes. Others: as in `vpd_fast.ops.linear` and
+    `conv2d`.
     """
     plain = not norm and scale_shift is None and not silu and input_scale is None
     if plain and all(t is None or t.dtype == dtype for t in (x, x2)):
@@ -218,6 +221,16 @@ def prepare(
     k = k1 + (0 if x2 is None else x2.shape[3])
     top, left, bottom, right = padding
     tall, wide = height + top + bottom, width + left + right
+    out = torch.empty(batch, tall, wide, k, dtype=dtype, device=x.device)
+    scales = zeros = None
+    if dtype.itemsize == 1:
+        scales = x.new_empty(batch if per_image else batch * tall * wide, dtype=torch.float32)
+        zeros = torch.empty_like(scales) if dtype == torch.int8 else None
+    if backend == "cuda":
+        how: dict[str, Any] = {"norm": norm, "eps": eps, "silu": silu, "per_image": per_image, "ranges": ranges}
+        vectors = {"scale_shift": scale_shift, "input_scale": input_scale}
+        _prologue_cuda.fill(x, x2, out, scales, zeros, padding=padding, **how, **vectors)
+        return Rows(out, None, scales, zeros, (top, left))
     columns = triton.next_power_of_2(k)
     rows = max(1, ELEMENTS // columns)
     blocks = triton.cdiv(tall * wide, rows)
@@ -229,11 +242,6 @@ def prepare(
         **{"K1": k1, "K": k, "NORM": norm, "SILU": silu},
         **{"ROWS": rows, "COLUMNS": columns, "num_warps": 4 if rows * columns <= ELEMENTS else 8, **UNFUSED},
     }
-    out = torch.empty(batch, tall, wide, k, dtype=dtype, device=x.device)
-    scales = zeros = None
-    if dtype.itemsize == 1:
-        scales = x.new_empty(batch if per_image else batch * tall * wide, dtype=torch.float32)
-        zeros = torch.empty_like(scales) if dtype == torch.int8 else None
 
     def launch_rounding(rounding: str, ranges: torch.Tensor | None = None) -> None:
         parts = 1 if ranges is None else ranges.shape[2]

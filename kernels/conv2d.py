@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from vpd_fast.ops.conv2d import Conv2dArguments
 
 
-def forward(call: "Conv2dArguments", backend: str = "triton") -> None:
-    """Fills call.out. Last strides are 1 and vectors contiguous. backend: of the product, as in `_gemm.gemm`.
+def forward(call: "Conv2dArguments", backend: str = "triton", preparation: str = "triton") -> None:
+    """Fills call.out. Last strides are 1 and vectors contiguous.
 
+    backend: of the product, as in `_gemm.gemm`. preparation: what prepares the image, as in `_prologue.prepare`.
     The four phases of `upsample` read the same prepared image.
     """
     prologue = {
@@ -22,6 +23,7 @@ def forward(call: "Conv2dArguments", backend: str = "triton") -> None:
         "silu": call.silu,
         "input_scale": call.input_scale,
         "ranges": call.ranges,
+        "backend": preparation,
     }
     rows = prepare(call.x, call.x2, call.data.dtype, **prologue, padding=call.margins, per_image=True)
     for phase in call.phases():

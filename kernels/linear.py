@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from vpd_fast.ops.linear import LinearArguments
 
 
-def forward(call: "LinearArguments", backend: str = "triton") -> None:
-    """Fills call.out. Last strides are 1 and vectors contiguous. backend: of the product, as in `_gemm.gemm`."""
+def forward(call: "LinearArguments", backend: str = "triton", preparation: str = "triton") -> None:
+    """Fills call.out. Last strides are 1 and vectors contiguous.
+
+    backend: of the product, as in `_gemm.gemm`. preparation: what prepares the rows, as in `_prologue.prepare`.
+    """
     x, x2, residual, out = (None if t is None else t.unsqueeze(2) for t in (call.x, call.x2, call.residual, call.out))
     weight = call.weight.numbers()[0].contiguous()
     rows = prepare(
-        x, x2, weight.dtype, norm=call.norm, eps=call.eps, scale_shift=call.scale_shift, input_scale=call.input_scale
+        x,
+        x2,
+        weight.dtype,
+        norm=call.norm,
+        eps=call.eps,
+        scale_shift=call.scale_shift,
+        input_scale=call.input_scale,
+        backend=preparation,
     )
     statistics = None if call.statistics is None else (call.statistics, call.run)
     epilogue = Epilogue(call.scales, call.weight_sums, call.bias, call.activation, residual, statistics)

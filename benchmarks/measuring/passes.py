@@ -26,7 +26,8 @@ from vpd_fast.ops import upsample_argmax
 from vpd_fast.ops._dispatch import Op
 
 ROUNDS = 12
-IMPLEMENTATIONS = ("auto", "cuda", "cuda:wgmma_wide", "triton", "library")  # with instructions, see csrc/cuda/gemm.h
+# With instructions, see csrc/cuda/gemm.h.
+IMPLEMENTATIONS = ("auto", "cuda", "cuda:wgmma_wide", "cuda_rows", "triton", "library")
 MOST_WANTED = [(batch, precision) for batch in (8, 1) for precision in ("int8", "bf16")]
 LESS_WANTED = [*product((2, 4), ("int8", "bf16")), *product((8, 1), ("fp16", "fp8", "fp32"))]
 # Plain models, the ones whose times are quoted first.

@@ -11,7 +11,7 @@ import torch
 
 from measuring.plan import Row, Step
 from measuring.products import PRECISIONS
-from measuring.setting import Setting
+from measuring.setting import STAND_IN, Setting
 from measuring.shapes import calls_of_pass
 
 COUNT = 6  # sizes with the most bytes
@@ -36,17 +36,13 @@ def _numbers(size: Size) -> int:
     return batch * height * width * channels
 
 
-# What prepares rows: arguments as of `vpd_fast.kernels._prologue.prepare`.
-def _by_triton(*args: Any, **options: Any) -> Any:
-    from vpd_fast.kernels._prologue import prepare
-
-    return prepare(*args, **options)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"triton": _by_triton}
+IMPLEMENTATIONS = ("triton", "cuda")  # what prepares rows
+# Predicted for "cuda": bytes of a pass over memory at this rate, as instructions and exponentials take less.
+PREDICTED_GB_PER_S = 3500.0
 
 
 def _at(setting: Setting, size: Size, count: int) -> list[Row]:
+    from vpd_fast.kernels._prologue import prepare
     from vpd_fast.kernels._statistics import partial
     from vpd_fast.ops import Statistics, group_norm_affine
     from vpd_fast.ops.statistics import run_length, statistics_shape
@@ -62,12 +58,18 @@ def _at(setting: Setting, size: Size, count: int) -> list[Row]:
     weight, bias = torch.ones(channels, device=setting.device), torch.zeros(channels, device=setting.device)
     rounded = {"padding": (1, 1, 1, 1), "scale_shift": affine, "silu": True, "per_image": True}
     calls: dict[str, Callable[[], Any]] = {}
-    for implementation, prepare in IMPLEMENTATIONS.items():
+    predicted: dict[str, float] = {}
+    padded = batch * (height + 2) * (width + 2) * channels
+    for implementation in IMPLEMENTATIONS:
+        # Kernels in CUDA C++ need a GPU.
+        by = functools.partial(prepare, x, None, backend="triton" if setting.dry else implementation, **rounded)
         for precision, dtype in PRECISIONS.items():
             known = {"ranges": ranges} if dtype == torch.int8 else {}
-            calls[f"rows {precision} {implementation}"] = functools.partial(prepare, x, None, dtype, **rounded, **known)
-        searched = functools.partial(prepare, x, None, torch.int8, **rounded)
-        calls[f"rows int8 {implementation}, ranges searched"] = searched
+            what = f"rows {precision} {implementation}"
+            calls[what] = functools.partial(by, dtype=dtype, **known)
+            if implementation == "cuda":
+                predicted[what] = 1e-6 * (x.nbytes + padded * dtype.itemsize) / PREDICTED_GB_PER_S
+        calls[f"rows int8 {implementation}, ranges searched"] = functools.partial(by, dtype=torch.int8)
     calls["statistics"] = lambda: partial(x.flatten(1, 2), run, data)
     impl = {"impl": "triton"}
     groups = GROUPS if channels % GROUPS == 0 else 1
@@ -76,5 +78,9 @@ def _at(setting: Setting, size: Size, count: int) -> list[Row]:
     usable, reasons = setting.possible(calls)
     facts = {"size": "x".join(map(str, size)), "calls": count}
     times = setting.milliseconds(usable)
-    rows = [{**facts, "what": what, "ms": ms, "read_gb_per_s": 1e-6 * x.nbytes / ms} for what, ms in times.items()]
+    rows = []
+    for what, ms in times.items():
+        row = {**facts, "what": what, "ms": ms, "read_gb_per_s": 1e-6 * x.nbytes / ms}
+        row |= {"predicted_ms": predicted[what]} if what in predicted else {}
+        rows.append(row | ({STAND_IN: "triton"} if setting.dry and " cuda" in what else {}))
     return rows + [{**facts, "what": what, "not run": reason} for what, reason in reasons.items()]

@@ -18,7 +18,7 @@ namespace vpd::device {
 
 using Bfloat16 = __nv_bfloat16;
 using Float16 = __half;
-struct Float8 {};  // e4m3fn, which only matrix instructions read
+struct Float8 {};  // e4m3fn, on which nothing but matrix instructions computes
 
 // The dynamic shared memory of the block.
 __device__ inline unsigned char* dynamic_shared() {
@@ -127,6 +127,11 @@ __device__ inline void unpack(uint32_t packed, float& low, float& high) {
     low = to_float(reinterpret_cast<const T&>(halves[0])), high = to_float(reinterpret_cast<const T&>(halves[1]));
 }
 
+template <>
+__device__ inline void unpack<Bfloat16>(uint32_t packed, float& low, float& high) {
+    low = __uint_as_float(packed << 16), high = __uint_as_float(packed & 0xffff0000u);
+}
+
 // A product that is rounded before anything is added to it.
 __device__ inline float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
 
@@ -135,6 +140,28 @@ __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
     return y;
+}
+
+// 1 / x within a unit in the last place; results below 2^-126 are 0.
+__device__ inline float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+// The low bytes of four numbers, the first lowest.
+__device__ inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+// Four floats rounded to e4m3fn, the first lowest; numbers beyond 448 become 448. From sm_89 on; elsewhere nothing calls it.
+__device__ inline uint32_t pack_float8(float a, float b, float c, float d) {
+    uint16_t low = 0, high = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(high) : "f"(d), "f"(c));
+#endif
+    return low | uint32_t(high) << 16;
 }
 
 __device__ inline void sync_warp() { __syncwarp(); }

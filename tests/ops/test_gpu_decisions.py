@@ -232,9 +232,10 @@ def table(gpu, monkeypatch, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "times", "expected"),
     [
-        ("linear", {"triton": 3, "cuda": 2, "library": 1}, ["library", "cuda", "triton"]),
-        ("linear", {"triton": 2, "cuda": 1}, ["cuda", "triton", "library"]),
-        ("conv2d", {"library": 1, "triton": 2}, ["library", "triton", "cuda"]),
+        ("linear", {"triton": 3, "cuda": 2, "library": 1}, ["library", "cuda", "triton", "cuda_rows"]),
+        ("linear", {"triton": 2, "cuda": 1}, ["cuda", "triton", "library", "cuda_rows"]),
+        ("linear", {"cuda_rows": 1, "triton": 2}, ["cuda_rows", "triton", "cuda", "library"]),
+        ("conv2d", {"library": 1, "triton": 2}, ["library", "triton", "cuda", "cuda_rows"]),
         ("self_attention", {"sdpa": 1, "triton": 2}, ["sdpa", "triton"]),
         ("upsample_argmax", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
         ("upsample_argmax_windows", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
@@ -257,7 +258,7 @@ def test_the_second_fastest_stands_in_for_what_cannot_run(table, monkeypatch) ->
     table("linear", {"cuda": 1, "library": 2, "triton": 3})
     args, kwargs = calls()["linear"]
     reasons = ops.explain("linear", *args, **kwargs)
-    assert list(reasons) == ["cuda", "library", "triton", "cpu", "reference"]
+    assert list(reasons) == ["cuda", "library", "triton", "cpu", "cuda_rows", "reference"]
     assert (reasons["cuda"], reasons.auto) == ("_C_cuda is not built", "library")
 
 

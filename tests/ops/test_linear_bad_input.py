@@ -76,7 +76,7 @@ def test_gradients_are_fine_where_none_are_recorded() -> None:
 
 def test_why_an_implementation_cannot_run(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    no_gpu = dict.fromkeys(("triton", "cuda", "library"), "x is on cpu, not on a GPU")
+    no_gpu = dict.fromkeys(("triton", "cuda", "library", "cuda_rows"), "x is on cpu, not on a GPU")
     assert ops.explain("linear", X, WEIGHT) == {"cpu": "ok", **no_gpu, "reference": "ok"}
     weight = PackedWeight(WEIGHT.data.to("meta"), None, None, 6, 8)
     assert ops.explain("linear", X.to("meta"), weight)["cpu"] == "x is on meta, not on the CPU"

@@ -217,6 +217,16 @@ def cuda_refuses(call: GemmArguments) -> str | None:
     return _gemm_cuda.refuse(call.x, call.x2, call.data.dtype, call.has_prologue)
 
 
+def cuda_rows_refuses(call: GemmArguments) -> str | None:
+    """Why CUDA C++ kernels cannot both prepare the rows of a product and compute it, or None."""
+    reason = cuda_refuses(call)
+    if reason is not None:
+        return reason
+    from vpd_fast.kernels import _prologue_cuda
+
+    return _prologue_cuda.refuse(call.x, call.x2, call.data.dtype)
+
+
 def library_refuses(call: Any) -> str | None:
     """Why cuBLAS or cuDNN, between two Triton kernels, cannot compute a product, or None."""
     reason = triton_refuses(call)  # whose kernels prepare the rows, and finish the sums
@@ -252,16 +262,25 @@ def operator(name: str, arguments: type, public: Callable[..., Any], cpu: Run, r
         if call.out.numel():
             cpu(call)
 
-    def run_gpu(call: Any, backend: str) -> None:
+    def run_gpu(call: Any, backend: str, preparation: str) -> None:
         if call.out.numel():
             dense = call.dense()
-            importlib.import_module(f"vpd_fast.kernels.{name}").forward(dense, backend)
+            importlib.import_module(f"vpd_fast.kernels.{name}").forward(dense, backend, preparation)
             call.keep(dense.out)
 
-    on_gpu = ("triton", triton_refuses), ("cuda", cuda_refuses), ("library", library_refuses)
+    on_gpu = (  # by what multiplies, and by what prepares its rows
+        ("triton", triton_refuses, "triton", "triton"),
+        ("cuda", cuda_refuses, "cuda", "triton"),
+        ("library", library_refuses, "library", "triton"),
+        ("cuda_rows", cuda_rows_refuses, "cuda", "cuda"),
+    )
     implementations = (
         Implementation("cpu", run_cpu, cpu_refuses),
-        *(Implementation(backend, partial(run_gpu, backend=backend), refuse) for backend, refuse in on_gpu if gpu),
+        *(
+            Implementation(impl, partial(run_gpu, backend=backend, preparation=preparation), refuse)
+            for impl, refuse, backend, preparation in on_gpu
+            if gpu
+        ),
         Implementation("reference", reference),
     )
     return register(Op(name, arguments, implementations, public, shape=shape_of if gpu else None))

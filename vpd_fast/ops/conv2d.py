@@ -69,7 +69,8 @@ def conv2d(
     ranges: (B, 2, parts) float32: least and largest numbers of each image that is convolved, in parts, if they are
         known (`group_norm_affine`); 8-bit kernels with one scale for an image need not look for them then.
     statistics: what to fill with statistics of the result as it is stored, for `group_norm_affine`.
-    impl: "auto", "cpu", "triton", "cuda", "library" (cuBLAS and cuDNN) or "reference".
+    impl: "auto", "cpu", "triton", "cuda", "library" (cuBLAS and cuDNN), "cuda_rows" ("cuda" with rows prepared in CUDA
+        C++, too) or "reference".
 
     Returns out (B, H', W', N). Inference only. Raises InputError for a wrong shape, dtype, device, weight or impl, and
     for inputs that require gradients while they are recorded.

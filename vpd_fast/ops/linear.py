@@ -56,7 +56,8 @@ def linear(
     out_dtype: of those, too; None: x's, or that of `out`. out: where to store the result, of any strides; it must
         not overlap the inputs.
     statistics: what to fill with statistics of the result as it is stored, for `group_norm_affine`.
-    impl: "auto", "cpu", "triton", "cuda", "library" (cuBLAS and cuDNN) or "reference".
+    impl: "auto", "cpu", "triton", "cuda", "library" (cuBLAS and cuDNN), "cuda_rows" ("cuda" with rows prepared in CUDA
+        C++, too) or "reference".
 
     Returns out (B, M, N), for geglu (B, M, N // 2). Inference only. Raises InputError for a wrong shape, dtype, device,
     weight or impl, and for inputs that require gradients while they are recorded.

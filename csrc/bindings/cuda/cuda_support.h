@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/gemm.h"
 
 namespace vpd {
 
@@ -20,6 +21,7 @@ namespace py = pybind11;
 
 void bind_cross_attention_maps(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_prologue(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 
 inline void require_success(cudaError_t status, const char* what) {
@@ -46,6 +48,14 @@ inline CudaFloat parse_dtype(const std::string& name) {
     if (name == "bfloat16") return CudaFloat::bfloat16;
     if (name == "float16") return CudaFloat::float16;
     throw std::invalid_argument("dtype '" + name + "' is not float32, bfloat16 or float16");
+}
+
+inline CudaOperand parse_operand(const std::string& name) {
+    if (name == "int8") return CudaOperand::int8;
+    if (name == "float8_e4m3fn") return CudaOperand::float8_e4m3fn;
+    if (name == "bfloat16") return CudaOperand::bfloat16;
+    if (name == "float16") return CudaOperand::float16;
+    throw std::invalid_argument("dtype '" + name + "' is not int8, float8_e4m3fn, bfloat16 or float16");
 }
 
 }  // namespace vpd

@@ -11,14 +11,6 @@ using Source = std::tuple<uintptr_t, Strides, int64_t>;
 using Image = std::tuple<uintptr_t, std::string, Strides>;
 using Statistics = std::tuple<uintptr_t, int64_t, int64_t>;
 
-CudaOperand parse_operand(const std::string& name) {
-    if (name == "int8") return CudaOperand::int8;
-    if (name == "float8_e4m3fn") return CudaOperand::float8_e4m3fn;
-    if (name == "bfloat16") return CudaOperand::bfloat16;
-    if (name == "float16") return CudaOperand::float16;
-    throw std::invalid_argument("dtype '" + name + "' is not int8, float8_e4m3fn, bfloat16 or float16");
-}
-
 CudaActivation parse_activation(const std::string& name) {
     if (name.empty()) return CudaActivation::none;
     if (name == "relu") return CudaActivation::relu;

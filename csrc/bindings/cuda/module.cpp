@@ -13,5 +13,6 @@ PYBIND11_MODULE(_C_cuda, m) {
     vpd::bind_cross_attention_maps(m);
     vpd::bind_gemm(m);
     vpd::bind_launcher(m);
+    vpd::bind_prologue(m);
     vpd::bind_upsample_argmax(m);
 }

@@ -14,7 +14,7 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-probes::Operand parse_operand(const std::string& name) {
+probes::Operand parse_format(const std::string& name) {
     if (name == "int8") return probes::Operand::int8;
     if (name == "float8_e4m3fn") return probes::Operand::float8_e4m3fn;
     if (name == "bfloat16") return probes::Operand::bfloat16;
@@ -42,7 +42,7 @@ void bind_probes(py::module_& m) {
             const Products p{
                 at<void>(operands), at<void>(source),      region,         blocks,         columns, steps, copy_lines,
                 at<float>(sums),    at<long long>(clocks), at<int>(boxes), at<int>(failed)};
-            require_success(multiply(p, parse_operand(dtype), reinterpret_cast<cudaStream_t>(stream)), "products");
+            require_success(multiply(p, parse_format(dtype), reinterpret_cast<cudaStream_t>(stream)), "products");
         },
         py::arg("dtype"), py::arg("operands"), py::arg("source"), py::arg("region"), py::arg("blocks"),
         py::arg("columns"), py::arg("steps"), py::arg("copy_lines"), py::arg("sums"), py::arg("clocks"),

@@ -16,6 +16,7 @@ namespace vpd {
 void bind_cross_attention_maps(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_probes(pybind11::module_& m);
+void bind_prologue(pybind11::module_& m);
 }
 
 namespace cuda_emulation {
@@ -279,4 +280,5 @@ PYBIND11_MODULE(cuda_emulated, m) {
     vpd::bind_cross_attention_maps(m);
     vpd::bind_gemm(m);
     vpd::bind_probes(m);
+    vpd::bind_prologue(m);
 }

@@ -42,6 +42,7 @@ float bfloat16_to_float(uint16_t bits);
 float float16_to_float(uint16_t bits);
 uint16_t float_to_bfloat16(float x);
 uint16_t float_to_float16(float x);
+uint8_t float_to_float8(float x);  // e4m3fn; numbers beyond 448 become 448
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*to_float)(uint16_t));
 void multiply_add_integers(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
@@ -124,6 +125,22 @@ inline float multiply_rounded(float x, float y) { return x * y; }
 inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
+}
+inline float reciprocal_fast(float x) {
+    const float y = 1.0f / x;
+    return std::fabs(y) < 0x1p-126f ? 0.0f : y;
+}
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
+inline uint32_t pack_float8(float a, float b, float c, float d) {
+    return low_bytes(cuda_emulation::float_to_float8(a), cuda_emulation::float_to_float8(b),
+                     cuda_emulation::float_to_float8(c), cuda_emulation::float_to_float8(d));
 }
 void sync_warp();
 inline int same_in_warp(int x) { return x; }

@@ -1,4 +1,4 @@
-// The 16-bit float formats of cuda_emulation.h; rounding is to the nearest, ties to even.
+// The 16- and 8-bit float formats of cuda_emulation.h; rounding is to the nearest, ties to even.
 #include "cuda_emulation.h"
 
 namespace cuda_emulation {
@@ -37,6 +37,20 @@ uint16_t float_to_float16(float x) {
     if (rounded < 0x1p-14f) return sign | uint16_t(std::ldexp(rounded, 24));
     const int final_exponent = std::ilogb(rounded);
     return sign | uint16_t((final_exponent + 15) << 10 | (int(std::ldexp(rounded, 10 - final_exponent)) & 1023));
+}
+
+uint8_t float_to_float8(float x) {
+    const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+    if (std::isnan(x)) return 0x7f;
+    const float size = std::fabs(x);
+    if (size >= 448.0f) return sign | 0x7e;
+    const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+    const float shift = std::ldexp(1.5f, exponent - 3 + 23);
+    volatile float shifted = size + shift;
+    const float rounded = shifted - shift;
+    if (rounded < 0x1p-6f) return sign | uint8_t(std::ldexp(rounded, 9));
+    const int final_exponent = std::ilogb(rounded);
+    return sign | uint8_t((final_exponent + 7) << 3 | (int(std::ldexp(rounded, 3 - final_exponent)) & 7));
 }
 
 }  // namespace cuda_emulation
