@@ -1,7 +1,8 @@
 """Registers, shared memory, spills and instructions of every CUDA kernel per architecture. Needs no GPU.
 
 Exits with 1 if one spills, if its tensor-core or copy instructions are missing, if the loop that starts its copies is
-too long, if its main loop has more instructions or fewer loads on their way than it should, or if the assembler had to make asynchronous matrix instructions wait for each other.
+too long, if its main loop has more instructions or fewer loads on their way than it should, or if the assembler had to
+make asynchronous matrix instructions wait for each other.
 
 python benchmarks/cuda_resources.py
 """
@@ -55,7 +56,7 @@ EXPECTED = {
 # Instructions for each step of K in the loop that starts both copies, of kernels whose name begins like this.
 COPY_LOOPS = {r"wgmma_kernel<.*, true>": 32}
 # Loops of kernels that bytes should limit. Per number: unpacking 1, scale and shift 1, SiLU 5, rounding 0.5 to 16 bits
-# and 6 to 8 bits (as the reference: product, sum and number are each rounded, then clamped and packed); what is left are
+# and 6 to 8 bits (as the reference: product, sum and number are each rounded, then clamped and packed); the rest are
 # addresses.
 LOOPS = {
     "positions_kernel<__nv_bfloat16, __nv_bfloat16, true, false, false>": LoopLimit(32, 9.0, 4),

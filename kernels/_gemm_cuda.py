@@ -70,8 +70,8 @@ def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue
     positions = a.shape[0] * geometry.out_height * geometry.out_width
     vectors = rows.scales, rows.zeros, epilogue.column_scales, epilogue.weight_sums
     call = _native.load("_C_cuda").Gemm(
-        sources=[(x.data_ptr(), _strides(x), x.shape[3]) for x in sources],
-        dtype=_name(weight.dtype),
+        sources=[(x.data_ptr(), strides_of(x), x.shape[3]) for x in sources],
+        dtype=name_of(weight.dtype),
         shape=(*a.shape[:3], geometry.out_height, geometry.out_width),
         geometry=(*geometry.kernel, geometry.stride, geometry.top, geometry.left),
         weight=weight.data_ptr(),
@@ -96,18 +96,18 @@ def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue
     return epilogue.statistics is not None and call.finds_statistics(device)
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+def strides_of(x: Tensor) -> tuple[int, ...]:
     """Strides of images, rows and columns in elements; 0 where there is one only, whose stride may be anything."""
     return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape, strict=False))
 
 
 def _image(x: Tensor | None) -> tuple[int, str, tuple[int, ...]] | None:
-    return None if x is None else (x.data_ptr(), _name(x.dtype), _strides(x))
+    return None if x is None else (x.data_ptr(), name_of(x.dtype), strides_of(x))
 
 
 def _statistics(statistics: tuple[Tensor, int] | None) -> tuple[int, int, int] | None:
     return None if statistics is None else (statistics[0].data_ptr(), statistics[0].stride(0), statistics[1])
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

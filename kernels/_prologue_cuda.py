@@ -12,7 +12,7 @@ from torch import Tensor
 from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.kernels import recording
-from vpd_fast.kernels._gemm_cuda import FACTORS, _name, _strides, aligned
+from vpd_fast.kernels._gemm_cuda import FACTORS, aligned, name_of, strides_of
 
 CHANNELS = 8  # that a thread handles at a time
 
@@ -56,8 +56,8 @@ def fill(
     scale_shift, input_scale = (None if t is None else aligned_vector(t) for t in (scale_shift, input_scale))
     address = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
     call = _native.load("_C_cuda").Prologue(
-        sources=[(t.data_ptr(), _strides(t), t.shape[3]) for t in sources],
-        dtype=_name(x.dtype),
+        sources=[(t.data_ptr(), strides_of(t), t.shape[3]) for t in sources],
+        dtype=name_of(x.dtype),
         shape=tuple(x.shape[:3]),
         padded=(*padding[:2], *out.shape[1:3]),
         scale_shift=address(scale_shift),
@@ -66,7 +66,7 @@ def fill(
         eps=eps,
         silu=silu,
         out=out.data_ptr(),
-        out_dtype=_name(out.dtype),
+        out_dtype=name_of(out.dtype),
         scales=address(scales),
         zeros=address(zeros),
     )
