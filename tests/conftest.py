@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,17 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             pytrace=False,
         )
     return result
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # ten thousand tests are no garbage, and none is made until they are collected
+
+
+def pytest_collection_finish() -> None:
+    """From now on nobody looks at them again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -116,7 +116,9 @@ def test_tune_takes_its_arguments(commands) -> None:
     assert float(after(words, "--seconds")[0]) < 540
 
 
-@pytest.mark.parametrize("part", ["ops", "slow", "sanitizer-memcheck", pytest.param("tests", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "part", ["ops", *(pytest.param(part, marks=pytest.mark.slow) for part in ("slow", "sanitizer-memcheck", "tests"))]
+)
 def test_pytest_finds_tests(commands, part: str) -> None:
     words = commands[part][commands[part].index(sys.executable) :]
     assert words[1:3] == ["-m", "pytest"]

@@ -118,6 +118,7 @@ def test_what_runs_on_a_gpu(monkeypatch, shared) -> None:
     assert all(parameter.data_ptr() == other[name].data_ptr() for name, parameter in plain.items())
 
 
+@pytest.mark.slow  # CPUs without instructions for bfloat16 take a quarter of a minute
 def test_forms_of_a_plain_model_agree(monkeypatch, shared) -> None:
     """The compiled one is one graph, which is run here as it is."""
     compile_ = torch.compile

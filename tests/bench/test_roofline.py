@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,9 @@ from vpd_fast.models.random_weights import randomize
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MEASURED = BENCHMARKS / "results" / "amd-epyc-avx512-bf16" / "layers.json"
+
+
+OTHER_TASKS = (("segmentation", "cpu"), ("referring", "cuda"), ("depth", "cpu"))
 
 
 @functools.cache
@@ -88,8 +89,13 @@ def test_batches_share_weights() -> None:
     assert sum(o.weights for o in eight) == pytest.approx(sum(o.weights for o in one))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        *(("segmentation", "cuda"), ("referring", "cpu"), ("depth", "cuda")),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_TASKS),
+    ],
+)
 def test_tensors_with_and_without_memory_count_the_same(
     script, monkeypatch, tiny_backbone, task: str, kind: str
 ) -> None:
@@ -138,16 +144,10 @@ def test_realistic_rates_give_realistic_floors() -> None:
     assert sum(o.floor(device)[0] for o in found) == pytest.approx(2.62 * 1895.5 / 1943, rel=0.02)
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / "roofline.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_as_a_program(tmp_path: Path) -> None:
-    done = run("--device", "a100", "--precision", "bf16", "--size", "256", "--batch", "2",
-               "--json", tmp_path / "r.json", "--png", tmp_path / "r.png")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "segmentation, bf16, 2x3x256x256:" in done.stdout
+def test_results_and_picture(script, tmp_path: Path, capsys) -> None:
+    script("roofline").main(["--device", "a100", "--precision", "bf16", "--size", "256", "--batch", "2",
+                             "--json", str(tmp_path / "r.json"), "--png", str(tmp_path / "r.png")])  # fmt: skip
+    assert "segmentation, bf16, 2x3x256x256:" in capsys.readouterr().out
     content = json.loads((tmp_path / "r.json").read_text())
     (result,) = content["results"]
     assert content["rows"] == [{"task": "segmentation", "precision": "bf16", "size": 256, "batch": 2} | row

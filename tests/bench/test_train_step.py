@@ -16,7 +16,7 @@ from vpd_fast.models.random_weights import randomize
 from vpd_fast.models.unet import SpatialTransformer, UNetBlock
 from vpd_fast.training.groups import parameter_groups
 
-from ..helpers.backbones import TINY
+from ..helpers.backbones import LEAST
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 SMALL = ["--device", "cpu", "--model", "small", "--size", "128", "--steps", "1"]
@@ -33,7 +33,7 @@ def results(tmp_path, monkeypatch, script):
 def tiny(monkeypatch, script):
     """The benchmark with a smaller model."""
     benchmark = script("train_step")
-    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=TINY)
+    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=LEAST)
     monkeypatch.setattr(benchmark, "MODELS", {"small": config})
     return benchmark
 

@@ -64,8 +64,13 @@ def test_stages_are_those_of_the_model(source, task: str) -> None:
         assert torch.equal(outputs.labels, expected)
 
 
-@pytest.mark.parametrize("task", ["segmentation", "referring", "depth"])
-@pytest.mark.parametrize("name", ["sdpa", "fast fp32"])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        *(("sdpa", "segmentation"), ("fast fp32", "segmentation"), ("fast fp32", "referring"), ("fast fp32", "depth")),
+        *(pytest.param("sdpa", task, marks=pytest.mark.slow) for task in ("referring", "depth")),
+    ],
+)
 def test_fast_variants_agree(source, task: str, name: str) -> None:
     weights = source(task)
     found = agreement(run(catalog.ENTRIES[name].make(weights))[1], run(make_plain(weights))[1])
@@ -81,8 +86,14 @@ def test_a_saved_fast_model_is_the_same(source, tmp_path) -> None:
     assert torch.equal(run(loaded)[1].logits, run(fast)[1].logits)
 
 
-@pytest.mark.parametrize("name", ["diffusers-fp32", "diffusers-bf16"])
-@pytest.mark.parametrize("task", ["segmentation", "depth"])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        *(("diffusers-fp32", "segmentation"), ("diffusers-bf16", "depth")),
+        pytest.param("diffusers-bf16", "segmentation", marks=pytest.mark.slow),
+        pytest.param("diffusers-fp32", "depth", marks=pytest.mark.slow),
+    ],
+)
 def test_diffusers_has_our_weights(source, name: str, task: str) -> None:
     pytest.importorskip("diffusers")
     weights, entry = source(task), catalog.ENTRIES[name]

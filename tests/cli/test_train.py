@@ -49,7 +49,9 @@ def test_a_run_and_its_model(file, tmp_path, capsys):
     assert runs.same(first, second)
 
 
-@pytest.mark.parametrize("task", runs.TASKS)
+@pytest.mark.parametrize(
+    "task", ["segmentation", *(pytest.param(task, marks=pytest.mark.slow) for task in ("referring", "depth"))]
+)
 def test_a_dry_run_writes_nothing(file, task, tmp_path, capsys, monkeypatch):
     config = file(task)
     monkeypatch.chdir(tmp_path)

@@ -101,7 +101,7 @@ def test_predict(command: Command, tmp_path: Path, kills: int) -> None:
 
 def test_train(command: Command, tmp_path: Path, data: Path, kills: int) -> None:
     config = runs.tiny(
-        "depth", data, schedule={"steps": 4}, checkpoints={"every_steps": 1, "keep": 2}, log={"every": 2}
+        "segmentation", data, schedule={"steps": 4}, checkpoints={"every_steps": 1, "keep": 2}, log={"every": 2}
     )
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     arguments = ["train", str(tmp_path / "run.yaml"), "--resume", "auto", "-o"]

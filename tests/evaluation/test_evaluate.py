@@ -144,18 +144,20 @@ def test_images_without_labels_count_nowhere(make_model):
     assert all(math.isfinite(value) for value in found.metrics.values())
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("line 3"), OSError(36, "File name too long"), RecursionError(), MemoryError()]
-)
-def test_whatever_reading_raises_is_a_failed_sample(make_model, error):
-    model, dataset = make_model("depth"), make_dataset("depth", 2)
-    dataset.samples.append(error)
-    found = evaluate(model, dataset, crop="none")
-    assert [row["name"] for row in found.failed] == ["image 2"]
-    assert found.failed[0]["error"].startswith("image 2: the sample cannot be read (")
-    assert found.count == 2
-    with pytest.raises(DatasetError, match="image 2: the sample cannot be read"):
-        evaluate(model, dataset, crop="none", strict=True)
+def test_whatever_reading_raises_is_a_failed_sample(make_model):
+    model, dataset = make_model("segmentation"), make_dataset("segmentation", 1)
+    errors = [KeyError("line 3"), OSError(36, "File name too long"), RecursionError(), MemoryError()]
+    good = list(dataset.samples)
+    dataset.samples += errors
+    found = evaluate(model, dataset)
+    assert [row["name"] for row in found.failed] == [f"image {i}" for i in (1, 2, 3, 4)]
+    for i, row in enumerate(found.failed, 1):
+        assert row["error"].startswith(f"image {i}: the sample cannot be read (")
+    assert found.count == 1
+    for error in errors:
+        dataset.samples = [*good, error]
+        with pytest.raises(DatasetError, match="image 1: the sample cannot be read"):
+            evaluate(model, dataset, strict=True)
 
 
 def test_classes_that_never_occur_and_what_a_data_set_left_out_are_told(make_model):

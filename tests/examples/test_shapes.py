@@ -302,6 +302,7 @@ def test_accuracy_by_kind_of_sentence_adds_up(shapes, tmp_path, monkeypatch) -> 
     assert mean == pytest.approx(found["P@0.5"])
 
 
+@pytest.mark.slow
 def test_one_variant_of_the_analysis(shapes, tmp_path) -> None:
     """Three steps of a run, from the pre-trained weights to accuracy in each precision; every sentence counts."""
     weights = tmp_path / "sd"

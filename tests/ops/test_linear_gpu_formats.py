@@ -85,7 +85,7 @@ def test_cpus_have_no_kernel(precision: torch.dtype) -> None:
         *((precision, 64, 40, 24) for precision in (torch.float32, torch.bfloat16, torch.int8, FLOAT8)),
         (torch.float32, 128, 70, 33),
         (torch.float32, 100, 20, 16),
-        (torch.int8, 64, 64, 2100),
+        (torch.int8, 64, 64, 1100),
     ],
 )
 def test_statistics(impl: str, precision: torch.dtype, rows: int, n: int, k: int, activation: str | None) -> None:

@@ -68,7 +68,7 @@ def test_keys_that_leave_the_cache(impl: str, queries: int, tokens: int, dim: in
     """Several tiles of queries share what they read then; k and v are one tensor, as in the KL encoder."""
     q, k, _ = make_qkv(2, queries, tokens, 1, dim, dtype=dtype, scale=1.0)
     if impl == "triton":  # the interpreter takes its time for each tile
-        q, k = q[1:, :70], k[1:]
+        q, k = q[1:, :70], k[1:, :600]
     check_forward(impl, q, k, k, 1)
 
 
@@ -77,7 +77,7 @@ def test_keys_that_leave_the_cache(impl: str, queries: int, tokens: int, dim: in
 def test_the_largest_score_may_come_at_any_time(impl: str, order: str, dtype: torch.dtype) -> None:
     """Each key exceeds the one before it by more than what is left as it is, or by less, or only a few do."""
     q, k, v = make_qkv(2, 37, 300, 2, 8, dtype=dtype)
-    for step in (0.01, 0.3, 1.0, 3.0, 30.0):
+    for step in (0.3, 30.0) if impl == "triton" else (0.01, 0.3, 1.0, 3.0, 30.0):
         rise = step * torch.arange(300, dtype=torch.float64)
         if order == "descending":
             rise = rise.flip(0)
@@ -100,7 +100,7 @@ def test_scale(impl: str, scale: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_scores_do_not_overflow(impl: str, dtype: torch.dtype) -> None:
     q, k, v = make_qkv(2, 37, 230, 4, 8, dtype=dtype)
-    for factor in (2.0**10, 2.0**50, 2.0**60):  # exact in every dtype
+    for factor in (2.0**60,) if impl == "triton" else (2.0**10, 2.0**50, 2.0**60):  # exact in every dtype
         out = ops.self_attention(q * factor, k * factor, v, 4, impl=impl)
         exact = eager(q.double(), k.double(), v.double(), 4, factor**2 * 8**-0.5)
         assert out.isfinite().all()

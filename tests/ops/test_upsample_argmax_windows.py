@@ -60,7 +60,7 @@ def make_case(name: str, channels: int = 19, batch: int = 1) -> tuple[torch.Tens
 @pytest.mark.parametrize("name", CASES)
 def test_matches_merging_window_by_window(impl: str, name: str) -> None:
     # The interpreter's time is by channels and taps, of which windows that overlap have many.
-    logits, geometry = make_case(name, channels=5 if impl == "triton" else 19, batch=2)
+    logits, geometry = make_case(name, channels=3 if impl == "triton" else 19, batch=2)
     labels = ops.upsample_argmax_windows(logits, **geometry, impl=impl)
     values = merge_windows(logits, **geometry)
     # Roundings of one channel: two per tap and axis, at most 64 taps in these cases, and those of the weights.
@@ -95,6 +95,8 @@ def test_size_defaults_to_the_image(impl: str) -> None:
 
 def test_strides_do_not_matter(impl: str) -> None:
     logits, geometry = make_case("two thirds stride", batch=2)
+    if impl == "triton":  # whose time in the interpreter is by channels
+        logits = logits[:, :, :4]
     expected = ops.upsample_argmax_windows(logits, **geometry, impl=impl)
     for order in ((0, 1, 3, 4, 2), (1, 0, 2, 3, 4), (2, 4, 0, 1, 3)):
         back = [order.index(i) for i in range(5)]

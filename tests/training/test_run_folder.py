@@ -38,7 +38,7 @@ def test_a_full_disk_ends_with_one_error(data, tmp_path, monkeypatch):
 
 def test_the_first_loss_after_resuming_is_that_of_an_unbroken_run(data, tmp_path):
     """The entry of step 4 is a mean over steps 3 and 4, of which the checkpoint comes between."""
-    config = runs.tiny("depth", data, log={"every": 2}, data={"val_split": None})
+    config = runs.tiny("segmentation", data, log={"every": 2}, data={"val_split": None})
     runs.trainer(config, tmp_path / "whole").run()
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step_000006")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
@@ -51,7 +51,7 @@ def test_the_first_loss_after_resuming_is_that_of_an_unbroken_run(data, tmp_path
 
 
 def test_two_runs_in_a_folder(data, tmp_path):
-    config = runs.tiny("depth", data, schedule={"steps": 2}, data={"val_split": None})
+    config = runs.tiny("segmentation", data, schedule={"steps": 2}, data={"val_split": None})
     first, second, late = (runs.trainer(config, tmp_path / "run") for _ in range(3))
     step = first._one_step
 
@@ -74,7 +74,7 @@ def test_two_runs_in_a_folder(data, tmp_path):
 
 @pytest.mark.parametrize("what", ["config.yaml", "best", "checkpoints", "."])
 def test_a_run_whose_folder_vanishes_fails(data, tmp_path, what):
-    config = runs.tiny("depth", data, schedule={"steps": 3}, evaluation={"every_steps": 2, "limit": 1})
+    config = runs.tiny("segmentation", data, schedule={"steps": 3}, evaluation={"every_steps": 2, "limit": 1})
     trainer = runs.trainer(config, tmp_path / "run")
     evaluate = trainer._evaluate
 
@@ -93,4 +93,4 @@ def test_a_folder_with_no_checkpoint_promises_no_resuming(tmp_path, data):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(InputError, match="is not empty and has no checkpoint to go on from; give another folder"):
-        runs.trainer(runs.tiny("depth", data), tmp_path / "run")
+        runs.trainer(runs.tiny("segmentation", data), tmp_path / "run")

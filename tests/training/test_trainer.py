@@ -31,6 +31,10 @@ def whole(request, data, tmp_path_factory):
     return config, folder, runs.trainer(config, folder).run()
 
 
+# What does not depend on the task; the other tasks are slow.
+ONE_TASK = ["segmentation", *(pytest.param(task, marks=pytest.mark.slow) for task in ("referring", "depth"))]
+
+
 def state(folder: Path, step: int) -> dict:
     return checkpoint.read_state(folder / "checkpoints" / f"step_{step:06d}")
 
@@ -70,6 +74,7 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(whole):
     assert not any("encoder_vq" in key or "class_embeddings" in key for key in changed)
 
 
+@pytest.mark.parametrize("whole", ONE_TASK, indirect=True)
 def test_resuming_gives_what_an_unbroken_run_gives(whole, tmp_path):
     config, folder, _ = whole
     begin = folder / "checkpoints" / "step_000003"
@@ -83,6 +88,7 @@ def test_resuming_gives_what_an_unbroken_run_gives(whole, tmp_path):
     assert losses[0][3:] == losses[1]
 
 
+@pytest.mark.parametrize("whole", ONE_TASK, indirect=True)
 def test_the_same_run_twice(whole, tmp_path):
     config, folder, summary = whole
     again = runs.trainer(config.replace(checkpoints={"every_steps": None}), tmp_path / "run").run()
@@ -178,7 +184,7 @@ def stop_at(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
 
 
 @pytest.mark.parametrize("whole", ["referring"], indirect=True)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_auto_goes_on(whole, tmp_path, number):
     config, folder, _ = whole
     trainer = runs.trainer(config, tmp_path / "run")
