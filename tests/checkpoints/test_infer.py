@@ -37,19 +37,19 @@ def test_reference_state_dicts(golden: Callable, name: str) -> None:
     [
         {"model_channels": 64},
         {"context_dim": 48},
-        {"num_res_blocks": 1},
+        {"num_res_blocks": 2},
         {"num_res_blocks": 3},
         {"channel_mult": (1, 2, 3, 5)},
         {"attention_resolutions": (2, 1)},
         {"attention_resolutions": (4,)},
         {"attention_resolutions": (8, 4, 2, 1)},
-        {"vae_ch": 64, "vae_ch_mult": (1, 1, 2, 2)},
-        {"vae_num_res_blocks": 1},
+        {"vae_ch": 64, "vae_ch_mult": (1, 2, 4, 4)},
+        {"vae_num_res_blocks": 2},
         {"in_channels": 8},
     ],
 )
-def test_backbone_sizes(small_backbone: BackboneConfig, changes: dict) -> None:
-    backbone = BackboneConfig(**{**vars(small_backbone), **changes})
+def test_backbone_sizes(tiny_backbone: BackboneConfig, changes: dict) -> None:
+    backbone = BackboneConfig(**{**vars(tiny_backbone), **changes})
     for sizes in (
         {"task": "segmentation", "channels": 32, "num_classes": 5},
         {"task": "referring", "tokens": 7},
@@ -72,8 +72,8 @@ def test_backbone_sizes(small_backbone: BackboneConfig, changes: dict) -> None:
         {"base_size": 256, "attn_selector": "up_cross+down_cross+up_self+down_self"},
     ],
 )
-def test_map_settings(small_backbone: BackboneConfig, task: str, changes: dict) -> None:
-    config = VPDConfig(task=task, channels=32, num_classes=5, tokens=9, num_scenes=3, backbone=small_backbone)
+def test_map_settings(tiny_backbone: BackboneConfig, task: str, changes: dict) -> None:
+    config = VPDConfig(task=task, channels=32, num_classes=5, tokens=9, num_scenes=3, backbone=tiny_backbone)
     config = config.replace(**{"use_attn": True, **changes})
     try:
         shapes = shapes_of(config)

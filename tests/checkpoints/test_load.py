@@ -38,8 +38,7 @@ from ..helpers.released import (
 CASES = ("seg_small", "refer_small", "depth_small")
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "zipped"), [*((name, True) for name in CASES), ("depth_small", False)])
 def test_released_files(golden: Callable, tmp_path: Path, name: str, zipped: bool) -> None:
     case = golden(name)
     path = tmp_path / "vpd.ckpt"
@@ -103,8 +102,15 @@ def test_save_and_load_pretrained(golden: Callable, tmp_path: Path, name: str) -
         load_pretrained(tmp_path / "deep" / "folder" / "model.safetensors")
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("seg_small", ".ckpt"),
+        ("refer_small", ".ckpt"),
+        ("refer_small", ".safetensors"),
+        ("depth_small", ".safetensors"),
+    ],
+)
 def test_stable_diffusion(golden: Callable, tmp_path: Path, name: str, suffix: str) -> None:
     case = golden(name)
     path = tmp_path / f"sd{suffix}"
@@ -296,7 +302,7 @@ def test_damaged_names_and_sizes(golden: Callable, tmp_path: Path) -> None:
     refused = 0
     for path, content, first, last in parts:
         damaged = bytearray(content)
-        for _ in range(12):
+        for _ in range(8):
             at = generator.randrange(first, last)
             damaged[at] = generator.randrange(256)
             path.write_bytes(damaged)

@@ -3,7 +3,8 @@
 It replaces the members of `triton.language` when a kernel starts, and again at each call of a device function, `tl.sum`
 and `tl.zeros` among them: it looks through some hundred members of five classes and modules, and finds them replaced
 already. For most operations it writes down a table of all types to look one up. And each value has a type and a shape
-of its own, which are checked, and objects for every number in them.
+of its own, which are checked, and objects for every number in them. Every sum of integers is computed once more in 64
+bits and compared with two limits, for an assertion that is made only with `debug`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def make_interpreter_faster() -> None:
     if type(kind.shape) is core.tuple and not hasattr(core.block_type.__init__, "__wrapped__"):
         _share_shapes(core)
         _combine_equal_shapes_at_once(type(interpreter.interpreter_semantic))
+        _leave_out_what_is_not_asserted(type(interpreter.interpreter_semantic))
 
 
 def _replace_members_once_per_launch(interpreter: ModuleType) -> None:
@@ -79,6 +81,7 @@ def _share_shapes(core: ModuleType) -> None:
     number = core.constexpr
     shapes: dict[tuple, tuple[Any, int, str]] = {}  # a type's tuple, its product, how it is written
     values: dict[int, tuple[Any, Any]] = {}  # by the identity of that tuple: that of a value, its product
+    scalar = object()  # stands for the tuple of what is no block
 
     @functools.wraps(make_type)
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
@@ -92,11 +95,11 @@ def _share_shapes(core: ModuleType) -> None:
 
     @functools.wraps(make_value)
     def tensor(self: Any, handle: Any, type: Any) -> None:
-        shape = type.shape if type.is_block() else ()
-        if id(shape) not in values or not shape:
+        shape = type.shape if type.is_block() else scalar
+        if id(shape) not in values:
             make_value(self, handle, type)
-            if any(shape is shared for shared, *_ in shapes.values()):  # it lives as long as its identity is kept
-                values[id(shape)] = (self.shape, self.numel)
+            if shape is scalar or any(shape is shared for shared, *_ in shapes.values()):
+                values[id(shape)] = (self.shape, self.numel)  # it lives as long as its identity is kept
             return
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.shape, self.numel = values[id(shape)]
@@ -115,3 +118,15 @@ def _combine_equal_shapes_at_once(semantic: type) -> None:
         return broadcast(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast_impl_value
+
+
+def _leave_out_what_is_not_asserted(semantic: type) -> None:
+    """Whether integers overflow is found out only where it would be an error."""
+    sanitize = semantic.binary_op_sanitize_overflow_impl
+
+    @functools.wraps(sanitize)
+    def binary_op_sanitize_overflow_impl(self: Any, lhs: Any, rhs: Any, binary_op: Callable) -> None:
+        if self.builder.options.debug:
+            sanitize(self, lhs, rhs, binary_op)
+
+    semantic.binary_op_sanitize_overflow_impl = binary_op_sanitize_overflow_impl

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-MAX_CASES = 10  # of a test function, or as many as its values need
+MAX_CASES = 7  # of a test function, or as many as its values need
 
 
 def covering(cases: Sequence[Sequence[int]], limit: int = MAX_CASES) -> list[int]:

@@ -108,7 +108,8 @@ def test_strides_do_not_matter(impl: str, layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_resized_in_float32(impl: str, dtype: torch.dtype) -> None:
-    logits = make_smooth_logits(1, 150, 16, 16).to(dtype)
+    channels = 40 if impl == "triton" else 150  # the interpreter's time is by channels
+    logits = make_smooth_logits(1, channels, 16, 16).to(dtype)
     labels = ops.upsample_argmax(logits, (128, 100), impl=impl)
     assert_argmax_of(labels, interpolate(logits.double(), (128, 100), mode="bilinear"), logits)
 

@@ -20,21 +20,17 @@ def in_fresh_process(code: str) -> str:
     return done.stdout
 
 
-def test_import_loads_nothing_heavy() -> None:
+def test_import_registers_the_operators_and_loads_nothing_heavy() -> None:
     printed = in_fresh_process(
         "import torch, sys, json; before = set(sys.modules); import vpd_fast, vpd_fast.ops;"
         "new = {n.partition('.')[0] for n in set(sys.modules) - before};"
         "print(json.dumps([sorted(new), torch.cuda.is_initialized(), sorted(n for n in sys.modules if '_C' in n "
-        "and n.startswith('vpd_fast'))]))"
+        "and n.startswith('vpd_fast'))])); torch.ops.vpd_fast.upsample_argmax.default"
     )
     loaded, cuda_initialised, native = json.loads(printed)
     assert not set(HEAVY) & set(loaded)
     assert not cuda_initialised
     assert not native
-
-
-def test_operators_are_registered_by_the_import() -> None:
-    in_fresh_process("import vpd_fast, torch; torch.ops.vpd_fast.upsample_argmax.default")
 
 
 def test_operators_work_without_native_modules() -> None:
