@@ -2,9 +2,11 @@
 
 Exits with 1 if one spills, if its tensor-core or copy instructions are missing, if the loop that starts its copies is
 too long, if its main loop has more instructions or fewer loads on their way than it should, or if the assembler had to
-make asynchronous matrix instructions wait for each other.
+make asynchronous matrix instructions wait for each other. Compiles the kernels, or looks at the modules that were built
+in place, with probes, when it is given the log of that build.
 
 python benchmarks/cuda_resources.py
+VPD_FAST_CUDA=ON VPD_FAST_PROBES=ON pip install -v -e . >build.log; python benchmarks/cuda_resources.py build.log
 """
 
 from __future__ import annotations
@@ -79,9 +81,10 @@ def find_cuobjdump() -> str:
     return found
 
 
-def code_of(cubin: Path) -> dict[str, str]:
+def code_of(binary: Path, architecture: str) -> dict[str, str]:
     """The machine code of each kernel by its mangled name, as text."""
-    code = subprocess.run([find_cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    command = [find_cuobjdump(), "-sass", "-arch", architecture, str(binary)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {part.split(maxsplit=1)[0]: part for part in code.split("Function : ")[1:]}
 
 
@@ -127,42 +130,66 @@ def missing(kernel: str, architecture: str, instructions: set[str]) -> list[str]
     return []
 
 
-def resources(source: Path, architecture: str) -> list[dict[str, str | int]]:
-    """Compiles one .cu file and reads the assembler's report and the machine code: a row per kernel."""
+def compiled(source: Path, architecture: str) -> list[dict[str, str | int]]:
+    """Compiles one .cu file for one architecture: a row per kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "out.cubin")
         command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", f"-I{CSRC}", "-cubin"]
         done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{source.name} does not compile for {architecture}:\n{done.stderr}")
-        code = code_of(cubin) if "Compiling entry function" in done.stderr else {}
+        found = "Compiling entry function" in done.stderr
+        return rows_of(done.stderr, code_of(cubin, architecture) if found else {}, architecture)
+
+
+def compile_all() -> list[dict[str, str | int]]:
+    """A row per kernel and architecture of csrc/cuda, compiled here."""
+    sources, probes = (sorted((CSRC / folder).glob("*.cu")) for folder in ("cuda", "cuda/probes"))
+    jobs = [*product(sources, ARCHITECTURES), *product(probes, ARCHITECTURES[1:])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(lambda job: compiled(*job), jobs) for row in rows]
+
+
+def built(log: Path) -> list[dict[str, str | int]]:
+    """A row per kernel and architecture of the modules beside the package, whose build wrote that log."""
+    report, rows = log.read_text(), []
+    for module, architecture in (("_C_cuda", "sm_80"), ("_C_cuda", "sm_90a"), ("_C_probes", "sm_90a")):
+        files = list((CSRC.parent / "vpd_fast").glob(f"{module}.*.so"))
+        if not files:
+            sys.exit(f"{module} has not been built in place: set VPD_FAST_CUDA=ON and VPD_FAST_PROBES=ON")
+        rows += rows_of(report, code_of(files[0], architecture), architecture)
+    return rows
+
+
+def rows_of(report: str, kernels: dict[str, str], architecture: str) -> list[dict[str, str | int]]:
+    """A row per kernel, from the assembler's report on it for that architecture and its machine code."""
+    notes = [line for line in report.splitlines() if any(note in line for note in SERIALIZED)]
+    entries = [entry.split("'", 4) for entry in report.split("Compiling entry function ")[1:]]
+    reports = {mangled: text for _, mangled, _, target, text in entries if target == architecture}
+    if unreported := kernels.keys() - reports.keys():
+        sys.exit(f"there is no report of the assembler on {', '.join(sorted(unreported))} for {architecture}")
+    command = {"input": "\n".join(kernels), "capture_output": True, "text": True, "check": True}
+    names = subprocess.run(["c++filt", "-p"], **command).stdout.splitlines()
     rows = []
-    for entry in done.stderr.split("Compiling entry function ")[1:]:
-        mangled = entry.split("'")[1]
-        name = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    for name, (mangled, code) in zip(names, kernels.items(), strict=True):
         kernel = re.sub(r"^(?:void )?(?:\w+::|\(anonymous namespace\)::)*", "", name)
-        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", entry))
-        stack, shared = re.search(r"(\d+) bytes stack", entry), re.search(r"(\d+) bytes smem", entry)
-        instructions = instructions_of(code[mangled])
-        absent = missing(kernel, architecture, instructions)
-        long = copies_too_long(kernel, code[mangled]) if architecture == ARCHITECTURES[1] else []
-        slow = main_loop_faults(kernel, code[mangled])
-        notes = [line for line in done.stderr.splitlines() if any(note in line for note in SERIALIZED)]
-        serialized = any(f"'{mangled}'" in line for line in notes)
+        text, instructions = reports[mangled], instructions_of(code)
+        stack, shared = re.search(r"(\d+) bytes stack", text), re.search(r"(\d+) bytes smem", text)
+        faults = [f"no {absent}" for absent in missing(kernel, architecture, instructions)]
+        faults += copies_too_long(kernel, code) if architecture == ARCHITECTURES[1] else []
+        faults += main_loop_faults(kernel, code)
+        faults += ["serialized"] if any(f"'{mangled}'" in line for line in notes) else []
         shown = sorted({found for i in instructions for found in re.findall(NAMED, i.partition(".")[0])})
         rows.append(
             {
-                "file": source.name,
                 "architecture": architecture,
                 "kernel": kernel,
-                "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
+                "registers": int(re.search(r"Used (\d+) registers", text)[1]),
                 "shared_bytes": int(shared[1]) if shared else 0,
                 "stack_bytes": int(stack[1]) if stack else 0,
-                "spilled_bytes": spills,
+                "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
                 "instructions": " ".join(shown),
-                "faults": " ".join(
-                    [*(f"no {i}" for i in absent), *long, *slow, *(["serialized"] if serialized else [])]
-                ),
+                "faults": " ".join(faults),
             }
         )
     return rows
@@ -175,13 +202,9 @@ def unused(rows: list[dict[str, str | int]]) -> list[str]:
     return [f"{a}: no kernel {p}" for a, p in pairs if not any(name.startswith(p) for name in names[a])]
 
 
-def main() -> int:
+def main(log: str | None = None) -> int:
     """Prints the table. Returns the exit code."""
-    sources, probes = (sorted((CSRC / folder).glob("*.cu")) for folder in ("cuda", "cuda/probes"))
-    compiled = [*product(sources, ARCHITECTURES), *product(probes, ARCHITECTURES[1:])]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(lambda job: resources(*job), compiled)
-        rows = [row for found in jobs for row in found]
+    rows = built(Path(log)) if log else compile_all()
     print(table(rows))
     faults = unused(rows)
     print("\n".join(faults))
@@ -189,4 +212,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))
