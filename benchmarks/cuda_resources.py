@@ -45,6 +45,9 @@ EXPECTED = {
         "wgmma_kernel<signed char": ("IGMMA", *BOXES),
         "wgmma_kernel<vpd::device::Float8": ("QGMMA", *BOXES),
         "wgmma_kernel<": (r"HGMMA\.64x(64|128|160)x16\.F32", *BOXES),
+        # Scores of whole blocks of keys, and heads that are not padded.
+        "attention_kernel<__half, 160": (r"HGMMA\.64x64x16\.F32", r"HGMMA\.64x160x16\.F32", BOXES[0], "USETMAXREG"),
+        "attention_kernel<__half, 80": (r"HGMMA\.64x128x16\.F32", r"HGMMA\.64x80x16\.F32", BOXES[0]),
         # Probes.
         "copy_kernel<1>": (r"UTMALDG\.2D$",),
         "copy_kernel<": (r"UTMALDG\.2D\.MULTICAST",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from itertools import product
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +15,7 @@ from measuring.setting import Setting
 from vpd_fast import ops
 from vpd_fast.bench.attention import sdpa, sdpa_and_maps
 from vpd_fast.bench.suites import NOT_FOR_GPUS
+from vpd_fast.kernels import _attention_cuda
 
 LEVELS = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))  # positions, heads, head dimension
 SELF = (*LEVELS, (64, 8, 160), (4096, 1, 512))  # the last in the KL encoder
@@ -56,10 +58,22 @@ def _self_attention(setting: Setting, batch: int, shape: tuple[int, int, int]) -
         name: lambda name=name: ops.self_attention(*qkv, heads, impl=name)
         for name in _implementations("self_attention")
     }
+    kernels = product(("sequential", "overlapped"), (1, 2, 3) if dim <= 40 else (1, 2))
+    calls |= {f"cuda {order} {groups}": _by_kernel(order, groups, *qkv, heads) for order, groups in kernels}
     calls |= {
         f"library {name}": functools.partial(_by_backend, backend, *qkv, heads) for name, backend in LIBRARY.items()
     }
     return _rows(setting, calls, 4e-9 * batch * heads * dim * positions**2, kind="self", batch=batch, shape=str(shape))
+
+
+def _by_kernel(order: str, groups: int, *args: object) -> Callable[[], torch.Tensor]:
+    """A call of the kernel with wgmma in that order, with so many warpgroups per block."""
+
+    def call() -> torch.Tensor:
+        with mock.patch.multiple(_attention_cuda, ORDER=order, GROUPS=groups):
+            return ops.self_attention(*args, impl="cuda")
+
+    return call
 
 
 def _by_backend(backend: SDPBackend, *args: object) -> torch.Tensor:

@@ -78,6 +78,20 @@ __device__ inline void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Moves registers between warpgroups, all of whose threads call one of these: each thread then has COUNT of them.
+template <int COUNT>
+__device__ inline void give_registers() {
+#if VPD_HOPPER
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(COUNT));
+#endif
+}
+template <int COUNT>
+__device__ inline void take_registers() {
+#if VPD_HOPPER
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(COUNT));
+#endif
+}
+
 // Gets a map, a parameter of the kernel, to where the first copy will look for it.
 __device__ inline void prefetch_tensor_map(const TensorMap& map) {
 #if VPD_HOPPER

@@ -167,6 +167,8 @@ __device__ inline uint32_t pack_float8(float a, float b, float c, float d) {
 __device__ inline void sync_warp() { __syncwarp(); }
 // A number that all threads of a warp have, as one that the compiler knows to be the same.
 __device__ inline int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+// Whether any thread of the warp says so.
+__device__ inline bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // Clusters exist from sm_90 on; elsewhere nothing calls these.

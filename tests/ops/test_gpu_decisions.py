@@ -150,6 +150,28 @@ def test_cuda_cpp_leaves_windows_of_many_taps_to_triton(gpu, monkeypatch) -> Non
     assert first_ok(reasons) == ("reference" if NO_TRITON else "triton")
 
 
+def test_self_attention_in_cuda_cpp_is_for_those_who_ask(gpu, monkeypatch) -> None:
+    """It takes what the kernel takes, and "auto" does not choose it."""
+    monkeypatch.setattr(_native, "why_missing", lambda module: None)
+
+    def why(dtype: torch.dtype = BFLOAT16, dim: int = 40, **options: float) -> str:
+        q = empty(2, 64, 2 * dim, dtype=dtype)
+        reasons = ops.explain("self_attention", q, q, q, 2, **options)
+        assert reasons.auto != "cuda"
+        return reasons["cuda"]
+
+    gpu((9, 0))
+    assert [why(dtype) for dtype in (BFLOAT16, torch.float16)] == ["ok", "ok"]
+    assert [why(dim=dim) for dim in (8, 40, 80, 160)] == ["ok"] * 4
+    assert why(FLOAT32) == "q is torch.float32, not of 16 bits"
+    for dim in (36, 168):
+        assert why(dim=dim) == f"a head has {dim} channels; this takes multiples of 8 up to 160"
+    assert why(scale=-1.0) == "the scale is negative (-1.0)"
+    for capability in ((8, 0), (10, 0)):
+        gpu(capability)
+        assert why() == "GPU of the test has no wgmma (compute capability 9.0 has)"
+
+
 @pytest.mark.skipif(NO_TRITON, reason="the reason is then another one")
 def test_8_bit_floats_need_a_newer_gpu(gpu) -> None:
     x, weight = empty(1, 64, 32), weight_of(32, 32, FLOAT8)
@@ -236,7 +258,7 @@ def table(gpu, monkeypatch, tmp_path: Path):
         ("linear", {"triton": 2, "cuda": 1}, ["cuda", "triton", "library", "cuda_rows"]),
         ("linear", {"cuda_rows": 1, "triton": 2}, ["cuda_rows", "triton", "cuda", "library"]),
         ("conv2d", {"library": 1, "triton": 2}, ["library", "triton", "cuda", "cuda_rows"]),
-        ("self_attention", {"sdpa": 1, "triton": 2}, ["sdpa", "triton"]),
+        ("self_attention", {"sdpa": 1, "triton": 2}, ["sdpa", "triton", "cuda"]),
         ("upsample_argmax", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
         ("upsample_argmax_windows", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
     ],

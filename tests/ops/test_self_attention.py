@@ -163,7 +163,7 @@ def test_a_context_that_all_images_share(impl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_do_not_matter(impl: str, dtype: torch.dtype) -> None:
-    q, k, v = make_qkv(2, 37, 37, 4, 7, dtype=dtype)
+    q, k, v = make_qkv(2, 37, 37, 4, 8 if impl == "cuda" else 7, dtype=dtype)  # which takes whole 16 bytes
     expected = ops.self_attention(q, k, v, 4, impl=impl)
     variants = {
         "one fused projection": torch.cat([q, k, v], dim=-1).chunk(3, dim=-1),
@@ -184,11 +184,12 @@ def test_strides_do_not_matter(impl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_into_memory_of_the_caller(impl: str, dtype: torch.dtype) -> None:
-    q, k, v = make_qkv(2, 37, 37, 4, 7, dtype=dtype)
+    dim = 8 if impl == "cuda" else 7  # which takes whole 16 bytes
+    q, k, v = make_qkv(2, 37, 37, 4, dim, dtype=dtype)
     expected = ops.self_attention(q, k, v, 4, impl=impl)
     memory = torch.full((2, 40, 64), 7, dtype=dtype)
-    columns = torch.full((2, 28, 40), 7, dtype=dtype)
-    for whole, out in ((memory, memory[:, 2:39, 5:33]), (columns, columns.transpose(1, 2)[:, :37])):
+    columns = torch.full((2, 4 * dim, 40), 7, dtype=dtype)
+    for whole, out in ((memory, memory[:, 2:39, 5 : 5 + 4 * dim]), (columns, columns.transpose(1, 2)[:, :37])):
         assert ops.self_attention(q, k, v, 4, out=out, impl=impl) is out
         assert torch.equal(out, expected)
         out.fill_(7)
@@ -205,7 +206,7 @@ def test_the_write_is_known_to_autograd() -> None:
 
 
 def test_empty(impl: str) -> None:
-    q, k, v = make_qkv(2, 5, 3, 4, 8)
+    q, k, v = make_qkv(2, 5, 3, 4, 8, dtype=torch.bfloat16 if impl == "cuda" else torch.float32)
     assert ops.self_attention(q[:0], k[:0], v[:0], 4, impl=impl).shape == (0, 5, 32)
     assert ops.self_attention(q[:, :0], k, v, 4, impl=impl).shape == (2, 0, 32)
 
@@ -246,6 +247,7 @@ def test_other_dtypes_are_for_pytorch(monkeypatch, dtype: torch.dtype) -> None:
         "cpu": f"q is {dtype}, not torch.float32 or torch.bfloat16",
         "triton": "q is float64" if dtype == torch.float64 else "q is on cpu, not on a GPU",
         "sdpa": "q is float64" if dtype == torch.float64 else "ok",
+        "cuda": "q is on cpu, not on a GPU",
         "reference": "ok",
     }
     check_forward("auto", q, k, v, 3)

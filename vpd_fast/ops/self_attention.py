@@ -48,7 +48,8 @@ def self_attention(
     scale: of the scores, a number; None: D ** -0.5.
     out: where the result goes, of q's shape and dtype, any strides but expanded; must not share memory with the inputs.
         None: allocated.
-    impl: "auto", "cpu", "triton", "sdpa" (PyTorch's scaled_dot_product_attention) or "reference".
+    impl: "auto", "cpu", "triton", "sdpa" (PyTorch's scaled_dot_product_attention), "cuda" (wgmma, for heads of up to
+        160 channels and GPUs of compute capability 9.0; never by "auto" yet) or "reference".
 
     Returns out. A query with a score of NaN or infinity gets NaN, but for "sdpa", which some scores of infinity give
     zero. Inference only. Raises InputError for wrong shapes,
@@ -170,6 +171,24 @@ def _sdpa(call: SelfAttentionArguments) -> None:
         out.copy_(result[..., :dim].transpose(1, 2).reshape(out.shape))
 
 
+def _cuda_refuses(call: SelfAttentionArguments) -> str | None:
+    from vpd_fast.kernels import _attention_cuda as kernel
+
+    return kernel.refuse(call.q, call.k, call.v, call.heads, call.scale)
+
+
+def _cuda(call: SelfAttentionArguments) -> None:
+    out = call.out
+    if not out.numel():
+        return
+    from vpd_fast.kernels import _attention_cuda as kernel
+
+    result = out if kernel.writable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    kernel.forward(call.q, call.k, call.v, result, heads=call.heads, scale=call.scale)
+    if result is not out:
+        out.copy_(result)
+
+
 def _shape_of(call: SelfAttentionArguments) -> Shape:
     """Returns what decides which implementation is fastest; sizes: queries of all images and heads, keys."""
     batch, queries, keys, heads, dim = call.sizes
@@ -186,6 +205,7 @@ SELF_ATTENTION = register(
             Implementation("cpu", _cpu, _cpu_refuses),
             Implementation("triton", _triton, _triton_refuses),
             Implementation("sdpa", _sdpa, _sdpa_refuses),
+            Implementation("cuda", _cuda, _cuda_refuses),  # not measured yet: "sdpa" takes all that it does
             Implementation("reference", _reference),
         ),
     )

@@ -22,6 +22,7 @@ namespace py = pybind11;
 void bind_cross_attention_maps(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_prologue(py::module_& m);
+void bind_self_attention(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 
 inline void require_success(cudaError_t status, const char* what) {

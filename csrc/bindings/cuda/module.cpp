@@ -14,5 +14,6 @@ PYBIND11_MODULE(_C_cuda, m) {
     vpd::bind_gemm(m);
     vpd::bind_launcher(m);
     vpd::bind_prologue(m);
+    vpd::bind_self_attention(m);
     vpd::bind_upsample_argmax(m);
 }

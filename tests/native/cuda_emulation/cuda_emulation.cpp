@@ -15,6 +15,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace vpd {
 void bind_cross_attention_maps(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
+void bind_self_attention(pybind11::module_& m);
 void bind_probes(pybind11::module_& m);
 void bind_prologue(pybind11::module_& m);
 }
@@ -279,6 +280,7 @@ PYBIND11_MODULE(cuda_emulated, m) {
     m.def("launches", [] { return std::exchange(launches, 0); }, "Kernels launched since the last call");
     vpd::bind_cross_attention_maps(m);
     vpd::bind_gemm(m);
+    vpd::bind_self_attention(m);
     vpd::bind_probes(m);
     vpd::bind_prologue(m);
 }

@@ -50,6 +50,8 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 // Formats of the factors of a warpgroup's products.
 enum class Format { int8, float8_e4m3fn, bfloat16, float16 };
 void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, uint64_t right, bool accumulate);
+// The left factor in registers, 16 rows per warp; the right one by columns.
+void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right);
 void wait_for_products(int pending);
 void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5]);
 
@@ -144,6 +146,7 @@ inline uint32_t pack_float8(float a, float b, float c, float d) {
 }
 void sync_warp();
 inline int same_in_warp(int x) { return x; }
+bool any_in_warp(bool x);
 float shuffle_xor(float x, int mask);
 
 void cluster_arrive();
@@ -161,6 +164,16 @@ void barrier_arrive(uint64_t* barrier);
 void barrier_wait(uint64_t* barrier, unsigned parity);
 void sync_threads(int barrier, int threads);
 bool elected();
+void give_registers_to(int count);
+void take_registers_to(int count);
+template <int COUNT>
+void give_registers() {
+    give_registers_to(COUNT);
+}
+template <int COUNT>
+void take_registers() {
+    take_registers_to(COUNT);
+}
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
     cuda_emulation::load_box(shared, map, barrier, {x0, x1, 0, 0, 0});
@@ -168,6 +181,8 @@ inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int 
 inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1, int x2, int x3) {
     cuda_emulation::load_box(shared, map, barrier, {x0, x1, x2, x3, 0});
 }
+template <typename Sum, int COUNT>
+void hold(Sum (&)[COUNT]) {}
 void wgmma_begin();
 void wgmma_commit();
 template <int PENDING, typename Sum, int COUNT>
@@ -184,6 +199,10 @@ constexpr cuda_emulation::Format format_of() {
 template <typename T, typename Sum, int COUNT>
 void multiply_add_wide(Sum (&sums)[COUNT], uint64_t left, uint64_t right, bool accumulate) {
     cuda_emulation::multiply_add_wide(format_of<T>(), sums, 2 * COUNT, left, right, accumulate);
+}
+template <typename T, int COUNT>
+void multiply_add_from_registers(float (&sums)[COUNT], const uint32_t (&left)[4], uint64_t right) {
+    cuda_emulation::multiply_add_from_registers(format_of<T>(), sums, 2 * COUNT, left, right);
 }
 
 }  // namespace vpd::device

@@ -1,6 +1,7 @@
 // What sm_90 adds: barriers that count bytes, TMA copies of boxes, and matrix instructions of a warpgroup. These run as
 // late as they may: a product when it is waited for, with the shared memory of that moment, and its sums are poison until
 // then; a copy leaves poison until it has come.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +11,9 @@ namespace cuda_emulation {
 namespace {
 
 constexpr uint32_t SHARED_BASE = 1024 + 128;  // of the emulated shared window: aligned to 128 bytes only, as memory is
-constexpr int PART_BYTES = 32, LINE_BYTES = 128, WAIT_FOR_PRODUCTS = 201;
+constexpr int PART_BYTES = 32, LINE_BYTES = 128, WAIT_FOR_PRODUCTS = 201, PRODUCT_FROM_REGISTERS = 202;
+constexpr unsigned WARPGROUP = 4 * WARP;
+constexpr int ALL_REGISTERS = 64 << 10;
 
 uint32_t shared_offset(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - current->block->shared); }
 
@@ -111,20 +114,46 @@ uint32_t multiply_row(Format format, uint32_t sum, const float (&x)[PART_BYTES],
     return sum;
 }
 
-// This thread's share of sums (64 x columns) += left right^T: layout of the PTX manual for the result of wgmma.
-void multiply(Thread& thread, Format format, std::vector<uint32_t>& sums, int columns, uint64_t left, uint64_t right,
-              bool accumulate) {
-    const Matrix a = decode(left), b = decode(right);
+// Numbers of this thread's two rows of the left factor, and of a column of the right one.
+using Numbers = float[PART_BYTES];
+
+void left_rows(Thread& thread, Format format, uint64_t left, Numbers (&rows)[2]) {
     const unsigned lane = thread.lane, warp = thread.index.x / WARP % 4;
     unsigned char bytes[PART_BYTES];
-    float rows[2][PART_BYTES] = {}, column[PART_BYTES] = {};
     for (int half = 0; half < 2; ++half) {
-        read_row(*thread.block, a, int(warp * 16 + lane / 4 + half * 8), bytes);
+        read_row(*thread.block, decode(left), int(warp * 16 + lane / 4 + half * 8), bytes);
         to_numbers(format, bytes, rows[half]);
     }
+}
+
+void right_column(Thread& thread, Format format, uint64_t right, int column, Numbers& numbers) {
+    unsigned char bytes[PART_BYTES];
+    read_row(*thread.block, decode(right), column, bytes);
+    to_numbers(format, bytes, numbers);
+}
+
+// Of a right factor whose lines are 64 columns at one number of K: canonical layout of the PTX manual, MN-major, with
+// a swizzle of 128 bytes. Groups of 8 lines, and groups of 64 columns, are as far apart as the descriptor says.
+void right_column_across(Thread& thread, Format format, uint64_t right, int column, Numbers& numbers) {
+    const Matrix b = decode(right);
+    const uint32_t panels_apart = uint32_t(right >> 16 & 0x3fff) << 4;
+    unsigned char bytes[PART_BYTES];
+    for (int k = 0; k < 16; ++k) {
+        const uint32_t line = b.start + column / 64 * panels_apart + k / 8 * b.rows_apart + k % 8 * LINE_BYTES;
+        const uint32_t address = swizzled(line + column % 64 * 2) - SHARED_BASE;
+        if (address + 2 > thread.block->bytes) fail("a product reads outside of the shared memory");
+        std::memcpy(bytes + 2 * k, thread.block->shared + address, 2);
+    }
+    to_numbers(format, bytes, numbers);
+}
+
+// This thread's share of sums (64 x columns) += left right^T: layout of the PTX manual for the result of wgmma.
+template <typename Right>
+void multiply(Thread& thread, Format format, std::vector<uint32_t>& sums, int columns, const Numbers (&rows)[2],
+              Right right, bool accumulate) {
+    float column[PART_BYTES] = {};
     for (int i = 0; i < columns / 4; ++i) {  // columns of this thread
-        read_row(*thread.block, b, int(i / 2 * 8 + lane % 4 * 2 + i % 2), bytes);
-        to_numbers(format, bytes, column);
+        right(thread, int(i / 2 * 8 + thread.lane % 4 * 2 + i % 2), column);
         for (int half = 0; half < 2; ++half) {
             uint32_t& sum = sums[i / 2 * 4 + half * 2 + i % 2];
             sum = multiply_row(format, accumulate ? sum : 0, rows[half], column);
@@ -134,7 +163,10 @@ void multiply(Thread& thread, Format format, std::vector<uint32_t>& sums, int co
 
 }  // namespace
 
-void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, uint64_t right, bool accumulate) {
+namespace {
+
+// Issues a product, `run` being what it does to the sums that are kept meanwhile.
+void issue(void* sums, int columns, const std::function<void(std::vector<uint32_t>&)>& run) {
     Thread& thread = *current;
     if (!thread.fenced) fail("a product is issued without a fence before it");
     if (columns % 8 || columns > 256) fail("no matrix instruction has this number of columns");
@@ -145,10 +177,46 @@ void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, ui
         std::memcpy(kept.data(), sums, kept.size() * 4);
         std::memset(sums, NAN_BYTE, kept.size() * 4);
     }
-    const auto run = [&thread, &kept, format, columns, left, right, accumulate] {
-        multiply(thread, format, kept, columns, left, right, accumulate);
-    };
-    thread.products.push_back({run, thread.group});
+    thread.products.push_back({[run, &kept] { run(kept); }, thread.group, sums});
+}
+
+}  // namespace
+
+void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, uint64_t right, bool accumulate) {
+    Thread& thread = *current;
+    issue(sums, columns, [=, &thread](std::vector<uint32_t>& kept) {
+        Numbers rows[2] = {};
+        left_rows(thread, format, left, rows);
+        const auto column = [=](Thread& t, int i, Numbers& x) { right_column(t, format, right, i, x); };
+        multiply(thread, format, kept, columns, rows, column, accumulate);
+    });
+}
+
+void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right) {
+    Thread& thread = *current;
+    Warp& warp = *thread.warp;
+    std::memcpy(warp.words[thread.lane], left, sizeof left);
+    struct Quad {
+        uint32_t words[4][4];
+    } quad;
+    warp_instruction(PRODUCT_FROM_REGISTERS, [](Warp& w) {
+        for (unsigned l = 0; l < WARP; ++l) std::memcpy(w.given[l], w.words[l], sizeof w.given[l]);
+    });
+    std::memcpy(quad.words, warp.given[thread.lane / 4 * 4], sizeof quad.words);
+    issue(sums, columns, [=, &thread](std::vector<uint32_t>& kept) {
+        Numbers rows[2] = {};
+        for (int half = 0; half < 2; ++half) {
+            unsigned char bytes[PART_BYTES];
+            for (int k = 0; k < 16; ++k) {
+                const uint32_t word = quad.words[k % 8 / 2][k / 8 * 2 + half];
+                const uint16_t number = uint16_t(word >> k % 2 * 16);
+                std::memcpy(bytes + 2 * k, &number, 2);
+            }
+            to_numbers(format, bytes, rows[half]);
+        }
+        const auto column = [=](Thread& t, int i, Numbers& x) { right_column_across(t, format, right, i, x); };
+        multiply(thread, format, kept, columns, rows, column, true);
+    });
 }
 
 // A warp waits as one: what any of its threads does afterwards comes after the products of all.
@@ -160,9 +228,15 @@ void wait_for_products(int pending) {
     }
     thread.fenced = false;
     warp_instruction(WAIT_FOR_PRODUCTS, [](Warp&) {});
-    if (!thread.products.empty()) return;
-    for (auto& [registers, kept] : thread.sums) std::memcpy(registers, kept.data(), kept.size() * 4);
-    thread.sums.clear();
+    for (auto sums = thread.sums.begin(); sums != thread.sums.end();) {
+        const auto uses = [&](const PendingProduct& product) { return product.sums == sums->first; };
+        if (std::any_of(thread.products.begin(), thread.products.end(), uses)) {
+            ++sums;
+            continue;
+        }
+        std::memcpy(sums->first, sums->second.data(), sums->second.size() * 4);
+        sums = thread.sums.erase(sums);
+    }
 }
 
 void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5]) {
@@ -254,6 +328,24 @@ void sync_threads(int barrier, int threads) {
 }
 
 bool elected() { return current->lane == 0; }
+
+// All threads of a warpgroup move at once; they may not take what nobody gave, of the registers that all began with.
+static void move_registers(int count, bool more) {
+    if (count < 24 || count > 256 || count % 8) fail("no thread can have this number of registers");
+    Block& block = *current->block;
+    const unsigned group = current->index.x / WARPGROUP;
+    if (!arrive(block.register_moves[group], WARPGROUP)) return;
+    const int each = ALL_REGISTERS / int(blockDim.x) / 8 * 8;
+    if (more ? count < each : count > each) fail("registers move the wrong way");
+    (more ? block.registers_taken : block.registers_given) += std::abs(count - each) * int(WARPGROUP);
+    const int spare = ALL_REGISTERS - each * int(blockDim.x);
+    const int groups = int(blockDim.x / WARPGROUP);
+    if (++block.registers_moved == groups && block.registers_taken > block.registers_given + spare)
+        fail("warpgroups take more registers than were given");
+    release(block.register_moves[group]);
+}
+void give_registers_to(int count) { move_registers(count, false); }
+void take_registers_to(int count) { move_registers(count, true); }
 
 void wgmma_begin() { current->fenced = true; }
 void wgmma_commit() { ++current->group; }

@@ -6,7 +6,7 @@
 namespace cuda_emulation {
 namespace {
 
-enum Instruction { MULTIPLY_ADD = 1, LOAD_MATRICES, SHUFFLE, MULTIPLY_ADD_INTEGERS, SYNC };
+enum Instruction { MULTIPLY_ADD = 1, LOAD_MATRICES, SHUFFLE, MULTIPLY_ADD_INTEGERS, SYNC, ANY };
 
 }  // namespace
 
@@ -111,6 +111,17 @@ void wait_for_copies(int pending) {
 
 void sync_warp() {
     warp_instruction(SYNC, [](Warp&) {});
+}
+
+bool any_in_warp(bool x) {
+    Warp& warp = *current->warp;
+    warp.words[current->lane][0] = x;
+    warp_instruction(ANY, [&](Warp& w) {
+        uint32_t any = 0;
+        for (unsigned l = 0; l < WARP; ++l) any |= w.words[l][0];
+        for (unsigned l = 0; l < WARP; ++l) w.words[l][1] = any;
+    });
+    return warp.words[current->lane][1];
 }
 
 float shuffle_xor(float x, int mask) {

@@ -36,7 +36,7 @@ struct Warp {
     Barrier barrier;
     int instruction = 0;  // that the threads which have arrived execute
     float c[WARP][4];
-    uint32_t words[WARP][6];
+    uint32_t words[WARP][6], given[WARP][4];
     const unsigned char* rows[WARP];
 };
 
@@ -57,6 +57,8 @@ struct Block {
     std::map<const void*, TransactionBarrier> transactions;
     std::vector<Warp> warps;
     unsigned running;  // threads that have not ended
+    std::map<unsigned, Barrier> register_moves;  // by warpgroup
+    int registers_moved = 0, registers_taken = 0, registers_given = 0;
     dim3 index;
 };
 
@@ -64,6 +66,7 @@ struct Block {
 struct PendingProduct {
     std::function<void()> run;
     int group;
+    void* sums;
 };
 
 struct Thread {

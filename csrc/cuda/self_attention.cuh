@@ -1,0 +1,325 @@
+// Kernel of self_attention with wgmma on sm_90a. One warpgroup starts copies by TMA; each of the others has 64 queries
+// of a head, whose keys and values pass by in blocks.
+//
+// The copies walk through (channel, head, row, image), so a head's channels end with zeros where its neighbour's would
+// follow, and rows beyond the last are zeros, too. Scores are the sums of wgmma; as probabilities, rounded in place, they
+// are the left operand of the next: thread `lane` of a warp has of every 8 columns those at 2 * (lane % 4) and the next, of
+// rows lane / 4 and 8 more. They are relative to the largest score so far, and what was added up before shrinks when
+// that grows.
+#pragma once
+
+#include "cuda/self_attention.h"
+#include "cuda/wgmma_operands.cuh"
+
+namespace vpd::attention {
+
+using namespace device;
+
+constexpr int WARP = 32, GROUP_THREADS = 128, GROUP_ROWS = 64, LINE_CHANNELS = LINE_BYTES / 2;
+constexpr int HEAD_DIMS[] = {40, 80,
+                             160};  // for which kernels are compiled; a problem runs in the smallest that holds it
+constexpr int MAX_GROUPS = 3;
+
+struct Maps {
+    TensorMap q, k, v;
+};
+
+struct Plan {
+    int tiles;         // of queries per image and head
+    int blocks;        // of keys
+    bool shared;       // all images have the keys and values of the first
+    float scale_log2;  // scale * log2(e), positive
+};
+
+// Sizes of a block of threads with GROUPS warpgroups that compute. A panel is 64 channels of all rows.
+template <int DIM, int GROUPS>
+struct Tile {
+    static constexpr int KEYS = DIM <= 80 ? 128 : 64;  // at a time: more scores do not fit the registers
+    static constexpr int ROWS = GROUPS * GROUP_ROWS, THREADS = (GROUPS + 1) * GROUP_THREADS;
+    static constexpr int PANELS = (DIM + LINE_CHANNELS - 1) / LINE_CHANNELS, PARTS = (DIM + 15) / 16;
+    static constexpr int QUERY_BYTES = PANELS * ROWS * LINE_BYTES, KEY_BYTES = PANELS * KEYS * LINE_BYTES;
+    static constexpr int STAGES = DIM <= 40 ? 6 : 4;  // of keys and values in turn
+    static constexpr int SHARED_BYTES = SWIZZLE_ALIGNMENT + QUERY_BYTES + STAGES * KEY_BYTES + (2 * STAGES + 1) * 8;
+    static_assert(SHARED_BYTES <= 227 * 1024);
+};
+
+// Of a thread, after the warpgroup that copies has given some away.
+template <int GROUPS>
+struct Registers {
+    static constexpr int COPYING = GROUPS == 2 ? 24 : 32, COMPUTING = GROUPS == 2 ? 240 : 160;
+    static_assert(COPYING + GROUPS * COMPUTING <= (64 << 10) / GROUP_THREADS || GROUPS == 1);
+};
+
+// The place in the ring of stages, and how often it went round.
+template <int STAGES>
+struct Place {
+    int stage = 0, round = 0;
+    __device__ void advance() {
+        if (++stage == STAGES) stage = 0, ++round;
+    }
+};
+
+template <int DIM, int GROUPS>
+struct Shared {
+    using Size = Tile<DIM, GROUPS>;
+    unsigned char *queries, *stages;
+    uint64_t *filled, *emptied, *queries_filled;
+    __device__ explicit Shared(unsigned char* memory)
+        : queries(memory + (-shared_address(memory) & (SWIZZLE_ALIGNMENT - 1))),
+          stages(queries + Size::QUERY_BYTES),
+          filled(reinterpret_cast<uint64_t*>(stages + Size::STAGES * Size::KEY_BYTES)),
+          emptied(filled + Size::STAGES),
+          queries_filled(emptied + Size::STAGES) {}
+};
+
+// In which order blocks of keys and values are needed: k0 v0 k1 v1 ..., or k0 k1 v0 k2 v1 ... if they overlap.
+template <int DIM, int GROUPS, bool OVERLAP>
+__device__ inline void copy_blocks(const Maps& maps, const Plan& plan, const Shared<DIM, GROUPS>& shared, int tile,
+                                   int head, int image) {
+    using Size = Tile<DIM, GROUPS>;
+    barrier_expect(shared.queries_filled, Size::QUERY_BYTES);
+#pragma unroll
+    for (int panel = 0; panel < Size::PANELS; ++panel)
+        load_box(shared.queries + panel * Size::ROWS * LINE_BYTES, maps.q, shared.queries_filled, panel * LINE_CHANNELS,
+                 head, tile * Size::ROWS, image);
+    Place<Size::STAGES> place;
+    const auto copy = [&](const TensorMap& map, int block) {
+        if (place.round) barrier_wait(shared.emptied + place.stage, (place.round - 1) & 1);
+        uint64_t* const filled = shared.filled + place.stage;
+        barrier_expect(filled, Size::KEY_BYTES);
+#pragma unroll
+        for (int panel = 0; panel < Size::PANELS; ++panel)
+            load_box(shared.stages + place.stage * Size::KEY_BYTES + panel * Size::KEYS * LINE_BYTES, map, filled,
+                     panel * LINE_CHANNELS, head, block * Size::KEYS, plan.shared ? 0 : image);
+        place.advance();
+    };
+    if (OVERLAP) copy(maps.k, 0);
+    for (int block = 0; block < plan.blocks; ++block) {
+        if (!OVERLAP)
+            copy(maps.k, block);
+        else if (block + 1 < plan.blocks)
+            copy(maps.k, block + 1);
+        copy(maps.v, block);
+    }
+}
+
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, shuffle_xor(x, 1));
+    return fmaxf(x, shuffle_xor(x, 2));
+}
+__device__ inline float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+// Of rows lane / 4 and lane / 4 + 8: the largest score so far, and this thread's share of the sum of 2^(score - largest).
+struct Softmax {
+    static constexpr float MAX_FLOAT = 3.4028234664e38f;
+    // The product of the largest score and the scale, rounded, is what exponents are relative to, with one fma for each.
+    // From here on that rounding would show in the largest probability, so the largest score is subtracted first.
+    static constexpr float MAX_REFERENCE = 16384.0f;
+    float largest[2] = {-MAX_FLOAT, -MAX_FLOAT}, sum[2] = {0.0f, 0.0f};
+
+    // Scores become exponentials; keep: what sums of earlier blocks are to be multiplied by.
+    template <int COUNT>
+    __device__ inline void exponentials(float (&s)[COUNT], float scale, float (&keep)[2]) {
+        float before[2] = {largest[0], largest[1]}, reference[2];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            largest[half] = quad_max(largest[half]);
+            reference[half] = largest[half] * scale;
+        }
+        if (any_in_warp(fmaxf(fabsf(reference[0]), fabsf(reference[1])) >= MAX_REFERENCE)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) keep[half] = exp2_fast((before[half] - largest[half]) * scale);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) s[i] = exp2_fast((s[i] - largest[i / 2 % 2]) * scale);
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                keep[half] = exp2_fast(multiply_rounded(before[half], scale) - reference[half]);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
+        }
+        sum[0] *= keep[0], sum[1] *= keep[1];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) sum[i / 2 % 2] += s[i];
+    }
+};
+
+template <typename T, int DIM, int GROUPS>
+struct Attention {
+    using Size = Tile<DIM, GROUPS>;
+    static constexpr int SCORES = Size::KEYS / 2, STEPS = Size::KEYS / 16;
+    const Shared<DIM, GROUPS>& shared;
+    const int group, lane;
+    Place<Size::STAGES> place;
+    Softmax softmax;
+    float s[SCORES], o[DIM / 2];
+    uint32_t p[STEPS][4];
+
+    __device__ Attention(const Shared<DIM, GROUPS>& shared_, int group_, int lane_)
+        : shared(shared_), group(group_), lane(lane_) {
+#pragma unroll
+        for (int i = 0; i < DIM / 2; ++i) o[i] = 0.0f;
+    }
+
+    // Both wait for the stage that is next.
+    __device__ inline void begin_scores() {
+        const uint64_t q = line_descriptor(shared.queries + group * GROUP_ROWS * LINE_BYTES);
+        const uint64_t k = line_descriptor(shared.stages + place.stage * Size::KEY_BYTES);
+        barrier_wait(shared.filled + place.stage, place.round & 1);
+        hold(s);
+        wgmma_begin();
+#pragma unroll
+        for (int part = 0; part < Size::PARTS; ++part) {
+            const int panel = part / 4, further = part % 4 * 32;
+            multiply_add_wide<T>(s, q + ((panel * Size::ROWS * LINE_BYTES + further) >> 4),
+                                 k + ((panel * Size::KEYS * LINE_BYTES + further) >> 4), part > 0);
+        }
+        wgmma_commit();
+        place.advance();
+    }
+    __device__ inline void begin_values() {
+        const uint64_t v = line_descriptor(shared.stages + place.stage * Size::KEY_BYTES, Size::KEYS * LINE_BYTES);
+        barrier_wait(shared.filled + place.stage, place.round & 1);
+        hold(o);
+        wgmma_begin();
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            multiply_add_from_registers<T>(o, p[step], v + (step * 16 * LINE_BYTES >> 4));
+        wgmma_commit();
+        place.advance();
+    }
+
+    // All before this place have been read but `newer`.
+    __device__ inline void release(int newer) {
+        const int stage = place.stage - 1 - newer;
+        if (lane == 0) barrier_arrive(shared.emptied + (stage < 0 ? stage + Size::STAGES : stage));
+    }
+
+    // Keys beyond the last count nothing.
+    __device__ inline void mask(int valid) {
+#pragma unroll
+        for (int i = 0; i < SCORES; ++i)
+            if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) s[i] = -INFINITY;
+    }
+    __device__ inline void rescale(const float (&keep)[2]) {
+#pragma unroll
+        for (int i = 0; i < DIM / 2; ++i) o[i] *= keep[i / 2 % 2];
+    }
+    __device__ inline void round() {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[step][i] = pack<T>(s[step * 8 + 2 * i], s[step * 8 + 2 * i + 1]);
+    }
+
+    // valid: keys of the block, in the last one.
+    template <bool LAST>
+    __device__ inline void sequential(float scale, int valid) {
+        float keep[2];
+        begin_scores();
+        wgmma_wait<0>(s);
+        release(0);
+        if (LAST) mask(valid);
+        softmax.exponentials(s, scale, keep);
+        rescale(keep);
+        round();
+        begin_values();
+        wgmma_wait<0>(o);
+        release(0);
+    }
+
+    // The second product of a block beside the softmax of the next.
+    template <bool LAST>
+    __device__ inline void overlapped(float scale, int valid) {
+        float keep[2];
+        begin_scores();
+        begin_values();
+        wgmma_wait<1>(s);
+        release(1);
+        if (LAST) mask(valid);
+        softmax.exponentials(s, scale, keep);
+        wgmma_wait<0>(o);
+        release(0);
+        rescale(keep);
+        round();
+    }
+};
+
+template <typename T, int DIM, int GROUPS, bool OVERLAP>
+__global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
+    attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ CudaSelfAttention problem,
+                     const __grid_constant__ Plan plan) {
+#if VPD_HOPPER
+    using Size = Tile<DIM, GROUPS>;
+    // Known to be the same in a warp, else the compiler takes what follows for divergent and makes wgmma wait.
+    const int group = same_in_warp(threadIdx.x / GROUP_THREADS);
+    const int warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
+    const Shared<DIM, GROUPS> shared(dynamic_shared());
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Size::STAGES; ++i) {
+            barrier_init(shared.filled + i, 1);
+            barrier_init(shared.emptied + i, GROUPS * GROUP_THREADS / WARP);
+        }
+        barrier_init(shared.queries_filled, 1);
+        barrier_init_done();
+        prefetch_tensor_map(maps.q);
+        prefetch_tensor_map(maps.k);
+        prefetch_tensor_map(maps.v);
+    }
+    __syncthreads();
+    const int tile = blockIdx.x % plan.tiles, of_head = blockIdx.x / plan.tiles;
+    const int head = of_head % int(problem.heads), image = of_head / int(problem.heads);
+    if (group == GROUPS) {
+        if constexpr (GROUPS > 1) give_registers<Registers<GROUPS>::COPYING>();
+        if (threadIdx.x == GROUPS * GROUP_THREADS)
+            copy_blocks<DIM, GROUPS, OVERLAP>(maps, plan, shared, tile, head, image);
+        return;
+    }
+    if constexpr (GROUPS > 1) take_registers<Registers<GROUPS>::COMPUTING>();
+    Attention<T, DIM, GROUPS> attention(shared, group, lane);
+    const int last = plan.blocks - 1, valid = int(problem.keys) - last * Size::KEYS;
+    barrier_wait(shared.queries_filled, 0);
+    if constexpr (OVERLAP) {
+        float keep[2];  // of nothing
+        attention.begin_scores();
+        wgmma_wait<0>(attention.s);
+        attention.release(0);
+        if (last == 0) attention.mask(valid);
+        attention.softmax.exponentials(attention.s, plan.scale_log2, keep);
+        attention.round();
+#pragma unroll 1
+        for (int block = 1; block < last; ++block) attention.template overlapped<false>(plan.scale_log2, 0);
+        if (last > 0) attention.template overlapped<true>(plan.scale_log2, valid);
+        attention.begin_values();
+        wgmma_wait<0>(attention.o);
+        attention.release(0);
+    } else {
+#pragma unroll 1
+        for (int block = 0; block < last; ++block) attention.template sequential<false>(plan.scale_log2, 0);
+        attention.template sequential<true>(plan.scale_log2, valid);
+    }
+    uint16_t* const out =
+        static_cast<uint16_t*>(problem.out.data) + image * problem.out.image + head * problem.head_dim;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float inverse = 1.0f / quad_sum(attention.softmax.sum[half]);
+        const int64_t row = int64_t(tile) * Size::ROWS + group * GROUP_ROWS + warp * 16 + lane / 4 + half * 8;
+        if (row >= problem.queries) continue;
+#pragma unroll
+        for (int i = 0; i < DIM / 8; ++i) {
+            const int column = i * 8 + lane % 4 * 2;
+            if (column < problem.head_dim)
+                store_global(
+                    reinterpret_cast<uint32_t*>(out + row * problem.out.row + column),
+                    pack<T>(attention.o[4 * i + 2 * half] * inverse, attention.o[4 * i + 2 * half + 1] * inverse));
+        }
+    }
+#endif
+}
+
+}  // namespace vpd::attention

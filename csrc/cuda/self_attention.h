@@ -1,0 +1,42 @@
+// Attention of queries to keys without maps: out_h = softmax(scale q_h k_h^T) v_h for each head h.
+//
+// Products of 16-bit elements on tensor cores, everything else in float32; the probabilities are rounded to 16 bits for
+// their product with v only. Bitwise repeatable.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device.h"
+
+namespace vpd {
+
+// Rows (image, row) of heads * head_dim elements next to each other; strides in elements, an image's 0 where all share one.
+struct CudaRows {
+    void* data;
+    int64_t image, row;
+};
+
+struct CudaSelfAttention {
+    int64_t batch, queries, keys, heads, head_dim;
+    CudaRows q, k, v;  // read only; addresses and strides are multiples of 16 bytes
+    CudaRows out;      // of the same type; address and strides are multiples of 4 bytes
+    float scale;
+};
+
+// How a warpgroup orders the products and the softmax of blocks of keys.
+enum class CudaAttentionOrder {
+    automatic,
+    sequential,  // one after the other; other warpgroups fill the gaps
+    overlapped,  // the softmax of a block runs beside the second product of the block before
+};
+
+// nullptr if the operator can run on the current device, else the reason why it cannot.
+const char* self_attention_cuda_refuses(const CudaSelfAttention& problem, CudaFloat dtype);
+
+// Enqueues on the stream of the current device; returns the launch's error, or cudaErrorInvalidValue if the operator
+// refuses. groups: warpgroups that compute in a block, of 64 queries each; 0: chosen.
+cudaError_t self_attention_cuda(const CudaSelfAttention& problem, CudaFloat dtype, CudaAttentionOrder order, int groups,
+                                cudaStream_t stream);
+
+}  // namespace vpd
