@@ -68,6 +68,9 @@ LOOPS = {
     "positions_kernel<__nv_bfloat16, signed char, true, false, false>": LoopLimit(32, 14.2, 4),
     "positions_kernel<__half, __half, true, false, false>": LoopLimit(32, 9.0, 4),
     "positions_kernel<__half, signed char, true, false, false>": LoopLimit(32, 14.2, 4),
+    # Four channels of eight pixels: two products and sums, a comparison and two choices each; what pixels share is 1.5.
+    "strips_kernel<float, 2>": LoopLimit(32, 8.5, 5),
+    "strips_kernel<float, 4>": LoopLimit(32, 7.2, 4),
 }
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
 SERIALIZED = ("C7510", "C7520")  # the assembler's notes that wgmma instructions wait for each other

@@ -45,7 +45,7 @@ def parsed(text: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The loop with the most 16-byte loads among those that contain no other loop; of several the shortest."""
+    """The loop with the most loads of 8 or 16 bytes among those that contain no other loop; of several the shortest."""
     places = {address: i for i, (address, _) in enumerate(code)}
     spans = []
     for i, (address, text) in enumerate(code):
@@ -58,9 +58,9 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def is_wide(text: str) -> bool:
-    """Whether an instruction loads 16 bytes from global memory."""
+    """Whether an instruction loads 8 or 16 bytes from global memory."""
     load = LOAD.match(text)
-    return load is not None and load[1].endswith("128")
+    return load is not None and load[1].endswith(tuple(WORDS))
 
 
 def loads_before_use(loop: list[Instruction]) -> int:

@@ -75,7 +75,7 @@ def test_explain(monkeypatch) -> None:
     reasons = ops.explain("upsample_argmax", torch.zeros(1, 2, 4, 4), (8, 8), impl="cuda")
     assert reasons == {
         **{"cuda": "logits are on cpu, not on a GPU", "cpu": "ok", "triton": "logits is on cpu, not on a GPU"},
-        "reference": "ok",
+        **{"cuda_strips": "logits are on cpu, not on a GPU", "reference": "ok"},
     }
     assert ops.explain("upsample_argmax", torch.zeros(1, 2, 4, 4, device="meta"), (8, 8))["cpu"] == (
         "logits are on meta, not on the CPU"

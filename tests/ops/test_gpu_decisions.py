@@ -147,6 +147,7 @@ def test_cuda_cpp_leaves_windows_of_many_taps_to_triton(gpu, monkeypatch) -> Non
     args = empty(1, 81, 5, 8, 8), starts, starts
     reasons = ops.explain("upsample_argmax_windows", *args, crop_size=(64, 64), image_size=(96, 96))
     assert "this takes at most 8" in reasons["cuda"]
+    assert "this takes at most 2" in reasons["cuda_strips"]
     assert first_ok(reasons) == ("reference" if NO_TRITON else "triton")
 
 
@@ -259,8 +260,9 @@ def table(gpu, monkeypatch, tmp_path: Path):
         ("linear", {"cuda_rows": 1, "triton": 2}, ["cuda_rows", "triton", "cuda", "library"]),
         ("conv2d", {"library": 1, "triton": 2}, ["library", "triton", "cuda", "cuda_rows"]),
         ("self_attention", {"sdpa": 1, "triton": 2}, ["sdpa", "triton", "cuda"]),
-        ("upsample_argmax", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
-        ("upsample_argmax_windows", {"triton": 1, "cuda": 2}, ["triton", "cuda"]),
+        ("upsample_argmax", {"triton": 1, "cuda": 2}, ["triton", "cuda", "cuda_strips"]),
+        ("upsample_argmax", {"cuda_strips": 1, "cuda": 2}, ["cuda_strips", "cuda", "triton"]),
+        ("upsample_argmax_windows", {"triton": 1, "cuda": 2}, ["triton", "cuda", "cuda_strips"]),
     ],
 )
 def test_a_table_decides(table, monkeypatch, name: str, times: dict, expected: list[str]) -> None:

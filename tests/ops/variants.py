@@ -11,7 +11,7 @@ import torch
 from vpd_fast import _native
 from vpd_fast.ops.availability import triton_missing
 
-BY_KERNELS = ("triton", "cuda", "cuda_rows")  # implementations for GPUs that all tests try
+BY_KERNELS = ("triton", "cuda", "cuda_rows", "cuda_strips")  # implementations for GPUs that all tests try
 ON_GPU = (*BY_KERNELS, "library")  # the last by test_products_library.py
 ISAS = _native.load("_C").usable_isas()
 INTERPRETED = [] if triton_missing(torch.empty(0)) else ["triton"]

@@ -28,6 +28,7 @@ from vpd_fast.ops.resampling import ResamplingWeights, resize_weights, window_we
 
 MAX_TAPS_CPU = 64  # MAX_TAPS in csrc/cpu/upsample_argmax.h
 TAPS_CUDA = (2, 4, 8)  # for which csrc/cuda/upsample_argmax.cu is compiled
+TAPS_STRIPS, MAX_STRIP = 2, 8  # of csrc/cuda/upsample_argmax_strips.h; pixels
 MAX_REFERENCE_ELEMENTS = 1 << 26  # resized logits that the reference holds at a time
 
 
@@ -40,7 +41,8 @@ def upsample_argmax(
     two channels are equal up to float32 rounding. Of equal channels the lowest wins.
 
     logits: (B, C, h, w) float32, bfloat16 or float16, any strides; computed in float32.
-    size: (H, W) in pixels. impl: "auto", "cuda", "cpu", "triton" or "reference".
+    size: (H, W) in pixels. impl: "auto", "cuda", "cpu", "triton", "cuda_strips" (CUDA C++, eight pixels a thread) or
+        "reference".
     Returns (B, H, W) int64, as torch.argmax does. Raises InputError for a wrong shape, dtype, size or impl.
     """
     check_tensor("logits", logits, "B C h w", may_be_empty="B")
@@ -215,14 +217,31 @@ def _cuda_refuses(call: Arguments) -> str | None:
     return _too_many_taps(call, TAPS_CUDA[-1]) or _native.why_missing("_C_cuda")
 
 
-def _cuda(call: Arguments) -> torch.Tensor:
+def _cuda_strips_refuses(call: Arguments) -> str | None:
+    if call.logits.device.type != "cuda":
+        return f"logits are on {call.logits.device}, not on a GPU"
+    return _too_many_taps(call, TAPS_STRIPS) or _native.why_missing("_C_cuda")
+
+
+@functools.lru_cache(maxsize=64)
+def _strips(columns: ResamplingWeights, device: torch.device) -> torch.Tensor:
+    """Returns int32 (strips + 1): where runs of at most MAX_STRIP pixels begin that read the same two columns."""
+    sources, _ = columns.padded(TAPS_STRIPS, torch.device("cpu"))
+    begins = [0]
+    for i, changes in enumerate((sources[1:] != sources[:-1]).any(1).tolist(), start=1):
+        if changes or i - begins[-1] == MAX_STRIP:
+            begins.append(i)
+    return torch.tensor([*begins, len(sources)], dtype=torch.int32).to(device)
+
+
+def _cuda(call: Arguments, strips: bool = False) -> torch.Tensor:
     problem = call.problem
     logits = problem.logits
     count = next(taps for taps in TAPS_CUDA if taps >= problem.max_taps)
     row_sources, row_weights = _on_device(problem.rows, count, logits.device)
     column_sources, column_weights = _on_device(problem.columns, count, logits.device)
     labels = problem.empty_labels()
-    _native.load("_C_cuda").upsample_argmax(
+    arguments = (
         logits.data_ptr(),
         dtype_name(logits),
         logits.shape,
@@ -231,10 +250,13 @@ def _cuda(call: Arguments) -> torch.Tensor:
         labels.shape[1:],
         (row_sources.data_ptr(), row_weights.data_ptr()),
         (column_sources.data_ptr(), column_weights.data_ptr()),
-        count,
-        logits.device.index,
-        torch.cuda.current_stream(logits.device).cuda_stream,
     )
+    where = logits.get_device(), torch.cuda.current_stream(logits.device).cuda_stream
+    if strips:
+        begins = _strips(problem.columns, logits.device)
+        _native.load("_C_cuda").upsample_argmax_strips(*arguments, begins.data_ptr(), len(begins) - 1, *where)
+    else:
+        _native.load("_C_cuda").upsample_argmax(*arguments, count, *where)
     return labels
 
 
@@ -283,6 +305,7 @@ IMPLEMENTATIONS = (
     Implementation("cuda", _cuda, _cuda_refuses),
     Implementation("cpu", _cpu, _cpu_refuses),
     Implementation("triton", _triton, _triton_refuses),
+    Implementation("cuda_strips", functools.partial(_cuda, strips=True), _cuda_strips_refuses),
     Implementation("reference", _reference),
 )
 UPSAMPLE_ARGMAX, UPSAMPLE_ARGMAX_WINDOWS = (

@@ -24,6 +24,7 @@ void bind_gemm(py::module_& m);
 void bind_prologue(py::module_& m);
 void bind_self_attention(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
+void bind_upsample_argmax_strips(py::module_& m);
 
 inline void require_success(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));

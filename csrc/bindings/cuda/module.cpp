@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C_cuda, m) {
     vpd::bind_prologue(m);
     vpd::bind_self_attention(m);
     vpd::bind_upsample_argmax(m);
+    vpd::bind_upsample_argmax_strips(m);
 }

@@ -18,6 +18,7 @@ void bind_gemm(pybind11::module_& m);
 void bind_self_attention(pybind11::module_& m);
 void bind_probes(pybind11::module_& m);
 void bind_prologue(pybind11::module_& m);
+void bind_upsample_argmax_strips(pybind11::module_& m);
 }
 
 namespace cuda_emulation {
@@ -283,4 +284,5 @@ PYBIND11_MODULE(cuda_emulated, m) {
     vpd::bind_self_attention(m);
     vpd::bind_probes(m);
     vpd::bind_prologue(m);
+    vpd::bind_upsample_argmax_strips(m);
 }
