@@ -21,13 +21,18 @@ def refuse(x: Tensor, x2: Tensor | None, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot prepare rows of these sources in that dtype, or None."""
     if dtype not in FACTORS:
         return f"weight is {dtype}; rows are rounded to 8 and 16 bits"
-    sources = [t for t in (x, x2) if t is not None]
-    if any(t.shape[-1] % CHANNELS for t in sources):
-        widths = " + ".join(str(t.shape[-1]) for t in sources)
-        return f"{widths} channels are no multiple of {CHANNELS}"
-    if any(t.dtype != x.dtype for t in sources):
-        return f"x is {x.dtype} and x2 is {sources[1].dtype}; sources are read in one type"
+    channels = sum(t.shape[-1] for t in (x, x2) if t is not None)
+    if channels % CHANNELS:
+        return f"{channels} channels are no multiple of {CHANNELS}"
     return _native.why_missing("_C_cuda")
+
+
+def readable(x: Tensor, x2: Tensor | None) -> list[Tensor]:
+    """The sources as the kernels read them: of one type and of whole vectors of channels, joined where they are not."""
+    sources = [t for t in (x, x2) if t is not None]
+    if any(t.dtype != x.dtype or t.shape[3] % CHANNELS for t in sources):
+        sources = [torch.cat([t.float() for t in sources], dim=3)]
+    return [t for t in map(aligned, sources) if t is not None]
 
 
 def fill(
@@ -52,12 +57,12 @@ def fill(
     """
     if recording.state.record is not None:
         return
-    sources = [aligned(t) for t in (x, x2) if t is not None]
+    sources = readable(x, x2)
     scale_shift, input_scale = (None if t is None else aligned_vector(t) for t in (scale_shift, input_scale))
     address = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
     call = _native.load("_C_cuda").Prologue(
         sources=[(t.data_ptr(), strides_of(t), t.shape[3]) for t in sources],
-        dtype=name_of(x.dtype),
+        dtype=name_of(sources[0].dtype),
         shape=tuple(x.shape[:3]),
         padded=(*padding[:2], *out.shape[1:3]),
         scale_shift=address(scale_shift),

@@ -57,6 +57,14 @@ def test_linear(instructions: str, precision: torch.dtype) -> None:  # noqa: F81
 
 
 @by_wgmma
+@pytest.mark.parametrize(("widths", "other"), [((20, 28), BFLOAT16), ((32, 16), torch.float32)], ids=str)
+def test_sources_that_are_joined_before(instructions: str, widths, other: torch.dtype) -> None:  # noqa: F811
+    """Of other than whole vectors of channels, and of two types."""
+    x, x2 = randn(2, 5, widths[0], dtype=BFLOAT16), randn(2, 5, widths[1], dtype=other)
+    assert distance({"x2": x2, "scale": randn(48)}, x, make_weight(40, 48, torch.int8), name="linear") == 0
+
+
+@by_wgmma
 def test_rows_that_are_not_prepared(instructions: str) -> None:  # noqa: F811
     x, weight = randn(2, 5, 48, dtype=BFLOAT16), make_weight(40, 48, BFLOAT16)
     assert distance({}, x, weight, name="linear") == 0
@@ -72,9 +80,10 @@ def test_what_the_kernels_refuse_is_an_error(instructions: str) -> None:  # noqa
 @pytest.mark.parametrize(
     ("x", "x2", "dtype", "reason"),
     [
-        (randn(1, 4, 24), randn(1, 4, 12), torch.int8, r"24 + 12 channels are no multiple of 8"),
+        (randn(1, 4, 24), randn(1, 4, 12), torch.int8, r"36 channels are no multiple of 8"),
+        (randn(1, 4, 20), randn(1, 4, 12), torch.int8, None),
         (randn(1, 4, 4), None, torch.int8, r"4 channels are no multiple of 8"),
-        (randn(1, 4, 24), randn(1, 4, 8).bfloat16(), torch.int8, "x is torch.float32 and x2 is torch.bfloat16"),
+        (randn(1, 4, 24), randn(1, 4, 8).bfloat16(), torch.int8, None),
         (randn(1, 4, 24), None, torch.float32, "weight is torch.float32; rows are rounded to 8 and 16 bits"),
         (randn(1, 4, 24), randn(1, 4, 8), FLOAT8, None),
         (randn(1, 4, 24).bfloat16(), None, torch.int8, None),
