@@ -9,11 +9,13 @@ import torch
 from torch.nn.functional import interpolate
 
 from vpd_fast.errors import InputError
+from vpd_fast.ops._dispatch import registry
 
 from ..helpers.sparse import untouched
 from .on_device import ops
-from .variants import BY_KERNELS
+from .variants import BY_KERNELS, variants
 
+KERNELS = variants(registry()["upsample_argmax"].by_name, BY_KERNELS)  # for GPUs
 UNIT_ROUNDOFF = 2.0**-24
 
 
@@ -289,7 +291,7 @@ def test_torch_compile_through_the_public_function() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BY_KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("low", "high"), SIZES)
 def test_cuda(low: tuple[int, int], high: tuple[int, int], dtype: torch.dtype, name: str) -> None:
@@ -301,7 +303,7 @@ def test_cuda(low: tuple[int, int], high: tuple[int, int], dtype: torch.dtype, n
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", BY_KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_cuda_special_values_and_ties(name: str) -> None:
     logits = make_smooth_logits(1, 35, 8, 9)
     logits[0, 20, 3, 4] = float("nan")
@@ -316,5 +318,5 @@ def test_cuda_special_values_and_ties(name: str) -> None:
 def test_cuda_opcheck_and_device_of_result() -> None:
     logits = make_logits(2, 5, 6, 7).cuda()
     assert ops.upsample_argmax(logits, (12, 30)).device == logits.device
-    for name in BY_KERNELS:
+    for name in KERNELS:
         torch.library.opcheck(torch.ops.vpd_fast.upsample_argmax.default, (logits, (12, 30), False, name))
