@@ -122,11 +122,7 @@ class TextEncoder:
 
         Raises the errors of `embed_sentences`.
         """
-        tokenizer = self._tokenizer()
-        ids = self._ids(_texts("sentence", [sentence]), tokens)[0].tolist()
-        end = ids.index(tokenizer.eos_token_id)
-        words = [word.replace("</w>", "") for word in tokenizer.convert_ids_to_tokens(ids[1:end])]
-        return ["<start>", *words, "<end>", *["<pad>"] * (tokens - end - 1)]
+        return self._words_of_texts.names(_texts("sentence", [sentence])[0], tokens)
 
     def word_tokens(self, sentence: str, tokens: int = 40) -> list[tuple[str, range]]:
         """Words of a sentence and the rows of `embed_sentences` that are theirs; without the words that are cut off.

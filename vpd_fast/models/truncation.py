@@ -37,6 +37,13 @@ class Words:
             first += count
         return rows
 
+    def names(self, text: str, tokens: int) -> list[str]:
+        """Return names of a text's tokens, cut and filled: "<start>", words or parts of words, "<end>", then "<pad>"."""
+        tokenizer = self._load()
+        ids = tokenizer(text, truncation=True, max_length=tokens, verbose=False)["input_ids"]
+        parts = [part.replace("</w>", "") for part in tokenizer.convert_ids_to_tokens(ids[1:-1])]
+        return ["<start>", *parts, "<end>", *["<pad>"] * (tokens - len(ids))]
+
     def notes_on_sentences(self, sentences: Sequence[str], tokens: int) -> list[str]:
         """Return a line for each sentence that has more than `tokens` tokens, with the words that are left out."""
         notes = []
