@@ -19,8 +19,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from vpd_fast.bench.timing import table
 from vpd_fast.interop.diffusers import collect_maps
@@ -47,15 +47,13 @@ class Stored(AttnProcessor2_0):
         super().__init__()
         self.kept: list[torch.Tensor] = []
 
-    def __call__(
-        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **kwargs: Any) -> Any:
         """Attention, after its probabilities."""
         q = attn.head_to_batch_dim(attn.to_q(hidden_states))
         k = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         probabilities = attn.get_attention_scores(q, k).unflatten(0, (-1, attn.heads)).mean(1)
         self.kept.append(probabilities.chunk(2)[1])
-        return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
 
 
 def run(way: str, unet: Any, inputs: tuple[torch.Tensor, ...], steps: int) -> float:
@@ -117,10 +115,8 @@ def main() -> None:
     for way in WAYS:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
         memory = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        ratio = medians[way] / medians["plain"]
-        rows.append(
-            {"way": way, "s/step": f"{medians[way]:.3f}", "of plain": f"{ratio:.2f}", "peak GiB": f"{memory:.2f}"}
-        )
+        ratio = f"{medians[way] / medians['plain']:.2f}"
+        rows.append({"way": way, "s/step": f"{medians[way]:.3f}", "of plain": ratio, "peak GiB": f"{memory:.2f}"})
     print(table(rows))
 
 

@@ -38,7 +38,7 @@ class Words:
         return rows
 
     def names(self, text: str, tokens: int) -> list[str]:
-        """Return names of a text's tokens, cut and filled: "<start>", words or parts of words, "<end>", then "<pad>"."""
+        """Return a name per token of a text: "<start>", words or parts of words, "<end>", then "<pad>"."""
         tokenizer = self._load()
         ids = tokenizer(text, truncation=True, max_length=tokens, verbose=False)["input_ids"]
         parts = [part.replace("</w>", "") for part in tokenizer.convert_ids_to_tokens(ids[1:-1])]
