@@ -59,7 +59,9 @@ class KernelBuild(build_py):
     def run(self) -> None:
         if COMPILE_KERNELS:
             command = [sys.executable, "-m", "vpd_fast", "compile-kernels"]
-            subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=False).returncode:
+                sys.exit("VPD_FAST_KERNELS=ON, but the kernels could not be compiled, as is said above")
         super().run()
 
 

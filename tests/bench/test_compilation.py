@@ -20,6 +20,7 @@ from vpd_fast.bench.cubin_files import read_cubin
 from vpd_fast.bench.engine_pass import MODELS
 from vpd_fast.bench.operations import ValuesAreFine
 from vpd_fast.cli.main import run
+from vpd_fast.config import PRECISIONS
 from vpd_fast.errors import InputError
 from vpd_fast.kernels import cubins
 from vpd_fast.kernels.cubins import Archive
@@ -88,6 +89,18 @@ def test_an_archive_of_a_full_model(tmp_path: Path) -> None:
         assert (info.size, info.threads) == (packing.size, entry.threads), key
         assert info.threads == 32 * int(parse(key)[2].get("num_warps", 4)), key
     assert path.stat().st_size < 10_000 * len(entries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_first_calls_compile_nothing(launcher, stub_of, tmp_path: Path, precision: str) -> None:  # noqa: F811
+    """All tasks, 1 to 16 images of 512 pixels, on each GPU that kernels are compiled for."""
+    program, archive = str(Path(__file__).with_name("first_calls.py")), str(tmp_path / "cubins.zip")
+    arguments = (program, launcher.__file__, stub_of(12080).path, archive, "--precision", precision)
+    found = json.loads(compiling(tmp_path, *arguments))
+    assert found["missed"] == {}
+    assert set(found["launches"]) == ({"sm_90"} if precision == "fp8" else {"sm_80", "sm_90"})
+    assert min(found["launches"].values()) > 10_000
 
 
 def test_sources_that_change_meanwhile_make_an_archive_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
