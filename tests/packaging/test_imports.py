@@ -10,6 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from vpd_fast import _native
+
 ROOT = Path(__file__).parents[2]
 HEAVY = ("triton", "transformers", "cv2", "typer", "rich", "diffusers", "xformers", "openvino", "matplotlib")
 
@@ -99,3 +103,12 @@ def test_kernels_import_no_operator() -> None:
                 assert line.startswith(
                     ("from vpd_fast.kernels", "from vpd_fast.errors", "from vpd_fast import _native")
                 )
+
+
+@pytest.mark.parametrize(("module", "folder"), [("_C", "cpu"), ("_C_cuda", "cuda"), ("_C_probes", "probes")])
+def test_native_modules_say_how_they_were_built(module: str, folder: str) -> None:
+    """`vpd-fast info` and every record of a measurement ask for it; not each can be built everywhere."""
+    assert module in _native.MODULES
+    source = (ROOT / "csrc/bindings" / folder / "module.cpp").read_text()
+    assert f"PYBIND11_MODULE({module}, m)" in source
+    assert 'm.attr("build_info")' in source

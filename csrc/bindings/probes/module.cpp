@@ -2,7 +2,11 @@
 // has it.
 #include "bindings/probes/probes.h"
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(_C_probes, m) {
     m.doc() = "Kernels that ask what the hardware does";
+    m.attr("build_info") = py::dict(py::arg("version") = VPD_FAST_VERSION, py::arg("compiler") = VPD_COMPILER,
+                                    py::arg("archs") = VPD_CUDA_ARCHS);
     vpd::bind_probes(m);
 }
