@@ -20,9 +20,10 @@ from vpd_fast.kernels._attention import LOG2_E, batch_stride
 from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
 from vpd_fast.kernels._limits import row_stride
 
-# Probabilities in memory at a time: 32 MiB of 16 bits; the second-level caches of A100 and H200 have 40 and 50.
-MAX_PROBABILITIES = 1 << 24
-MAX_KEYS = MAX_PROBABILITIES // 2  # a row of probabilities must fit, rounded up to a tile
+# Probabilities in memory at a time: 64 MiB of 16 bits, two images of 64 x 64 positions, so that a launch has twice the
+# programs of one image. The second-level caches of A100 and H200, of 40 and 50 MB, still hold most of them.
+MAX_PROBABILITIES = 1 << 25
+MAX_KEYS = 1 << 23  # a row of probabilities must fit, rounded up to a tile
 
 
 CHUNKS = ("first_head", "first_row", "rows_end")  # kernels are compiled once for all values of these

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpd_fast.engine.graphs import GraphCache
+from vpd_fast.engine.graphs import GraphCache, copy_all
 
 
 class Recorded:
@@ -31,6 +31,15 @@ def cache(monkeypatch) -> GraphCache:
 
 def double(x: Tensor) -> list[Tensor]:
     return [2 * x]
+
+
+def test_tensors_are_copied_whatever_their_layouts_and_types() -> None:
+    tensors = torch.randn(2, 3), torch.randn(3, 2).T, torch.randn(4).bfloat16(), torch.randn(2, 3, 4, 5)
+    copies = [torch.empty_like(x) for x in tensors]
+    copies[3] = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    copy_all(copies, tensors)
+    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
+    assert copies[3].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_shape_is_captured_once(cache: GraphCache) -> None:

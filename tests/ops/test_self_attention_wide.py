@@ -68,7 +68,7 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch) -> None:
     """Sizes that need no memory here: launches are recorded. A small image is one launch of each kernel."""
     recorded: list[dict] = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, on, **arguments: recorded.append(arguments))
-    for length, launches in ((64, 2), (4096, 2), (4097, 4), (16384, 32), (200000, None)):
+    for length, launches in ((64, 2), (4096, 2), (4097, 2), (8193, 6), (16384, 16), (200000, None)):
         recorded.clear()
         q = torch.empty(1, length, 512, dtype=torch.bfloat16, device="meta")
         kernels.forward(q, q, q, q, heads=1, scale=1.0)
@@ -78,12 +78,21 @@ def test_memory_does_not_grow_with_the_queries(monkeypatch) -> None:
         assert [end for _, end in rows] == [start for start, _ in rows[1:]] + [length]  # each row once
 
 
+def test_two_images_of_the_encoder_at_a_time(monkeypatch) -> None:
+    recorded: list[dict] = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, on, **arguments: recorded.append(arguments))
+    q = torch.empty(8, 4096, 512, dtype=torch.bfloat16, device="meta")
+    kernels.forward(q, q, q, q, heads=1, scale=1.0)
+    assert [r["first_head"] for r in recorded] == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert {r["probabilities"].shape for r in recorded} == {(2, 4096, 4096)}
+
+
 def test_several_images_share_a_launch(monkeypatch) -> None:
     recorded: list[dict] = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, on, **arguments: recorded.append(arguments))
     q = torch.empty(33, 1024, 512, dtype=torch.bfloat16, device="meta")
     kernels.forward(q, q, q, q, heads=1, scale=1.0)
-    assert [r["first_head"] for r in recorded] == [0, 0, 16, 16, 32, 32]
+    assert [r["first_head"] for r in recorded] == [0, 0, 32, 32]
 
 
 def test_what_is_not_finite(device: str) -> None:

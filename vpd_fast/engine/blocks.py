@@ -25,7 +25,7 @@ def to_nchw(x: Tensor) -> Tensor:
 def apply_scale_shift(x: Tensor, scale_shift: Tensor) -> Tensor:
     """x * scale + shift of a GroupNorm layer (B,2,C), where no GEMM follows that could do it in its prologue."""
     scale, shift = scale_shift[:, :, None, None].unbind(1)
-    return torch.addcmul(shift, x.float(), scale).to(x.dtype)
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))  # in float32; one launch on a GPU
 
 
 def call(layer: GemmLayer, memory: Workspace, x: Tensor, norm_follows: bool = False, **options: Any) -> Tensor:

@@ -88,11 +88,7 @@ class FastVPD(Engine, Perceiver):
 
         def stage(latents: Tensor) -> list[Tensor]:
             with self._workspaces.lease() as memory:
-                features, maps = run_unet(self.layers, self.config, to_nhwc(latents), text, memory)
-                parts = [[x.float()] for x in features]
-                for level, kind in sorted(maps.sums):
-                    parts[level].append(maps.sums[level, kind].view(*features[level].shape[:3], -1))
-                return [torch.cat(part, dim=-1) for part in parts]  # a copy, which outlives the workspace
+                return run_unet(self.layers, self.config, to_nhwc(latents), text, memory)
 
         return [to_nchw(x) for x in self._graphs.run("features", stage, latents, state=text)]
 

@@ -12,6 +12,12 @@ Projected = dict[str, "tuple[Tensor, Tensor] | Tensor"]  # by the transformer's 
 MAX_TEXTS = 8
 
 
+def tokens_of(text: Projected) -> int:
+    """Number of tokens of a text."""
+    operands = next(iter(text.values()))
+    return operands[0].shape[1] if isinstance(operands, tuple) else 1
+
+
 class TextMemo:
     """Projections of the last few texts; may be used by several threads at once."""
 

@@ -13,17 +13,22 @@ from vpd_fast import ops
 from vpd_fast.config import VPDConfig
 from vpd_fast.engine.blocks import call, convolve, group_norm, res_block
 from vpd_fast.engine.layers import GemmLayer, Layers
-from vpd_fast.engine.text import Projected
+from vpd_fast.engine.text import Projected, tokens_of
 from vpd_fast.engine.workspace import Workspace
 from vpd_fast.models.unet import map_weights, unet_places
 
 
-class MapSums:
-    """The weighted sums of attention maps per (level, kind); each layer adds to memory that is there already."""
+class Outputs:
+    """What a pass leaves: a tensor for each level, its feature and behind it the weighted sums of its attention maps.
 
-    def __init__(self, config: VPDConfig) -> None:
+    Each layer adds its maps to memory that is there already.
+    """
+
+    def __init__(self, config: VPDConfig, tokens: int) -> None:
         self._weights, self._heads = map_weights(config), config.backbone.num_heads
-        self.sums: dict[tuple[int, str], Tensor] = {}
+        self._tokens = tokens
+        self._levels: dict[int, Tensor] = {}  # (B, H*W, channels of everything) float32
+        self._started: set[tuple[int, str]] = set()  # sums of level and kind that there is something in
 
     def attend(self, kind: str, place: tuple[str, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention, with its maps added to the sum if maps of this layer are wanted."""
@@ -33,45 +38,69 @@ class MapSums:
         if weight is None:
             return ops.cross_attention_maps(q, k, v, self._heads, need_maps=False)[0]
         key = place[1], kind
-        accumulate = key in self.sums
-        if not accumulate:
-            self.sums[key] = q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
-        return ops.cross_attention_maps_into(q, k, v, self.sums[key], self._heads, weight=weight, accumulate=accumulate)
+        accumulate = key in self._started
+        self._started.add(key)
+        sums = self._sums(kind, place[1], q)
+        return ops.cross_attention_maps_into(q, k, v, sums, self._heads, weight=weight, accumulate=accumulate)
 
     def add_single_token(self, place: tuple[str, int], q: Tensor) -> None:
         """Set the cross-attention maps of one token to 1, which is the probability of an only token."""
         if "cross" in self._weights.get(place, {}):
-            self.sums[place[1], "cross"] = q.new_ones(q.shape[0], q.shape[1], 1, dtype=torch.float32)
+            self._sums("cross", place[1], q).fill_(1.0)
+
+    def feature(self, level: int, x: Tensor) -> Tensor:
+        """Return (B,H,W,channels) float32 whose first channels are now x (B,H,W,C), and where the maps' sums are."""
+        out = self._level(level, x.flatten(1, 2)).view(*x.shape[:3], -1)
+        out[..., : x.shape[3]].copy_(x)
+        return out
+
+    def _sums(self, kind: str, level: int, x: Tensor) -> Tensor:
+        """The sums of a level's maps (B,H*W,columns) in the tensor of the level. x: an activation (B,H*W,C) there."""
+        first = x.shape[2]
+        for other in self._kinds(level):
+            columns = self._columns(other, x)
+            if other == kind:
+                return self._level(level, x)[..., first : first + columns]
+            first += columns
+        raise KeyError(kind)
+
+    def _kinds(self, level: int) -> list[str]:
+        """The kinds of maps of a level in the order of their channels."""
+        return sorted({kind for (_, at), kinds in self._weights.items() if at == level for kind in kinds})
+
+    def _columns(self, kind: str, x: Tensor) -> int:
+        return self._tokens if kind == "cross" else x.shape[1]
+
+    def _level(self, level: int, x: Tensor) -> Tensor:
+        if level not in self._levels:
+            channels = x.shape[2] + sum(self._columns(kind, x) for kind in self._kinds(level))
+            self._levels[level] = x.new_empty(x.shape[0], x.shape[1], channels, dtype=torch.float32)
+        return self._levels[level]
 
 
-def run_unet(
-    layers: Layers, config: VPDConfig, latents: Tensor, text: Projected, memory: Workspace
-) -> tuple[list[Tensor], MapSums]:
-    """Latents (B,h,w,c) -> four features (B,H,W,C), high resolution first, and the sums of maps (B,H*W,L or H*W).
-
-    The features are in memory of the workspace.
-    """
-    maps = MapSums(config)
+def run_unet(layers: Layers, config: VPDConfig, latents: Tensor, text: Projected, memory: Workspace) -> list[Tensor]:
+    """Latents (B,h,w,c) -> four features (B,H,W,C) float32 in new memory, high resolution first, maps behind them."""
+    outputs = Outputs(config, tokens_of(text))
     features: dict[int, Tensor] = {}
     x = call(layers.gemm("unet.conv_in"), memory, latents, norm_follows=True)
     skips = [x]
     for name, place, level, gives_feature in unet_places(config.backbone)[1:]:
         skip = skips.pop() if place == "up" else None
-        for step in _steps(layers, f"unet.{name}", skip, text, maps, (place, level)):
+        for step in _steps(layers, f"unet.{name}", skip, text, outputs, (place, level)):
             last, x = x, step(layers=layers, memory=memory, x=x)
-            if not any(last is kept for kept in (*skips, *features.values())):
+            if not any(last is kept for kept in skips):
                 memory.give(last)
         if skip is not None:
             memory.give(skip)
         if place == "down":
             skips.append(x)
         if gives_feature:
-            features[level] = x
-    return [features[level] for level in sorted(features)], maps
+            features[level] = outputs.feature(level, x)
+    return [features[level] for level in sorted(features)]
 
 
 def _steps(
-    layers: Layers, block: str, skip: Tensor | None, text: Projected, maps: MapSums, place: tuple[str, int]
+    layers: Layers, block: str, skip: Tensor | None, text: Projected, outputs: Outputs, place: tuple[str, int]
 ) -> Iterator[Callable[..., Tensor]]:
     """The layers of a block of the UNet as functions, one tensor in and one out."""
     for i in itertools.count():
@@ -79,7 +108,7 @@ def _steps(
         if f"{name}.conv1" in layers:
             yield partial(res_block, name=name, x2=skip if i == 0 else None)
         elif f"{name}.proj_in" in layers:
-            yield partial(_transformer, name=name, text=text, maps=maps, place=place)
+            yield partial(_transformer, name=name, text=text, outputs=outputs, place=place)
         elif name in layers:  # resamples
             yield partial(convolve, name=name)
         else:
@@ -87,22 +116,22 @@ def _steps(
 
 
 def _transformer(
-    layers: Layers, name: str, memory: Workspace, x: Tensor, text: Projected, maps: MapSums, place: tuple[str, int]
+    layers: Layers, name: str, memory: Workspace, x: Tensor, text: Projected, outputs: Outputs, place: tuple[str, int]
 ) -> Tensor:
     t = call(layers.gemm(f"{name}.proj_in"), memory, x, **group_norm(layers, f"{name}.norm", memory, x))
     qkv = call(layers.gemm(f"{name}.attn1.qkv"), memory, t)
     q, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
-    attended, context = maps.attend("self", place, q, k, v).view(x.shape), text[name]
+    attended, context = outputs.attend("self", place, q, k, v).view(x.shape), text[name]
     memory.give(qkv)
     if isinstance(context, tuple):
         t = _replaced(memory, t, call(layers.gemm(f"{name}.attn1.out"), memory, attended, residual=t))
         q = call(layers.gemm(f"{name}.attn2.q"), memory, t)
-        attended = maps.attend("cross", place, q.flatten(1, 2), *context)
+        attended = outputs.attend("cross", place, q.flatten(1, 2), *context)
         memory.give(q)
         t = _replaced(memory, t, call(layers.gemm(f"{name}.attn2.out"), memory, attended.view(x.shape), residual=t))
     else:
         t = _replaced(memory, t, _for_each_text(layers.gemm(f"{name}.attn1.out"), context, attended, t))
-        maps.add_single_token(place, q)
+        outputs.add_single_token(place, q)
     hidden = call(layers.gemm(f"{name}.ff1"), memory, t)
     out = call(layers.gemm(f"{name}.ff2"), memory, hidden, x2=t, residual=x, norm_follows=True)
     memory.give(hidden)
