@@ -62,7 +62,7 @@ def test_referring_at_the_models_size_and_at_the_images(make_model):
     encode = model.encode
     model.encode = lambda images: encoded.append(len(images)) or encode(images)
     found = evaluate(model, dataset, text_encoder=embed, batch_size=2)
-    assert encoded == [1, 1, 1]  # once per image, however many sentences
+    assert sum(encoded) == 3  # once per image, however many sentences
     original = evaluate(model, dataset, text_encoder=embed, resolution="original")
     del model.encode
 

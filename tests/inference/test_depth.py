@@ -69,8 +69,7 @@ def test_four_to_three_is_the_references_evaluation() -> None:
         expected = reference_evaluation(model, tensor, torch.tensor([3]), 2)
     assert result.depth.dtype == np.float32
     np.testing.assert_allclose(result.depth, expected[0, 0].numpy(), atol=1e-5)
-    assert [call[0] for call in model.calls[:2]] == [(2, 3, 96, 96)] * 2
-    assert model.calls[0][1] == [3, 3]
+    assert model.calls[0] == ((4, 3, 96, 96), [3] * 4)  # two windows and their mirror images
 
 
 def test_released_geometry_does_not_resize_nyu_images() -> None:
@@ -83,7 +82,7 @@ def test_models_of_other_sizes_see_images_at_the_size_they_were_trained_at() -> 
     model = StandIn(base_size=128)
     predict(model, photo(128, 128), batch_size=2)
     predict(model, photo(256, 256), batch_size=2)
-    assert [call[0] for call in model.calls] == [(1, 3, 128, 128)] * 4
+    assert [call[0] for call in model.calls] == [(2, 3, 128, 128)] * 2
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ ROOFED = 1e-2  # of the floor; precisions with less have no roof
 NAMED = 10  # dots with a name
 
 
-def _figure(width: float, height: float, rows: Sequence[float]) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, rows: Sequence[float]) -> tuple[Figure, list[Axes]]:
     """An empty figure, without pyplot's global state and window. Raises MissingDependencyError."""
     try:
         from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def stage_bars(rows: Sequence[Row], footer: str) -> Figure:
     for row in rows:
         cases.setdefault(row["case"], []).append(row)
     heights = [len(group) + 1.2 for group in cases.values()]
-    figure, axes = _figure(9.5, 0.34 * sum(heights) + 0.9, heights)
+    figure, axes = new_figure(9.5, 0.34 * sum(heights) + 0.9, heights)
     for axis, (case, group) in zip(axes, cases.items(), strict=True):
         longest = max((row.get("ms_per_image", 0) for row in group), default=0) or 1
         for y, row in enumerate(group):
@@ -119,7 +119,7 @@ def roofline(results: Sequence[dict[str, Any]], groups: Sequence[Sequence[Row]],
     """
     bars = sum(1 + ("ms" in result["total"]) for result in results)
     heights = [*[10.0] * len(results), bars + 1.5]
-    figure, axes = _figure(10.5, 0.5 * sum(heights) + 0.6, heights)
+    figure, axes = new_figure(10.5, 0.5 * sum(heights) + 0.6, heights)
     for axis, result, rows in zip(axes, results, groups, strict=False):
         _roofs(axis, result, rows, device)
     _floor_bars(axes[-1], results)

@@ -123,6 +123,8 @@ def evaluate(
     }  # fmt: skip
     if data in ANY_TASK and crop is None:
         chosen["crop"] = "none"
+    together = options.batch_size_of(batch_size)
+    together = options.batch_size_of(batch_size)
     split = SPLITS[data] if split is None else split
     dataset_options = _data_options(data, split_by, scene_rule, filenames, data_options or [])
     with _process_group(device) as (rank, world_size, device):
@@ -146,7 +148,7 @@ def evaluate(
         try:
             with options.truncation_noted():
                 found = run(
-                    model, dataset, limit=limit, batch_size=batch_size, progress=rank == 0, rank=rank,
+                    model, dataset, limit=limit, batch_size=together, progress=rank == 0, rank=rank,
                     world_size=world_size, text_encoder=encoder, strict=strict, workers=workers, worst=worst, **chosen,
                 )  # fmt: skip
         except ModelError:

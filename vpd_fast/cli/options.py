@@ -22,6 +22,7 @@ from vpd_fast.engine import load_engine, optimize
 from vpd_fast.engine.storage import SETTINGS
 from vpd_fast.errors import InputError, TruncationWarning
 from vpd_fast.inference import make_predictor
+from vpd_fast.inference.running import AUTO
 from vpd_fast.models import VPD
 from vpd_fast.models.attention_backends import check_backend
 from vpd_fast.models.perceiver import Perceiver
@@ -100,7 +101,12 @@ Flip = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, running_option(metavar="N", help="Windows or sentences per forward. [default: 1 on a CPU, 8 on a GPU]")
+    str | None,
+    running_option(
+        metavar="N|auto",
+        help="Windows or sentences per forward, also of several images of one size; auto: as many as a GPU's free "
+        "memory takes. [default: 1 on a CPU, 8 on a GPU]",
+    ),
 ]
 Text = Annotated[list[str] | None, referring_option(metavar="SENTENCE", help="What to look for; repeat it for more.")]
 TextEncoderName = Annotated[
@@ -183,6 +189,15 @@ class ModelOptions:
             "precision": model.precision, "fast": model.is_fast,
             "attention_backend": self.attention_backend, "notes": notes,
         }  # fmt: skip
+
+
+def batch_size_of(text: str | None) -> int | str | None:
+    """Parse --batch-size. Raises InputError."""
+    if text in (None, AUTO):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size must be a positive number or {AUTO}, got {text!r}")
+    return int(text)
 
 
 def scales_of(text: str) -> list[float]:

@@ -49,6 +49,7 @@ def predict(
             "--probabilities", help="Write them too, as .npy: float32, (classes or sentences, H, W)."
         ),
     ] = False,
+    batch_size: options.BatchSize = None,
     overlay: Annotated[
         str | None,
         options.running_option(
@@ -86,7 +87,8 @@ def predict(
         bool, options.at_scale_option("--resume", help="Leave out what the folder's records say is done.")
     ] = False,
     prefetch: Annotated[
-        int | None, options.at_scale_option(metavar="N", help="Read and write N images ahead. [default: 4]")
+        int | None,
+        options.at_scale_option(metavar="N", help="Read and write N images ahead. [default: 4, or two batches]"),
     ] = None,
 ) -> None:
     """Predict on images, and write pictures and a results.json.
@@ -127,6 +129,7 @@ def predict(
         chosen["scales"] = options.scales_of(scales)
     if probabilities:
         chosen["probabilities"] = True
+    together = options.batch_size_of(batch_size)
     listing = Listing(images or [], list_file, recursive, root, at_scale)
     masks = [f"_{i}" for i in range(1, len(text or []) + 1)]
     # What is misspelt is said before the model is loaded.
@@ -146,7 +149,7 @@ def predict(
     with error_console().status("loading the model"):
         model = model_options.load()
         chosen |= options.text_options(model, text, text_encoder, random_weights)
-        predictor = options.make_noting_predictor(model, chosen)
+        predictor = options.make_noting_predictor(model, {**chosen, "batch_size": together})
     notes = options.notes(random_weights, chosen.get("text_encoder")) + predictor.notes
     header = model_options.header(model, notes)
     if at_scale:
@@ -162,7 +165,7 @@ def predict(
     write = partial(_write, output, naming, overlay)
     running.run(
         listing.images(naming, part), total, predictor, write,
-        sink, header, prefetch=(prefetch or 4) if at_scale else 0, print_json=json,
+        sink, header, prefetch=prefetch or max(4, 2 * predictor.batch_size), print_json=json,
         label="" if part.count == 1 else f"shard {part.index}/{part.count}",
     )  # fmt: skip
 

@@ -17,13 +17,14 @@ from vpd_fast.evaluation.distributed import check_group, gather
 from vpd_fast.evaluation.gallery import Case, Worst
 from vpd_fast.evaluation.metrics import PRIMARY
 from vpd_fast.evaluation.results import Evaluation, show
-from vpd_fast.evaluation.tasks import Segmentation, check_sample, make_task
-from vpd_fast.inference.predict_images import TOO_LARGE, model_error, read_ahead
+from vpd_fast.evaluation.tasks import Segmentation, make_task
+from vpd_fast.inference.pipeline import Failure, Outcome, outcomes
+from vpd_fast.inference.predict_images import TOO_LARGE, model_error, together
 from vpd_fast.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from vpd_fast.data import Dataset, Sample
-    from vpd_fast.evaluation.tasks import Depth, Finding, Referring
+    from vpd_fast.data import Dataset
+    from vpd_fast.evaluation.tasks import Depth, Finding, Ready, Referring
     from vpd_fast.models.perceiver import Perceiver
 
 # (samples done, samples in all, metrics so far) of this process.
@@ -51,7 +52,7 @@ def evaluate(
     dataset: Dataset,
     *,
     limit: int | None = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     progress: bool | Progress = False,
     rank: int = 0,
     world_size: int = 1,
@@ -63,7 +64,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure `model` (plain or fast, in whatever mode; it is put back) on `dataset`.
 
-    limit: only the first so many samples. batch_size: windows or sentences per forward; default 1 on a CPU, 8 on a GPU.
+    limit: only the first so many samples. batch_size: windows or sentences per forward, also of several samples
+    of one size, or "auto"; default 1 on a CPU, 8 on a GPU.
     progress: True shows a bar with the metric so far on stderr; a function is called after each sample.
     rank, world_size: with several processes, each with torch.distributed initialised, this one measures the samples
     rank, rank + world_size, ...; each gets the same result, which is that of a single process: counts are integers,
@@ -132,41 +134,69 @@ def _run(
     start = time.perf_counter()
     primary = PRIMARY[dataset.task][0]
     score = "IoU" if primary == "oIoU" else primary  # of one image or sentence
-    with closing(read_ahead(indices, partial(load_sample, dataset), workers, workers)) as samples:
-        for done, (index, sample) in enumerate(samples, 1):
-            measured = _measure(task, sample)
-            if isinstance(measured, Exception):
-                if strict:
-                    raise measured
-                name, message = failure(dataset, index, measured)
-                if isinstance(measured, MemoryError | torch.OutOfMemoryError):
-                    message = TOO_LARGE
-                part.failed.append({"index": index, "name": name, "error": message})
-            else:
-                name, findings = measured
-                if findings:
-                    part.count += 1
-                else:
-                    part.left_out.append({"index": index, "name": name})
-                for number, finding in enumerate(findings):
-                    part.rows.append({"index": index, "name": name, **finding.row})
-                    cases.offer(index, number, name, f"{score} {show(score, finding.row[score])}", finding)
-            report(done, len(indices), task.metrics.compute())
+    found = outcomes(
+        indices,
+        partial(_read, dataset, task),
+        task,
+        ahead=workers and max(workers, 2 * task.batch_size),
+        threads=workers,
+    )
+    with closing(found):
+        try:
+            for done, outcome in enumerate(found, 1):
+                _add(dataset, task, outcome, part, cases, score, strict)
+                report(done, len(indices), task.metrics.compute())
+        except Failure as failed:  # the next sample would fare no better
+            names = [dataset.name(index) for index in failed.items]
+            raise model_error(failed.cause, together(names)) from failed.cause
     part.seconds = time.perf_counter() - start
 
 
-def _measure(
-    task: Segmentation | Referring | Depth, sample: Sample | VPDFastError
-) -> tuple[str, list[Finding]] | Exception:
-    """Return the name and the findings of a sample, or why it was not read or what the model raises about it."""
+def _add(
+    dataset: Dataset,
+    task: Segmentation | Referring | Depth,
+    outcome: Outcome[int, Any],
+    part: _Part,
+    cases: Worst,
+    score: str,
+    strict: bool,
+) -> None:
+    """Measure a sample on which the model has predicted, or note why it did not."""
+    index, error = outcome.item, outcome.result
+    findings: list[Finding] = []
+    if not isinstance(error, Exception):
+        try:
+            findings = task.measure(outcome.value, outcome.result)
+        except SAMPLE_ERRORS as raised:
+            error = raised
+    if isinstance(error, Exception):
+        if strict or (error is not outcome.value and not isinstance(error, SAMPLE_ERRORS)):
+            raise error
+        name, message = failure(dataset, index, error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            message = TOO_LARGE
+        part.failed.append({"index": index, "name": name, "error": message})
+        return
+    name = outcome.value.sample.name
+    if findings:
+        part.count += 1
+    else:
+        part.left_out.append({"index": index, "name": name})
+    for number, finding in enumerate(findings):
+        part.rows.append({"index": index, "name": name, **finding.row})
+        cases.offer(index, number, name, f"{score} {show(score, finding.row[score])}", finding)
+
+
+def _read(dataset: Dataset, task: Segmentation | Referring | Depth, index: int) -> Ready | Exception:
+    """Return a sample, prepared for the model, or why it was not read."""
+    sample = load_sample(dataset, index)
     if isinstance(sample, VPDFastError):
         return sample
     try:
-        check_sample(sample)
-        return sample.name, task.measure(sample)
+        return task.prepare(sample)
     except SAMPLE_ERRORS as error:
         return error
-    except Exception as error:  # the next sample would fare no better
+    except Exception as error:
         raise model_error(error, sample.name) from error
 
 

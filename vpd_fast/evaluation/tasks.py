@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vpd_fast.data.survey import depth_notes, label_notes
@@ -15,6 +16,7 @@ from vpd_fast.errors import DatasetError, InputError
 from vpd_fast.evaluation import panels
 from vpd_fast.evaluation.metrics import DepthMetrics, ReferringMetrics, SegmentationMetrics
 from vpd_fast.inference import DepthPredictor, ReferringPredictor, SegmentationPredictor, make_predictor
+from vpd_fast.inference.batching import BatchPredictor, Prepared, launch
 from vpd_fast.inference.running import named_encoder, truncation_notes
 from vpd_fast.labels import default_names
 from vpd_fast.pictures.resizing import resize_antialiased
@@ -35,7 +37,73 @@ class Finding:
     draw: Callable[[], panels.Drawing]
 
 
-class Segmentation:
+@dataclass(frozen=True)
+class Ready:
+    """A sample, and what the predictor takes of it; None: there is nothing to compare with, so nothing to predict.
+
+    target: what predictions are compared with. given: the sentences of a referring sample.
+    """
+
+    sample: Sample
+    prepared: Prepared | None
+    target: np.ndarray
+    given: tuple[str, ...] = ()
+
+
+class _Task(BatchPredictor[Any]):
+    """Base of the tasks: samples are prepared in any thread, predicted in batches, and measured in order."""
+
+    _predictor: BatchPredictor[Any]
+
+    @property
+    def batch_size(self) -> int:
+        """Windows or sentences per forward, which become fewer where memory does not suffice."""
+        return self._predictor.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self._predictor.batch_size = value
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether results come later."""
+        return self._predictor.on_gpu
+
+    def prepare(self, sample: Sample) -> Ready:
+        """Resize the image of a sample. Raises DatasetError for one that is not right."""
+        check_sample(sample)
+        return Ready(sample, self._predictor.prepare(sample.image), sample.target)
+
+    def kind(self, ready: Ready) -> Hashable:
+        """Return the predictor's kind of the image."""
+        return None if ready.prepared is None else self._predictor.kind(ready.prepared)
+
+    def forwards(self, ready: Ready) -> int:
+        """Return the predictor's number."""
+        return 1 if ready.prepared is None else self._predictor.forwards(ready.prepared)
+
+    def start(self, group: Sequence[Ready]) -> Callable[[], Sequence[Any]]:
+        """Begin to predict on samples of one kind."""
+        images = [ready.prepared for ready in group if ready.prepared is not None]
+        return self._predictor.start(images) if images else lambda: [NOTHING] * len(group)
+
+    def measure(self, ready: Ready, result: Any) -> list[Finding]:
+        """Return what there is to say of the prediction on a sample."""
+        raise NotImplementedError
+
+    def findings(self, sample: Sample) -> list[Finding]:
+        """Predict on one sample and measure it. Raises ImageError and DatasetError."""
+        ready = self.prepare(sample)
+        (result,) = launch(self, [ready])()
+        if isinstance(result, Exception):
+            raise result
+        return self.measure(ready, result)
+
+
+NOTHING = object()  # the result of samples that have nothing to predict
+
+
+class Segmentation(_Task):
     """Compares labels of the predictor, the reference's test pipeline, with the labels at the image's own size."""
 
     def __init__(self, model: Perceiver, dataset: Dataset, text_encoder: Any, **options: Any) -> None:
@@ -51,9 +119,9 @@ class Segmentation:
         self.metrics = SegmentationMetrics(model.config.num_classes)
         self.settings = _settings(self._predictor, "mode", "resize_to", "scales", "flip", "batch_size")
 
-    def measure(self, sample: Sample) -> list[Finding]:
+    def measure(self, ready: Ready, result: Any) -> list[Finding]:
         """Return one finding, or none if no pixel has a label."""
-        labels = self._predictor(sample.image).labels
+        sample, labels = ready.sample, result.labels
         try:
             row = self.metrics.update(labels, sample.target)
         except InputError as error:  # the model's labels are right by construction
@@ -69,7 +137,7 @@ class Segmentation:
         return [*self._predictor.notes, *labels]
 
 
-class Referring:
+class Referring(_Task):
     """Compares the masks of a sample's sentences, which share one pass of the encoder.
 
     resolution: "resized", as in the reference: masks and labels are compared at base_size x base_size, the labels
@@ -91,13 +159,17 @@ class Referring:
         if unknown:
             raise InputError(f"evaluation of referring has no option {', '.join(unknown)}; known: {', '.join(known)}")
         self._model: Any = model
-        self._encoder, self._options = text_encoder, options
+        self._encoder = text_encoder
+        config = model.config
+        unused = torch.zeros(1, config.tokens, config.backbone.context_dim)
+        self._predictor = ReferringPredictor(model=self._model, tokens=unused, **options)
         self._resized = resolution == "resized"
         self.metrics = ReferringMetrics()
-        self.settings = {"resolution": resolution, "base_size": model.config.base_size, **options}
+        self.settings = {"resolution": resolution, "base_size": config.base_size, **options}
 
-    def measure(self, sample: Sample) -> list[Finding]:
-        """Return a finding per sentence."""
+    def prepare(self, sample: Sample) -> Ready:
+        """Resize the image of a sample, and check its sentences. Raises DatasetError."""
+        check_sample(sample)
         given: Any = sample.sentences  # a data set of one's own may have one text
         sentences: list[str] = [given] if isinstance(given, str) else list(given)
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
@@ -108,18 +180,30 @@ class Referring:
         if self._resized:  # the predictor then resizes neither the image nor its logits
             side = self._model.config.base_size
             image, target = resize_antialiased(image, (side, side)), _resize_nearest(target, (side, side))
-        predictor = ReferringPredictor(
-            model=self._model, text=sentences, tokens=self._embed(sentences), **self._options
-        )
-        masks = predictor(image).masks
-        notes = truncation_notes(self._encoder, sentences=sentences, tokens=self._model.config.tokens)
+        return Ready(sample, self._predictor.prepare(image), target, tuple(sentences))
+
+    def forwards(self, ready: Ready) -> int:
+        """Return the number of sentences."""
+        return len(ready.given)
+
+    def start(self, group: Sequence[Ready]) -> Callable[[], Sequence[Any]]:
+        """Embed the sentences, and begin to predict."""
+        asked = []
+        for ready in group:
+            assert ready.prepared is not None
+            query = self._predictor.query(ready.given, self._embed(list(ready.given)))
+            asked.append(replace(ready.prepared, given=query))
+        return self._predictor.start(asked)
+
+    def measure(self, ready: Ready, result: Any) -> list[Finding]:
+        """Return a finding per sentence."""
+        notes = truncation_notes(self._encoder, sentences=ready.given, tokens=self._model.config.tokens)
         self.metrics.truncated += len(notes)
         findings = []
-        for number, (sentence, mask) in enumerate(zip(sentences, masks, strict=True)):
-            row = {"sentence": sentence, "number": number, **self.metrics.update(mask, target)}
-            findings.append(
-                Finding(row, 1 - row["IoU"], partial(panels.referring, sample.image, mask, target, sentence))
-            )
+        for number, (sentence, mask) in enumerate(zip(ready.given, result.masks, strict=True)):
+            row = {"sentence": sentence, "number": number, **self.metrics.update(mask, ready.target)}
+            draw = partial(panels.referring, ready.sample.image, mask, ready.target, sentence)
+            findings.append(Finding(row, 1 - row["IoU"], draw))
         return findings
 
     def _embed(self, sentences: list[str]) -> Any:
@@ -137,7 +221,7 @@ class Referring:
         ]
 
 
-class Depth:
+class Depth(_Task):
     """Compares depth of the predictor (shifted windows, mirror images) with the true depth at the image's own size.
 
     scene: "sample" takes each sample's scene, None the mean of all scenes, else one of the model's for all.
@@ -164,36 +248,34 @@ class Depth:
             )
         predictor = make_predictor(model, scene=None if self._by_sample else scene, **options)
         assert isinstance(predictor, DepthPredictor)
-        self._plain = predictor
-        self._predictors: dict[int, DepthPredictor] = {}
+        self._predictor = predictor
         max_depth = model.config.max_depth if max_depth is None else max_depth
         self.metrics = DepthMetrics(min_depth, max_depth, crop)
         self.settings = {
-            **_settings(self._plain, "resize_to", "shift_window", "flip", "batch_size"),
+            **_settings(self._predictor, "resize_to", "shift_window", "flip", "batch_size"),
             "scene": scene, "crop": crop, "min_depth": self.metrics.min_depth, "max_depth": self.metrics.max_depth,
         }  # fmt: skip
 
-    def measure(self, sample: Sample) -> list[Finding]:
+    def prepare(self, sample: Sample) -> Ready:
+        """Resize the image of a sample, and look up its scene. Raises DatasetError."""
+        check_sample(sample)
+        scene = sample.scene if self._by_sample else None
+        if scene is not None and not 0 <= scene < self._scenes:
+            raise DatasetError(f"{sample.name}: scene {scene}; expected 0 to {self._scenes - 1}, the model's scenes")
+        valid = self.metrics.valid(sample.target).any()
+        return Ready(sample, self._predictor.prepare(sample.image, scene) if valid else None, sample.target)
+
+    def measure(self, ready: Ready, result: Any) -> list[Finding]:
         """Return one finding, or none if no pixel is valid."""
-        if not self.metrics.valid(sample.target).any():
+        sample = ready.sample
+        if result is NOTHING:
             self.metrics.count(sample.target)
             return []
-        depth = self._predictor(sample)(sample.image).depth
-        row = self.metrics.update(depth, sample.target)
+        row = self.metrics.update(result.depth, sample.target)
         assert row is not None
         valid = self.metrics.valid(sample.target)
-        draw = partial(panels.depth, sample.image, depth, sample.target, valid)
+        draw = partial(panels.depth, sample.image, result.depth, sample.target, valid)
         return [Finding(row, row["rmse"], draw)]
-
-    def _predictor(self, sample: Sample) -> DepthPredictor:
-        scene = sample.scene
-        if not self._by_sample or scene is None:
-            return self._plain
-        if not 0 <= scene < self._scenes:
-            raise DatasetError(f"{sample.name}: scene {scene}; expected 0 to {self._scenes - 1}, the model's scenes")
-        if scene not in self._predictors:
-            self._predictors[scene] = replace(self._plain, scene=scene)
-        return self._predictors[scene]
 
     def notes(self) -> list[str]:
         """Return what whoever reads the numbers must know."""
@@ -211,7 +293,7 @@ _TASKS = {"segmentation": Segmentation, "referring": Referring, "depth": Depth}
 
 
 def make_task(
-    model: Perceiver, dataset: Dataset, *, text_encoder: Any = None, batch_size: int | None = None, **options: Any
+    model: Perceiver, dataset: Dataset, *, text_encoder: Any = None, batch_size: int | str | None = None, **options: Any
 ) -> Segmentation | Referring | Depth:
     """Make the task of `model`, its options checked. Raises InputError if the data set is of another task."""
     task = model.config.task

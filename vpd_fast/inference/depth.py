@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vpd_fast.errors import ImageError
-from vpd_fast.inference.finite import NOT_FINITE
+from vpd_fast.inference.batching import BatchPredictor, Prepared, stacked
+from vpd_fast.inference.finite import NOT_FINITE, Transfer
 from vpd_fast.inference.results import MILLIMETRES, DepthResult, depth_scale
 from vpd_fast.inference.running import batch_size_for, evaluating
-from vpd_fast.inference.windows import WindowAxis, WindowField, WindowGrid, check_pair
+from vpd_fast.inference.windows import WindowAxis, WindowGrid, check_pair
 from vpd_fast.labels import default_names, find_name
-from vpd_fast.pictures.reading import to_tensor
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_area
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def shifted_axis(length: int, side: int) -> WindowAxis:
 
 
 @dataclass(kw_only=True)
-class DepthPredictor:
+class DepthPredictor(BatchPredictor[DepthResult]):
     """Predictor of depth: its options, checked, and the call that predicts on one image.
 
     scene: name or number of the scene; None: the mean of all scene embeddings.
@@ -47,7 +48,7 @@ class DepthPredictor:
     shift_window: predict on square windows along the long side and average where they overlap; False: on the image as a
         whole.
     flip: average with the mirrored image.
-    batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
+    batch_size: windows per forward, also of several images; default 1 on a CPU, 8 on a GPU.
 
     notes: what whoever sees the results must know: the scale of the PNGs, if it is not millimetres.
 
@@ -59,11 +60,12 @@ class DepthPredictor:
     resize_to: int | None = None
     shift_window: bool = True
     flip: bool = True
-    batch_size: int | None = None
+    batch_size: int | str | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
-        self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
+        self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.on_gpu = self.model.device.type == "cuda"
         default = RELEASED_SIZE if config.base_size == RELEASED_BASE else config.base_size
         self._short = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]
         self.resize_to = self._short
@@ -73,27 +75,51 @@ class DepthPredictor:
         ]  # fmt: skip
         self.scene_id = None if self.scene is None else find_name(self.scene, default_names(config), "scene")
 
-    def __call__(self, image: np.ndarray) -> DepthResult:
-        """Predict on an RGB image (H,W,3) as `read_image` returns it. Raises ImageError for NaN and infinity."""
-        size = image.shape[0], image.shape[1]
-        height, width = fit_size(*size, self._short, LONG_OVER_SHORT * self._short)
-        side = self._short if self.shift_window else max(height, width)
-        grid = WindowGrid(shifted_axis(height, side), shifted_axis(width, side))
-        resized = to_tensor(resize_area(image, (height, width))).to(self.model.device, self.model.dtype)
-        with evaluating(self.model):
-            depth = self._field(resized, grid, size, None).picture()
-            if self.flip:
-                depth = (depth + self._field(resized.flip(3), grid, size, "horizontal").picture()) / 2
-        metres = depth[0].cpu().numpy()
-        if not np.isfinite(metres).all():
-            raise ImageError(NOT_FINITE)
-        return DepthResult(image, metres, self.model.config.max_depth)
+    def prepare(self, image: np.ndarray, scene: int | None = None) -> Prepared:
+        """Resize an image (H,W,3). scene: the number of its scene, in place of the predictor's."""
+        size = fit_size(image.shape[0], image.shape[1], self._short, LONG_OVER_SHORT * self._short)
+        return Prepared(image, (resize_area(image, size),), self.scene_id if scene is None else scene)
 
-    def _field(self, image: torch.Tensor, grid: WindowGrid, size: tuple[int, int], flip: str | None) -> WindowField:
-        windows = []
-        for batch in grid.batches(image, self._batch, fill=MID_GREY):
-            class_ids = None
-            if self.scene_id is not None:
-                class_ids = torch.full((len(batch),), self.scene_id, dtype=torch.long, device=batch.device)
-            windows.append(self.model(batch, class_ids)["pred_d"])
-        return grid.field(torch.cat(windows), size, flip)
+    def kind(self, prepared: Prepared) -> Any:
+        """Return the size, and whether a scene is known."""
+        return super().kind(prepared), prepared.given is None
+
+    def forwards(self, prepared: Prepared) -> int:
+        """Return the number of windows, and of their mirror images."""
+        return len(self._grid(prepared)) * (1 + self.flip)
+
+    def _grid(self, prepared: Prepared) -> WindowGrid:
+        height, width = prepared.views[0].shape[:2]
+        side = self._short if self.shift_window else max(height, width)
+        return WindowGrid(shifted_axis(height, side), shifted_axis(width, side))
+
+    def start(self, group: Sequence[Prepared]) -> Callable[[], list[DepthResult | ImageError]]:
+        """Begin to predict on prepared images of one kind; see `BatchPredictor.start`."""
+        model, grid, size = self.model, self._grid(group[0]), group[0].size
+        flips = (None, "horizontal") if self.flip else (None,)
+        with evaluating(model):
+            images = stacked((prepared.views[0] for prepared in group), model.device).to(model.dtype)
+            views = images if not self.flip else torch.cat([images, images.flip(3)])
+            batches = grid.batches(views, self.batch_size, fill=MID_GREY)
+            if group[0].given is None:
+                windows = [model(batch, None)["pred_d"] for batch in batches]
+            else:
+                scenes = torch.tensor([prepared.given for prepared in group], device=model.device)
+                ids = scenes.repeat(len(flips)).repeat_interleave(len(grid)).split(self.batch_size)
+                windows = [model(batch, scenes)["pred_d"] for batch, scenes in zip(batches, ids, strict=True)]
+            found = torch.cat(windows).unflatten(0, (len(flips), len(group), len(grid)))
+            pictures = []
+            for i in range(len(group)):
+                depths = [grid.field(found[v, i], size, flip).picture() for v, flip in enumerate(flips)]
+                pictures.append(depths[0] if len(depths) == 1 else (depths[0] + depths[1]) / 2)
+            transfer = Transfer(*pictures)
+
+        def finish() -> list[DepthResult | ImageError]:
+            return [self._result(*pair) for pair in zip(group, transfer.wait(), strict=True)]
+
+        return finish
+
+    def _result(self, prepared: Prepared, metres: np.ndarray) -> DepthResult | ImageError:
+        if not np.isfinite(metres).all():
+            return ImageError(NOT_FINITE)
+        return DepthResult(prepared.image, metres[0], self.model.config.max_depth)

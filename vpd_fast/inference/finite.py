@@ -1,11 +1,10 @@
-"""Whether a model's output is finite: argmax and thresholds would make an answer of NaN."""
+"""Whether a model's output is finite, and how results get from a GPU into the computer's memory."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from vpd_fast.errors import ImageError
 
 NOT_FINITE = (
     "the model's output has values that are not finite (NaN or infinity); its weights are damaged, or too large for "
@@ -14,33 +13,40 @@ NOT_FINITE = (
 
 
 class FiniteCheck:
-    """Collects outputs of a model for one image and raises ImageError unless all of their values are finite.
+    """Collects outputs of a model for some images, and tells of each image whether all of its values are finite.
 
-    Nothing waits for a GPU until `fetch` copies a result to the computer's memory, which waits anyway.
+    argmax and thresholds would make an answer of NaN. Nothing here waits for a GPU.
     """
 
     def __init__(self) -> None:
-        self._extremes: list[Tensor] = []
+        self._verdicts: list[Tensor] = []
 
     def see(self, values: Tensor) -> None:
-        """Take in values of any shape: one reduction on their device."""
-        self._extremes += (extreme.float() for extreme in torch.aminmax(values))
+        """Take in values (images, ...): two reductions on their device."""
+        flat = values.flatten(1)
+        self._verdicts += ((extreme * 0).float() for extreme in (flat.amin(1), flat.amax(1)))
 
-    def fetch(self, values: Tensor) -> Tensor:
-        """Return `values` in the computer's memory. Raises ImageError unless what was seen so far is finite."""
-        verdict = self._verdict()
-        if verdict.is_cuda:
-            # Page-locked memory is filled while the program goes on, and is there once `values` are.
-            verdict = torch.empty((), pin_memory=True).copy_(verdict, non_blocking=True)
-        fetched = values.cpu()
-        if verdict.item() != 0:
-            raise ImageError(NOT_FINITE)
-        return fetched
+    def verdict(self) -> Tensor:
+        """Return 0 for each image, or NaN: (images,) float32, on the device."""
+        return torch.stack(self._verdicts).sum(0)
 
-    def require(self) -> None:
-        """Raise ImageError unless what was seen so far is finite, for results that stay on their device."""
-        if self._verdict().item() != 0:
-            raise ImageError(NOT_FINITE)
 
-    def _verdict(self) -> Tensor:
-        return (torch.stack(self._extremes) * 0).sum()  # 0, or NaN
+class Transfer:
+    """Tensors on their way from a GPU into the computer's memory; those of the CPU are there already."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event = None
+        self._tensors = tensors
+        if tensors[0].is_cuda:
+            # Page-locked memory is filled while the program goes on.
+            self._tensors = tuple(
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+            )
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> tuple[np.ndarray, ...]:
+        """Return them as arrays."""
+        if self._event is not None:
+            self._event.synchronize()
+        return tuple(tensor.numpy() for tensor in self._tensors)

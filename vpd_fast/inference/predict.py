@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.inference.depth import DepthPredictor
+from vpd_fast.inference.pipeline import Failure, Outcome, outcomes
 from vpd_fast.inference.referring import ReferringPredictor
 from vpd_fast.inference.segmentation import SegmentationPredictor
 from vpd_fast.pictures.reading import read_image
@@ -56,7 +57,11 @@ def predict(
 def predict_each(
     model: Perceiver, sources: Iterable[Any], *, on_error: str = "raise", **options: Any
 ) -> Iterator[Result | Exception]:
-    """Yield what `predict` returns for each of any iterable, which may be more images than fit into memory."""
+    """Yield what `predict` returns for each of any iterable, which may be more images than fit into memory.
+
+    With a `batch_size` that takes several images, those of one size are predicted together: some more are then read
+    than were asked for.
+    """
     _check_on_error(on_error)
     return _results(make_predictor(model, **options), sources, on_error)
 
@@ -64,15 +69,21 @@ def predict_each(
 def _results(
     predictor: SegmentationPredictor | ReferringPredictor | DepthPredictor, sources: Iterable[Any], on_error: str
 ) -> Iterator[Result | Exception]:
-    for i, source in enumerate(sources):
+    def read(numbered: tuple[int, Any]) -> Any:
+        i, source = numbered
         try:
-            result = predictor(read_image(source, None if isinstance(source, str | Path) else f"source[{i}]"))
+            return predictor.prepare(read_image(source, None if isinstance(source, str | Path) else f"source[{i}]"))
         except (ImageError, InputError) as error:
-            if on_error == "raise":
-                raise
-            yield error
-        else:
-            yield result
+            return error
+
+    found: Iterator[Outcome[Any, Any]] = outcomes(enumerate(sources), read, predictor, ahead=0, threads=0)
+    try:
+        for outcome in found:
+            if isinstance(outcome.result, Exception) and on_error == "raise":
+                raise outcome.result
+            yield cast("Result | Exception", outcome.result)
+    except Failure as failure:
+        raise failure.cause from None
 
 
 def _check_on_error(on_error: str) -> None:

@@ -15,10 +15,10 @@ import torch
 from vpd_fast.checkpoints import load_checkpoint
 from vpd_fast.engine import load_engine, optimize
 from vpd_fast.engine.storage import SETTINGS
-from vpd_fast.errors import ImageError, InputError, MissingDependencyError
+from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.inference.pipeline import Failure, outcomes
 from vpd_fast.inference.predict import make_predictor
-from vpd_fast.inference.predict_images import image_error, within_memory
-from vpd_fast.pictures.reading import read_image
+from vpd_fast.inference.predict_images import READERS, read_prepared
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -52,7 +52,7 @@ class Predictor:
         if (checkpoint is None) == (model is None):
             raise InputError("Predictor needs either a checkpoint or a function that makes the model")
         self.model = _load(checkpoint, model, task, precision, device)
-        self._predict = make_predictor(self.model, **options)
+        self._predictor = make_predictor(self.model, **options)
         self._field, self._dimensions, self._dtype = _FIELDS[self.model.config.task]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -65,27 +65,26 @@ class Predictor:
         if source not in batch:
             raise InputError(f'a batch needs a column "image" or "path", got {", ".join(batch) or "none"}')
         column = np.empty(len(batch[source]), object)  # filled one by one: NumPy would try to stack arrays
-        errors = []
-        for i, value in enumerate(batch[source]):
-            image = str(value) if isinstance(value, str | Path) else np.asarray(value)
-            result = self._result(image, str(batch["path"][i]) if "path" in batch else f"image {i}")
-            failed = isinstance(result, Exception)
-            column[i] = np.empty((0,) * self._dimensions, self._dtype) if failed else result
-            errors.append(" ".join(str(result).split()) if failed else "")
-        kept = {name: values for name, values in batch.items() if name != "image"}
-        return {**kept, self._field: column, "error": np.array(errors, dtype=object)}
+        errors = np.full(len(column), "", object)
 
-    def _result(self, source: str | np.ndarray, name: str) -> np.ndarray | Exception:
-        """Return the values of an image's result, or its error."""
+        def read(i: int) -> Any:
+            value = batch[source][i]
+            image = str(value) if isinstance(value, str | Path) else np.asarray(value)
+            return read_prepared(self._predictor, image, str(batch["path"][i]) if "path" in batch else f"image {i}")
+
         try:
-            image = read_image(source)
-        except Exception as error:
-            return image_error(error, name, "cannot be read")
-        try:
-            result = within_memory(self._predict, image)
-        except (ImageError, InputError) as error:
-            return error
-        return np.ascontiguousarray(result.values, dtype=self._dtype)
+            for outcome in outcomes(range(len(column)), read, self._predictor, ahead=READERS, threads=READERS):
+                column[outcome.item], errors[outcome.item] = self._cell(outcome.result)
+        except Failure as failure:
+            raise failure.cause from None
+        kept = {name: values for name, values in batch.items() if name != "image"}
+        return {**kept, self._field: column, "error": errors}
+
+    def _cell(self, result: Any) -> tuple[np.ndarray, str]:
+        """Return the values of an image's result and "", or an empty array and its error."""
+        if isinstance(result, Exception):
+            return np.empty((0,) * self._dimensions, self._dtype), " ".join(str(result).split())
+        return np.ascontiguousarray(result.values, dtype=self._dtype), ""
 
 
 def predict_dataset(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vpd_fast.errors import InputError, brief
-from vpd_fast.inference.finite import FiniteCheck
+from vpd_fast.errors import ImageError, InputError, brief
+from vpd_fast.inference.batching import BatchPredictor, Prepared, stacked
+from vpd_fast.inference.finite import NOT_FINITE, FiniteCheck, Transfer
 from vpd_fast.inference.results import AttentionMaps, ReferringResult
 from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
 from vpd_fast.inference.windows import WindowGrid
-from vpd_fast.pictures.reading import to_tensor
 from vpd_fast.pictures.resizing import resize_antialiased
 
 if TYPE_CHECKING:
@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from vpd_fast.models.perceiver import ReferringPerceiver
 
 
+@dataclass(frozen=True)
+class Query:
+    """What is looked for in an image: token features (S,tokens,context_dim) and the sentences, for the results."""
+
+    tokens: Tensor
+    sentences: tuple[str, ...]
+
+
 @dataclass(kw_only=True)
-class ReferringPredictor:
+class ReferringPredictor(BatchPredictor[ReferringResult]):
     """Predictor of referring segmentation: its options, checked, and the call that predicts on one image.
 
     text: one sentence or several. text_encoder: a vpd_fast.models.text.TextEncoder that embeds them; None: the one that
@@ -33,7 +41,7 @@ class ReferringPredictor:
     tokens: CLIP token features (S, tokens, context_dim) in place of text_encoder; text then only names the results.
     probabilities: keep the probability of each pixel.
     with_maps: keep the cross-attention maps, by token and by word of each sentence.
-    batch_size: sentences per UNet pass; default 1 on a CPU, 8 on a GPU.
+    batch_size: sentences per UNet pass, also of several images; default 1 on a CPU, 8 on a GPU.
 
     notes: what whoever sees the results must know: words of sentences that the text encoder cuts off.
 
@@ -48,10 +56,11 @@ class ReferringPredictor:
     tokens: Tensor | None = None
     probabilities: bool = False
     with_maps: bool = False
-    batch_size: int | None = None
+    batch_size: int | str | None = None
 
     def __post_init__(self) -> None:
-        self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
+        self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.on_gpu = self.model.device.type == "cuda"
         text = self.text or () if isinstance(self.text, str | None) else self.text
         sentences = tuple(text) if isinstance(text, Iterable) and not isinstance(text, str) else (text,)
         if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
@@ -99,37 +108,66 @@ class ReferringPredictor:
             return [()] * len(self._tokens)
         return [tuple(tell(sentence, tokens=self.model.config.tokens)) for sentence in self.sentences]
 
-    def __call__(self, image: np.ndarray) -> ReferringResult:
-        """Predict on an RGB image (H,W,3) as `read_image` returns it. Raises ImageError for NaN and infinity."""
-        size, check = image.shape[:2], FiniteCheck()
+    def query(self, sentences: Sequence[str], tokens: Tensor) -> Query:
+        """Return sentences of one image and their token features (S,tokens,context_dim), checked. Raises InputError."""
+        return Query(self._given_tokens(tokens, tuple(sentences)), tuple(sentences))
+
+    def prepare(self, image: np.ndarray) -> Prepared:
+        """Resize an image (H,W,3)."""
         side = self.model.config.base_size
-        resized = to_tensor(resize_antialiased(image, (side, side))) * 2 - 1
-        with evaluating(self.model):
-            latents = self.model.encode(resized.to(self.model.device, self.model.dtype))
+        return Prepared(image, (resize_antialiased(image, (side, side)),), Query(self._tokens, self.sentences))
 
-            def forward(tokens: Tensor) -> list[Tensor]:
-                return self.model.features(latents.expand(len(tokens), -1, -1, -1), self.model.context(tokens))
+    def kind(self, prepared: Prepared) -> Hashable:
+        """Return the dtype: images of all sizes are resized to one."""
+        return prepared.views[0].dtype
 
-            batches = self._tokens.split(self._batch)
-            logits, levels = run_batches(self.model, batches, forward, self.with_maps, check)
+    def forwards(self, prepared: Prepared) -> int:
+        """Return the number of sentences."""
+        return len(prepared.given.tokens)
+
+    def start(self, group: Sequence[Prepared]) -> Callable[[], list[ReferringResult | ImageError]]:
+        """Begin to predict on prepared images of one kind; see `BatchPredictor.start`."""
+        model, side, batch, check = self.model, self.model.config.base_size, self.batch_size, FiniteCheck()
+        counts = [len(prepared.given.tokens) for prepared in group]
+        with evaluating(model):
+            images = stacked((prepared.views[0] for prepared in group), model.device) * 2 - 1
+            latents = torch.cat([model.encode(part.to(model.dtype)) for part in images.split(batch)])
+            owners = torch.arange(len(group)).repeat_interleave(torch.tensor(counts)).split(batch)
+            tokens = torch.cat([prepared.given.tokens for prepared in group]).split(batch)
+
+            def forward(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+                return model.features(latents[pair[0].to(latents.device)], model.context(pair[1]))
+
+            logits, levels = run_batches(model, zip(owners, tokens, strict=True), forward, self.with_maps)
+            for values in (logits, *levels):
+                check.see(values)
             logits = F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=True)
-            masks, probabilities = self._masks(logits[:, 1:] - logits[:, :1], size, check)
-        return ReferringResult(image, masks, self.sentences, probabilities, self._maps(levels, size))
+            margins = (logits[:, 1:] - logits[:, :1]).split(counts)
+            resized = [self._resized(margin, prepared.size) for margin, prepared in zip(margins, group, strict=True)]
+            transfer = Transfer(check.verdict(), *(margin > 0 for margin in resized))
+            probabilities = [margin.sigmoid().cpu().numpy() if self.probabilities else None for margin in resized]
+            kept = zip(*(level.split(counts) for level in levels), strict=True) if levels else [()] * len(group)
+            maps = [self._maps(of_image, prepared.size) for of_image, prepared in zip(kept, group, strict=True)]
 
-    def _masks(
-        self, margins: Tensor, size: tuple[int, int], check: FiniteCheck
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return masks, and probabilities if asked for. margins (S,1,side,side): the mask's logit minus the other."""
-        masks = np.empty((len(margins), *size), bool)
-        probabilities = np.empty(masks.shape, np.float32) if self.probabilities else None
-        for i, margin in enumerate(margins):
-            resized = F.interpolate(margin[None], size=size, mode="bilinear", align_corners=False)[0, 0]
-            masks[i] = check.fetch(resized > 0).numpy()
-            if probabilities is not None:
-                probabilities[i] = resized.sigmoid().cpu().numpy()
-        return masks, probabilities
+        def finish() -> list[ReferringResult | ImageError]:
+            verdicts, *masks = transfer.wait()
+            finite = [bool((part == 0).all()) for part in np.split(verdicts, np.cumsum(counts)[:-1])]
+            return [
+                ReferringResult(prepared.image, masks[i], prepared.given.sentences, probabilities[i], maps[i])
+                if finite[i]
+                else ImageError(NOT_FINITE)
+                for i, prepared in enumerate(group)
+            ]
 
-    def _maps(self, levels: list[Tensor], size: tuple[int, int]) -> tuple[AttentionMaps, ...] | None:
+        return finish
+
+    @staticmethod
+    def _resized(margins: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return margins (S,1,side,side), the mask's logit minus the other, at the image's size: (S,H,W)."""
+        parts = [F.interpolate(margin[None], size=size, mode="bilinear", align_corners=False) for margin in margins]
+        return torch.cat(parts)[:, 0]
+
+    def _maps(self, levels: Sequence[Tensor], size: tuple[int, int]) -> tuple[AttentionMaps, ...] | None:
         if not self.with_maps:
             return None
         side = self.model.config.base_size

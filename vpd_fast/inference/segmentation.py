@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from vpd_fast.config import SIZE_MULTIPLE
-from vpd_fast.errors import InputError
-from vpd_fast.inference.finite import FiniteCheck
+from vpd_fast.errors import ImageError, InputError
+from vpd_fast.inference.batching import BatchPredictor, Prepared, stacked
+from vpd_fast.inference.finite import NOT_FINITE, FiniteCheck, Transfer
 from vpd_fast.inference.results import AttentionMaps, SegmentationResult
 from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
 from vpd_fast.inference.windows import WindowField, WindowGrid, check_pair, strips
 from vpd_fast.labels import default_names
-from vpd_fast.pictures.reading import to_tensor
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_bilinear
 
 if TYPE_CHECKING:
@@ -66,17 +66,18 @@ def slide_inference(
         probabilities = torch.empty(image.shape[0], model.config.num_classes, *out, device=image.device)
         for i in range(image.shape[0]):
             batches = grid.batches(image[i : i + 1], batch_size_for(model, batch_size))
-            logits, _ = run_batches(model, batches, model.extract_feat, False, check)
+            logits, _ = run_batches(model, batches, model.extract_feat, False)
+            check.see(logits[None])
             field = grid.field(logits, out, flip)
             for first, last in strips(field.channels, out):
                 probabilities[i, :, first:last] = field.strip(first, last).softmax(0)
-        if image.shape[0]:
-            check.require()
+        if image.shape[0] and check.verdict().item() != 0:
+            raise ImageError(NOT_FINITE)
     return probabilities
 
 
 @dataclass(kw_only=True)
-class SegmentationPredictor:
+class SegmentationPredictor(BatchPredictor[SegmentationResult]):
     """Predictor of segmentation: its options, checked, and the call that predicts on one image.
 
     mode: "slide" is the reference's test pipeline: the image resized, ratio kept, to fit 4 x `resize_to` by `resize_to`
@@ -89,7 +90,7 @@ class SegmentationPredictor:
     classes, text_encoder: own class names, one per class of the model, in place of the embeddings it has.
     probabilities: keep the class probabilities at the image's size: 4 bytes x classes x pixels.
     with_maps: keep the cross-attention maps, one per class.
-    batch_size: windows per forward; default 1 on a CPU, 8 on a GPU.
+    batch_size: windows per forward, also of several images; default 1 on a CPU, 8 on a GPU.
 
     notes: what whoever sees the results must know: words of class names that the text encoder cuts off.
     """
@@ -103,7 +104,7 @@ class SegmentationPredictor:
     text_encoder: Any = None
     probabilities: bool = False
     with_maps: bool = False
-    batch_size: int | None = None
+    batch_size: int | str | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -115,7 +116,8 @@ class SegmentationPredictor:
         if not scales or not all(isinstance(s, int | float) and 0 < s <= 16 for s in scales):
             raise InputError(f"scales must be numbers in (0, 16], at least one, got {self.scales!r}")
         self.scales = scales
-        self.batch_size = self._batch = batch_size_for(self.model, self.batch_size)
+        self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.on_gpu = self.model.device.type == "cuda"
         self.class_names = default_names(config) if self.classes is None else self._checked_classes(self.classes)
         self._embeddings = self.model.conditioning.class_embeddings if self.classes is None else self._embed_classes()
         self.notes = [] if self.classes is None else truncation_notes(self.text_encoder, classes=self.class_names)
@@ -145,63 +147,105 @@ class SegmentationPredictor:
             )
         return embeddings.to(self.model.device, self.model.dtype)
 
-    def __call__(self, image: np.ndarray) -> SegmentationResult:
-        """Predict on an RGB image (H,W,3) as `read_image` returns it. Raises ImageError for NaN and infinity."""
-        size, check = image.shape[:2], FiniteCheck()
+    def prepare(self, image: np.ndarray) -> Prepared:
+        """Resize an image (H,W,3) to every scale."""
+        sizes = (self._size(image.shape[:2], scale) for scale in self.scales)
+        return Prepared(image, tuple(resize_bilinear(image, size) for size in sizes))
+
+    def forwards(self, prepared: Prepared) -> int:
+        """Return the number of windows at the largest scale, and of their mirror images."""
+        return max(len(self._grid(view.shape[:2])) for view in prepared.views) * (1 + self.flip)
+
+    def start(self, group: Sequence[Prepared]) -> Callable[[], list[SegmentationResult | ImageError]]:
+        """Begin to predict on prepared images of one kind; see `BatchPredictor.start`."""
+        size, check = group[0].size, FiniteCheck()
         with evaluating(self.model):
-            views, maps = self._views(image, size, check)
+            views, maps = self._views(group, check)
             if len(views) == 1 and not self.probabilities:
                 grid, logits, _ = views[0]
-                labels, probabilities = check.fetch(grid.labels(logits, size)).numpy(), None
+                labels, probabilities = grid.labels(logits, size), None
             else:
-                fields = [grid.field(logits, size, flip) for grid, logits, flip in views]
-                labels, probabilities = self._average(fields, size, check)
-        kept = AttentionMaps(maps, self.class_names) if self.with_maps else None
-        return SegmentationResult(image, labels, self.class_names, probabilities, kept)
+                found = []
+                for i in range(len(group)):
+                    found.append(
+                        self._average([grid.field(logits[i], size, flip) for grid, logits, flip in views], size)
+                    )
+                labels = torch.stack([pair[0] for pair in found])
+                probabilities = [pair[1] for pair in found]
+            if labels.is_cuda:  # fewer bytes to carry
+                labels = labels.to(torch.uint8 if self.model.config.num_classes <= 256 else torch.int32)
+            transfer = Transfer(check.verdict(), labels)
+
+        def finish() -> list[SegmentationResult | ImageError]:
+            verdict, labels = transfer.wait()
+            results: list[SegmentationResult | ImageError] = []
+            for i, prepared in enumerate(group):
+                if verdict[i] != 0:
+                    results.append(ImageError(NOT_FINITE))
+                    continue
+                # Copied where there are several, so that no result keeps the others in memory.
+                of_image = labels[i].astype(np.int64, copy=len(group) > 1)
+                kept = AttentionMaps(maps[i], self.class_names) if self.with_maps else None
+                of_classes = None if probabilities is None else probabilities[i]
+                results.append(SegmentationResult(prepared.image, of_image, self.class_names, of_classes, kept))
+            return results
+
+        return finish
 
     def _views(
-        self, image: np.ndarray, size: tuple[int, int], check: FiniteCheck
-    ) -> tuple[list[tuple[WindowGrid, Tensor, str | None]], list[WindowField]]:
-        """Return grid, logits and flip of every view, and the maps as fields, one per view and level."""
-        views, maps = [], []
-        conditioning = self.model.conditioning
-        context = conditioning.text_adapter(self._embeddings, conditioning.gamma)
-        forward = partial(_features, self.model, context)
-        for scale in self.scales:
-            grid = self._grid(size, scale)
-            resized = to_tensor(resize_bilinear(image, (grid.y.length, grid.x.length))) * 2 - 1
-            resized = resized.to(self.model.device, self.model.dtype)
-            for flip in (None, "horizontal") if self.flip else (None,):
-                view = resized if flip is None else resized.flip(3)
-                batches = grid.batches(view, self._batch)
-                logits, levels = run_batches(self.model, batches, forward, self.with_maps, check)
-                views.append((grid, logits, flip))
-                maps += [grid.field(level, size, flip).cpu() for level in levels]
+        self, group: Sequence[Prepared], check: FiniteCheck
+    ) -> tuple[list[tuple[WindowGrid, Tensor, str | None]], list[list[WindowField]]]:
+        """Return grid, logits (images, windows, C, h, w) and flip of every view, and each image's maps as fields, one
+        per view and level."""
+        model, size, views = self.model, group[0].size, []
+        maps: list[list[WindowField]] = [[] for _ in group]
+        context = model.conditioning.text_adapter(self._embeddings, model.conditioning.gamma)
+        forward = partial(_features, model, context)
+        flips = (None, "horizontal") if self.flip else (None,)
+        for scale in range(len(self.scales)):
+            images = (stacked((prepared.views[scale] for prepared in group), model.device) * 2 - 1).to(model.dtype)
+            grid = self._grid(images.shape[2:])
+            batches = grid.batches(torch.cat([images, images.flip(3)]) if self.flip else images, self.batch_size)
+            outputs = run_batches(model, batches, forward, self.with_maps)
+            logits, *levels = (
+                values.unflatten(0, (len(flips), len(group), len(grid))) for values in (outputs[0], *outputs[1])
+            )
+            for v, flip in enumerate(flips):
+                for values in (logits, *levels):
+                    check.see(values[v])
+                views.append((grid, logits[v], flip))
+                for i in range(len(group)):
+                    maps[i] += [grid.field(level[v, i], size, flip).cpu() for level in levels]
         return views, maps
 
-    def _grid(self, size: tuple[int, int], scale: float) -> WindowGrid:
-        height, width = fit_size(*size, int(self._short * scale), int(LONG_OVER_SHORT * self._short * scale))
+    def _size(self, size: Sequence[int], scale: float) -> tuple[int, int]:
+        """Return the height and width to which an image is resized."""
+        short, long = int(self._short * scale), int(LONG_OVER_SHORT * self._short * scale)
+        height, width = fit_size(size[0], size[1], short, long)
         if self.mode == "whole":
             height, width = (max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE for side in (height, width))
+        return height, width
+
+    def _grid(self, size: Sequence[int]) -> WindowGrid:
+        height, width = size
+        if self.mode == "whole":
             return WindowGrid.sliding((height, width), (height, width), (height, width))
         crop = self.model.config.base_size
         return WindowGrid.sliding((height, width), (crop, crop), (crop * 2 // 3, crop * 2 // 3))
 
-    def _average(
-        self, views: list[WindowField], size: tuple[int, int], check: FiniteCheck
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def _average(self, views: list[WindowField], size: tuple[int, int]) -> tuple[Tensor, np.ndarray | None]:
         """Return the labels of the mean of the views' probabilities, and that mean if it was asked for."""
-        labels = np.empty(size, np.int64)
+        labels = []
         probabilities = np.empty((views[0].channels, *size), np.float32) if self.probabilities else None
         for first, last in strips(views[0].channels, size):
             mean = views[0].strip(first, last).softmax(0)
             for view in views[1:]:
                 mean += view.strip(first, last).softmax(0)
             mean /= len(views)
-            labels[first:last] = check.fetch(mean.argmax(0)).numpy()
+            labels.append(mean.argmax(0))
             if probabilities is not None:
                 probabilities[:, first:last] = mean.cpu().numpy()
-        return labels, probabilities
+        return torch.cat(labels), probabilities
 
 
 def _features(model: SegmentationPerceiver, context: Tensor, images: Tensor) -> list[Tensor]:

@@ -67,28 +67,32 @@ class WindowGrid:
     def __len__(self) -> int:
         return len(self.y.starts) * len(self.x.starts)
 
-    def batches(self, image: torch.Tensor, batch_size: int, fill: float = 0.0) -> Iterator[torch.Tensor]:
-        """Yield windows of image (1,C,H,W), padded with `fill`, in batches (<= batch_size, C, padded height, width)."""
+    def batches(self, images: torch.Tensor, batch_size: int, fill: float = 0.0) -> Iterator[torch.Tensor]:
+        """Yield windows of images (N,C,H,W), padded with `fill`, in batches (<= batch_size, C, padded height, width).
+
+        All windows of the first image come first.
+        """
         margins = (0, self.x.padded - self.x.size, 0, self.y.padded - self.y.size)
-        corners = [(top, left) for top in self.y.starts for left in self.x.starts]
+        corners = [(i, top, left) for i in range(len(images)) for top in self.y.starts for left in self.x.starts]
         for first in range(0, len(corners), batch_size):
             windows = [
-                image[..., top : top + self.y.size, left : left + self.x.size]
-                for top, left in corners[first : first + batch_size]
+                images[i : i + 1, :, top : top + self.y.size, left : left + self.x.size]
+                for i, top, left in corners[first : first + batch_size]
             ]
             yield pad(torch.cat(windows), margins, value=fill)
 
     def labels(self, windows: torch.Tensor, out_size: tuple[int, int]) -> torch.Tensor:
-        """Return labels (H, W) int64: the argmax over the channels of `field(windows, out_size)`."""
+        """Return labels (N, H, W) int64 of windows (N, len(self), C, h, w) of images: for each the argmax over the
+        channels of `field(its windows, out_size)`."""
         return upsample_argmax_windows(
-            (windows.float() if windows.dtype == torch.float64 else windows)[None],
+            windows.float() if windows.dtype == torch.float64 else windows,
             self.y.starts,
             self.x.starts,
             padded_size=(self.y.padded, self.x.padded),
             crop_size=(self.y.size, self.x.size),
             image_size=(self.y.length, self.x.length),
             size=out_size,
-        )[0]
+        )
 
     def field(self, windows: torch.Tensor, out_size: tuple[int, int], flip: str | None = None) -> WindowField:
         """Merge values (len(self), C, h, w) predicted on the windows into a picture of out_size (height, width)."""

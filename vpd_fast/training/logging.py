@@ -175,7 +175,7 @@ def sample_pictures(
     pictures = []
     for index in range(min(count, len(dataset))):
         try:
-            findings = task.measure(dataset.load(index))
+            findings = task.findings(dataset.load(index))
         except VPDFastError:
             continue
         for finding in findings[:1]:

@@ -1,0 +1,207 @@
+"""The one way from things that are read to predictions: threads read ahead, images of a kind share forwards.
+
+`predict`, `evaluate` and Ray's workers go through `outcomes`, which keeps the order. Memory does not grow with the
+number of items.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from vpd_fast.inference.batching import BatchPredictor, launch
+
+T = TypeVar("T")
+R = TypeVar("R")
+PATIENCE = 4  # batches: how many later images an image waits for, at most, until others of its kind come
+IDLE_SECONDS = 0.25  # and how long, while nothing else comes and the model has nothing to do
+
+
+class NothingYet(Exception):
+    """The next item has not been read yet."""
+
+
+class Reader(Generic[T]):
+    """Reads items in order: `count` ahead by `threads`, or with count 0 each when it is asked for.
+
+    Items are listed by another thread, which may wait for them as long as it takes.
+    """
+
+    def __init__(self, items: Iterable[T], read: Callable[[T], Any], count: int, threads: int) -> None:
+        self._items, self._read, self._count = iter(items), read, count
+        if count == 0:
+            return
+        self._free = threading.Semaphore(count)
+        self._queue: queue.SimpleQueue[tuple[T, Future[Any]] | BaseException | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vpd_fast-reading")
+        self._next: tuple[T, Future[Any]] | BaseException | None = None
+        self._closed = False
+        threading.Thread(target=self._list, name="vpd_fast-listing", daemon=True).start()
+
+    def _list(self) -> None:
+        end: BaseException | None = StopIteration()
+        try:
+            for item in self._items:
+                self._free.acquire()
+                if self._closed:
+                    return
+                self._queue.put((item, self._pool.submit(self._read, item)))
+        except BaseException as error:  # raised again where the items are taken
+            end = error
+        self._queue.put(end)
+
+    def take(self, seconds: float | None = None) -> tuple[T, Any]:
+        """Return (item, read(item)). Raises NothingYet after that time, StopIteration at the end, and what listing
+        raised."""
+        if self._count == 0:
+            item = next(self._items)
+            return item, self._read(item)
+        try:
+            if self._next is None:
+                self._next = self._queue.get(timeout=seconds)
+            if isinstance(self._next, BaseException):
+                raise self._next
+            item, future = self._next
+            value = future.result(seconds)
+        except (queue.Empty, FutureTimeoutError):
+            raise NothingYet from None
+        self._next = None
+        self._free.release()
+        return item, value
+
+    def close(self) -> None:
+        """Wait for what is being read, and forget the rest."""
+        if self._count:
+            self._closed = True
+            self._free.release()
+            self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Outcome(Generic[T, R]):
+    """What became of an item. value: what was read, prepared for the predictor, or why not. seconds: its share of what
+    the model took."""
+
+    item: T
+    value: Any
+    result: R | Exception | None = None
+    seconds: float = 0.0
+
+
+class Failure(Exception):
+    """The model or its device failed, at `items` that shared a batch; `cause` is what was raised."""
+
+    def __init__(self, items: list[Any], cause: Exception) -> None:
+        super().__init__(items, cause)
+        self.items, self.cause = items, cause
+
+
+class _Batches(Generic[T, R]):
+    """Images that wait for company of their kind, and batches that a GPU computes."""
+
+    def __init__(self, predictor: BatchPredictor[R]) -> None:
+        self._predictor = predictor
+        self._groups: dict[Hashable, list[Outcome[T, R]]] = {}  # the one that began first comes first
+        self._flying: deque[tuple[list[Outcome[T, R]], Callable[[], list[R | Exception]], float]] = deque()
+        self.patience = PATIENCE
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def flying(self) -> bool:
+        return bool(self._flying)
+
+    def add(self, outcome: Outcome[T, R]) -> None:
+        """Take in an image, and begin with its group if that is full."""
+        kind = self._predictor.kind(outcome.value)
+        group = self._groups.setdefault(kind, [])
+        group.append(outcome)
+        taken = sum(self._predictor.forwards(other.value) for other in group)
+        room = (self._predictor.batch_size - taken) // self._predictor.forwards(outcome.value)  # for more like this one
+        self.patience = PATIENCE * (len(group) + max(room, 0))
+        if room < 1:
+            self._start(self._groups.pop(kind))
+
+    def hurry(self) -> None:
+        """Wait for the batch that was begun first, or else begin with the group whose first image waits longest."""
+        if self._flying:
+            self._land()
+        else:
+            self._start(self._groups.pop(next(iter(self._groups))))
+
+    def _start(self, group: list[Outcome[T, R]]) -> None:
+        start = time.perf_counter()
+        try:
+            finish = launch(self._predictor, [outcome.value for outcome in group])
+        except Exception as error:
+            raise Failure([outcome.item for outcome in group], error) from error
+        self._flying.append((group, finish, start))
+        while len(self._flying) > self._predictor.on_gpu:  # a GPU has its next batch before it ends one
+            self._land()
+
+    def _land(self) -> None:
+        """Wait for the batch that was begun first."""
+        group, finish, start = self._flying.popleft()
+        try:
+            results = finish()
+        except Exception as error:
+            raise Failure([outcome.item for outcome in group], error) from error
+        seconds = (time.perf_counter() - start) / len(group)
+        for outcome, result in zip(group, results, strict=True):
+            outcome.result, outcome.seconds = result, seconds
+
+    def end(self) -> None:
+        """Compute all that waits."""
+        while self._groups or self._flying:
+            self.hurry()
+
+
+def outcomes(
+    items: Iterable[T], read: Callable[[T], Any], predictor: BatchPredictor[R], *, ahead: int, threads: int
+) -> Iterator[Outcome[T, R]]:
+    """Yield what becomes of each item, in order.
+
+    read: item -> what the predictor takes (`predictor.prepare(image)`), or an Exception, which is then the result; it
+    runs in `threads`, for up to `ahead` items; ahead 0: here, when an item is asked for.
+    Images of one kind share forwards of `predictor.batch_size`. One waits for others until PATIENCE batches of later
+    images have come, or nothing comes for IDLE_SECONDS.
+
+    Raises Failure where the model fails, and what listing raises; what was predicted by then is yielded before.
+    """
+    waiting: deque[Outcome[T, R]] = deque()
+    batches: _Batches[T, R] = _Batches(predictor)
+    with closing(Reader(items, read, ahead, threads)) as reader:
+        try:
+            while True:
+                try:
+                    item, value = reader.take(0 if batches.flying else IDLE_SECONDS if batches.waiting else None)
+                except NothingYet:
+                    batches.hurry()
+                except StopIteration:
+                    batches.end()
+                    break
+                else:
+                    outcome: Outcome[T, R] = Outcome(item, value)
+                    waiting.append(outcome)
+                    if isinstance(value, Exception):
+                        outcome.result = value
+                    else:
+                        batches.add(outcome)
+                    while len(waiting) > batches.patience and waiting[0].result is None:
+                        batches.hurry()
+                while waiting and waiting[0].result is not None:
+                    yield waiting.popleft()
+        except (Exception, KeyboardInterrupt):
+            yield from (outcome for outcome in waiting if outcome.result is not None)
+            raise
+        yield from waiting
