@@ -102,7 +102,7 @@ def test_a_job(tmp_path, paths) -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        rows = predict_dataset(paths, tmp_path / "model", batch_size=2, device="cpu").take_all()
+        rows = predict_dataset(paths, tmp_path / "model", batch_size=2, forward_batch=2, device="cpu").take_all()
     finally:
         ray.shutdown()
     rows = {row["path"]: row for row in rows}
@@ -114,10 +114,10 @@ def test_a_job(tmp_path, paths) -> None:
 
 
 def test_whatever_a_decoder_raises_is_the_error_of_its_image(paths, monkeypatch) -> None:
-    from vpd_fast.inference import ray
+    from vpd_fast.inference import predict_images
 
-    actual = ray.read_image
-    monkeypatch.setattr(ray, "read_image", lambda source: 1 // 0 if "1.png" in source else actual(source))
+    actual = predict_images.read_image
+    monkeypatch.setattr(predict_images, "read_image", lambda source: 1 // 0 if "1.png" in source else actual(source))
     found = Predictor(model=functools.partial(small, "segmentation"), device="cpu")({"path": np.array(paths[:3])})
     assert [error == "" for error in found["error"]] == [True, False, True]
     assert found["error"][1] == f"{paths[1]}: cannot be read (ZeroDivisionError: integer division or modulo by zero)"

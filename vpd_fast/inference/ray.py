@@ -93,6 +93,7 @@ def predict_dataset(
     *,
     workers: int | tuple[int, int] = 1,
     batch_size: int = 8,
+    forward_batch: int | str | None = None,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
     **predictor: Any,
@@ -101,6 +102,7 @@ def predict_dataset(
 
     images: a dataset with a column "image" or "path" (`ray.data.read_images(folder, include_paths=True)`), or paths.
     workers: how many, or (least, most). batch_size: images a worker gets at a time; memory grows with it.
+    forward_batch: how many windows or sentences of them share a forward, the predictor's `batch_size`.
     num_cpus, num_gpus: of a worker. predictor: arguments of `Predictor`.
 
     Raises MissingDependencyError without Ray.
@@ -108,9 +110,10 @@ def predict_dataset(
     data: Any = images
     if not hasattr(images, "map_batches"):
         data = _ray_data().from_items([{"path": str(path)} for path in cast("Iterable[str | Path]", images)])
+    options = predictor if forward_batch is None else {**predictor, "batch_size": forward_batch}
     resources = {name: n for name, n in (("num_cpus", num_cpus), ("num_gpus", num_gpus)) if n is not None}
     return data.map_batches(
-        Predictor, fn_constructor_kwargs={"checkpoint": checkpoint, **predictor}, batch_size=batch_size,
+        Predictor, fn_constructor_kwargs={"checkpoint": checkpoint, **options}, batch_size=batch_size,
         concurrency=workers, **resources,
     )  # fmt: skip
 
