@@ -63,7 +63,7 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_predict_at_scale(model, images, failing, tmp_path, capsys) -> None:
-    failing(SegmentationPredictor, "__call__", 3)
+    failing(SegmentationPredictor, "start", 3)
     command = ["predict", str(images), *model, "-o", str(tmp_path / "out"), "--resume"]
     assert run(command) == 2
     stopped, error = lines_of(capsys)
@@ -76,7 +76,7 @@ def test_predict_at_scale(model, images, failing, tmp_path, capsys) -> None:
 
 
 def test_predict_with_one_file_of_results(model, images, failing, tmp_path, capsys) -> None:
-    failing(SegmentationPredictor, "__call__", 3)
+    failing(SegmentationPredictor, "start", 3)
     assert run(["predict", str(images), *model, "-o", str(tmp_path / "out")]) == 2
     stopped, error = lines_of(capsys)
     assert stopped.startswith(f"stopped: 2 images done, 0 failed; they are in {tmp_path / 'out' / 'results.json'}")
@@ -86,7 +86,7 @@ def test_predict_with_one_file_of_results(model, images, failing, tmp_path, caps
 
 
 def test_a_single_image(model, images, failing, tmp_path, capsys) -> None:
-    failing(SegmentationPredictor, "__call__", 1)
+    failing(SegmentationPredictor, "start", 1)
     assert run(["predict", str(images / "0.png"), *model, "-o", str(tmp_path / "out")]) == 2
     (error,) = lines_of(capsys)
     assert "0.png: the model failed" in error
@@ -95,16 +95,17 @@ def test_a_single_image(model, images, failing, tmp_path, capsys) -> None:
 @pytest.mark.parametrize("value", ["1", "0"])
 def test_the_stack_is_there_for_who_wants_it(model, images, failing, tmp_path, capsys, monkeypatch, value) -> None:
     monkeypatch.setenv("VPD_FAST_TRACEBACK", value)
-    failing(SegmentationPredictor, "__call__", 1)
+    failing(SegmentationPredictor, "start", 1)
     assert run(["predict", str(images), *model, "-o", str(tmp_path / "out")]) == 2
     found = capsys.readouterr().err
-    assert ("Traceback" in found) == ("in _predict\n" in found) == (value == "1")
+    assert ("Traceback" in found) == ("in launch\n" in found) == (value == "1")
     assert found.splitlines()[-1].startswith("error: ")
 
 
-def test_evaluate(model, failing, tmp_path, capsys) -> None:
+@pytest.mark.parametrize("method", ["start", "measure"])
+def test_evaluate(model, failing, tmp_path, capsys, method) -> None:
     root = miniature.ade20k(tmp_path / "ade", 3)
-    failing(Segmentation, "measure", 2)
+    failing(Segmentation, method, 2)
     command = ["evaluate", "--data", "ade20k", "--root", str(root), *model, "-o", str(tmp_path / "out")]
     assert run(command) == 2
     stopped, error = lines_of(capsys)

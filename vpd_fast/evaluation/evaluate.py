@@ -169,6 +169,8 @@ def _add(
             findings = task.measure(outcome.value, outcome.result)
         except SAMPLE_ERRORS as raised:
             error = raised
+        except Exception as raised:
+            raise model_error(raised, outcome.value.sample.name) from raised
     if isinstance(error, Exception):
         if strict or (error is not outcome.value and not isinstance(error, SAMPLE_ERRORS)):
             raise error
