@@ -69,7 +69,7 @@ def _interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_interruptible")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interruption_keeps_what_is_there(small, tmp_path, capsys, monkeypatch, how: int) -> None:
     passes, ask, before = [], Worker.run, signal.getsignal(signal.SIGTERM)
 

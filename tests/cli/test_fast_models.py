@@ -13,13 +13,24 @@ from vpd_fast import VPD, VPDConfig
 from vpd_fast.cli.main import run
 from vpd_fast.models.random_weights import randomize
 
+from ..helpers.backbones import TINY
 
-@pytest.fixture
-def saved(tmp_path, tiny_backbone) -> Path:
-    """A folder with a small segmentation model."""
-    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=tiny_backbone)
-    randomize(VPD(config), 1).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A folder with a small segmentation model, to be read only."""
+    config = VPDConfig(num_classes=5, channels=32, base_size=128, backbone=TINY)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    randomize(VPD.empty(config), 1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(saved) -> Path:
+    """The same as a fast model in int8."""
+    folder = saved.with_name("engine")
+    assert run(["convert", str(saved), str(folder), "--to", "engine"]) == 0
+    return folder
 
 
 @pytest.fixture
@@ -103,8 +114,7 @@ def test_an_engine_never_replaces_a_file(saved, tmp_path, capsys):
         (["--device", "cuda"], "PyTorch sees 0 usable GPUs"),
     ],
 )
-def test_options_that_do_not_fit_an_engine(saved, photo, tmp_path, capsys, options, message):
-    assert run(["convert", str(saved), str(tmp_path / "engine"), "--to", "engine"]) == 0
+def test_options_that_do_not_fit_an_engine(engine, photo, capsys, options, message):
     capsys.readouterr()
-    assert run(["predict", photo, "--checkpoint", str(tmp_path / "engine"), *options]) != 0
+    assert run(["predict", photo, "--checkpoint", str(engine), *options]) != 0
     assert message in " ".join(capsys.readouterr().err.split())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+import torch.distributed.run
 from PIL import Image
 
 from vpd_fast import VPD
 from vpd_fast.cli.main import run
 
-from ..helpers import runs
+from ..helpers import processes, runs
 
 
 @pytest.fixture
@@ -94,15 +92,12 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
 def test_torchrun(file, tmp_path):
     """Two processes under torchrun: one report."""
     config, folder = file("segmentation"), tmp_path / "run"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vpd_fast",
-        "train", config, "schedule.steps=1", "-o", str(folder),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("1 steps done") == 1
-    assert done.stderr.count("no SyncBatchNorm on CPUs") == 1
+    launch = ["--standalone", "--nproc-per-node", "2", "-m", "vpd_fast"]
+    command = ["train", config, "schedule.steps=1", "-o", str(folder)]
+    log = tmp_path / "log"
+    printed = processes.run(torch.distributed.run.main, [*launch, *command], log=log, OMP_NUM_THREADS="1")
+    assert printed.count("1 steps done") == 1
+    assert printed.count("no SyncBatchNorm on CPUs") == 1
     assert (folder / "best" / "model.safetensors").is_file()
 
 

@@ -91,7 +91,7 @@ def test_agreement_by_hand() -> None:
     assert _agreement("depth", np.array([[2.0, 4.0]]), np.array([[2.2, 4.0]])) == pytest.approx(0.95)
 
 
-def test_command(tmp_path, capsys) -> None:
+def test_command(demo, tmp_path, capsys, monkeypatch) -> None:
     folder = tmp_path / "demo"
     assert run(["demo", "-o", str(folder), "--scenes", "2", "--precision", "fp32"]) == 0
     out = capsys.readouterr().out
@@ -103,8 +103,10 @@ def test_command(tmp_path, capsys) -> None:
     for task in record["tasks"]:
         assert task["agreement"] > 0.999
     assert Image.open(folder / "sheet.png").size[0] > 1000
+    options = {}
+    monkeypatch.setattr("vpd_fast.cli.demo.run_demo", lambda scenes, **others: options.update(others) or demo)
     assert run(["demo", "-o", str(folder), "--scenes", "1", "--split", "unseen", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["split"] == "unseen"
+    assert json.loads(capsys.readouterr().out)["split"] == options["split"] == "unseen"
 
 
 def test_bad_input(tmp_path, capsys) -> None:

@@ -74,7 +74,9 @@ def run(request: dict[str, Any]) -> dict[str, int]:
 
 def main() -> None:
     """Import what the commands need, then serve."""
+    import accelerate  # noqa: F401
     import torch
+    import torch._dynamo  # by optimizers, when they are used first
 
     import vpd_fast.cli.main
     import vpd_fast.training.trainer  # noqa: F401

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import accelerate  # noqa: F401
 import torch
+import torch._dynamo  # by optimizers, when they are used first
 import torch.distributed
 
 import vpd_fast.bench.catalog

@@ -1,8 +1,9 @@
-"""Which cases of a product of parameters run by default where each of them is slow: interpreted and emulated kernels.
+"""Which cases of a product of parameters run by default where they take long: each of them, or all together.
 
-Native kernels and references run the whole product, which costs little. Of interpreted and emulated cases those run by
-default that together contain every value of every parameter, and pairs of values as far as MAX_CASES allow; all others
-are marked slow. Cases that once failed are kept by the marker `always`.
+Of interpreted and emulated cases those run by default that together contain every value of every parameter, and pairs
+of values as far as MAX_CASES allow. Native kernels and references run whole products, but of those of an operator with
+more than MAX_PRODUCT cases only as many as contain every pair of values. All others are marked slow. Cases that once
+failed are kept by the marker `always`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 MAX_CASES = 7  # of a test function, or as many as its values need
+MAX_PRODUCT = 100
 
 
 def covering(cases: Sequence[Sequence[int]], limit: int = MAX_CASES) -> list[int]:
@@ -23,15 +25,16 @@ def covering(cases: Sequence[Sequence[int]], limit: int = MAX_CASES) -> list[int
     Greedy: single values count most until all are there, whatever the limit, then pairs, so that a selection cut at
     `limit` is the widest.
     """
-    left = [*range(len(cases))]
-    missing = {part for case in cases for part in _parts(case)}
-    values = {part for part in missing if len(part) == 1}
+    parts = [[*_parts(case)] for case in cases]
+    missing = {part: _weight(part) for case in parts for part in case}
+    left, values = [*range(len(cases))], sum(len(part) == 1 for part in missing)
     chosen: list[int] = []
-    while left and missing and (len(chosen) < limit or missing & values):
-        best = max(left, key=lambda i: (sum(_weight(part) for part in _parts(cases[i]) if part in missing), -i))
+    while left and missing and (len(chosen) < limit or values):
+        best = max(left, key=lambda i: (sum(map(missing.get, parts[i], itertools.repeat(0))), -i))
         left.remove(best)
         chosen.append(best)
-        missing.difference_update(_parts(cases[best]))
+        for part in parts[best]:
+            values -= missing.pop(part, 0) >= _weight((0,))
     return sorted(chosen)
 
 
@@ -67,13 +70,16 @@ def is_interpreted(item: pytest.Item) -> bool:
 
 
 def mark_what_a_selection_leaves_out(items: Iterable[pytest.Item]) -> None:
-    """Marks as slow the interpreted and emulated cases that the selection leaves out."""
-    functions: dict[tuple[Any, str], list[pytest.Item]] = defaultdict(list)
+    """Marks as slow the cases that the selection leaves out."""
+    functions: dict[tuple[Any, str, bool], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and "gpu" not in item.keywords and is_interpreted(item):
-            functions[item.path, item.originalname].append(item)
-    for cases in functions.values():
-        chosen = covering(numbered([item.callspec.params for item in cases]))
+        if hasattr(item, "callspec") and "gpu" not in item.keywords:
+            functions[item.path, item.originalname, is_interpreted(item)].append(item)
+    for (path, _, interpreted), cases in functions.items():
+        if not interpreted and (len(cases) <= MAX_PRODUCT or path.parent.name != "ops"):
+            continue
+        limit = MAX_CASES if interpreted else len(cases)
+        chosen = covering(numbered([item.callspec.params for item in cases]), limit)
         for i in set(range(len(cases))) - set(chosen):
             if "always" not in cases[i].keywords:
                 cases[i].add_marker(pytest.mark.slow)

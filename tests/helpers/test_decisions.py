@@ -62,6 +62,7 @@ def decisions(*places: str) -> dict:
     return json.loads(lines[0].removeprefix("DECISIONS"))
 
 
+@pytest.mark.slow  # it asks some thousand cases
 def test_no_case_for_a_gpu_is_refused_there() -> None:
     found = decisions(*FOLDERS)
     assert not found["refused"]

@@ -76,7 +76,7 @@ def test_one_graph_and_no_other_for_images_of_the_same_size(make: Callable, task
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("task", ["referring", "depth"])
+@pytest.mark.parametrize("task", ["referring", pytest.param("depth", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_text_and_head_of_the_other_tasks(make: Callable, task: str) -> None:
     """With any number of images after the second."""

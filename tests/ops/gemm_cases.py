@@ -5,6 +5,7 @@ The oracle takes the weight as it is stored, so its rounding, which is `PackedWe
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
@@ -13,6 +14,8 @@ from vpd_fast.ops import geglu_rows
 from vpd_fast.ops.packing import FLOAT8, PackedWeight
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.int8]
+# For what the precision does not change.
+ONE_PRECISION = [torch.int8, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in PRECISIONS[:2])]
 DTYPES = [torch.float32, torch.bfloat16]
 UNIT = 2.0**-24  # rounding of float32
 # Hopper's tensor cores add 32 products of float8_e4m3fn at a time to a sum, and cut each of the 33 numbers off at CUT

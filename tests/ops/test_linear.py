@@ -13,6 +13,7 @@ from vpd_fast.ops.statistics import Statistics, statistics_shape
 from ..helpers.sparse import untouched
 from .gemm_cases import (
     DTYPES,
+    ONE_PRECISION,
     PRECISIONS,
     WITHIN_ROUNDING,
     assert_close,
@@ -370,7 +371,7 @@ def test_offsets_beyond_32_bits() -> None:
 # --- contract ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ONE_PRECISION)
 def test_opcheck(precision: torch.dtype) -> None:
     op, weight = ops.registry()["linear"], make_weight(6, 20, precision)
     x, x2, residual = randn(2, 5, 8), randn(2, 5, 12, dtype=torch.bfloat16), randn(2, 5, 3)
@@ -381,7 +382,7 @@ def test_opcheck(precision: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.vpd_fast.linear.default, (*op.flatten(call), name))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ONE_PRECISION)
 def test_torch_compile_through_the_public_function(precision: torch.dtype) -> None:
     weight, bias = make_weight(12, 8, precision), randn(12)
 
