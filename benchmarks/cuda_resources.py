@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import machine_code
-from machine_code import LoopLimit
+from machine_code import LoopLimit, TurnLimit
 
 from vpd_fast.bench.timing import table
 
@@ -72,8 +72,22 @@ LOOPS = {
     "strips_kernel<float, 2>": LoopLimit(32, 8.5, 5),
     "strips_kernel<float, 4>": LoopLimit(32, 7.2, 4),
 }
+# Attention. Per score: largest, fma, exponential, sum 1 each, rounding 0.5; the rest are products, barriers and what is
+# per row of a block. A whole block of keys is not masked, so nothing is selected. A polynomial costs 8 in place of one.
+TURNS = {  # on the architecture that has the instructions; by head dimension and one of how many is a polynomial
+    f"attention_kernel<{kind}, {dim}, {groups}, {overlapped}, {polynomial}>": limit
+    for (dim, polynomial), limit in {
+        (40, 0): TurnLimit(64, 6.2, 66, "FSEL"),
+        (40, 8): TurnLimit(64, 7.2, 58, "FSEL"),
+        (80, 0): TurnLimit(64, 6.3, 66, "FSEL"),
+        (160, 0): TurnLimit(32, 8.4, 34, "FSEL"),
+    }.items()
+    for kind in ("__half", "__nv_bfloat16")
+    for groups in (1, 2, 3)
+    for overlapped in ("true", "false")
+}
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
-SERIALIZED = ("C7510", "C7520")  # the assembler's notes that wgmma instructions wait for each other
+SERIALIZED = ("C7510", "C7512", "C7520")  # the assembler's notes that wgmma instructions wait for each other
 
 
 def find_cuobjdump() -> str:
@@ -122,9 +136,10 @@ def copies_too_long(kernel: str, code: str) -> list[str]:
     return []
 
 
-def main_loop_faults(kernel: str, code: str) -> list[str]:
+def main_loop_faults(kernel: str, architecture: str, code: str) -> list[str]:
     """What is wrong with the main loop of that kernel, if it has limits."""
-    limits = (limit for name, limit in LOOPS.items() if kernel.startswith(name))
+    known: dict[str, LoopLimit | TurnLimit] = {**LOOPS, **(TURNS if architecture == ARCHITECTURES[1] else {})}
+    limits = (limit for name, limit in known.items() if kernel.startswith(name))
     return [fault for limit in limits for fault in limit.faults(machine_code.parsed(code))]
 
 
@@ -183,7 +198,7 @@ def rows_of(report: str, kernels: dict[str, str], architecture: str) -> list[dic
         stack, shared = re.search(r"(\d+) bytes stack", text), re.search(r"(\d+) bytes smem", text)
         faults = [f"no {absent}" for absent in missing(kernel, architecture, instructions)]
         faults += copies_too_long(kernel, code) if architecture == ARCHITECTURES[1] else []
-        faults += main_loop_faults(kernel, code)
+        faults += main_loop_faults(kernel, architecture, code)
         faults += ["serialized"] if any(f"'{mangled}'" in line for line in notes) else []
         shown = sorted({found for i in instructions for found in re.findall(NAMED, i.partition(".")[0])})
         rows.append(

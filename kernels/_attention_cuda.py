@@ -10,7 +10,7 @@ from vpd_fast.kernels import recording
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 160
 ALIGNMENT = 8  # elements, of head dimensions and strides: 16 bytes
-ORDER = "auto"  # or "sequential", "overlapped", see csrc/cuda/self_attention.h
+ORDER = "auto"  # or "sequential", "overlapped", "polynomial", see csrc/cuda/self_attention.h
 GROUPS = 0  # warpgroups that compute in a block, 0: chosen
 
 

@@ -20,6 +20,7 @@ from vpd_fast.kernels import _attention_cuda
 LEVELS = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))  # positions, heads, head dimension
 SELF = (*LEVELS, (64, 8, 160), (4096, 1, 512))  # the last in the KL encoder
 TOKENS = (40, 77, 150)
+ORDERS = ("sequential", "overlapped", "polynomial")  # of the kernel with wgmma; the last for narrow heads
 LIBRARY = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -58,7 +59,7 @@ def _self_attention(setting: Setting, batch: int, shape: tuple[int, int, int]) -
         name: lambda name=name: ops.self_attention(*qkv, heads, impl=name)
         for name in _implementations("self_attention")
     }
-    kernels = product(("sequential", "overlapped"), (1, 2, 3) if dim <= 40 else (1, 2))
+    kernels = product(ORDERS[: 3 if dim <= 40 else 2], (1, 2, 3) if dim <= 40 else (1, 2))
     calls |= {f"cuda {order} {groups}": _by_kernel(order, groups, *qkv, heads) for order, groups in kernels}
     calls |= {
         f"library {name}": functools.partial(_by_backend, backend, *qkv, heads) for name, backend in LIBRARY.items()

@@ -44,11 +44,18 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
-// Waits until the phase of this parity has ended: 0 for the first, third, ...
+// Waits until the phase of this parity has ended: 0 for the first, third, ... Built with VPD_BOUNDED_WAITS, a wait that
+// lasts longer than MAX_WAIT nanoseconds is an error of the kernel, which otherwise would never end.
+#ifdef VPD_BOUNDED_WAITS
+constexpr unsigned long long MAX_WAIT = 2'000'000'000;
+#endif
 __device__ inline void barrier_wait(uint64_t* barrier, unsigned parity) {
 #if VPD_HOPPER
     unsigned done = 0;
-    while (!done)
+#ifdef VPD_BOUNDED_WAITS
+    unsigned long long begin = 0;
+#endif
+    while (!done) {
         asm volatile(
             "{\n.reg .pred p;\n"
             "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
@@ -56,6 +63,13 @@ __device__ inline void barrier_wait(uint64_t* barrier, unsigned parity) {
             : "=r"(done)
             : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
+#ifdef VPD_BOUNDED_WAITS
+        unsigned long long now;
+        asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(now));
+        if (!begin) begin = now;
+        if (now - begin > MAX_WAIT) __trap();
+#endif
+    }
 #endif
 }
 

@@ -150,6 +150,13 @@ __device__ inline float reciprocal_fast(float x) {
 }
 
 __device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// The larger number, or NaN if one is NaN.
+__device__ inline float larger_or_nan(float x, float y) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
+}
 // The low bytes of four numbers, the first lowest.
 __device__ inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

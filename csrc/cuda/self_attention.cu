@@ -16,6 +16,7 @@ using namespace attention;
 
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr int64_t MAX_COUNT = int64_t(1) << 30;  // of what is counted with 32 bits, with room for a tile more
+constexpr int POLYNOMIAL_DIM = 40;               // up to which exponentials, not products, take the time
 constexpr int64_t MAX_STRIDE_BYTES = int64_t(1) << 40;
 
 // Returns why TMA cannot read these rows, or nullptr.
@@ -50,7 +51,7 @@ int choose_groups(const CudaSelfAttention& p, int max_groups) {
     return groups;
 }
 
-template <typename T, int DIM, int GROUPS, bool OVERLAP>
+template <typename T, int DIM, int GROUPS, bool OVERLAP, int POLYNOMIAL>
 cudaError_t launch(const CudaSelfAttention& p, cudaStream_t stream) {
     using Size = Tile<DIM, GROUPS>;
     Plan plan{};
@@ -64,14 +65,16 @@ cudaError_t launch(const CudaSelfAttention& p, cudaStream_t stream) {
         !encode_rows(maps.k, p, p.k, key_images, p.keys, Size::KEYS) ||
         !encode_rows(maps.v, p, p.v, key_images, p.keys, Size::KEYS))
         return cudaErrorInvalidValue;
-    return launch_kernel(attention_kernel<T, DIM, GROUPS, OVERLAP>, blocks, Size::THREADS, Size::SHARED_BYTES, 1,
-                         stream, maps, p, plan);
+    return launch_kernel(attention_kernel<T, DIM, GROUPS, OVERLAP, POLYNOMIAL>, blocks, Size::THREADS,
+                         Size::SHARED_BYTES, 1, stream, maps, p, plan);
 }
 
 template <typename T, int DIM, int GROUPS>
 cudaError_t launch_in_order(const CudaSelfAttention& p, CudaAttentionOrder order, cudaStream_t stream) {
-    return order == CudaAttentionOrder::sequential ? launch<T, DIM, GROUPS, false>(p, stream)
-                                                   : launch<T, DIM, GROUPS, true>(p, stream);
+    if constexpr (DIM == POLYNOMIAL_DIM)
+        if (order == CudaAttentionOrder::polynomial) return launch<T, DIM, GROUPS, true, 8>(p, stream);
+    return order == CudaAttentionOrder::sequential ? launch<T, DIM, GROUPS, false, 0>(p, stream)
+                                                   : launch<T, DIM, GROUPS, true, 0>(p, stream);
 }
 
 template <typename T, int DIM, int MAX>
@@ -93,11 +96,13 @@ cudaError_t launch_dim(const CudaSelfAttention& p, CudaAttentionOrder order, int
 
 }  // namespace
 
-const char* self_attention_cuda_refuses(const CudaSelfAttention& p, CudaFloat dtype) {
+const char* self_attention_cuda_refuses(const CudaSelfAttention& p, CudaFloat dtype, CudaAttentionOrder order) {
     if (dtype == CudaFloat::float32) return "q, k and v must be bfloat16 or float16";
     if (p.batch < 0 || p.queries < 0 || p.heads < 1 || p.keys < 1 || p.head_dim < 1) return "a size is too small";
     if (p.head_dim % 8) return "the head dimension is not a multiple of 8";
     if (p.head_dim > *std::prev(std::end(HEAD_DIMS))) return "there are more than 160 elements per head";
+    if (order == CudaAttentionOrder::polynomial && p.head_dim > POLYNOMIAL_DIM)
+        return "exponentials by a polynomial are for up to 40 elements per head";
     if (!(p.scale >= 0)) return "the scale is negative";
     if (p.queries >= MAX_COUNT || p.keys >= MAX_COUNT || p.batch * p.heads >= MAX_COUNT ||
         p.batch * p.heads * ceil_divide(p.queries, GROUP_ROWS) >= MAX_COUNT)
@@ -115,7 +120,7 @@ const char* self_attention_cuda_refuses(const CudaSelfAttention& p, CudaFloat dt
 
 cudaError_t self_attention_cuda(const CudaSelfAttention& p, CudaFloat dtype, CudaAttentionOrder order, int groups,
                                 cudaStream_t stream) {
-    if (self_attention_cuda_refuses(p, dtype)) return cudaErrorInvalidValue;
+    if (self_attention_cuda_refuses(p, dtype, order)) return cudaErrorInvalidValue;
     if (p.batch == 0 || p.queries == 0) return cudaSuccess;
     return dtype == CudaFloat::bfloat16 ? launch_dim<Bfloat16>(p, order, groups, stream)
                                         : launch_dim<Float16>(p, order, groups, stream);

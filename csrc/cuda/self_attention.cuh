@@ -38,8 +38,8 @@ struct Tile {
     static constexpr int ROWS = GROUPS * GROUP_ROWS, THREADS = (GROUPS + 1) * GROUP_THREADS;
     static constexpr int PANELS = (DIM + LINE_CHANNELS - 1) / LINE_CHANNELS, PARTS = (DIM + 15) / 16;
     static constexpr int QUERY_BYTES = PANELS * ROWS * LINE_BYTES, KEY_BYTES = PANELS * KEYS * LINE_BYTES;
-    static constexpr int STAGES = DIM <= 40 ? 6 : 4;  // of keys and values in turn
-    static constexpr int SHARED_BYTES = SWIZZLE_ALIGNMENT + QUERY_BYTES + STAGES * KEY_BYTES + (2 * STAGES + 1) * 8;
+    static constexpr int STAGES = DIM <= 40 ? 3 : 2;  // of keys, and as many of values
+    static constexpr int SHARED_BYTES = SWIZZLE_ALIGNMENT + QUERY_BYTES + 2 * STAGES * KEY_BYTES + (4 * STAGES + 1) * 8;
     static_assert(SHARED_BYTES <= 227 * 1024);
 };
 
@@ -50,26 +50,36 @@ struct Registers {
     static_assert(COPYING + GROUPS * COMPUTING <= (64 << 10) / GROUP_THREADS || GROUPS == 1);
 };
 
-// The place in the ring of stages, and how often it went round.
+// A stage of a ring, and how often it went round.
 template <int STAGES>
 struct Place {
     int stage = 0, round = 0;
-    __device__ void advance() {
-        if (++stage == STAGES) stage = 0, ++round;
-    }
+    __device__ Place next() const { return stage + 1 == STAGES ? Place{0, round + 1} : Place{stage + 1, round}; }
+};
+
+// Stages of keys or of values.
+template <int DIM, int GROUPS>
+struct Ring {
+    using Size = Tile<DIM, GROUPS>;
+    unsigned char* stages;
+    uint64_t* barriers;  // of each stage one that says that it is filled, then one that says that it is read
+    __device__ unsigned char* at(int stage) const { return stages + stage * Size::KEY_BYTES; }
+    __device__ uint64_t* filled(int stage) const { return barriers + 2 * stage; }
+    __device__ uint64_t* emptied(int stage) const { return barriers + 2 * stage + 1; }
 };
 
 template <int DIM, int GROUPS>
 struct Shared {
     using Size = Tile<DIM, GROUPS>;
-    unsigned char *queries, *stages;
-    uint64_t *filled, *emptied, *queries_filled;
+    unsigned char* queries;
+    uint64_t* queries_filled;
+    Ring<DIM, GROUPS> keys, values;
     __device__ explicit Shared(unsigned char* memory)
-        : queries(memory + (-shared_address(memory) & (SWIZZLE_ALIGNMENT - 1))),
-          stages(queries + Size::QUERY_BYTES),
-          filled(reinterpret_cast<uint64_t*>(stages + Size::STAGES * Size::KEY_BYTES)),
-          emptied(filled + Size::STAGES),
-          queries_filled(emptied + Size::STAGES) {}
+        : queries(memory + (-shared_address(memory) & (SWIZZLE_ALIGNMENT - 1))) {
+        keys.stages = queries + Size::QUERY_BYTES, values.stages = keys.stages + Size::STAGES * Size::KEY_BYTES;
+        keys.barriers = reinterpret_cast<uint64_t*>(values.stages + Size::STAGES * Size::KEY_BYTES);
+        values.barriers = keys.barriers + 2 * Size::STAGES, queries_filled = values.barriers + 2 * Size::STAGES;
+    }
 };
 
 // In which order blocks of keys and values are needed: k0 v0 k1 v1 ..., or k0 k1 v0 k2 v1 ... if they overlap.
@@ -82,24 +92,20 @@ __device__ inline void copy_blocks(const Maps& maps, const Plan& plan, const Sha
     for (int panel = 0; panel < Size::PANELS; ++panel)
         load_box(shared.queries + panel * Size::ROWS * LINE_BYTES, maps.q, shared.queries_filled, panel * LINE_CHANNELS,
                  head, tile * Size::ROWS, image);
-    Place<Size::STAGES> place;
-    const auto copy = [&](const TensorMap& map, int block) {
-        if (place.round) barrier_wait(shared.emptied + place.stage, (place.round - 1) & 1);
-        uint64_t* const filled = shared.filled + place.stage;
-        barrier_expect(filled, Size::KEY_BYTES);
+    const auto copy = [&](const TensorMap& map, const Ring<DIM, GROUPS>& ring, Place<Size::STAGES>& place, int block) {
+        if (place.round) barrier_wait(ring.emptied(place.stage), (place.round - 1) & 1);
+        barrier_expect(ring.filled(place.stage), Size::KEY_BYTES);
 #pragma unroll
         for (int panel = 0; panel < Size::PANELS; ++panel)
-            load_box(shared.stages + place.stage * Size::KEY_BYTES + panel * Size::KEYS * LINE_BYTES, map, filled,
+            load_box(ring.at(place.stage) + panel * Size::KEYS * LINE_BYTES, map, ring.filled(place.stage),
                      panel * LINE_CHANNELS, head, block * Size::KEYS, plan.shared ? 0 : image);
-        place.advance();
+        place = place.next();
     };
-    if (OVERLAP) copy(maps.k, 0);
+    Place<Size::STAGES> key_place, value_place;
+    if (OVERLAP) copy(maps.k, shared.keys, key_place, 0);
     for (int block = 0; block < plan.blocks; ++block) {
-        if (!OVERLAP)
-            copy(maps.k, block);
-        else if (block + 1 < plan.blocks)
-            copy(maps.k, block + 1);
-        copy(maps.v, block);
+        if (!OVERLAP || block + 1 < plan.blocks) copy(maps.k, shared.keys, key_place, block + OVERLAP);
+        copy(maps.v, shared.values, value_place, block);
     }
 }
 
@@ -112,6 +118,15 @@ __device__ inline float quad_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
+// 2^x for x up to 126, within 1e-4 of it; 2^-126 at least. NaN stays NaN.
+__device__ inline float exp2_polynomial(float x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23, to which a number is added as an integer
+    x = larger_or_nan(x, -126.0f);
+    const float shifted = x + ROUND, rest = x - (shifted - ROUND);  // of -0.5 to 0.5
+    const float power = fmaf(fmaf(fmaf(0.05517167f, rest, 0.24261112f), rest, 0.69326099f), rest, 0.99992807f);
+    return power * float_of((bits_of(shifted) << 23) + 0x3f800000u);
+}
+
 // Of rows lane / 4 and lane / 4 + 8: the largest score so far, and this thread's share of the sum of 2^(score - largest).
 struct Softmax {
     static constexpr float MAX_FLOAT = 3.4028234664e38f;
@@ -120,8 +135,9 @@ struct Softmax {
     static constexpr float MAX_REFERENCE = 16384.0f;
     float largest[2] = {-MAX_FLOAT, -MAX_FLOAT}, sum[2] = {0.0f, 0.0f};
 
-    // Scores become exponentials; keep: what sums of earlier blocks are to be multiplied by.
-    template <int COUNT>
+    // Scores become exponentials; keep: what sums of earlier blocks are to be multiplied by. POLYNOMIAL: which share of them
+    // is computed without the unit for exponentials, one of so many, or 0.
+    template <int POLYNOMIAL, int COUNT>
     __device__ inline void exponentials(float (&s)[COUNT], float scale, float (&keep)[2]) {
         float before[2] = {largest[0], largest[1]}, reference[2];
 #pragma unroll
@@ -141,7 +157,11 @@ struct Softmax {
             for (int half = 0; half < 2; ++half)
                 keep[half] = exp2_fast(multiply_rounded(before[half], scale) - reference[half]);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
+            for (int i = 0; i < COUNT; ++i) {
+                constexpr int OF = POLYNOMIAL ? POLYNOMIAL : 1;
+                const float exponent = fmaf(s[i], scale, -reference[i / 2 % 2]);
+                s[i] = POLYNOMIAL && i % OF == OF - 1 ? exp2_polynomial(exponent) : exp2_fast(exponent);
+            }
         }
         sum[0] *= keep[0], sum[1] *= keep[1];
 #pragma unroll
@@ -149,13 +169,13 @@ struct Softmax {
     }
 };
 
-template <typename T, int DIM, int GROUPS>
+template <typename T, int DIM, int GROUPS, int POLYNOMIAL>
 struct Attention {
     using Size = Tile<DIM, GROUPS>;
     static constexpr int SCORES = Size::KEYS / 2, STEPS = Size::KEYS / 16;
     const Shared<DIM, GROUPS>& shared;
     const int group, lane;
-    Place<Size::STAGES> place;
+    Place<Size::STAGES> place;  // of keys, and of values unless they are those of the block before
     Softmax softmax;
     float s[SCORES], o[DIM / 2];
     uint32_t p[STEPS][4];
@@ -166,11 +186,11 @@ struct Attention {
         for (int i = 0; i < DIM / 2; ++i) o[i] = 0.0f;
     }
 
-    // Both wait for the stage that is next.
-    __device__ inline void begin_scores() {
+    // Both wait for the stage.
+    __device__ inline void begin_scores(const Place<Size::STAGES>& at) {
         const uint64_t q = line_descriptor(shared.queries + group * GROUP_ROWS * LINE_BYTES);
-        const uint64_t k = line_descriptor(shared.stages + place.stage * Size::KEY_BYTES);
-        barrier_wait(shared.filled + place.stage, place.round & 1);
+        const uint64_t k = line_descriptor(shared.keys.at(at.stage));
+        barrier_wait(shared.keys.filled(at.stage), at.round & 1);
         hold(s);
         wgmma_begin();
 #pragma unroll
@@ -180,24 +200,21 @@ struct Attention {
                                  k + ((panel * Size::KEYS * LINE_BYTES + further) >> 4), part > 0);
         }
         wgmma_commit();
-        place.advance();
     }
-    __device__ inline void begin_values() {
-        const uint64_t v = line_descriptor(shared.stages + place.stage * Size::KEY_BYTES, Size::KEYS * LINE_BYTES);
-        barrier_wait(shared.filled + place.stage, place.round & 1);
+    __device__ inline void begin_values(const Place<Size::STAGES>& at) {
+        const uint64_t v = line_descriptor(shared.values.at(at.stage), Size::KEYS * LINE_BYTES);
+        barrier_wait(shared.values.filled(at.stage), at.round & 1);
         hold(o);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
             multiply_add_from_registers<T>(o, p[step], v + (step * 16 * LINE_BYTES >> 4));
         wgmma_commit();
-        place.advance();
     }
 
-    // All before this place have been read but `newer`.
-    __device__ inline void release(int newer) {
-        const int stage = place.stage - 1 - newer;
-        if (lane == 0) barrier_arrive(shared.emptied + (stage < 0 ? stage + Size::STAGES : stage));
+    // The warp has read the stage.
+    __device__ inline void release(const Ring<DIM, GROUPS>& ring, const Place<Size::STAGES>& at) {
+        if (lane == 0) barrier_arrive(ring.emptied(at.stage));
     }
 
     // Keys beyond the last count nothing.
@@ -207,6 +224,7 @@ struct Attention {
             if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) s[i] = -INFINITY;
     }
     __device__ inline void rescale(const float (&keep)[2]) {
+        if (!any_in_warp(keep[0] != 1.0f || keep[1] != 1.0f)) return;  // as nearly always after the first blocks
 #pragma unroll
         for (int i = 0; i < DIM / 2; ++i) o[i] *= keep[i / 2 % 2];
     }
@@ -221,36 +239,39 @@ struct Attention {
     template <bool LAST>
     __device__ inline void sequential(float scale, int valid) {
         float keep[2];
-        begin_scores();
+        begin_scores(place);
         wgmma_wait<0>(s);
-        release(0);
+        release(shared.keys, place);
         if (LAST) mask(valid);
-        softmax.exponentials(s, scale, keep);
+        softmax.template exponentials<POLYNOMIAL>(s, scale, keep);
         rescale(keep);
         round();
-        begin_values();
+        begin_values(place);
         wgmma_wait<0>(o);
-        release(0);
+        release(shared.values, place);
+        place = place.next();
     }
 
     // The second product of a block beside the softmax of the next.
     template <bool LAST>
     __device__ inline void overlapped(float scale, int valid) {
         float keep[2];
-        begin_scores();
-        begin_values();
+        const Place<Size::STAGES> before = place;
+        place = place.next();
+        begin_scores(place);
+        begin_values(before);
         wgmma_wait<1>(s);
-        release(1);
+        release(shared.keys, place);
         if (LAST) mask(valid);
-        softmax.exponentials(s, scale, keep);
+        softmax.template exponentials<POLYNOMIAL>(s, scale, keep);
         wgmma_wait<0>(o);
-        release(0);
+        release(shared.values, before);
         rescale(keep);
         round();
     }
 };
 
-template <typename T, int DIM, int GROUPS, bool OVERLAP>
+template <typename T, int DIM, int GROUPS, bool OVERLAP, int POLYNOMIAL>
 __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
     attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ CudaSelfAttention problem,
                      const __grid_constant__ Plan plan) {
@@ -262,8 +283,10 @@ __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
     const Shared<DIM, GROUPS> shared(dynamic_shared());
     if (threadIdx.x == 0) {
         for (int i = 0; i < Size::STAGES; ++i) {
-            barrier_init(shared.filled + i, 1);
-            barrier_init(shared.emptied + i, GROUPS * GROUP_THREADS / WARP);
+            for (const Ring<DIM, GROUPS>* ring : {&shared.keys, &shared.values}) {
+                barrier_init(ring->filled(i), 1);
+                barrier_init(ring->emptied(i), GROUPS * GROUP_THREADS / WARP);
+            }
         }
         barrier_init(shared.queries_filled, 1);
         barrier_init_done();
@@ -281,23 +304,23 @@ __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
         return;
     }
     if constexpr (GROUPS > 1) take_registers<Registers<GROUPS>::COMPUTING>();
-    Attention<T, DIM, GROUPS> attention(shared, group, lane);
+    Attention<T, DIM, GROUPS, POLYNOMIAL> attention(shared, group, lane);
     const int last = plan.blocks - 1, valid = int(problem.keys) - last * Size::KEYS;
     barrier_wait(shared.queries_filled, 0);
     if constexpr (OVERLAP) {
         float keep[2];  // of nothing
-        attention.begin_scores();
+        attention.begin_scores(attention.place);
         wgmma_wait<0>(attention.s);
-        attention.release(0);
+        attention.release(shared.keys, attention.place);
         if (last == 0) attention.mask(valid);
-        attention.softmax.exponentials(attention.s, plan.scale_log2, keep);
+        attention.softmax.template exponentials<POLYNOMIAL>(attention.s, plan.scale_log2, keep);
         attention.round();
 #pragma unroll 1
         for (int block = 1; block < last; ++block) attention.template overlapped<false>(plan.scale_log2, 0);
         if (last > 0) attention.template overlapped<true>(plan.scale_log2, valid);
-        attention.begin_values();
+        attention.begin_values(attention.place);
         wgmma_wait<0>(attention.o);
-        attention.release(0);
+        attention.release(shared.values, attention.place);
     } else {
 #pragma unroll 1
         for (int block = 0; block < last; ++block) attention.template sequential<false>(plan.scale_log2, 0);

@@ -29,10 +29,11 @@ enum class CudaAttentionOrder {
     automatic,
     sequential,  // one after the other; other warpgroups fill the gaps
     overlapped,  // the softmax of a block runs beside the second product of the block before
+    polynomial,  // the same, and one of 8 exponentials is a polynomial, within 1e-4; heads of up to 40 elements only
 };
 
 // nullptr if the operator can run on the current device, else the reason why it cannot.
-const char* self_attention_cuda_refuses(const CudaSelfAttention& problem, CudaFloat dtype);
+const char* self_attention_cuda_refuses(const CudaSelfAttention& problem, CudaFloat dtype, CudaAttentionOrder order);
 
 // Enqueues on the stream of the current device; returns the launch's error, or cudaErrorInvalidValue if the operator
 // refuses. groups: warpgroups that compute in a block, of 64 queries each; 0: chosen.

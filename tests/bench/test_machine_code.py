@@ -47,3 +47,49 @@ def test_limits(machine_code: ModuleType, limit: tuple, faults: list[str]) -> No
     code = machine_code.parsed(LISTING)
     assert machine_code.LoopLimit(*limit).faults(code) == faults
     assert machine_code.LoopLimit(*limit).faults(code[-2:-1]) == ["no loop with loads"]
+
+
+PRODUCTS = """
+        /*0000*/                   HGMMA.64x8x16.F32 R0, gdesc[UR4] ;
+        /*0010*/              @P1 BRA 0x0 ;
+        /*0020*/                   HGMMA.64x128x16.F32 R0, gdesc[UR4] ;
+        /*0030*/                   HGMMA.64x40x16.F32 R8, R0, gdesc[UR4] ;
+        /*0040*/                   SYNCS.PHASECHK P0, [R4] ;
+        /*0050*/              @!P0 BRA 0x40 ;
+        /*0060*/                   FSETP.GE P2, R1, 1 ;
+        /*0070*/               @P2 BRA 0xb0 ;
+        /*0080*/                   FFMA R1, R1, R2, R3 ;
+        /*0090*/                   MUFU.EX2 R1, R1 ;
+        /*00a0*/                   BRA 0xf0 ;
+        /*00b0*/                   FADD R1, R1, R3 ;
+        /*00c0*/                   FMUL R1, R1, R2 ;
+        /*00d0*/                   FSEL R1, R1, R2, P3 ;
+        /*00e0*/                   MUFU.EX2 R1, R1 ;
+        /*00f0*/              @!P3 BRA 0x20 ;
+        /*0100*/                   EXIT ;
+"""
+
+
+def test_the_shortest_turn_of_a_loop(machine_code: ModuleType) -> None:
+    """It waits for nothing, and goes by the fma: what is not on the way does not count."""
+    turn = machine_code.shortest_turn(machine_code.parsed(PRODUCTS))
+    assert [text.split()[0] for text in turn if text[0] != "@"] == [
+        "HGMMA.64x128x16.F32", "HGMMA.64x40x16.F32", "SYNCS.PHASECHK", "FSETP.GE", "FFMA", "MUFU.EX2", "BRA",
+    ]  # fmt: skip
+    assert len(turn) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        ({}, []),
+        ({"instructions": 4.9}, ["5.00 instructions per number, at most 4.9"]),
+        ({"exponentials": 0}, ["1 exponentials, at most 0"]),
+        ({"without": "FFMA"}, ["FFMA in the main loop"]),
+    ],
+)
+def test_limits_of_a_turn(machine_code: ModuleType, changes: dict, faults: list[str]) -> None:
+    values = {"numbers": 2, "instructions": 5.0, "exponentials": 1, "without": "FSEL"}
+    limit = machine_code.TurnLimit(**values | changes)
+    assert limit.faults(machine_code.parsed(PRODUCTS)) == faults
+    assert limit.faults(machine_code.parsed(LISTING)) == ["no loop with matrix instructions"]

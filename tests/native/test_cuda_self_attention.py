@@ -16,8 +16,9 @@ from vpd_fast import _native
 from .devices import A100, H200, Device
 from .test_cuda_emulation import ROUNDOFF, SMALLEST, memory_of, name_of, padded
 
-ORDERS = ("sequential", "overlapped")
+ORDERS = ("sequential", "overlapped", "polynomial")
 orders = pytest.mark.parametrize("order", ORDERS)
+POLYNOMIAL = 1e-4  # relative error of the exponentials that are one
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -95,7 +96,7 @@ def scale_of(case: Case) -> float:
     return case.dim**-0.5 if case.scale is None else case.scale
 
 
-def check(case: Case, qkv: Tensors, out: torch.Tensor) -> None:
+def check(case: Case, qkv: Tensors, out: torch.Tensor, order: str = "auto") -> None:
     """Compares with float64, within what rounding explains.
 
     A score is a sum of D products, of which each step rounds once relative to the sum of their sizes (tensor cores
@@ -111,7 +112,8 @@ def check(case: Case, qkv: Tensors, out: torch.Tensor) -> None:
     scale = scale_of(case)
     probabilities = torch.softmax(q @ k.mT * scale, -1)
     logit = (2 * case.dim + 4 + 2 * blocks) * unit * scale * (q.abs() @ k.abs().mT).amax(-1, keepdim=True)
-    relative = 2 * torch.expm1(logit) + (2 * case.length + 8 + 6 * blocks) * unit
+    exponential = POLYNOMIAL if order == "polynomial" else 0.0  # beyond what is said above
+    relative = 2 * exponential + 2 * torch.expm1(logit) + (2 * case.length + 8 + 6 * blocks) * unit
     expected, size = probabilities @ v, probabilities @ v.abs()
     narrow, tiny = ROUNDOFF[case.dtype], SMALLEST[case.dtype]
     budget = size * (relative + narrow * 1.01) + expected.abs() * narrow * 1.01
@@ -122,7 +124,7 @@ def check(case: Case, qkv: Tensors, out: torch.Tensor) -> None:
 
 def run_and_check(machine: ModuleType, case: Case, order: str = "auto", groups: int = 0) -> None:
     qkv = make(case)
-    check(case, qkv, run(machine, case, qkv, order, groups))
+    check(case, qkv, run(machine, case, qkv, order, groups), order)
 
 
 SIZES = [  # queries, keys, head dimension, warpgroups: one block of keys and more, full ones and not
@@ -143,6 +145,8 @@ SIZES = [  # queries, keys, head dimension, warpgroups: one block of keys and mo
 @orders
 @pytest.mark.parametrize(("n", "length", "dim", "groups"), SIZES)
 def test_sizes(machine: ModuleType, n: int, length: int, dim: int, groups: int, order: str) -> None:
+    if order == "polynomial" and dim > 40:
+        order = "auto"
     heads = 1 if n > 64 else 2
     case = Case(n=n, length=length, dim=dim, heads=heads, dtype=FP16 if n == 20 else BF16)
     run_and_check(machine, case, order, groups)
@@ -199,7 +203,7 @@ def test_the_largest_score_may_come_at_any_time(machine: ModuleType, order: str)
         q, k, v = make(case)
         q[..., ::8] = 1.0
         k[..., ::8] = (rise * torch.arange(300)).to(k.dtype)[:, None]
-        check(case, (q, k, v), run(machine, case, (q, k, v), order))
+        check(case, (q, k, v), run(machine, case, (q, k, v), order), order)
 
 
 @orders
@@ -207,13 +211,18 @@ def test_what_is_not_finite_stays_where_it_matters(machine: ModuleType, order: s
     case = Case(n=20, length=140, dim=8)
     q, k, v = make(case)
     expected = run(machine, case, (q, k, v), order)
+
+    def require_the_rest(out: torch.Tensor) -> None:
+        """Other rows of a warp then have exponents as of huge scores, which may flip a rounding."""
+        assert (out - expected).double().norm() <= torch.finfo(BF16).eps * expected.double().norm()
+
     for special in (float("nan"), float("inf")):
         changed = q.clone()
         changed[0, 5, 3] = special  # of head 0
         out = run(machine, case, (changed, k, v), order)
         assert out[0, 5, :8].isnan().all()
         out[0, 5, :8] = expected[0, 5, :8]
-        assert torch.equal(out, expected)
+        require_the_rest(out)
         changed = v.clone()
         changed[0, 139, 3] = special
         out = run(machine, case, (q, k, changed), order)
@@ -227,14 +236,13 @@ def test_what_is_not_finite_stays_where_it_matters(machine: ModuleType, order: s
     assert torch.equal(out.isnan().any(-1), q[0, :, 3] < 0)
 
 
-@orders
-@pytest.mark.parametrize("dim", [40, 160])
+@pytest.mark.parametrize(("dim", "order"), [(40, order) for order in ORDERS] + [(160, order) for order in ORDERS[:2]])
 def test_results_do_not_depend_on_the_order_of_threads(cuda: ModuleType, dim: int, order: str) -> None:
     """Warpgroups, copies and products come in the longest waiting's order, the last one's, and random ones."""
     case = Case(n=100, length=270, dim=dim, heads=1)
     qkv = make(case)
     first, *others = (run(cuda, case, qkv, order, 2, H200._replace(order=number)) for number in range(6))
-    check(case, qkv, first)
+    check(case, qkv, first, order)
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -251,6 +259,7 @@ def test_equal_scores_give_the_mean(machine: ModuleType) -> None:
     [
         ({"dim": 168}, H200, "more than 160 elements"),
         ({"dim": 20}, H200, "not a multiple of 8"),
+        ({"dim": 48, "order": "polynomial"}, H200, "up to 40 elements"),
         ({"scale": -1.0}, H200, "the scale is negative"),
         ({"dtype": torch.float32}, H200, "must be bfloat16 or float16"),
         ({}, A100, "no wgmma"),
@@ -258,9 +267,10 @@ def test_equal_scores_give_the_mean(machine: ModuleType) -> None:
     ],
 )
 def test_what_it_cannot_run(cuda: ModuleType, change: dict, device: Device, message: str) -> None:
-    case = replace(Case(), **change)
+    order = change.get("order", "auto")
+    case = replace(Case(), **{name: value for name, value in change.items() if name != "order"})
     with pytest.raises(ValueError, match=message):
-        run(cuda, case, make(case), device=device)
+        run(cuda, case, make(case), order, device=device)
 
 
 def test_unknown_names_are_refused(cuda: ModuleType) -> None:

@@ -12,7 +12,8 @@ CudaAttentionOrder parse_order(const std::string& name) {
     if (name == "auto") return CudaAttentionOrder::automatic;
     if (name == "sequential") return CudaAttentionOrder::sequential;
     if (name == "overlapped") return CudaAttentionOrder::overlapped;
-    throw std::invalid_argument("order '" + name + "' is not auto, sequential or overlapped");
+    if (name == "polynomial") return CudaAttentionOrder::polynomial;
+    throw std::invalid_argument("order '" + name + "' is not auto, sequential, overlapped or polynomial");
 }
 
 CudaRows parse_rows(const Rows& rows) {
@@ -29,7 +30,7 @@ void self_attention(const std::array<Rows, 4>& tensors, const std::string& dtype
     const CudaFloat type = parse_dtype(dtype);
     const CudaAttentionOrder chosen = parse_order(order);
     const DeviceGuard guard(device);
-    if (const char* reason = self_attention_cuda_refuses(p, type)) throw std::invalid_argument(reason);
+    if (const char* reason = self_attention_cuda_refuses(p, type, chosen)) throw std::invalid_argument(reason);
     require_success(self_attention_cuda(p, type, chosen, groups, reinterpret_cast<cudaStream_t>(stream)),
                     "self_attention");
 }
@@ -42,7 +43,7 @@ void bind_self_attention(py::module_& m) {
         py::arg("order"), py::arg("groups"), py::arg("device"), py::arg("stream"),
         "tensors: (address, strides of images and rows in elements) of q (B,N,heads*D), k and v (B,M,heads*D) and out\n"
         "(B,N,heads*D), all bfloat16 or float16 as dtype says, channels next to each other; an image's stride 0 where\n"
-        "all images share k and v. shape: (B, N, M, heads, D). order: auto, sequential or overlapped. groups:\n"
+        "all images share k and v. shape: (B, N, M, heads, D). order: auto, sequential, overlapped or polynomial. groups:\n"
         "warpgroups per block, 1 to 3 for D up to 40, else 1 or 2; 0: chosen. Raises ValueError for what it cannot\n"
         "compute.");
 }

@@ -137,6 +137,12 @@ inline uint32_t bits_of(float x) {
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline float larger_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
 }
