@@ -91,6 +91,10 @@ def _cross_attention(setting: Setting, batch: int, shape: tuple[int, int, int], 
         name: lambda name=name: ops.cross_attention_maps(q, k, v, heads, impl=name)
         for name in _implementations(operator)
     }
+    calls |= {
+        f"{name} without maps": lambda name=name: ops.cross_attention_maps(q, k, v, heads, need_maps=False, impl=name)
+        for name in _implementations(operator)
+    }
     calls |= {"library": lambda: sdpa(q, k, v, heads), "library and maps": lambda: sdpa_and_maps(q, k, v, heads)}
     gflop = 4e-9 * batch * heads * dim * positions * tokens
     return _rows(setting, calls, gflop, kind="cross", batch=batch, shape=str(shape), tokens=tokens)

@@ -173,6 +173,20 @@ def test_self_attention_in_cuda_cpp_is_for_those_who_ask(gpu, monkeypatch) -> No
         assert why() == "GPU of the test has no wgmma (compute capability 9.0 has)"
 
 
+def test_attention_without_maps_may_be_that_of_self_attention(gpu, monkeypatch) -> None:
+    gpu((9, 0))
+    monkeypatch.setattr(_native, "why_missing", lambda module: None)
+    monkeypatch.setattr("vpd_fast.ops._attention._cuda_scratch", lambda *_: 0)
+    q, k = empty(2, 64, 80), empty(2, 7, 80)
+    reasons = ops.explain("cross_attention_maps", q, k, k, 2, need_maps=False)
+    assert reasons["wgmma"] == "ok"
+    assert reasons.auto == "cuda"
+    wanted = "maps are wanted, which this kernel does not compute"
+    assert ops.explain("cross_attention_maps", q, k, k, 2)["wgmma"] == wanted
+    into = empty(2, 64, 7, dtype=FLOAT32)
+    assert ops.explain("cross_attention_maps_into", q, k, k, into, 2)["wgmma"] == wanted
+
+
 @pytest.mark.skipif(NO_TRITON, reason="the reason is then another one")
 def test_8_bit_floats_need_a_newer_gpu(gpu) -> None:
     x, weight = empty(1, 64, 32), weight_of(32, 32, FLOAT8)

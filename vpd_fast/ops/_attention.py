@@ -276,12 +276,27 @@ def _cuda(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     )
 
 
+def _wgmma_refuses(p: AttentionArguments) -> str | None:
+    if getattr(p, "need_maps", True):
+        return "maps are wanted, which this kernel does not compute"
+    from vpd_fast.kernels import _attention_cuda as kernel
+
+    return kernel.refuse(p.q, p.k, p.v, p.heads, p.scale)
+
+
+def _wgmma(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
+    from vpd_fast.kernels import _attention_cuda as kernel
+
+    kernel.forward(p.q, p.k, p.v, out, heads=p.heads, scale=p.scale)
+
+
 # (name, run, refuse), in order of preference.
 IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[[AttentionArguments], str | None]], ...] = (
     ("constant", _constant, _constant_refuses),
     ("cuda", _cuda, _cuda_refuses),
     ("cpu", _cpu, cpu_refuses),
     ("triton", _triton, triton_refuses),
+    ("wgmma", _wgmma, _wgmma_refuses),  # that of self_attention, not measured yet: "triton" takes all that it does
     ("reference", _reference, never_refuses),
 )
 

@@ -70,8 +70,9 @@ def cross_attention_maps(
     need_maps: False: plain attention, maps are None. average_heads: False: one map for each head.
     weight, addend: maps are addend + weight * (what was said above), so that a mean over layers needs no second
         pass: each layer gives its share to the next. addend: of the shape and dtype of the maps; weight: a number.
-    impl: "auto", "cuda", "triton", "cpu" or "reference" ("constant" is what "auto" takes for L = 1). Backward is by the
-        same, or for "cuda" and "constant", which have none, by what "auto" takes.
+    impl: "auto", "cuda", "triton", "wgmma" (without maps, on GPUs of compute capability 9.0), "cpu" or "reference"
+        ("constant" is what "auto" takes for L = 1). Backward is by the same, or for "cuda", "wgmma" and "constant",
+        which have none, by what "auto" takes.
 
     Returns out (B, N, heads * D) in q's dtype and maps (B, N, M), or (B, heads, N, M) without average_heads, in
     float32 (float64 for float64); M is L or num_categories. Under autocast q, k and v are cast to its dtype.
