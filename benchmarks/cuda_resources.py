@@ -32,6 +32,8 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 # Kernels whose machine code must have instructions that match all of these; the first start of the name counts.
 COPIES = ("LDGSTS", "LDSM")  # cp.async, ldmatrix
 BOXES = (r"UTMALDG\.4D", r"UTMALDG\.2D")  # TMA
+# What kernels of clusters have: multicast, stores by TMA, registers that move between warps.
+MULTICAST = (r"UTMALDG\.4D", r"UTMALDG\.2D\.MULTICAST", r"UTMASTG\.4D", "USETMAXREG")
 EXPECTED = {
     "sm_80": {
         "forward_kernel<": ("HMMA", *COPIES),
@@ -48,6 +50,8 @@ EXPECTED = {
         # Scores of whole blocks of keys, and heads that are not padded.
         "attention_kernel<__half, 160": (r"HGMMA\.64x64x16\.F32", r"HGMMA\.64x160x16\.F32", BOXES[0], "USETMAXREG"),
         "attention_kernel<__half, 80": (r"HGMMA\.64x128x16\.F32", r"HGMMA\.64x80x16\.F32", BOXES[0]),
+        "persistent_kernel<signed char": (r"IGMMA\.64x(128|160|256)x32", *MULTICAST),
+        "persistent_kernel<": (r"HGMMA\.64x(128|160|256)x16\.F32", *MULTICAST),
         # Probes.
         "copy_kernel<1>": (r"UTMALDG\.2D$",),
         "copy_kernel<": (r"UTMALDG\.2D\.MULTICAST",),
@@ -59,7 +63,7 @@ EXPECTED = {
     },
 }
 # Instructions for each step of K in the loop that starts both copies, of kernels whose name begins like this.
-COPY_LOOPS = {r"wgmma_kernel<.*, true>": 32}
+COPY_LOOPS = {r"wgmma_kernel<.*, true>": 32, "persistent_kernel<": 42}
 # Loops of kernels that bytes should limit. Per number: unpacking 1, scale and shift 1, SiLU 5, rounding 0.5 to 16 bits
 # and 6 to 8 bits (as the reference: product, sum and number are each rounded, then clamped and packed); the rest are
 # addresses.

@@ -26,7 +26,7 @@ COUNT = 12  # shapes with the most work of a pass
 PRECISIONS = {"int8": torch.int8, "bf16": torch.bfloat16}
 STEPS_OF_K = (2, 5, 9, 18, 36, 72)  # of 128 bytes, by which the cost of a tile and of a step are told apart
 STEP_BYTES, TILE, PROCESSORS = 128, 128, 132
-LOOPS = ("wgmma", "wgmma_wide")  # whose tiles and steps are compared
+LOOPS = ("wgmma", "wgmma_wide", "wgmma_persistent")  # whose tiles and steps are compared
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ VARIANTS = {
     "cuda, wide, residual": Variant(instructions="wgmma_wide", residual=True),
     "cuda, statistics": Variant(statistics=True),
     "cuda, wide, statistics": Variant(instructions="wgmma_wide", statistics=True),
+    "cuda, persistent": Variant(instructions="wgmma_persistent"),
+    "cuda, persistent, no residual": Variant(instructions="wgmma_persistent", residual=False),
+    "cuda, persistent, residual": Variant(instructions="wgmma_persistent", residual=True),
     "cuda, mma": Variant(instructions="mma"),
     "triton": Variant("triton"),
     "library": Variant("library"),

@@ -15,6 +15,7 @@ using namespace gemm;
 
 constexpr int MAX_SPLITS = 16, MIN_STEPS_PER_SPLIT = 8;
 constexpr int STEPS_OF_EPILOGUE = 3;  // that take as long as what is around the steps of a tile
+constexpr int STEPS_OF_PERSISTENT_EPILOGUE = 2;
 constexpr int64_t MAX_WIDE_REACH = int64_t(8) * WideRow::NONE;
 constexpr int64_t MAX_COUNT = int64_t(1) << 30;  // of what is counted with 32 bits, with room for a tile more
 
@@ -148,6 +149,25 @@ void widen_tiles(const CudaGemm& p, CudaOperand operand, Plan& plan, int process
     if (wide_takes(p, wider) && copied_lines(wider, processors) < copied_lines(plan, processors)) plan = wider;
 }
 
+// Takes the persistent kernel if there is a tile for each processor: in the tiles that are done the earliest, by the
+// products that processors compute one after the other.
+void make_persistent(const CudaGemm& p, CudaOperand operand, Plan& plan, int processors) {
+    constexpr int SIZES[][2] = {{128, 256}, {256, 160}, {256, 128}};
+    const int even = processors / 2 * 2;
+    int64_t least = INT64_MAX;
+    for (const auto& [rows, columns] : SIZES) {
+        Plan tried = plan;
+        set_tiles(p, rows, columns, tried);
+        if (tiles_of(tried) < even) continue;
+        tried.row_tiles += tried.row_tiles % 2;  // clusters have two
+        tried.splits = 1, tried.share = tried.steps, tried.persistent = true, tried.wide = false;
+        if (even < 2 || !persistent_takes(p, tried, operand) || wgmma_refuses(p, tried, operand)) continue;
+        const int64_t work =
+            ceil_divide(tiles_of(tried), even) * rows * columns * (tried.steps + STEPS_OF_PERSISTENT_EPILOGUE);
+        if (work < least) least = work, plan = tried;
+    }
+}
+
 const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
     const int bytes = bytes_of(operand);
     for (int64_t size :
@@ -204,14 +224,16 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
     }
     wgmma = !reason && instructions != CudaInstructions::mma;
     if (!wgmma) {
-        if (instructions == CudaInstructions::wgmma || instructions == CudaInstructions::wgmma_wide) return reason;
+        if (instructions != CudaInstructions::automatic && instructions != CudaInstructions::mma) return reason;
         if (operand == CudaOperand::float8_e4m3fn) return reason ? reason : "mma does not multiply float8_e4m3fn";
         set_tiles(p, 128, 128, plan);
         if (tiles_of(plan) < processors) set_tiles(p, 64, 64, plan);
     }
     set_splits(plan, processors);
-    if (wgmma && instructions == CudaInstructions::wgmma_wide) plan.wide = wide_takes(p, plan);
+    const bool persistent = instructions == CudaInstructions::wgmma_persistent;
+    if (wgmma && (persistent || instructions == CudaInstructions::wgmma_wide)) plan.wide = wide_takes(p, plan);
     if (plan.wide) widen_tiles(p, operand, plan, processors);
+    if (wgmma && persistent) make_persistent(p, operand, plan, processors);
     if (tiles_of(plan) * plan.splits >= MAX_COUNT ||
         plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
         return "the result has too many elements";
@@ -261,6 +283,7 @@ cudaError_t gemm_cuda(const CudaGemm& problem, CudaOperand operand, CudaInstruct
     if (make_plan(p, operand, instructions, plan, wgmma)) return cudaErrorInvalidValue;
     if (plan.rows == 0) return cudaSuccess;
     if (scratch_of(p, plan) && !p.scratch) return cudaErrorInvalidValue;
+    if (plan.persistent) return launch_persistent(p, plan, operand, stream);
     const cudaError_t status = wgmma ? launch_wgmma(p, plan, operand, stream) : launch_mma(p, plan, operand, stream);
     if (status != cudaSuccess || plan.splits == 1) return status;
     switch (operand) {

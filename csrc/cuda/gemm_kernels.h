@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/gemm_tile.cuh"
+#include "cuda/hopper.cuh"
 
 namespace vpd::gemm {
 
@@ -22,5 +23,15 @@ constexpr int blocks_per_processor(int columns, bool float8) {
 // Why TMA cannot read the sources or the weight in the boxes of the plan, or nullptr.
 const char* wgmma_refuses(const CudaGemm& problem, const Plan& plan, CudaOperand operand);
 cudaError_t launch_wgmma(const CudaGemm& problem, const Plan& plan, CudaOperand operand, cudaStream_t stream);
+
+// Of the sources and the weight. cluster: blocks that load a part of the weight's box each.
+struct TensorMaps {
+    TensorMap source[2], weight;
+};
+bool encode_operands(TensorMaps& maps, const CudaGemm& problem, const Plan& plan, CudaOperand operand, int cluster);
+
+// By blocks that stay, in tiles of 256x128, 256x160 or 128x256; for usual problems only.
+bool persistent_takes(const CudaGemm& problem, const Plan& plan, CudaOperand operand);
+cudaError_t launch_persistent(const CudaGemm& problem, const Plan& plan, CudaOperand operand, cudaStream_t stream);
 
 }  // namespace vpd::gemm

@@ -60,6 +60,7 @@ struct Plan {
     int64_t out_columns;
     bool four_at_once;  // four columns of out and residual are aligned
     bool wide;          // the epilogue takes eight
+    bool persistent;    // blocks stay
     bool statistics;    // the kernel finds them
     int log_run, runs;  // of statistics: binary logarithm of a run's positions; runs of an image
     // By tiles of a split, tiles of a group of rows and rows of the last group, boxes along columns and rows, blocks of

@@ -29,10 +29,11 @@ bool encode_source(TensorMap& map, const CudaGemm& p, const Plan& plan, int byte
     return encode_tensor_map(map, bytes, 4, x.data, sizes, strides, box, steps);
 }
 
-bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int bytes) {
+bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int bytes, int cluster) {
     const cuuint64_t sizes[] = {cuuint64_t(plan.weight_columns), cuuint64_t(p.n)};
     const cuuint64_t strides[] = {cuuint64_t(plan.weight_columns) * bytes};
-    const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), cuuint32_t(plan.columns_of_tile)}, steps[] = {1, 1};
+    const cuuint32_t box[] = {cuuint32_t(STEP_BYTES / bytes), cuuint32_t(plan.columns_of_tile / cluster)},
+                     steps[] = {1, 1};
     return encode_tensor_map(map, bytes, 2, p.weight, sizes, strides, box, steps);
 }
 
@@ -74,13 +75,16 @@ const char* wgmma_refuses(const CudaGemm& p, const Plan& plan, CudaOperand opera
     return nullptr;
 }
 
+bool encode_operands(TensorMaps& maps, const CudaGemm& p, const Plan& plan, CudaOperand operand, int cluster) {
+    const int bytes = bytes_of(operand);
+    return encode_source(maps.source[0], p, plan, bytes, 0) &&
+           (!p.channels[1] || encode_source(maps.source[1], p, plan, bytes, 1)) &&
+           encode_weight(maps.weight, p, plan, bytes, cluster);
+}
+
 cudaError_t launch_wgmma(const CudaGemm& p, const Plan& plan, CudaOperand operand, cudaStream_t stream) {
     TensorMaps maps{};
-    const int bytes = bytes_of(operand);
-    const bool two = p.channels[1] > 0;
-    if (!encode_source(maps.source[0], p, plan, bytes, 0) ||
-        (two && !encode_source(maps.source[1], p, plan, bytes, 1)) || !encode_weight(maps.weight, p, plan, bytes))
-        return cudaErrorInvalidValue;
+    if (!encode_operands(maps, p, plan, operand, 1)) return cudaErrorInvalidValue;
     switch (operand) {
         case CudaOperand::int8: return launch_of<int8_t>(maps, p, plan, stream);
         case CudaOperand::float8_e4m3fn: return launch_of<Float8>(maps, p, plan, stream);

@@ -19,10 +19,6 @@
 
 namespace vpd::gemm {
 
-struct TensorMaps {
-    TensorMap source[2], weight;
-};
-
 template <typename T, int COLUMNS>
 struct WgmmaTile {
     static constexpr int ROWS = 128, MULTIPLYING = 256, THREADS = MULTIPLYING + WARP;

@@ -133,6 +133,63 @@ __device__ inline void load_box(void* shared, const TensorMap& map, uint64_t* ba
 #endif
 }
 
+// Copies a box from shared memory to a tensor, all but what is outside of it, when stores_done has made it visible; part of
+// the thread's open group of stores.
+__device__ inline void store_box(const void* shared, const TensorMap& map, int x0, int x1, int x2, int x3) {
+#if VPD_HOPPER
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(&map),
+                 "r"(shared_address(shared)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+#endif
+}
+__device__ inline void store_commit() {
+#if VPD_HOPPER
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+#endif
+}
+// Waits until all of this thread's stores have read shared memory.
+__device__ inline void store_wait() {
+#if VPD_HOPPER
+    asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+#endif
+}
+// Lets asynchronous instructions see what this thread has stored in shared memory.
+__device__ inline void stores_done() {
+#if VPD_HOPPER
+    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+__device__ inline unsigned rank_in_cluster() {
+    unsigned rank = 0;
+#if VPD_HOPPER
+    asm volatile("mov.u32 %0, %cluster_ctarank;\n" : "=r"(rank));
+#endif
+    return rank;
+}
+// As load_box, to the same place in all blocks of the cluster that the mask names, whose barriers get the bytes.
+__device__ inline void load_box_to_all(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1,
+                                       uint16_t mask) {
+#if VPD_HOPPER
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "h"(mask)
+        : "memory");
+#endif
+}
+// Arrives at the barrier that block `rank` of the cluster has where this block has `barrier`.
+__device__ inline void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
+#if VPD_HOPPER
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+#endif
+}
+
 // --- matrix instructions of a warpgroup ------------------------------------------------------------------------------
 // They run asynchronously: begin, some multiply_add_wide, commit ends a group; wgmma_wait until at most PENDING groups
 // are left, with which the sums and the operands in shared memory may be touched again.
@@ -163,6 +220,14 @@ __device__ inline void wgmma_wait(Sum (&sums)[COUNT]) {
 #if VPD_HOPPER
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
     hold(sums);
+#endif
+}
+template <int PENDING, typename Sum, int TILES, int COUNT>
+__device__ inline void wgmma_wait(Sum (&sums)[TILES][COUNT]) {
+#if VPD_HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) hold(sums[i]);
 #endif
 }
 

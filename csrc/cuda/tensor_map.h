@@ -21,15 +21,16 @@ inline EncodeTensorMap* find_encode_tensor_map() {
                                                                          : nullptr;
 }
 
-// Boxes of 128 bytes along the first dimension, swizzled, of numbers of 1 or 2 bytes. strides: in bytes, of all dimensions
+// Boxes of 64 or 128 bytes along the first dimension, swizzled, of numbers of 1 or 2 bytes. strides: in bytes, of all dimensions
 // but the first. Returns whether there is such a map.
 inline bool encode_tensor_map(CUtensorMap& map, int bytes, int rank, const void* address, const cuuint64_t* sizes,
                               const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps) {
     static EncodeTensorMap* const function = find_encode_tensor_map();
     const auto type = bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+    const auto swizzle = box[0] * bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
     return function && function(&map, type, rank, const_cast<void*>(address), sizes, strides, box, steps,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace vpd

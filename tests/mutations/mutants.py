@@ -146,6 +146,30 @@ MUTANTS = {
         "(stride << plan.log_y) - 1,",
         "tests/native/test_cuda_gemm.py -k 'sizes or geometry'",
     ),
+    "both blocks of a cluster send the same half of the weight": Mutant(
+        "csrc/cuda/gemm_persistent.cuh",
+        "tile.column + rank * SHARE",
+        "tile.column",
+        "tests/native/test_cuda_persistent.py -k matrix",
+    ),
+    "a stage is given back before the other block is done with it": Mutant(
+        "csrc/cuda/gemm_persistent.cuh",
+        "CLUSTER * Size::GROUPS * Size::WARPGROUP / WARP",
+        "Size::GROUPS * Size::WARPGROUP / WARP",
+        "tests/native/test_cuda_persistent.py -k 'matrix or orders'",
+    ),
+    "results leave shared memory while it is written": Mutant(
+        "csrc/cuda/gemm_persistent.cuh",
+        "if (i >= Size::BUFFERS) {",
+        "if (i > Size::BUFFERS) {",
+        "tests/native/test_cuda_persistent.py -k matrix",
+    ),
+    "statistics of a run forget how far its warps are apart": Mutant(
+        "csrc/cuda/gemm_statistics.cuh",
+        "part(warp, 2) + ROWS_PER_WARP * difference * difference",
+        "part(warp, 2)",
+        "tests/native/test_cuda_gemm.py -k statistics",
+    ),
     # CPU kernels
     "cpu normalised tail keeps lanes beyond the row": Mutant(
         "csrc/cpu/row_prologue.h",

@@ -36,6 +36,12 @@ def test_copies_come_and_are_counted(probes: ModuleType) -> None:
         probes.copy_boxes(addresses[0], 64, 3, 1, 7, 16, stages, *addresses[1:], 0)
         assert (clocks >= 0).all()
         assert not failed.any()
+    for cluster in (2, 4):  # each block loads a part of every box and sends it to all
+        clocks, failed = torch.full((4,), -1), torch.zeros(1, dtype=torch.int32)
+        addresses = known(probes, source, clocks, failed)
+        probes.copy_boxes(addresses[0], 64, 4, cluster, 7, 16, 2, *addresses[1:], 0)
+        assert (clocks >= 0).all()
+        assert not failed.any()
     with pytest.raises(RuntimeError):
         probes.copy_boxes(addresses[0], 64, 3, 1, 7, 24, 2, *addresses[1:], 0)  # boxes do not divide the region
 

@@ -1,4 +1,4 @@
-// What probes need beyond hopper.cuh: waits that end, clocks, copies to all blocks of a cluster, matrix descriptors.
+// What probes need beyond hopper.cuh: waits that end, clocks, matrix descriptors.
 #pragma once
 
 #include "cuda/hopper.cuh"
@@ -49,45 +49,6 @@ __device__ inline bool barrier_wait_bounded(uint64_t* barrier, unsigned parity) 
     return false;
 }
 
-__device__ inline unsigned rank_in_cluster() {
-    unsigned rank = 0;
-#if VPD_HOPPER
-    asm volatile("mov.u32 %0, %cluster_ctarank;\n" : "=r"(rank));
-#endif
-    return rank;
-}
-
-// As load_box, to the same place in all blocks of the cluster that the mask names.
-__device__ inline void load_box_to_all(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1,
-                                       uint16_t mask) {
-#if VPD_HOPPER
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(x0), "r"(x1), "h"(mask)
-        : "memory");
-#endif
-}
-
-// Arrives at the barrier that block `rank` of the cluster has where this block has `barrier`.
-__device__ inline void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
-#if VPD_HOPPER
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared_address(barrier)),
-        "r"(rank)
-        : "memory");
-#endif
-}
-
-// Lets asynchronous instructions see what this thread has stored in shared memory.
-__device__ inline void stores_done() {
-#if VPD_HOPPER
-    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-#endif
-}
-
 #else
 
 inline long long clocks_now() { return 0; }
@@ -95,8 +56,6 @@ inline bool barrier_wait_bounded(uint64_t* barrier, unsigned parity) {
     barrier_wait(barrier, parity);
     return true;
 }
-inline unsigned rank_in_cluster() { return 0; }
-inline void stores_done() {}
 
 #endif
 

@@ -32,21 +32,17 @@ __global__ void __launch_bounds__(THREADS)
             const unsigned parity = unsigned(i / p.stages - 1) & 1;
             if (i >= p.stages) {
                 good = barrier_wait_bounded(filled + stage, parity);
-#ifdef __CUDACC__
                 if constexpr (CLUSTER > 1) {  // nobody's box may be overwritten before it has come
                     for (int other = 0; other < CLUSTER; ++other) barrier_arrive_at(emptied + stage, unsigned(other));
                     if (i < p.boxes) good = barrier_wait_bounded(emptied + stage, parity) && good;
                 }
-#endif
             }
             if (i >= p.boxes) continue;
             barrier_expect(filled + stage, unsigned(box_bytes));
             unsigned char* const box = stages + stage * box_bytes + rank * part * LINE_BYTES;
-#ifdef __CUDACC__
             if constexpr (CLUSTER > 1)
                 load_box_to_all(box, map, filled + stage, 0, int(line) + rank * part, uint16_t((1 << CLUSTER) - 1));
             else
-#endif
                 load_box(box, map, filled + stage, 0, int(line));
             line += p.lines;
             if (line >= p.region) line -= p.region;
@@ -71,10 +67,8 @@ cudaError_t copy_boxes(const Copies& p, cudaStream_t stream) {
     const int bytes = 1024 + p.stages * (p.lines * LINE_BYTES + 16);
     switch (p.cluster) {
         case 1: return launch_kernel(copy_kernel<1>, p.blocks, THREADS, bytes, 1, stream, map, p);
-#ifdef __CUDACC__
         case 2: return launch_kernel(copy_kernel<2>, p.blocks, THREADS, bytes, 2, stream, map, p);
         case 4: return launch_kernel(copy_kernel<4>, p.blocks, THREADS, bytes, 4, stream, map, p);
-#endif
         default: return cudaErrorInvalidValue;
     }
 }

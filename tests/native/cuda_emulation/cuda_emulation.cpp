@@ -85,6 +85,14 @@ const unsigned char* check_shared(const void* address, size_t bytes, size_t alig
     return p;
 }
 
+Block& block_of_cluster(unsigned rank) {
+    if (rank >= blocks.size()) fail("a block of the cluster does not exist");
+    if (!blocks[rank]->running) fail("shared memory of a block that has ended is used");
+    return *blocks[rank];
+}
+
+unsigned rank_of(const Block& block) { return block.index.x - blocks.front()->index.x; }
+
 namespace {
 
 void run_thread() {
@@ -92,6 +100,7 @@ void run_thread() {
     for (const auto& group : current->groups)
         if (!group.empty()) fail("a thread ended before its copies were waited for");
     if (!current->products.empty()) fail("a thread ended before its products were waited for");
+    if (!current->stores.empty()) fail("a thread ended before its stores were waited for");
     --current->block->running;
     _longjmp(scheduler, FINISHED);
 }
@@ -235,10 +244,8 @@ void cluster_wait() {
 
 float load_from_cluster(const float* shared, uint32_t rank) {
     const unsigned char* own = check_shared(shared, sizeof(float), sizeof(float));
-    if (rank >= blocks.size()) fail("a block of the cluster does not exist");
-    if (!blocks[rank]->running) fail("shared memory of a block that has ended is read");
     float value;
-    std::memcpy(&value, blocks[rank]->shared + (own - current->block->shared), sizeof value);
+    std::memcpy(&value, block_of_cluster(rank).shared + (own - current->block->shared), sizeof value);
     return value;
 }
 

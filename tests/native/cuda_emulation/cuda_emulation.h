@@ -53,7 +53,7 @@ void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, ui
 // The left factor in registers, 16 rows per warp; the right one by columns.
 void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right);
 void wait_for_products(int pending);
-void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5]);
+void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5], unsigned mask = 0);
 
 }  // namespace cuda_emulation
 
@@ -180,6 +180,15 @@ template <int COUNT>
 void take_registers() {
     take_registers_to(COUNT);
 }
+unsigned rank_in_cluster();
+void barrier_arrive_at(uint64_t* barrier, unsigned rank);
+inline void load_box_to_all(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1, uint16_t mask) {
+    cuda_emulation::load_box(shared, map, barrier, {x0, x1, 0, 0, 0}, mask);
+}
+void store_box(const void* shared, const TensorMap& map, int x0, int x1, int x2, int x3);
+void store_commit();
+void store_wait();
+void stores_done();
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void load_box(void* shared, const TensorMap& map, uint64_t* barrier, int x0, int x1) {
     cuda_emulation::load_box(shared, map, barrier, {x0, x1, 0, 0, 0});
@@ -193,6 +202,10 @@ void wgmma_begin();
 void wgmma_commit();
 template <int PENDING, typename Sum, int COUNT>
 void wgmma_wait(Sum (&)[COUNT]) {
+    cuda_emulation::wait_for_products(PENDING);
+}
+template <int PENDING, typename Sum, int TILES, int COUNT>
+void wgmma_wait(Sum (&)[TILES][COUNT]) {
     cuda_emulation::wait_for_products(PENDING);
 }
 template <typename T>

@@ -17,12 +17,14 @@ constexpr int ALL_REGISTERS = 64 << 10;
 
 uint32_t shared_offset(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - current->block->shared); }
 
-TransactionBarrier& barrier_at(const uint64_t* barrier) {
+// That of a block where the current one has `barrier`.
+TransactionBarrier& barrier_of(Block& block, const uint64_t* barrier) {
     check_shared(barrier, 8, 8);
-    const auto found = current->block->transactions.find(barrier);
-    if (found == current->block->transactions.end()) fail("a barrier is used that was not initialised");
+    const auto found = block.transactions.find(block.shared + (reinterpret_cast<const unsigned char*>(barrier) - current->block->shared));
+    if (found == block.transactions.end()) fail("a barrier is used that was not initialised");
     return found->second;
 }
+TransactionBarrier& barrier_at(const uint64_t* barrier) { return barrier_of(*current->block, barrier); }
 
 void end_phase_if_complete(TransactionBarrier& barrier) {
     if (barrier.pending || barrier.bytes) return;
@@ -31,8 +33,10 @@ void end_phase_if_complete(TransactionBarrier& barrier) {
     wake(barrier.waiting);
 }
 
-// Swizzle of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
-uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// Swizzle of lines of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9; of 64 bytes: bits 4 and 5 by 7 and 8.
+uint32_t swizzled(uint32_t address, int line_bytes = LINE_BYTES) {
+    return line_bytes ? address ^ (address >> 7 & (line_bytes / 16 - 1)) << 4 : address;
+}
 
 struct Matrix {
     uint32_t start, rows_apart;
@@ -239,22 +243,24 @@ void wait_for_products(int pending) {
     }
 }
 
-void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5]) {
-    size_t lines = 1;
+namespace {
+
+// A line of a box: bytes next to each other, where they are in shared memory, and the address of each element that the tensor has.
+struct Line {
+    uint32_t to;
+    std::vector<const unsigned char*> elements;  // null outside of the tensor
+};
+
+std::vector<Line> lines_of(const void* shared, const CUtensorMap& map, const int (&place)[5]) {
+    size_t count = 1;
     uint32_t counts[5] = {1, 1, 1, 1, 1};
     for (int i = 0; i < map.rank; ++i) counts[i] = (map.box[i] + map.steps[i] - 1) / map.steps[i];
-    for (int i = 1; i < map.rank; ++i) lines *= counts[i];
+    for (int i = 1; i < map.rank; ++i) count *= counts[i];
     const size_t line_bytes = size_t(map.box[0]) * map.bytes;
-    check_shared(shared, lines * line_bytes, 128);
-    if (map.swizzled && line_bytes != LINE_BYTES) fail("only lines of 128 bytes are emulated");
-    TransactionBarrier& arrives = barrier_at(barrier);
-    std::memset(shared, NAN_BYTE, lines * line_bytes);
-    struct Line {
-        uint32_t to;
-        std::vector<unsigned char> bytes;
-    };
-    std::vector<Line> copied(lines);
-    for (size_t line = 0; line < lines; ++line) {
+    check_shared(shared, count * line_bytes, 128);
+    if (map.swizzle && line_bytes != size_t(map.swizzle)) fail("only lines as long as their swizzle are emulated");
+    std::vector<Line> lines(count);
+    for (size_t line = 0; line < count; ++line) {
         size_t rest = line;
         const unsigned char* from = map.address;
         bool inside = true;
@@ -264,26 +270,49 @@ void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int
             inside = inside && at >= 0 && uint64_t(at) < map.sizes[i];
             from += at * int64_t(map.strides[i]);
         }
-        copied[line].to = shared_offset(shared) + uint32_t(line * line_bytes);
-        copied[line].bytes.resize(line_bytes);
-        for (uint32_t i = 0; inside && i < map.box[0]; ++i) {
+        lines[line].to = shared_offset(shared) + uint32_t(line * line_bytes);
+        for (uint32_t i = 0; i < map.box[0]; ++i) {
             const int64_t at = int64_t(place[0]) + i;
-            if (at < 0 || uint64_t(at) >= map.sizes[0]) continue;
-            const unsigned char* const element = from + at * map.bytes;
-            check_global(element, map.bytes, false);
-            std::memcpy(&copied[line].bytes[i * map.bytes], element, map.bytes);
+            const bool exists = inside && at >= 0 && uint64_t(at) < map.sizes[0];
+            lines[line].elements.push_back(exists ? from + at * map.bytes : nullptr);
         }
     }
-    Block* const block = current->block;
-    copies_under_way.push_back([copied, block, &arrives, swizzle = map.swizzled, line_bytes] {
-        for (const Line& line : copied)
-            for (uint32_t i = 0; i < line_bytes; i += 16) {
-                const uint32_t at = line.to + i + SHARED_BASE;
-                std::memcpy(block->shared + (swizzle ? swizzled(at) : at) - SHARED_BASE, &line.bytes[i], 16);
-            }
-        arrives.bytes -= long(copied.size() * line_bytes);
-        end_phase_if_complete(arrives);
-    });
+    return lines;
+}
+
+// Where a byte of a line is, from the beginning of shared memory.
+uint32_t place_of(const CUtensorMap& map, const Line& line, uint32_t byte) {
+    return swizzled(line.to + byte + SHARED_BASE, map.swizzle) - SHARED_BASE;
+}
+
+}  // namespace
+
+// mask: blocks of the cluster that get the box, 0 for this one alone.
+void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5], unsigned mask) {
+    const std::vector<Line> lines = lines_of(shared, map, place);
+    const uint32_t line_bytes = map.box[0] * map.bytes;
+    std::vector<std::vector<unsigned char>> bytes;
+    for (const Line& line : lines) {
+        bytes.emplace_back(line_bytes);
+        for (size_t i = 0; i < line.elements.size(); ++i) {
+            if (!line.elements[i]) continue;
+            check_global(line.elements[i], map.bytes, false);
+            std::memcpy(&bytes.back()[i * map.bytes], line.elements[i], map.bytes);
+        }
+    }
+    for (unsigned rank = 0; (mask ? mask : 1) >> rank; ++rank) {
+        if (mask && !(mask >> rank & 1)) continue;
+        Block* const block = mask ? &block_of_cluster(rank) : current->block;
+        TransactionBarrier& arrives = barrier_of(*block, barrier);
+        std::memset(block->shared + shared_offset(shared), NAN_BYTE, lines.size() * line_bytes);
+        copies_under_way.push_back([lines, bytes, block, &arrives, map, line_bytes] {
+            for (size_t line = 0; line < lines.size(); ++line)
+                for (uint32_t i = 0; i < line_bytes; i += 16)
+                    std::memcpy(block->shared + place_of(map, lines[line], i), &bytes[line][i], 16);
+            arrives.bytes -= long(lines.size() * line_bytes);
+            end_phase_if_complete(arrives);
+        });
+    }
 }
 
 }  // namespace cuda_emulation
@@ -314,6 +343,38 @@ void barrier_arrive(uint64_t* barrier) {
     --b.pending;
     end_phase_if_complete(b);
 }
+void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
+    TransactionBarrier& b = barrier_of(block_of_cluster(rank), barrier);
+    if (!b.pending) fail("more threads arrive at a barrier than it waits for");
+    --b.pending;
+    end_phase_if_complete(b);
+}
+unsigned rank_in_cluster() { return rank_of(*current->block); }
+
+// Stores read shared memory as late as they may: when they are waited for.
+void store_box(const void* shared, const CUtensorMap& map, int x0, int x1, int x2, int x3) {
+    if (!current->block->visible) fail("a store reads shared memory that was not made visible to it");
+    const std::vector<Line> lines = lines_of(shared, map, {x0, x1, x2, x3, 0});
+    for (const Line& line : lines)
+        for (const unsigned char* element : line.elements)
+            if (element) check_global(element, map.bytes, true);
+    Block* const block = current->block;
+    current->stores_open = true;
+    current->stores.push_back([lines, block, map] {
+        for (const Line& line : lines)
+            for (uint32_t i = 0; i < line.elements.size(); ++i)
+                if (line.elements[i])
+                    std::memcpy(const_cast<unsigned char*>(line.elements[i]), block->shared + place_of(map, line, i * map.bytes), map.bytes);
+    });
+}
+void store_commit() { current->stores_open = false; }
+void store_wait() {
+    if (current->stores_open) fail("stores are waited for that are in no group");
+    for (const auto& store : current->stores) store();
+    current->stores.clear();
+}
+void stores_done() { current->block->visible = true; }
+
 void barrier_wait(uint64_t* barrier, unsigned parity) {
     TransactionBarrier& b = barrier_at(barrier);
     while (b.phase % 2 == parity) {
@@ -361,10 +422,10 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
     const int bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
     const bool bad = reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(address) % 16 || !rank || rank > 5 ||
                      interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || box[0] * bytes % 16 ||
-                     (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * bytes > 128);
+                     (box[0] * bytes > (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128u : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64u : 256u * bytes));
     if (bad) return CUDA_ERROR_INVALID_VALUE;
     map->address = static_cast<const unsigned char*>(address), map->rank = int(rank), map->bytes = bytes;
-    map->swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+    map->swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 0;
     for (unsigned i = 0; i < rank; ++i) {
         map->sizes[i] = sizes[i], map->box[i] = box[i], map->steps[i] = i ? steps[i] : 1;
         map->strides[i] = i ? strides[i - 1] : bytes;

@@ -59,6 +59,7 @@ struct Block {
     unsigned running;  // threads that have not ended
     std::map<unsigned, Barrier> register_moves;  // by warpgroup
     int registers_moved = 0, registers_taken = 0, registers_given = 0;
+    bool visible = false;  // shared memory, for stores by TMA: a thread has said so
     dim3 index;
 };
 
@@ -83,6 +84,8 @@ struct Thread {
     std::map<void*, std::vector<uint32_t>> sums;  // of pending products, whose registers hold nothing
     int group = 0;                                // of products that is open
     bool fenced = false;
+    std::vector<std::function<void()>> stores;  // by TMA, which have not been waited for
+    bool stores_open = false;                   // in a group that is not committed
 };
 
 struct Range {
@@ -101,6 +104,8 @@ extern std::deque<Thread*> ready;
 // Copies under way by TMA. They come when no thread can run without them, or at once, or at random (Device::order).
 extern std::deque<std::function<void()>> copies_under_way;
 
+Block& block_of_cluster(unsigned rank);  // fails if there is none, or it has ended
+unsigned rank_of(const Block& block);
 void yield();
 [[noreturn]] void fail(const std::string& message);
 bool arrive(Barrier& barrier, unsigned count);  // whether the caller was the last of `count`, which must release()

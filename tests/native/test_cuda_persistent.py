@@ -1,0 +1,87 @@
+"""The persistent GEMM kernels: bits of the wide kernel's, whatever the order of threads and copies, in clusters of two.
+
+Tests of clusters with few processors, so that each block has several tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from .cuda_gemm_cases import FLOAT8, Case, check, make, run
+from .devices import H200
+
+INSTRUCTIONS = "wgmma_persistent"
+FEW = H200._replace(processors=2)
+STAGE_BYTES = {256: (128 + 256) * 128, 320: (256 + 160) * 128, 72: (256 + 128) * 128}  # by n, in these tests
+dtypes = pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+
+
+def same_as_wide(cuda: ModuleType, case: Case, order: int = 1, processors: int = 2) -> None:
+    """The persistent kernel runs, and gives the bits of the wide one."""
+    device = FEW._replace(order=order, processors=processors)
+    actual = run(cuda, make(case), INSTRUCTIONS, device).clone()
+    assert 3 * STAGE_BYTES[case.n] < cuda.shared_bytes() < 227 << 10
+    assert cuda.shared_bytes() - 3 * STAGE_BYTES[case.n] >= 32 << 10  # where results wait for their stores
+    assert torch.equal(actual, run(cuda, make(case), "wgmma_wide", device))
+
+
+@dtypes
+@pytest.mark.parametrize("n", [256, 320, 72])
+@pytest.mark.parametrize("residual", [None, torch.bfloat16])
+def test_convolution(cuda: ModuleType, dtype: torch.dtype, n: int, residual: torch.dtype | None) -> None:
+    """Two sources, padding, tiles that leave the image, the batch and the columns, memory between the rows."""
+    case = Case(3, 9, 18, (48, 16), n, (1, 3), 1, (0, 1, 0, 1), dtype=dtype, residual=residual, pitch=8)
+    same_as_wide(cuda, replace(case, out_dtype=torch.bfloat16, activation="" if residual else "relu"))
+
+
+@dtypes
+@pytest.mark.parametrize("n", [256, 320, 72])
+def test_matrix(cuda: ModuleType, dtype: torch.dtype, n: int) -> None:
+    """More steps than stages; one row more than a tile has."""
+    case = Case(1, 257, 1, (272 // dtype.itemsize,), n, dtype=dtype, out_dtype=torch.bfloat16, residual=torch.bfloat16)
+    same_as_wide(cuda, case)
+    check(cuda, case, INSTRUCTIONS, FEW)
+
+
+@dtypes
+def test_geglu(cuda: ModuleType, dtype: torch.dtype) -> None:
+    same_as_wide(cuda, Case(1, 300, 1, (48,), 256, dtype=dtype, out_dtype=torch.bfloat16, activation="geglu"))
+
+
+@dtypes
+def test_strides_and_scales_of_images(cuda: ModuleType, dtype: torch.dtype) -> None:
+    case = Case(2, 33, 17, (32,), 256, (3, 3), 2, (1, 1, 1, 1), dtype, out_dtype=torch.bfloat16, per_image=True)
+    same_as_wide(cuda, case)
+
+
+@pytest.mark.parametrize(("n", "order"), [(256, 0), (320, 2), (72, 3), (320, 4), (256, 5)])
+def test_orders_of_threads_and_copies(cuda: ModuleType, n: int, order: int) -> None:
+    """Two clusters with several tiles each, of which the last has one block without rows."""
+    case = Case(5, 8, 16, (96,), n, (2, 1), 1, (1, 0, 0, 0), torch.bfloat16, residual=torch.bfloat16)
+    same_as_wide(cuda, replace(case, out_dtype=torch.bfloat16), order, processors=4 if n == 320 else 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"out_dtype": torch.float32},
+        {"dtype": torch.float16},
+        {"dtype": FLOAT8},
+        {"residual": torch.float32},
+        {"activation": "silu"},
+        {"pitch": 4},
+        {"n": 100},
+        {"height": 20},
+    ],
+)
+def test_what_is_left_to_the_wide_kernel(cuda: ModuleType, change: dict) -> None:
+    """Other types, results that TMA cannot store, fewer tiles than processors."""
+    case = replace(Case(1, 300, 1, (32,), 256, dtype=torch.bfloat16, out_dtype=torch.bfloat16), **change)
+    check(cuda, case, INSTRUCTIONS, FEW)
+    shared = cuda.shared_bytes()
+    run(cuda, make(case), "wgmma_wide", FEW)
+    assert shared == cuda.shared_bytes()
