@@ -94,17 +94,18 @@ struct RingPlace {
     unsigned parity = 0;
 };
 
-// Sums of the subtiles of the warpgroup `group`.
-template <typename T, typename Size, int COLUMNS>
+// Sums of the subtiles of the warpgroup `group`. meanwhile() is called once, with products under way.
+template <typename T, typename Size, int COLUMNS, typename Meanwhile>
 __device__ inline void multiply_tile(typename Operand<T>::Sum (&sums)[Size::SUBTILES][COLUMNS / 2], const CudaGemm& p,
                                      const Plan& plan, const unsigned char* stages, uint64_t* filled, uint64_t* emptied,
-                                     RingPlace& place, int group, int lane) {
+                                     RingPlace& place, int group, int lane, Meanwhile meanwhile) {
     Step<Operand<T>::BYTES> step(p, plan, 0);
 #pragma unroll
     for (int i = 0; i < Size::SUBTILES; ++i)
 #pragma unroll
         for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] = 0;
-    int done = -1;  // the stage whose products may still be under way
+    const int begun = plan.steps > 1;  // the step after which products of two are under way, or of the only one
+    int done = -1;                     // the stage whose products may still be under way
     const auto release = [&] {
         if (lane < CLUSTER && done >= 0) barrier_arrive_at(emptied + done, lane);
     };
@@ -131,6 +132,7 @@ __device__ inline void multiply_tile(typename Operand<T>::Sum (&sums)[Size::SUBT
             for (int part = 0; part < parts; ++part) multiply(part);
             wgmma_commit();
         }
+        if (i == begun) meanwhile();
         wgmma_wait<1>(sums);
         release();
         done = place.stage;
@@ -214,26 +216,29 @@ __device__ inline void multiply_tiles(const PersistentMaps& maps, const CudaGemm
                 load_box(to + i * STORED_ROWS * Size::STORED_LINE, maps.residual, loaded,
                          result_column + i * Size::STORED, at.x, at.y, at.image);
         };
-        // The results of the tile before have left shared memory.
-        if (leader) {
-            store_wait();
-            if (p.residual.data) {
-                barrier_expect(loaded, Size::BUFFERS * Size::SUBTILE_BYTES);
-                for (int i = 0; i < Size::BUFFERS; ++i) load_residual(i);
-            }
-        }
-        load_columns<T>(p, tile, columns, thread, Size::WARPGROUP);
         RowScale rows[Size::SUBTILES][2] = {};
-        if constexpr (Operand<T>::BYTES == 1) {
-#pragma unroll
-            for (int i = 0; i < Size::SUBTILES * 2; ++i) {
-                const int row = (group * Size::SUBTILES + i / 2) * STORED_ROWS + warp % 4 * ROWS_PER_WARP + lane / 4;
-                const ResultRow full = row_of<T>(p, position_of(plan, tile, row + i % 2 * 8));
-                rows[i / 2][i % 2] = {full.scale, full.zero};
+        const auto prepare_epilogue = [&] {
+            if (leader) {  // the results of the tile before have to leave first
+                store_wait();
+                if (p.residual.data) {
+                    barrier_expect(loaded, Size::BUFFERS * Size::SUBTILE_BYTES);
+                    for (int i = 0; i < Size::BUFFERS; ++i) load_residual(i);
+                }
             }
-        }
+            load_columns<T>(p, tile, columns, thread, Size::WARPGROUP);
+            if constexpr (Operand<T>::BYTES == 1) {
+#pragma unroll
+                for (int i = 0; i < Size::SUBTILES * 2; ++i) {
+                    const int row =
+                        (group * Size::SUBTILES + i / 2) * STORED_ROWS + warp % 4 * ROWS_PER_WARP + lane / 4;
+                    const ResultRow full = row_of<T>(p, position_of(plan, tile, row + i % 2 * 8));
+                    rows[i / 2][i % 2] = {full.scale, full.zero};
+                }
+            }
+        };
+        multiply_tile<T, Size, COLUMNS>(sums, p, plan, stages, filled, filled + Size::STAGES, place, group, lane,
+                                        prepare_epilogue);
         sync_threads(1 + group, Size::WARPGROUP);
-        multiply_tile<T, Size, COLUMNS>(sums, p, plan, stages, filled, filled + Size::STAGES, place, group, lane);
 #pragma unroll
         for (int i = 0; i < Size::SUBTILES; ++i) {
             unsigned char* const buffer = staged + i % Size::BUFFERS * Size::SUBTILE_BYTES;

@@ -33,10 +33,12 @@ struct WgmmaTile {
     static_assert(epilogue_bytes(ROWS, COLUMNS) <= STAGES * STAGE_BYTES && STAGES >= 3);
 };
 
-// The matrix descriptor of rows of 128 bytes with their swizzle, groups of 8 rows behind each other.
+// The matrix descriptor of rows of 128 bytes with their swizzle, groups of 8 rows behind each other. Addresses of blocks of a
+// cluster differ in higher bits.
 __device__ inline uint64_t descriptor(const void* shared) {
     constexpr uint64_t EIGHT_ROWS = 8 * STEP_BYTES;
-    return uint64_t(shared_address(shared) >> 4) | uint64_t(1) << 16 | EIGHT_ROWS >> 4 << 32 | uint64_t(1) << 62;
+    return uint64_t(shared_address(shared) >> 4 & 0x3fff) | uint64_t(1) << 16 | EIGHT_ROWS >> 4 << 32 |
+           uint64_t(1) << 62;
 }
 
 template <typename T, int COLUMNS>

@@ -46,6 +46,8 @@ struct Matrix {
 Matrix decode(uint64_t descriptor) {
     if (descriptor >> 62 != 1) fail("only the swizzle of 128 bytes is emulated");
     if (descriptor >> 49 & 7) fail("a base offset is not emulated");
+    if (rank_of(*current->block) && (descriptor >> 14 & 0xffff) != 1 << 2)
+        fail("the rank of a block in its cluster, which its shared addresses have, is in a descriptor");
     const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
     if (start % 1024 >= LINE_BYTES) fail("a swizzled matrix does not start at a multiple of 1024 bytes");
     return {start, uint32_t(descriptor >> 32 & 0x3fff) << 4};
@@ -323,7 +325,8 @@ namespace vpd::device {
 
 uint32_t shared_address(const void* p) {
     check_shared(p, 1, 1);
-    return uint32_t(static_cast<const unsigned char*>(p) - current->block->shared) + SHARED_BASE;
+    const uint32_t rank = rank_of(*current->block) << 24;  // of the block in its cluster, as on hardware
+    return rank + uint32_t(static_cast<const unsigned char*>(p) - current->block->shared) + SHARED_BASE;
 }
 
 void barrier_init(uint64_t* barrier, unsigned arrivals) {
