@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from vpd_fast import _native
+
 from .cuda_gemm_cases import FLOAT8, Case, check, make, run
 from .devices import H200
 
@@ -75,7 +77,7 @@ def test_orders_of_threads_and_copies(cuda: ModuleType, n: int, order: int) -> N
         {"activation": "silu"},
         {"pitch": 4},
         {"n": 100},
-        {"height": 20},
+        {"height": 20, "n": 128},
     ],
 )
 def test_what_is_left_to_the_wide_kernel(cuda: ModuleType, change: dict) -> None:
@@ -85,3 +87,18 @@ def test_what_is_left_to_the_wide_kernel(cuda: ModuleType, change: dict) -> None
     shared = cuda.shared_bytes()
     run(cuda, make(case), "wgmma_wide", FEW)
     assert shared == cuda.shared_bytes()
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("n", [256, 320, 72])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_gpu(dtype: torch.dtype, n: int, convolution: bool) -> None:
+    """The bits of the wide kernel, three times, with a tile and more for each of 132 multiprocessors."""
+    case = Case(1, 132 * 256 + 1, 1, (272 // dtype.itemsize,), n, dtype=dtype, out_dtype=torch.bfloat16)
+    if convolution:
+        case = replace(case, batch=17, height=45, width=50, channels=(48, 16), kernel=(3, 3), padding=(1, 1, 1, 1))
+    case, cuda = replace(case, residual=torch.bfloat16, pitch=8), _native.load("_C_cuda")
+    expected = run(cuda, make(case), "wgmma_wide").clone()
+    for _ in range(3):
+        assert torch.equal(run(cuda, make(case), INSTRUCTIONS), expected)
