@@ -99,7 +99,7 @@ def test_a_job(tmp_path, paths) -> None:
     """Through Ray itself: rows in the order of their paths, of different sizes, one of them failed."""
     ray = pytest.importorskip("ray")
     small("segmentation").save_pretrained(tmp_path / "model")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = predict_dataset(paths, tmp_path / "model", batch_size=2, forward_batch=2, device="cpu").take_all()
