@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -28,7 +29,9 @@ def _at(setting: Setting, shape: tuple[int, int, int, int]) -> list[Row]:
     batch, channels, height, width = shape
     logits = setting.random(*shape).contiguous(memory_format=torch.channels_last)
     size = ENLARGEMENT * height, ENLARGEMENT * width
-    calls = {name: functools.partial(upsample_argmax, logits, size, impl=name) for name in IMPLEMENTATIONS}
+    calls: dict[str, Callable[[], Any]] = {
+        name: functools.partial(upsample_argmax, logits, size, impl=name) for name in IMPLEMENTATIONS
+    }
     usable, reasons = setting.possible(calls)
     facts = {"logits": "x".join(map(str, shape))}
     rows: list[Row] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from vpd_fast.forks import Lock
 MAX_GRAPHS = 12  # per model: three stages of four shapes
 Stage = Callable[..., "list[Tensor]"]
 Graph = Callable[[tuple[Tensor, ...]], "list[Tensor]"]  # a captured stage
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def copy_all(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+def copy_all(to: Tensors, tensors: Tensors) -> None:
     """Copy tensors to others of the same shapes, in one launch where they have the same strides and dtypes, too."""
     torch._foreach_copy_(to, tensors)  # pyright: ignore[reportPrivateImportUsage]
 
