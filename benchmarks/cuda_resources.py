@@ -48,8 +48,14 @@ EXPECTED = {
         "wgmma_kernel<vpd::device::Float8": ("QGMMA", *BOXES),
         "wgmma_kernel<": (r"HGMMA\.64x(64|128|160)x16\.F32", *BOXES),
         # Scores of whole blocks of keys, and heads that are not padded.
-        "attention_kernel<__half, 160": (r"HGMMA\.64x64x16\.F32", r"HGMMA\.64x160x16\.F32", BOXES[0], "USETMAXREG"),
-        "attention_kernel<__half, 80": (r"HGMMA\.64x128x16\.F32", r"HGMMA\.64x80x16\.F32", BOXES[0]),
+        "attention_kernel<__half, 160, 2": (r"HGMMA\.64x64x16\.F32", r"HGMMA\.64x160x16\.F32", BOXES[0], "USETMAXREG"),
+        "attention_kernel<__half, 80, 2": (r"HGMMA\.64x128x16\.F32", r"HGMMA\.64x80x16\.F32", BOXES[0], "USETMAXREG"),
+        "attention_kernel<__nv_bfloat16, 40, 3": (
+            r"HGMMA\.64x128x16\.F32",
+            r"HGMMA\.64x40x16\.F32",
+            BOXES[0],
+            "USETMAXREG",
+        ),
         "persistent_kernel<signed char": (r"IGMMA\.64x(128|160|256)x32", *MULTICAST),
         "persistent_kernel<": (r"HGMMA\.64x(128|160|256)x16\.F32", *MULTICAST),
         # Probes.
