@@ -137,12 +137,12 @@ def predict(
     before = recorded(output) if resume else {}
     if before.get(NAMES) == FULL:
         naming = replace(naming, short=False)  # as the run began
-    overlay = overlay or before.get(OVERLAY, OVERLAYS[0])
+    pictures: str = overlay or before.get(OVERLAY, OVERLAYS[0])
     if at_scale:
         files.check_output(output, images or [], naming.folder if naming.short else None)
     else:
         paths = list(listing.paths())
-        suffixes = [".png", f"_overlay.{overlay}", "_probabilities.npy", *(f"{mask}.png" for mask in masks)]
+        suffixes = [".png", f"_overlay.{pictures}", "_probabilities.npy", *(f"{mask}.png" for mask in masks)]
         files.check_not_overwritten(output, map(naming.stem, paths), suffixes, paths)
     files.prepare_output(output)
 
@@ -155,14 +155,14 @@ def predict(
     if at_scale:
         shown = {name: value for name, value in chosen.items() if name != "text_encoder"}
         header["options"] = shown | ({"text_encoder": text_encoder} if text_encoder else {})
-        header |= {NAMES: SHORT if naming.short else FULL, OVERLAY: overlay}
+        header |= {NAMES: SHORT if naming.short else FULL, OVERLAY: pictures}
         kept = {**header, "device": header["device"].partition(":")[0]}  # whichever GPU a process has
         sink: Sink = Records(output, part, kept, resume)
     else:
         footer = partial(running.peak_memory, header["device"])
         sink = ResultsFile(output / "results.json", header, only=naming.total == 1, footer=footer)
     total = None if naming.total is None else len(range(part.index, naming.total, part.count))
-    write = partial(_write, output, naming, overlay)
+    write = partial(_write, output, naming, pictures)
     running.run(
         listing.images(naming, part), total, predictor, write,
         sink, header, prefetch=prefetch or max(4, 2 * predictor.batch_size), print_json=json,

@@ -53,7 +53,7 @@ class Ready:
 class _Task(BatchPredictor[Any]):
     """Base of the tasks: samples are prepared in any thread, predicted in batches, and measured in order."""
 
-    _predictor: BatchPredictor[Any]
+    _predictor: Any  # of the model's task
 
     @property
     def batch_size(self) -> int:

@@ -96,17 +96,17 @@ class DepthPredictor(BatchPredictor[DepthResult]):
     def start(self, group: Sequence[Prepared]) -> Callable[[], list[DepthResult | ImageError]]:
         """Begin to predict on prepared images of one kind; see `BatchPredictor.start`."""
         model, grid, size = self.model, self._grid(group[0]), group[0].size
-        flips = (None, "horizontal") if self.flip else (None,)
+        flips, batch = (None, "horizontal") if self.flip else (None,), int(self.batch_size or 1)
         with evaluating(model):
             images = stacked((prepared.views[0] for prepared in group), model.device).to(model.dtype)
             views = images if not self.flip else torch.cat([images, images.flip(3)])
-            batches = grid.batches(views, self.batch_size, fill=MID_GREY)
+            batches = grid.batches(views, batch, fill=MID_GREY)
             if group[0].given is None:
-                windows = [model(batch, None)["pred_d"] for batch in batches]
+                windows = [model(part, None)["pred_d"] for part in batches]
             else:
                 scenes = torch.tensor([prepared.given for prepared in group], device=model.device)
-                ids = scenes.repeat(len(flips)).repeat_interleave(len(grid)).split(self.batch_size)
-                windows = [model(batch, scenes)["pred_d"] for batch, scenes in zip(batches, ids, strict=True)]
+                ids = scenes.repeat(len(flips)).repeat_interleave(len(grid)).split(batch)
+                windows = [model(part, scenes)["pred_d"] for part, scenes in zip(batches, ids, strict=True)]
             found = torch.cat(windows).unflatten(0, (len(flips), len(group), len(grid)))
             pictures = []
             for i in range(len(group)):

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing
@@ -40,14 +40,14 @@ class Reader(Generic[T]):
         if count == 0:
             return
         self._free = threading.Semaphore(count)
-        self._queue: queue.SimpleQueue[tuple[T, Future[Any]] | BaseException | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[T, Future[Any]] | BaseException] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vpd_fast-reading")
         self._next: tuple[T, Future[Any]] | BaseException | None = None
         self._closed = False
         threading.Thread(target=self._list, name="vpd_fast-listing", daemon=True).start()
 
     def _list(self) -> None:
-        end: BaseException | None = StopIteration()
+        end: BaseException = StopIteration()
         try:
             for item in self._items:
                 self._free.acquire()
@@ -65,11 +65,11 @@ class Reader(Generic[T]):
             item = next(self._items)
             return item, self._read(item)
         try:
-            if self._next is None:
-                self._next = self._queue.get(timeout=seconds)
-            if isinstance(self._next, BaseException):
-                raise self._next
-            item, future = self._next
+            following = self._queue.get(timeout=seconds) if self._next is None else self._next
+            self._next = following
+            if isinstance(following, BaseException):
+                raise following
+            item, future = following
             value = future.result(seconds)
         except (queue.Empty, FutureTimeoutError):
             raise NothingYet from None
@@ -168,7 +168,7 @@ class _Batches(Generic[T, R]):
 
 def outcomes(
     items: Iterable[T], read: Callable[[T], Any], predictor: BatchPredictor[R], *, ahead: int, threads: int
-) -> Iterator[Outcome[T, R]]:
+) -> Generator[Outcome[T, R], None, None]:
     """Yield what becomes of each item, in order.
 
     read: item -> what the predictor takes (`predictor.prepare(image)`), or an Exception, which is then the result; it

@@ -52,7 +52,7 @@ class Predictor:
         if (checkpoint is None) == (model is None):
             raise InputError("Predictor needs either a checkpoint or a function that makes the model")
         self.model = _load(checkpoint, model, task, precision, device)
-        self._predictor = make_predictor(self.model, **options)
+        self._predictor: Any = make_predictor(self.model, **options)
         self._field, self._dimensions, self._dtype = _FIELDS[self.model.config.task]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vpd_fast.models.perceiver import Perceiver
 
+T = TypeVar("T")
 _lock = Lock()
 _in_use: dict[Perceiver, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
@@ -90,8 +91,8 @@ def batch_size_for(model: Perceiver, batch_size: int | str | None) -> int:
 
 def run_batches(
     model: Perceiver,
-    batches: Iterable[Tensor],
-    forward: Callable[[Tensor], list[Tensor]],
+    batches: Iterable[T],
+    forward: Callable[[T], list[Tensor]],
     with_maps: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Decode the features `forward` returns for each batch.

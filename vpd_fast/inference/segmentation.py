@@ -205,7 +205,9 @@ class SegmentationPredictor(BatchPredictor[SegmentationResult]):
         for scale in range(len(self.scales)):
             images = (stacked((prepared.views[scale] for prepared in group), model.device) * 2 - 1).to(model.dtype)
             grid = self._grid(images.shape[2:])
-            batches = grid.batches(torch.cat([images, images.flip(3)]) if self.flip else images, self.batch_size)
+            batches = grid.batches(
+                torch.cat([images, images.flip(3)]) if self.flip else images, int(self.batch_size or 1)
+            )
             outputs = run_batches(model, batches, forward, self.with_maps)
             logits, *levels = (
                 values.unflatten(0, (len(flips), len(group), len(grid))) for values in (outputs[0], *outputs[1])

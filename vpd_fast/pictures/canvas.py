@@ -157,7 +157,7 @@ def name_regions(picture: Image.Image, labels: np.ndarray, names: Sequence[str])
         mask = cv2.copyMakeBorder((small == label).view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
         distance = cv2.distanceTransform(mask, cv2.DIST_L2, 3)[1:-1, 1:-1]
         _, widest, _, (x, y) = cv2.minMaxLoc(distance)
-        name = str(names[label])
+        name = str(names[int(label)])
         if widest * step > 0.35 * text_length(name):
             spot = (x * step + step // 2, y * step + step // 2)
             write(picture, spot, name, (0, 0, 0), anchor="mm", stroke=2)
