@@ -99,8 +99,8 @@ def test_first_calls_compile_nothing(launcher, stub_of, tmp_path: Path, precisio
     arguments = (program, launcher.__file__, stub_of(12080).path, archive, "--precision", precision)
     found = json.loads(compiling(tmp_path, *arguments))
     assert found["missed"] == {}
-    assert set(found["launches"]) == ({"sm_90"} if precision == "fp8" else {"sm_80", "sm_90"})
-    assert min(found["launches"].values()) > 10_000
+    assert set(found["launches"]) == {"sm_80", "sm_90"}  # in fp8, too: sm_80 has the layers of more bits
+    assert min(found["launches"].values()) > 1_000
 
 
 def test_sources_that_change_meanwhile_make_an_archive_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
