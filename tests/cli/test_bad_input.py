@@ -188,16 +188,15 @@ def test_too_little_memory_for_one_image(small, photo, tmp_path, monkeypatch, ca
     from vpd_fast.inference import SegmentationPredictor
 
     other = tmp_path / "large.png"
-    other.write_bytes(photo.read_bytes())
-    predict = SegmentationPredictor.__call__
+    Image.new("RGB", (200, 100)).save(other)
+    start = SegmentationPredictor.start
 
-    def greedy(self, image, calls=[]):  # noqa: B006
-        calls.append(image)
-        if len(calls) == 1:
+    def greedy(self, group):
+        if any(prepared.size == (100, 200) for prepared in group):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict(self, image)
+        return start(self, group)
 
-    monkeypatch.setattr(SegmentationPredictor, "__call__", greedy)
+    monkeypatch.setattr(SegmentationPredictor, "start", greedy)
     assert run(["predict", str(other), str(photo), *small("segmentation"), "-o", str(tmp_path / "out")]) == 1
     assert "large.png: not enough memory" in capsys.readouterr().err
     records = json.loads((tmp_path / "out" / "results.json").read_text())["images"]

@@ -33,8 +33,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("precision", [None, "fp32", "int8"])
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [
+        pytest.param(case, precision, marks=() if precision == common else pytest.mark.slow)
+        for case, common in zip(OPTIONS, ["int8", None, "fp32", "int8"], strict=True)
+        for precision in (None, "fp32", "int8")
+    ],
+)
 def test_results_are_those_of_single_images(case: str, precision: str | None) -> None:
     """Bit for bit where our kernels compute, each image as if it were alone. PyTorch's products, those of the plain
     model and of the depth decoder in float32, may be others for a batch: they agree to float32's rounding, 1e-4 of a

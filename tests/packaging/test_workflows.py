@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 # Programs of the runner's system, and those that the extra "dev" and this package install.
-PROGRAMS = {"pip", "pipx", "apt-get", "python3", "ls", "pytest", "vpd-fast", "/venv/bin/pip"}
+PROGRAMS = {"pip", "pipx", "apt-get", "python", "python3", "ls", "pytest", "vpd-fast", "/venv/bin/pip"}
 
 
 def commands(workflow: dict[Any, Any]) -> list[str]:
