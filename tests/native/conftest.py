@@ -52,9 +52,10 @@ def compile_commands() -> list[list[str]]:
     python = [f"-I{sysconfig.get_path('include')}", f"-I{Path(torch.__file__).parent / 'include'}"]
     sources = {ROOT / f"csrc/cuda/{name}.cu": ["-O2", "-x", "c++"] for name in OPERATORS}
     sources |= {ROOT / f"csrc/cuda/probes/{name}.cu": ["-O2", "-x", "c++"] for name in PROBES}
-    sources[ROOT / "csrc/bindings/probes/probes.cpp"] = ["-O0", *python]
+    # Most of a binding's compilation is pybind11's headers: all are compiled as one.
     bindings = (ROOT / f"csrc/bindings/cuda/{name}.cpp" for name in OPERATORS)
-    sources |= {path: ["-O0", *python] for path in bindings if path.exists()}
+    together = [word for path in bindings if path.exists() for word in ("-include", str(path))]
+    sources[ROOT / "csrc/bindings/probes/probes.cpp"] = ["-O0", *python, *together]
     sources |= {path: ["-O2", *python] for path in sorted(EMULATION.glob("*.cpp"))}
     common = ["g++", "-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     common += [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
