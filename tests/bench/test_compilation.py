@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from vpd_fast._startup import interrupt, set_handlers
 from vpd_fast.bench import compilation, launches
 from vpd_fast.bench.compilation import newest
 from vpd_fast.bench.cubin_files import read_cubin
@@ -119,6 +121,20 @@ def test_sources_that_change_meanwhile_make_an_archive_stale(tmp_path: Path, mon
     archive = Archive.read(tmp_path / "cubins.zip")
     assert (archive.sources, archive.cubin(archive.entries["sm_90"]["key"])) == (before, b"machine code")
     assert lines[-1].startswith("1 kernels, 0.0 MB, for drivers of CUDA 12 and later: ")
+
+
+def test_workers_end_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handlers(*_: str) -> Any:
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    monkeypatch.setattr(compilation, "compile_kernel", handlers)
+    before = set_handlers(interrupt)
+    try:
+        found: Any = compilation.compile_all([("sm_90", "key")], 1, lambda _: None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert found["sm_90", "key"] == (signal.SIG_IGN, signal.SIG_DFL)
 
 
 def test_what_is_measured_by_default_is_compiled() -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import time
 import zipfile
 from collections.abc import Callable, Iterable
@@ -136,10 +137,16 @@ def jobs_of(chosen: Iterable[Configuration], architectures: Iterable[str], repor
     return list(found)
 
 
+def _leave_signals_to_parent() -> None:
+    """Undo the inherited handlers: a worker ends quietly when its pool does, also after Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def compile_all(jobs: list[Job], processes: int, report: Callable[[str], None]) -> dict[Job, Compiled]:
     """Compiles kernels side by side. What was compiled before is in Triton's cache. Raises InputError if one fails."""
     start, compiled = time.monotonic(), {}
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, _leave_signals_to_parent) as pool:
         for job, result in zip(jobs, pool.imap(_compile_job, jobs, chunksize=1), strict=True):
             if isinstance(result, str):
                 raise InputError(f"a kernel cannot be compiled: {result}")
