@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/cross_attention_maps.h"
-#include "cuda/primitives.cuh"
+#include "cuda/quads.cuh"
 
 namespace vpd::attention_maps {
 
@@ -91,16 +91,6 @@ __device__ inline void queries_times_keys(float (&s)[TOKENS / 8][4], const uint1
             multiply_add<T>(s[2 * pair + 1], a, b[2], b[3]);
         }
     }
-}
-
-__device__ inline float quad_max(float x) {
-    x = fmaxf(x, shuffle_xor(x, 1));
-    return fmaxf(x, shuffle_xor(x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
 }
 
 // The largest number of tokens that a smaller kernel takes.

@@ -8,6 +8,7 @@
 // that grows.
 #pragma once
 
+#include "cuda/quads.cuh"
 #include "cuda/self_attention.h"
 #include "cuda/wgmma_operands.cuh"
 
@@ -107,15 +108,6 @@ __device__ inline void copy_blocks(const Maps& maps, const Plan& plan, const Sha
         if (!OVERLAP || block + 1 < plan.blocks) copy(maps.k, shared.keys, key_place, block + OVERLAP);
         copy(maps.v, shared.values, value_place, block);
     }
-}
-
-__device__ inline float quad_max(float x) {
-    x = fmaxf(x, shuffle_xor(x, 1));
-    return fmaxf(x, shuffle_xor(x, 2));
-}
-__device__ inline float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
 }
 
 // 2^x for x up to 126, within 1e-4 of it; 2^-126 at least. NaN stays NaN.

@@ -33,7 +33,10 @@ from vpd_fast.tasks import TASKS
 from ..kernels.conftest import launcher, stub_of  # noqa: F401  fixtures
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (pip install triton)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton (Linux: pip install triton; the extra test brings it)",
+)
 
 
 @pytest.fixture(scope="module")

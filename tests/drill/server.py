@@ -7,6 +7,7 @@ file or folder in `folder`: opening to write, renaming, removing, making; the pr
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,10 +19,9 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shu
 
 def watch(folder: str, kill_at: int | None, answer: int) -> None:
     """Count the operations of this process, tell each, and end it before number `kill_at`."""
-    seen = 0
+    numbers = itertools.count(1)  # threads of the command take theirs from it one at a time
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
         if event == "open":
             path, _, flags = arguments
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -32,9 +32,9 @@ def watch(folder: str, kill_at: int | None, answer: int) -> None:
             return
         if not isinstance(path, str | bytes | os.PathLike) or not os.fsdecode(path).startswith(folder):
             return
-        seen += 1
-        os.write(answer, b".")
-        if seen == kill_at:
+        number = next(numbers)
+        os.write(answer, b".")  # lets other threads run
+        if number == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

@@ -25,6 +25,9 @@ from .stand_in import StandIn
 SIZES = [(128, 128), (100, 150), (128, 128), (128, 128), (100, 150)]
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+# Relative, float32 sums in another order: a layer adds up K <= 9 * 128 products, whose order moves the sum by about
+# sqrt(K) * 2^-24 = 2e-6 of its scale; some 100 layers one after the other, independently, by sqrt(100) times that.
+CLOSE = 2e-5
 OPTIONS: dict[str, dict[str, Any]] = {
     "segmentation": {"flip": True, "with_maps": True},
     "segmentation, one view": {"mode": "whole"},
@@ -43,8 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 )
 def test_results_are_those_of_single_images(case: str, precision: str | None) -> None:
     """Bit for bit where our kernels compute, each image as if it were alone. PyTorch's products, those of the plain
-    model and of the depth decoder in float32, may be others for a batch: they agree to float32's rounding, 1e-4 of a
-    value after all layers, as the golden cases do."""
+    model and of the depth decoder in float32, may be others for a batch: they agree to CLOSE."""
     config = VPDConfig(
         task=case.split(",")[0], base_size=128, channels=32, num_classes=5, num_scenes=3, tokens=6, backbone=LEAST
     )
@@ -58,7 +60,7 @@ def test_results_are_those_of_single_images(case: str, precision: str | None) ->
         np.testing.assert_array_equal(found.image, image)
         assert found.values.dtype == one.values.dtype
         if case == "depth" and precision != "int8":
-            np.testing.assert_allclose(found.values, one.values, rtol=1e-4)
+            np.testing.assert_allclose(found.values, one.values, rtol=CLOSE)
         elif precision is not None:
             np.testing.assert_array_equal(found.values, one.values)
         else:
@@ -66,7 +68,7 @@ def test_results_are_those_of_single_images(case: str, precision: str | None) ->
         if "with_maps" in OPTIONS[case]:
             pairs = zip(found.maps, one.maps, strict=True) if case == "referring" else [(found.maps, one.maps)]
             for maps, expected in pairs:
-                np.testing.assert_allclose(maps[0], expected[0], rtol=1e-4, atol=1e-6)
+                np.testing.assert_allclose(maps[0], expected[0], rtol=CLOSE)
 
 
 class Sizes(StandIn):

@@ -24,33 +24,32 @@ float float16_to_float(uint16_t bits) {
     return bits >> 15 ? -x : x;
 }
 
+// The bits of a number >= 0 with that many bits of fraction, whose smallest normal number is 2^least; not rounded to
+// what lies beyond the largest.
+uint32_t bits_of_magnitude(float size, int fraction, int least) {
+    // Adding and subtracting a power of two rounds to the spacing of numbers of this size, ties to even.
+    const int exponent = size < std::ldexp(1.0f, least) ? least : std::ilogb(size);
+    const float shift = std::ldexp(1.5f, exponent - fraction + 23);
+    volatile float shifted = size + shift;
+    const float rounded = shifted - shift;
+    if (rounded < std::ldexp(1.0f, least)) return uint32_t(std::ldexp(rounded, fraction - least));
+    const int final_exponent = std::ilogb(rounded);
+    const uint32_t tail = uint32_t(std::ldexp(rounded, fraction - final_exponent)) & ((1u << fraction) - 1);
+    return uint32_t(final_exponent - least + 1) << fraction | tail;
+}
+
 uint16_t float_to_float16(float x) {
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     if (std::isnan(x)) return 0x7fff;
     const float size = std::fabs(x);
-    if (size >= 65520.0f) return sign | 0x7c00;
-    // Adding and subtracting a power of two rounds to the spacing of float16 values of this size, ties to even.
-    const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
-    const float shift = std::ldexp(1.5f, exponent - 10 + 23);
-    volatile float shifted = size + shift;
-    const float rounded = shifted - shift;
-    if (rounded < 0x1p-14f) return sign | uint16_t(std::ldexp(rounded, 24));
-    const int final_exponent = std::ilogb(rounded);
-    return sign | uint16_t((final_exponent + 15) << 10 | (int(std::ldexp(rounded, 10 - final_exponent)) & 1023));
+    return sign | (size >= 65520.0f ? 0x7c00 : bits_of_magnitude(size, 10, -14));
 }
 
 uint8_t float_to_float8(float x) {
     const uint8_t sign = std::signbit(x) ? 0x80 : 0;
     if (std::isnan(x)) return 0x7f;
     const float size = std::fabs(x);
-    if (size >= 448.0f) return sign | 0x7e;
-    const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
-    const float shift = std::ldexp(1.5f, exponent - 3 + 23);
-    volatile float shifted = size + shift;
-    const float rounded = shifted - shift;
-    if (rounded < 0x1p-6f) return sign | uint8_t(std::ldexp(rounded, 9));
-    const int final_exponent = std::ilogb(rounded);
-    return sign | uint8_t((final_exponent + 7) << 3 | (int(std::ldexp(rounded, 3 - final_exponent)) & 7));
+    return sign | (size >= 448.0f ? 0x7e : bits_of_magnitude(size, 3, -6));
 }
 
 }  // namespace cuda_emulation
