@@ -66,10 +66,12 @@ class KernelBuild(build_py):
 
 
 class CMakeBuild(build_ext):
-    """One CMake configure, then one target per extension."""
+    """One CMake configure and one build of all targets, so that one begins while another ends."""
 
     def run(self) -> None:
         self._configure()
+        targets = [extension.name.rpartition(".")[2] for extension in self.extensions]
+        self._cmake("--build", str(self.build_folder), "--target", *targets)
         super().run()
 
     def _configure(self) -> None:
@@ -92,8 +94,6 @@ class CMakeBuild(build_ext):
         self._cmake("-S", str(ROOT), "-B", str(self.build_folder), "-G", "Ninja", *arguments)
 
     def build_extension(self, ext: Extension) -> None:
-        target = ext.name.rpartition(".")[2]
-        self._cmake("--build", str(self.build_folder), "--target", target)
         built = self.build_folder / Path(self.get_ext_filename(ext.name)).name
         destination = Path(self.get_ext_fullpath(ext.name))
         destination.parent.mkdir(parents=True, exist_ok=True)

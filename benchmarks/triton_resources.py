@@ -2,13 +2,14 @@
 
 Compiles for sm_80 and sm_90 without a GPU; exits with 1 if a kernel spills in a loop or more than two registers, or if
 a 16-bit matrix product does not run on tensor cores. Takes a few minutes the first time; Triton keeps what it has
-compiled. With --half each launch is compiled for one of the two only, in turn.
+compiled. With --every N a kernel is compiled for one in N of the pairs of what it is launched with and architecture.
 
-python benchmarks/triton_resources.py [--half]
+python benchmarks/triton_resources.py [--every N]
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import re
@@ -214,8 +215,8 @@ def _resources_of_job(i: int) -> dict[str, Any]:
     return resources(*_JOBS[i])
 
 
-def main(half: bool = False) -> int:
-    """Prints the table. Returns the exit code."""
+def main(every: int = 1) -> int:
+    """Prints the table, of one in so many compilations of a kernel. Returns the exit code."""
     with recording(lambda kernel, _, arguments: LAUNCHES.append((kernel, arguments))):
         for shape in shapes():
             launch_attention(*shape)
@@ -230,12 +231,12 @@ def main(half: bool = False) -> int:
         aligned = all(arguments.get(name, 0) % 16 == 0 for name in ("a_channels", "a2_channels", "K"))
         different.setdefault((kernel.__name__, dtype, aligned, *missing, *constants), (kernel, arguments))
     # Forked, because kernels cannot be sent to another process; a child knows its jobs by their numbers.
-    _JOBS.extend(
-        (*launch, architecture)
-        for i, launch in enumerate(different.values())
-        for architecture in (ARCHITECTURES[i % 2 :][:1] if half else ARCHITECTURES)
-        if architecture != "sm_80" or torch.float8_e4m3fn not in {getattr(x, "dtype", None) for x in launch[1].values()}
-    )
+    jobs: dict[str, list[tuple[Any, dict[str, Any], str]]] = {}
+    for kernel, arguments in different.values():
+        dtypes = {getattr(argument, "dtype", None) for argument in arguments.values()}
+        for architecture in ARCHITECTURES[torch.float8_e4m3fn in dtypes :]:
+            jobs.setdefault(kernel.__name__, []).append((kernel, arguments, architecture))
+    _JOBS.extend(job for of_kernel in jobs.values() for job in of_kernel[::every])
     with multiprocessing.get_context("fork").Pool() as pool:
         rows = pool.map(_resources_of_job, range(len(_JOBS)), chunksize=1)
     print(table(rows))
@@ -244,4 +245,6 @@ def main(half: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--half" in sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of each kernel's compilations")
+    sys.exit(main(parser.parse_args().every))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The tests of a file run in one process: they share models, data sets and runs, which cost more than they do."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # `pytest_collection_modifyitems` has ordered them
     return LoadFileScheduling(config, log)
 
 
@@ -123,8 +125,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def many_first(items: list[pytest.Item]) -> None:
+    """Files of many tests come first, so that processes end together; those of tests/native wait for a compiler."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.parent.name == "native", -sizes[item.path], item.path))
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    many_first(items)
     leave_out_refused(config, items)
     mark_what_a_selection_leaves_out(items)
     if not torch.cuda.is_available():

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -26,25 +28,39 @@ OPERATORS = (
 PROBES = ("copies", "launches", "products", "tiles")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """One of several processes has the emulation compiled while it runs other tests."""
+    cache = getattr(session.config, "cache", None)
+    wanted = any("cuda" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and cache and shutil.which("g++") and os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
+        threading.Thread(target=compiled, args=(cache.mkdir("cuda_emulation"),), daemon=True).start()
+
+
 @pytest.fixture(scope="session")
 def cuda(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Kernels and bindings of the operators, and the controls of the emulated device."""
     if not shutil.which("g++"):
         pytest.skip("needs g++ (Debian: g++); on a GPU tests/ops checks the same kernels")
-    commands = compile_commands()
     cache = getattr(pytestconfig, "cache", None)
-    folder = cache.mkdir("cuda_emulation") if cache else tmp_path_factory.mktemp("cuda_emulation")
-    library = folder / f"{digest(commands)}.so"
-    with (folder / "lock").open("w") as lock:  # workers of pytest-xdist share one
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            for old in folder.glob("*.so"):
-                old.unlink()
-            build(commands, library, tmp_path_factory.mktemp("objects"))
+    library = compiled(cache.mkdir("cuda_emulation") if cache else tmp_path_factory.mktemp("cuda_emulation"))
     spec = importlib.util.spec_from_file_location("cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def compiled(folder: Path) -> Path:
+    """The emulation as a library in that folder, which processes share."""
+    commands = compile_commands()
+    library = folder / f"{digest(commands)}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            with tempfile.TemporaryDirectory() as objects:
+                build(commands, library, Path(objects))
+    return library
 
 
 def compile_commands() -> list[list[str]]:
