@@ -3,7 +3,8 @@
 Rows are prepared by the same Triton kernels, so the results of both differ by the order of float32 sums at most.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,11 +66,31 @@ def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue
     """
     if recording.state.record is not None:
         return False
-    a, residual, bias = rows.a, epilogue.residual, epilogue.bias
-    sources, weight = [aligned(t) for t in (a, rows.a2) if t is not None], aligned(weight[None, None])[0, 0]
+    sources = [aligned(t) for t in (rows.a, rows.a2) if t is not None]
+    rows, weight = replace(rows, a=sources[0], a2=(*sources, None)[1]), aligned(weight[None, None])[0, 0]
+    call, a = native_call(rows, geometry, weight, epilogue, out), rows.a
+    device = a.get_device()
+    try:
+        size = call.scratch(device)
+    except ValueError as error:
+        raise InputError(f"impl='cuda' cannot compute this product: {error}") from error
+    scratch = torch.empty(size // 4, dtype=torch.int32, device=a.device) if size else None
+    stream = torch.cuda.current_stream(a.device).cuda_stream
+    call.run(0 if scratch is None else scratch.data_ptr(), device, stream)
+    return epilogue.statistics is not None and call.finds_statistics(device)
+
+
+def native_call(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue", out: Tensor) -> Any:
+    """The product as the native module takes it; all tensors must live until it has run."""
+    a, sources, residual, bias = (
+        rows.a,
+        [t for t in (rows.a, rows.a2) if t is not None],
+        epilogue.residual,
+        epilogue.bias,
+    )
     positions = a.shape[0] * geometry.out_height * geometry.out_width
     vectors = rows.scales, rows.zeros, epilogue.column_scales, epilogue.weight_sums
-    call = _native.load("_C_cuda").Gemm(
+    return _native.load("_C_cuda").Gemm(
         sources=[(x.data_ptr(), strides_of(x), x.shape[3]) for x in sources],
         dtype=name_of(weight.dtype),
         shape=(*a.shape[:3], geometry.out_height, geometry.out_width),
@@ -85,15 +106,6 @@ def gemm(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "Epilogue
         instructions=INSTRUCTIONS,
         statistics=_statistics(epilogue.statistics),
     )
-    device = a.get_device()
-    try:
-        size = call.scratch(device)
-    except ValueError as error:
-        raise InputError(f"impl='cuda' cannot compute this product: {error}") from error
-    scratch = torch.empty(size // 4, dtype=torch.int32, device=a.device) if size else None
-    stream = torch.cuda.current_stream(a.device).cuda_stream
-    call.run(0 if scratch is None else scratch.data_ptr(), device, stream)
-    return epilogue.statistics is not None and call.finds_statistics(device)
 
 
 def strides_of(x: Tensor) -> tuple[int, ...]:

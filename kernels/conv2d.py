@@ -5,6 +5,7 @@ Images of 8 bits have one scale and one zero each, which the padding has, too, s
 
 from typing import TYPE_CHECKING
 
+from vpd_fast.kernels import _narrow_cuda
 from vpd_fast.kernels._gemm import Epilogue, gemm
 from vpd_fast.kernels._prologue import Geometry, prepare
 
@@ -16,8 +17,11 @@ def forward(call: "Conv2dArguments", backend: str = "triton", preparation: str =
     """Fills call.out. Last strides are 1 and vectors contiguous.
 
     backend: of the product, as in `_gemm.gemm`. preparation: what prepares the image, as in `_prologue.prepare`.
-    The four phases of `upsample` read the same prepared image.
+    Images of few channels need no preparation in CUDA C++. The four phases of `upsample` read the same prepared image.
     """
+    if (backend, preparation) == ("cuda", "cuda") and _narrow_cuda.fits(call):
+        _narrow_cuda.forward(call)
+        return
     prologue = {
         "scale_shift": call.scale_shift,
         "silu": call.silu,

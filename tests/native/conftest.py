@@ -22,7 +22,16 @@ import torch
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_emulation"
 OPERATORS = (
-    *("cross_attention_maps", "gemm", "gemm_mma", "gemm_persistent", "gemm_wgmma", "prologue", "self_attention"),
+    *(
+        "cross_attention_maps",
+        "gemm",
+        "gemm_mma",
+        "gemm_narrow",
+        "gemm_persistent",
+        "gemm_wgmma",
+        "prologue",
+        "self_attention",
+    ),
     "upsample_argmax_strips",
 )
 PROBES = ("copies", "launches", "products", "tiles")

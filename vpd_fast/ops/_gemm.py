@@ -219,6 +219,11 @@ def cuda_refuses(call: GemmArguments) -> str | None:
 
 def cuda_rows_refuses(call: GemmArguments) -> str | None:
     """Why CUDA C++ kernels cannot both prepare the rows of a product and compute it, or None."""
+    if call.x.device.type == "cuda" and triton_refuses(call) is None:  # without which kernels cannot be imported
+        from vpd_fast.kernels import _narrow_cuda
+
+        if _narrow_cuda.fits(call):
+            return _native.why_missing("_C_cuda")
     reason = cuda_refuses(call)
     if reason is not None:
         return reason

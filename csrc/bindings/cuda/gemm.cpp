@@ -1,6 +1,8 @@
 // Binding of the GEMM.
 #include "cuda/gemm.h"
 
+#include "cuda/gemm_narrow.h"
+
 #include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
@@ -118,7 +120,22 @@ void bind_gemm(py::module_& m) {
                 require_success(gemm_cuda(p, call.operand, call.instructions, reinterpret_cast<cudaStream_t>(stream)),
                                 "product");
             },
-            py::arg("scratch"), py::arg("device"), py::arg("stream"), "Enqueues it.");
+            py::arg("scratch"), py::arg("device"), py::arg("stream"), "Enqueues it.")
+        .def(
+            "run_narrow",
+            [](const Call& call, const std::string& source_dtype, int device, uintptr_t stream) {
+                const DeviceGuard guard(device);
+                if (const char* reason = gemm_narrow_cuda_refuses(call.problem, call.operand))
+                    throw std::invalid_argument(reason);
+                require_success(gemm_narrow_cuda(call.problem, parse_dtype(source_dtype), call.operand,
+                                                 reinterpret_cast<cudaStream_t>(stream)),
+                                "product of few numbers per position");
+                return gemm_narrow_cuda_finds_statistics(call.problem);
+            },
+            py::arg("source_dtype"), py::arg("device"), py::arg("stream"),
+            "Enqueues it by the kernel for few numbers per position (csrc/cuda/gemm_narrow.h), which reads a source of\n"
+            "float32, bfloat16 or float16. Returns whether it fills the statistics. Raises ValueError for what it cannot\n"
+            "compute.");
 }
 
 }  // namespace vpd
