@@ -73,6 +73,10 @@ EXPECTED = {
 }
 # Instructions for each step of K in the loop that starts both copies, of kernels whose name begins like this.
 COPY_LOOPS = {r"wgmma_kernel<.*, true>": 32, "persistent_kernel<": 42}
+# Instructions in the loop that finds statistics of eight numbers: per number difference, sum, square, minimum, maximum
+# and what unpacks it; it must end before the next tile does.
+WATCHING = ("FMNMX", "LDS", "FFMA")
+WATCH_LOOPS = {"persistent_kernel<": 72}
 # Loops of kernels that bytes should limit. Per number: unpacking 1, scale and shift 1, SiLU 5, rounding 0.5 to 16 bits
 # and 6 to 8 bits (as the reference: product, sum and number are each rounded, then clamped and packed); the rest are
 # addresses.
@@ -130,8 +134,8 @@ def instructions_of(code: str) -> set[str]:
     return set(re.findall(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+)", code))
 
 
-def copy_loop(code: str) -> int | None:
-    """Instructions of the shortest loop with a copy of a box of each kind, or None if there is none."""
+def shortest_loop(code: str, parts: tuple[str, ...]) -> int | None:
+    """Instructions of the shortest loop that has all these, such as a copy of a box of each kind, or None."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
     numbers = {int(address, 16): number for number, (address, _) in enumerate(lines)}
     lengths = []
@@ -139,18 +143,20 @@ def copy_loop(code: str) -> int | None:
         target = re.search(r"\bBRA .*\b0x([0-9a-f]+)", line)
         first = numbers.get(int(target[1], 16), last + 1) if target else last + 1
         body = " ".join(line for _, line in lines[first : last + 1])
-        if all(re.search(box, body) for box in BOXES):
+        if all(re.search(part, body) for part in parts):
             lengths.append(last + 1 - first)
     return min(lengths, default=None)
 
 
-def copies_too_long(kernel: str, code: str) -> list[str]:
-    """What is wrong with the loop that starts the copies of that kernel, if it has a limit."""
-    for pattern, limit in COPY_LOOPS.items():
-        if re.match(pattern, kernel):
-            length = copy_loop(code)
-            return [] if length is not None and length <= limit else [f"{length} instructions per copied step"]
-    return []
+def loops_too_long(kernel: str, code: str) -> list[str]:
+    """What is wrong with the loops of that kernel that start copies or find statistics, as far as they have limits."""
+    faults = []
+    for limits, parts, what in ((COPY_LOOPS, BOXES, "copied step"), (WATCH_LOOPS, WATCHING, "turn of the statistics")):
+        for limit in (limit for pattern, limit in limits.items() if re.match(pattern, kernel)):
+            length = shortest_loop(code, parts)
+            if length is None or length > limit:
+                faults.append(f"{length} instructions per {what}")
+    return faults
 
 
 def main_loop_faults(kernel: str, architecture: str, code: str) -> list[str]:
@@ -214,7 +220,7 @@ def rows_of(report: str, kernels: dict[str, str], architecture: str) -> list[dic
         text, instructions = reports[mangled], instructions_of(code)
         stack, shared = re.search(r"(\d+) bytes stack", text), re.search(r"(\d+) bytes smem", text)
         faults = [f"no {absent}" for absent in missing(kernel, architecture, instructions)]
-        faults += copies_too_long(kernel, code) if architecture == ARCHITECTURES[1] else []
+        faults += loops_too_long(kernel, code) if architecture == ARCHITECTURES[1] else []
         faults += main_loop_faults(kernel, architecture, code)
         faults += ["serialized"] if any(f"'{mangled}'" in line for line in notes) else []
         shown = sorted({found for i in instructions for found in re.findall(NAMED, i.partition(".")[0])})

@@ -57,6 +57,7 @@ VARIANTS = {
     "cuda, persistent": Variant(instructions="wgmma_persistent"),
     "cuda, persistent, no residual": Variant(instructions="wgmma_persistent", residual=False),
     "cuda, persistent, residual": Variant(instructions="wgmma_persistent", residual=True),
+    "cuda, persistent, statistics": Variant(instructions="wgmma_persistent", statistics=True),
     "cuda, mma": Variant(instructions="mma"),
     "triton": Variant("triton"),
     "library": Variant("library"),

@@ -99,7 +99,8 @@ bool has_whole_runs(const CudaGemm& p, const Plan& plan, int64_t positions) {
 
 // Sets whether and how the kernel finds statistics. positions: of an image.
 void set_statistics(const CudaGemm& p, int64_t positions, Plan& plan) {
-    plan.statistics = p.statistics && plan.wide && plan.splits == 1 && p.activation != CudaActivation::geglu &&
+    const bool possible = plan.wide || (plan.persistent && p.run >= STORED_ROWS);
+    plan.statistics = p.statistics && possible && plan.splits == 1 && p.activation != CudaActivation::geglu &&
                       has_whole_runs(p, plan, positions);
     if (!plan.statistics) return;
     while (int64_t(1) << plan.log_run < p.run) ++plan.log_run;

@@ -30,6 +30,8 @@ struct TensorMaps {
 };
 bool encode_operands(TensorMaps& maps, const CudaGemm& problem, const Plan& plan, CudaOperand operand, int cluster);
 
+constexpr int STORED_ROWS = 64;  // that a warpgroup of a persistent kernel stores at a time
+
 // By blocks that stay, in tiles of 256x128, 256x160 or 128x256; for usual problems only.
 bool persistent_takes(const CudaGemm& problem, const Plan& plan, CudaOperand operand);
 cudaError_t launch_persistent(const CudaGemm& problem, const Plan& plan, CudaOperand operand, cudaStream_t stream);

@@ -122,47 +122,31 @@ __device__ inline void unpack_to(const Eight<Number>& from, float (&x)[8]) {
     for (int i = 0; i < 4; ++i) unpack<Number>(from.words[i], x[2 * i], x[2 * i + 1]);
 }
 
-// Of eight columns, of the positions of a run that a thread has: about `shift`, which all threads of a column share.
-struct ColumnStatistics {
-    float shift[8], total[8], squares[8], low[8], high[8];
+// The sum over the threads that have the same columns.
+__device__ inline float over_rows(float x) {
+#pragma unroll
+    for (int mask = 4; mask < WARP; mask *= 2) x += shuffle_xor(x, mask);
+    return x;
+}
 
-    // The sum over the threads that have the same columns.
-    __device__ static float over_rows(float x) {
+// Of eight columns, of the positions of a run that a thread has; all threads of a column begin with the same number.
+struct ColumnStatistics : RunningStatistics<8> {
+    __device__ void begin(const float (&numbers)[8], int lane) {
+        float first[8];
 #pragma unroll
-        for (int mask = 4; mask < WARP; mask *= 2) x += shuffle_xor(x, mask);
-        return x;
+        for (int i = 0; i < 8; ++i) first[i] = over_rows(lane < 4 ? numbers[i] : 0.0f);
+        RunningStatistics::begin(first);
     }
-    __device__ void begin(const float (&first)[8], int lane) {
+    // Over all threads of a column, which come here together.
+    __device__ void join() {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            shift[i] = over_rows(lane < 4 ? first[i] : 0.0f);
-            total[i] = squares[i] = 0.0f, low[i] = INFINITY, high[i] = -INFINITY;
-        }
-    }
-    __device__ void add(const float (&x)[8]) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float difference = x[i] - shift[i];
-            total[i] += difference, squares[i] = fmaf(difference, difference, squares[i]);
-            low[i] = fminf(low[i], x[i]), high[i] = fmaxf(high[i], x[i]);
-        }
-    }
-    // to: the first plane of these columns; planes are `n` apart. All threads of the warp come here.
-    __device__ void store(float* to, int64_t n, float count, bool stores) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float sum = over_rows(total[i]), of_squares = over_rows(squares[i]);
+            total[i] = over_rows(total[i]), squares[i] = over_rows(squares[i]);
 #pragma unroll
             for (int mask = 4; mask < WARP; mask *= 2) {
                 low[i] = fminf(low[i], shuffle_xor(low[i], mask));
                 high[i] = fmaxf(high[i], shuffle_xor(high[i], mask));
             }
-            const float off = sum / count, mean = shift[i] + off, taken = mean - shift[i];
-            const float rest = (shift[i] - (mean - taken)) + (off - taken);  // what rounding the mean took away
-            const float planes[] = {mean, rest, of_squares - sum * off, low[i], high[i]};
-            if (stores)
-#pragma unroll
-                for (int plane = 0; plane < PLANES; ++plane) store_global(to + plane * n + i, planes[plane]);
         }
     }
 };
@@ -263,8 +247,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<STEPS>)
         }
         if (!plan.tiles_of_run || (tile + 1) % plan.tiles_of_run) return;
         const int run = tile / plan.tiles_of_run;
-        statistics.store(p.statistics + image * p.statistics_image + int64_t(run) * PLANES * p.n + column, p.n,
-                         float(plan.tiles_of_run * TILE), exists);
+        float* const to = p.statistics + image * p.statistics_image + int64_t(run) * PLANES * p.n + column;
+        statistics.join();
+        if (exists && lane < 4) statistics.store(to, p.n, 1.0f / float(plan.tiles_of_run * TILE));
     };
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {

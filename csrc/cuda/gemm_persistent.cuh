@@ -11,8 +11,13 @@
 // Epilogue: sums become the result in registers, which goes through shared memory, where the residual was loaded by TMA,
 // and is stored by TMA, which leaves out what is beyond the result. Bits are those of the other kernels. Results and
 // residuals are bfloat16.
+//
+// Statistics of the result are found by the three idle warps of the first warpgroup, from the results in shared memory,
+// while the next tile is multiplied: a thread has two columns and all positions of a run. The memory is written again when
+// they say that they have read it.
 #pragma once
 
+#include "cuda/gemm_statistics.cuh"
 #include "cuda/gemm_wgmma.cuh"
 
 namespace vpd::gemm {
@@ -25,8 +30,7 @@ struct PersistentMaps {
 constexpr int CLUSTER = 2;
 constexpr uint16_t ALL_BLOCKS = (1 << CLUSTER) - 1;
 
-// Positions of a box that one warpgroup stores at a time, and columns.
-constexpr int STORED_ROWS = 64;
+// Columns of a box that one warpgroup stores at a time.
 constexpr int stored_columns(int columns) { return columns % 64 ? 32 : 64; }
 
 template <int ROWS_, int COLUMNS>
@@ -39,7 +43,12 @@ struct PersistentTile {
     static constexpr int STORED = stored_columns(COLUMNS), STORED_LINE = STORED * 2;
     static constexpr int SUBTILE_BYTES = STORED_ROWS * COLUMNS * 2, BUFFERS = COLUMNS == 160 ? 1 : SUBTILES;
     static constexpr int STAGED_BYTES = GROUPS * BUFFERS * SUBTILE_BYTES;
-    static constexpr int BARRIERS = 2 * STAGES + GROUPS;
+    // Warps that find statistics, and columns that they read as words.
+    static constexpr int WATCHERS = 3, WORDS = COLUMNS / 2,
+                         WORDS_EACH = (WORDS + WATCHERS * WARP - 1) / (WATCHERS * WARP);
+    static_assert(WORDS_EACH == 1 || BUFFERS == SUBTILES);  // else a subtile is gone before it is read again
+    // Of stages that are filled and emptied, of residuals, and of buffers that are filled and read.
+    static constexpr int BARRIERS = 2 * STAGES + GROUPS + 2 * GROUPS * BUFFERS;
     static constexpr int ALIGNMENT = 1024;
     static constexpr int SHARED_BYTES = ALIGNMENT + STAGES * STAGE_BYTES + STAGED_BYTES +
                                         (BARRIERS * 8 + 15) / 16 * 16 + GROUPS * int(sizeof(TileColumns<COLUMNS>));
@@ -104,8 +113,9 @@ __device__ inline void multiply_tile(typename Operand<T>::Sum (&sums)[Size::SUBT
     for (int i = 0; i < Size::SUBTILES; ++i)
 #pragma unroll
         for (int j = 0; j < COLUMNS / 2; ++j) sums[i][j] = 0;
-    const int begun = plan.steps > 1;  // the step after which products of two are under way, or of the only one
-    int done = -1;                     // the stage whose products may still be under way
+    // A step after which products of two are under way, or of the only one; late where results are still being read.
+    const int begun = plan.statistics && plan.steps > 4 ? plan.steps - 3 : plan.steps > 1;
+    int done = -1;  // the stage whose products may still be under way
     const auto release = [&] {
         if (lane < CLUSTER && done >= 0) barrier_arrive_at(emptied + done, lane);
     };
@@ -193,15 +203,75 @@ __device__ inline void stage_result(const CudaGemm& p, const typename Operand<T>
     }
 }
 
+// Statistics of all tiles of the block, by one of the warps that have nothing else to do. Behind the barriers of buffers
+// that are filled, one per group and buffer, lie those of buffers that have been read.
+template <typename Size>
+__device__ inline void watch_tiles(const CudaGemm& p, const Plan& plan, const unsigned char* staged,
+                                   uint64_t* staged_full, int warp, int lane) {
+    constexpr int SUBTILES = Size::GROUPS * Size::SUBTILES, PIECES = Size::STORED / 8;
+    constexpr int USES = Size::SUBTILES / Size::BUFFERS;  // of a buffer in a tile
+    const int subtiles_of_run = (1 << plan.log_run) / STORED_ROWS;
+    int uses = 0;
+    for (int index = blockIdx.x; index < plan.row_tiles * plan.column_tiles; index += gridDim.x, uses += USES) {
+        const int first = tile_of(plan, index).column;
+#pragma unroll 1
+        for (int turn = 0; turn < Size::WORDS_EACH; ++turn) {
+            const int word = (turn * Size::WATCHERS + warp) * WARP + lane, column = first + word * 2;
+            const bool exists = word < Size::WORDS && column < p.n;
+            const unsigned char* const from =
+                staged + word * 4 / Size::STORED_LINE * STORED_ROWS * Size::STORED_LINE + word % 4 * 4;
+            const int piece = word / 4 % PIECES;
+            RunningStatistics<2> statistics;
+#pragma unroll 1
+            for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+                const int group = subtile / Size::SUBTILES, of_group = subtile - group * Size::SUBTILES;
+                const int buffer = group * Size::BUFFERS + of_group % Size::BUFFERS;
+                if (turn == 0) barrier_wait(staged_full + buffer, uses + of_group / Size::BUFFERS & 1);
+                if (exists) {
+                    const unsigned char* const lines = from + buffer * Size::SUBTILE_BYTES;
+                    const auto numbers = [&](int line, float (&x)[2]) {
+                        const int swizzle = PIECES == 8 ? line & 7 : line >> 1 & 3;
+                        unpack<Bfloat16>(*reinterpret_cast<const uint32_t*>(lines + line * Size::STORED_LINE +
+                                                                            (piece ^ swizzle) * 16),
+                                         x[0], x[1]);
+                    };
+                    float x[2];
+                    if (subtile % subtiles_of_run == 0) numbers(0, x), statistics.begin(x);
+#pragma unroll 4
+                    for (int line = 0; line < STORED_ROWS; ++line) numbers(line, x), statistics.add(x);
+                }
+                if (turn == Size::WORDS_EACH - 1) {
+                    sync_warp();
+                    if (lane == 0) barrier_arrive(staged_full + Size::GROUPS * Size::BUFFERS + buffer);
+                }
+                if ((subtile + 1) % subtiles_of_run || !exists) continue;
+                // Found again, as there are few registers.
+                const Position at =
+                    position_of(plan, tile_of(plan, index), (subtile + 1 - subtiles_of_run) * STORED_ROWS);
+                if (inside(p, at))
+                    statistics.store(place_of_run(p, plan, at, column), p.n,
+                                     1.0f / float(subtiles_of_run * STORED_ROWS));
+            }
+        }
+    }
+}
+
 template <typename T, typename Size, int COLUMNS>
 __device__ inline void multiply_tiles(const PersistentMaps& maps, const CudaGemm& p, const Plan& plan,
                                       unsigned char* stages, unsigned char* staged, uint64_t* filled, uint64_t* loaded,
-                                      TileColumns<COLUMNS>& columns, int group, int warp, int lane) {
+                                      uint64_t* staged_full, TileColumns<COLUMNS>& columns, int group, int warp,
+                                      int lane) {
     const int thread = threadIdx.x % Size::WARPGROUP;
     const bool geglu = p.activation == CudaActivation::geglu, leader = thread == 0;
     const int width = COLUMNS / (geglu ? 2 : 1);  // of the result
     RingPlace place;
     unsigned loads = 0;  // of residuals, so far
+    unsigned uses = 0;   // of each buffer of results, so far
+    // The leader waits until a buffer's results have left and been read.
+    const auto wait_for_buffer = [&](int buffer) {
+        store_wait();
+        if (plan.statistics && uses) barrier_wait(staged_full + (Size::GROUPS * Size::BUFFERS + buffer), uses - 1 & 1);
+    };
     typename Operand<T>::Sum sums[Size::SUBTILES][COLUMNS / 2];
     for (int index = blockIdx.x; index < plan.row_tiles * plan.column_tiles; index += gridDim.x) {
         const Tile tile = tile_of(plan, index);
@@ -219,7 +289,7 @@ __device__ inline void multiply_tiles(const PersistentMaps& maps, const CudaGemm
         RowScale rows[Size::SUBTILES][2] = {};
         const auto prepare_epilogue = [&] {
             if (leader) {  // the results of the tile before have to leave first
-                store_wait();
+                for (int i = 0; i < Size::BUFFERS; ++i) wait_for_buffer(i);
                 if (p.residual.data) {
                     barrier_expect(loaded, Size::BUFFERS * Size::SUBTILE_BYTES);
                     for (int i = 0; i < Size::BUFFERS; ++i) load_residual(i);
@@ -244,7 +314,7 @@ __device__ inline void multiply_tiles(const PersistentMaps& maps, const CudaGemm
             unsigned char* const buffer = staged + i % Size::BUFFERS * Size::SUBTILE_BYTES;
             if (i >= Size::BUFFERS) {  // the subtile before has to leave first
                 if (leader) {
-                    store_wait();
+                    wait_for_buffer(0);
                     if (p.residual.data) barrier_expect(loaded, Size::SUBTILE_BYTES), load_residual(i);
                 }
                 sync_threads(1 + group, Size::WARPGROUP);
@@ -262,7 +332,9 @@ __device__ inline void multiply_tiles(const PersistentMaps& maps, const CudaGemm
                     store_box(buffer + j * STORED_ROWS * Size::STORED_LINE, maps.out, result_column + j * Size::STORED,
                               at.x, at.y, at.image);
                 store_commit();
+                if (plan.statistics) barrier_arrive(staged_full + i % Size::BUFFERS);
             }
+            if ((i + 1) % Size::BUFFERS == 0) ++uses;
         }
     }
     if (leader) store_wait();
@@ -280,13 +352,18 @@ __global__ void __launch_bounds__(PersistentTile<ROWS, COLUMNS>::THREADS, 1)
     unsigned char* const stages = memory + (-shared_address(memory) & (Size::ALIGNMENT - 1));
     unsigned char* const staged = stages + Size::STAGES * Size::STAGE_BYTES;
     uint64_t* const filled = reinterpret_cast<uint64_t*>(staged + Size::STAGED_BYTES);
-    uint64_t* const loaded = filled + 2 * Size::STAGES;  // behind the barriers of emptied stages
+    uint64_t* const loaded = filled + 2 * Size::STAGES;   // behind the barriers of emptied stages
+    uint64_t* const staged_full = loaded + Size::GROUPS;  // then of those that have been read
     if (threadIdx.x == 0) {
         for (int i = 0; i < Size::STAGES; ++i) {
             barrier_init(filled + i, 1);
             barrier_init(filled + Size::STAGES + i, CLUSTER * Size::GROUPS * Size::WARPGROUP / WARP);
         }
         for (int i = 0; i < Size::GROUPS; ++i) barrier_init(loaded + i, 1);
+        for (int i = 0; i < Size::GROUPS * Size::BUFFERS; ++i) {
+            barrier_init(staged_full + i, 1);
+            barrier_init(staged_full + Size::GROUPS * Size::BUFFERS + i, Size::WATCHERS);
+        }
         barrier_init_done();
         prefetch_tensor_map(maps.operands.source[0]);
         prefetch_tensor_map(maps.operands.weight);
@@ -296,15 +373,18 @@ __global__ void __launch_bounds__(PersistentTile<ROWS, COLUMNS>::THREADS, 1)
     cluster_arrive(), cluster_wait();  // nothing is sent to a block before its barriers are there
     if (warpgroup == 0) {
         give_registers<Size::FEW>();
-        if (warp == 0 && elected())
+        if (warp > 0) {
+            if (plan.statistics) watch_tiles<Size>(p, plan, staged, staged_full, warp - 1, lane);
+        } else if (elected()) {
             copy_tiles<Size, Operand<T>::BYTES>(maps, p, plan, stages, filled, int(rank_in_cluster()));
+        }
     } else {
         take_registers<Size::MANY>();
         const int group = warpgroup - 1;
         TileColumns<COLUMNS>* const columns =
             reinterpret_cast<TileColumns<COLUMNS>*>(staged + Size::STAGED_BYTES + (Size::BARRIERS * 8 + 15) / 16 * 16);
         multiply_tiles<T, Size>(maps, p, plan, stages, staged + group * Size::BUFFERS * Size::SUBTILE_BYTES, filled,
-                                loaded + group, columns[group], group, warp, lane);
+                                loaded + group, staged_full + group * Size::BUFFERS, columns[group], group, warp, lane);
     }
     sync_warp();
     cluster_arrive(), cluster_wait();  // the other block may still send here

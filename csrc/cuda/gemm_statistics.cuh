@@ -48,6 +48,13 @@ __device__ inline void statistics_of_warp(Sum* rows, int lane) {
     }
 }
 
+// Where the first plane of the run at that position goes, of that column.
+__device__ inline float* place_of_run(const CudaGemm& p, const Plan& plan, const Position& at, int column) {
+    const int number = (at.image * int(p.out_height) + at.y) * int(p.out_width) + at.x;
+    const int run = number >> plan.log_run, image = run / plan.by_runs;
+    return p.statistics + image * p.statistics_image + int64_t(run - image * plan.runs) * PLANES * p.n + column;
+}
+
 // Of all runs of a tile, from those of its warps; by `threads` threads.
 template <typename Sum, int COLUMNS>
 __device__ inline void store_statistics(const CudaGemm& p, const Plan& plan, const Tile& tile, const Sum* staged,
@@ -72,14 +79,43 @@ __device__ inline void store_statistics(const CudaGemm& p, const Plan& plan, con
         }
         rest /= float(warps);
         squares -= float(warps * ROWS_PER_WARP) * rest * rest;
-        const int number = (at.image * int(p.out_height) + at.y) * int(p.out_width) + at.x;
-        const int run = number >> plan.log_run, image = run / plan.by_runs;
-        float* const to = p.statistics + image * p.statistics_image + int64_t(run - image * plan.runs) * PLANES * p.n +
-                          tile.column + column;
+        float* const to = place_of_run(p, plan, at, tile.column + column);
         const float planes[] = {mean, rest, squares, low, high};
 #pragma unroll
         for (int plane = 0; plane < PLANES; ++plane) store_global(to + plane * p.n, planes[plane]);
     }
 }
+
+// Of COUNT columns, of some positions of a run, one after the other: about `shift`, the first one's number.
+template <int COUNT>
+struct RunningStatistics {
+    float shift[COUNT], total[COUNT], squares[COUNT], low[COUNT], high[COUNT];
+
+    __device__ void begin(const float (&first)[COUNT]) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            shift[i] = first[i], total[i] = squares[i] = 0.0f, low[i] = INFINITY, high[i] = -INFINITY;
+        }
+    }
+    __device__ void add(const float (&x)[COUNT]) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const float difference = x[i] - shift[i];
+            total[i] += difference, squares[i] = fmaf(difference, difference, squares[i]);
+            low[i] = fminf(low[i], x[i]), high[i] = fmaxf(high[i], x[i]);
+        }
+    }
+    // to: the first plane of the first column; planes are `n` apart. share: of a position in all.
+    __device__ void store(float* to, int64_t n, float share) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const float off = total[i] * share, mean = shift[i] + off, taken = mean - shift[i];
+            const float rest = (shift[i] - (mean - taken)) + (off - taken);  // what rounding the mean took away
+            const float planes[] = {mean, rest, squares[i] - total[i] * off, low[i], high[i]};
+#pragma unroll
+            for (int plane = 0; plane < PLANES; ++plane) store_global(to + plane * n + i, planes[plane]);
+        }
+    }
+};
 
 }  // namespace vpd::gemm

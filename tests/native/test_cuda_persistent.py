@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from vpd_fast import _native
+from vpd_fast.ops.statistics import Statistics
 
-from .cuda_gemm_cases import FLOAT8, Case, check, make, run
+from ..ops.statistics_cases import assert_statistics
+from .cuda_gemm_cases import FLOAT8, Case, check, make, prepare, run
 from .devices import H200
 
 INSTRUCTIONS = "wgmma_persistent"
@@ -67,6 +69,47 @@ def test_orders_of_threads_and_copies(cuda: ModuleType, n: int, order: int) -> N
     same_as_wide(cuda, replace(case, out_dtype=torch.bfloat16), order, processors=4 if n == 320 else 2)
 
 
+STATISTICS = [  # type, columns, positions of a run, height, width, batch, kernel; what a tile's rows are
+    (torch.int8, 256, 64, 16, 16, 3, 3),  # lines of an image; several tiles of a block
+    (torch.int8, 320, 128, 16, 16, 2, 1),
+    (torch.int8, 72, 256, 16, 16, 3, 1),
+    (torch.bfloat16, 320, 64, 8, 8, 9, 1),  # several images; the last tile of one block is beyond the batch
+    (torch.bfloat16, 256, 128, 2, 256, 1, 1),  # a part of a line
+    (torch.bfloat16, 72, 64, 16, 16, 3, 3),
+]
+
+
+@pytest.mark.parametrize(("dtype", "n", "length", "height", "width", "batch", "kernel"), STATISTICS)
+def test_statistics(cuda: ModuleType, dtype, n: int, length: int, height: int, width: int, batch: int, kernel) -> None:
+    """Those of the stored result, far from zero, whatever the order, and its bits with and without them."""
+    margin, residual = kernel // 2, torch.bfloat16 if length == 64 else None
+    case = Case(batch, height, width, (16,), n, (kernel, kernel), 1, (margin,) * 4, dtype, residual=residual)
+    case, found = replace(case, out_dtype=torch.bfloat16), []
+    for order, run_length in ((1, length), (2 + kernel, length), (1, 0)):
+        p = make(replace(case, run=run_length))
+        p.bias += 300
+        found.append((run(cuda, p, INSTRUCTIONS, FEW._replace(order=order)).clone(), p.statistics))
+        assert prepare(cuda, p, INSTRUCTIONS)[0].finds_statistics(0) == bool(run_length)
+    assert_statistics(Statistics(found[0][1], length), found[0][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][0], found[2][0])
+
+
+def test_statistics_that_are_left_to_others(cuda: ModuleType) -> None:
+    """Runs of less than a warpgroup stores, of more than a tile has or of other rows, and geglu: nothing is written."""
+    for change in (
+        {"run": 32},
+        {"run": 48},
+        {"run": 64, "activation": "geglu"},
+        {"run": 64, "height": 15, "width": 20},
+    ):
+        p = make(replace(Case(2, 16, 16, (32,), 256, dtype=torch.bfloat16, out_dtype=torch.bfloat16), **change))
+        run(cuda, p, INSTRUCTIONS, FEW)
+        assert not prepare(cuda, p, INSTRUCTIONS)[0].finds_statistics(0), change
+        assert p.statistics.isnan().all()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -102,3 +145,14 @@ def test_gpu(dtype: torch.dtype, n: int, convolution: bool) -> None:
     expected = run(cuda, make(case), "wgmma_wide").clone()
     for _ in range(3):
         assert torch.equal(run(cuda, make(case), INSTRUCTIONS), expected)
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("n", [256, 320, 72])
+def test_gpu_statistics(dtype: torch.dtype, n: int) -> None:
+    case = Case(10, 64, 64, (64,), n, (3, 3), 1, (1, 1, 1, 1), dtype, out_dtype=torch.bfloat16, run=64)
+    for _ in range(3):
+        p = make(case)
+        out = run(_native.load("_C_cuda"), p, INSTRUCTIONS)
+        assert_statistics(Statistics(p.statistics, 64), out)
