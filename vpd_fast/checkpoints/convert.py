@@ -18,6 +18,7 @@ from vpd_fast.checkpoints.save import pretrained_writers, write_safetensors
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError
 from vpd_fast.files import CONFIG_NAME, WEIGHTS_NAME, Writer, as_path, write_files, write_json
+from vpd_fast.hub import local_path
 
 TARGETS = ("pretrained", "vpd", "ldm", "diffusers")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,7 +35,7 @@ def convert(
     ema: bool = False,
     **config_overrides: Any,
 ) -> ConvertReport:
-    """Read any checkpoint and write it in another format.
+    """Read any checkpoint, also one of the hub ("owner/name"), and write it in another format.
 
     to: "pretrained" (folder of this package), "vpd" (file like the released ones; .safetensors by its suffix), "ldm"
     (file with Stable Diffusion's original names; .safetensors by its suffix) or "diffusers" (folder with unet/, vae/,
@@ -45,7 +46,7 @@ def convert(
     if to not in TARGETS:
         raise InputError(f"convert: to must be one of {', '.join(TARGETS)}, got {to!r}")
     destination = as_path(destination, "destination")
-    checkpoint = open_checkpoint(source, ema=ema)
+    checkpoint = open_checkpoint(local_path(source), ema=ema)
     report = ConvertReport(checkpoint.path, destination, checkpoint.format, to, placeholders=checkpoint.placeholders)
     make_writers = _vpd_writers if to in ("pretrained", "vpd") else _stable_diffusion_writers
     write_files(make_writers(checkpoint, report, dtype, config_overrides), CheckpointError)

@@ -20,6 +20,7 @@ from vpd_fast.checkpoints.report import LoadReport, first_names
 from vpd_fast.config import BackboneConfig, VPDConfig
 from vpd_fast.errors import CheckpointError, InputError, brief
 from vpd_fast.files import as_path
+from vpd_fast.hub.download import STABLE_DIFFUSION_FILES, HubName, local_path
 from vpd_fast.models.vpd import VPD
 from vpd_fast.tasks import TASKS
 
@@ -34,10 +35,15 @@ def load_checkpoint(
     mmap: bool = False,
     ema: bool = False,
     verify: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     **config_overrides: Any,
 ) -> VPD:
-    """Load a VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, or
-    one of the miniatures that come with it ("shapes-segmentation", "shapes-referring", "shapes-depth").
+    """Load a VPD model from a released file, the mmsegmentation 1.x depth port, a file or folder of this package, one
+    of the miniatures that come with it ("shapes-segmentation", "shapes-referring", "shapes-depth"), or a repository of
+    the Hugging Face hub ("owner/name", or "owner/name/file").
 
     task: what the checkpoint must hold; None: whatever it holds. allow_missing: weights the file lacks keep their fresh
     initialisation instead of raising. dtype: of the parameters, None: float32 whatever the file has. mmap: True leaves
@@ -46,13 +52,15 @@ def load_checkpoint(
     config_overrides: VPDConfig or BackboneConfig fields that shapes do not tell
     (num_heads, max_depth, base_size, ...). ema: the averages over the training (EMA) in place of the weights; an
     error where the file has none. verify: compare the weights with the check sums in the folder's settings first
-    (`vpd_fast.checkpoints.verify`); an error where there are none.
+    (`vpd_fast.checkpoints.verify`); an error where there are none. revision, token, cache_dir, local_files_only: of
+    the hub, as `vpd_fast.hub.local_path` takes them.
 
     The model is in eval mode and carries a `LoadReport` as `load_report`. Raises CheckpointError: unreadable or hostile
     file, another task, weights that are missing, not finite or of other shapes; InputError: unknown task or override.
     """
     if task is not None and not (isinstance(task, str) and task in TASKS):
         raise InputError(f"load_checkpoint: task must be one of {', '.join(TASKS)}, got {brief(task)}")
+    path = local_path(path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if verify:
         require_intact(path)
     checkpoint = open_checkpoint(path, ema=ema)
@@ -76,9 +84,13 @@ def _assumptions(checkpoint: Checkpoint, config: VPDConfig, overrides: Mapping[s
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> VPD:
-    """Load a model from a folder written by `save_pretrained`, or bundled weights; options as in `load_checkpoint`."""
-    if not is_bundled(folder) and not as_path(folder, "folder").is_dir():
-        raise CheckpointError(f"{folder}: expected a folder written by save_pretrained, or one of {', '.join(NAMES)}")
+    """Load a model from a folder written by `save_pretrained`, a repository of the hub that has its files, or bundled
+    weights; options as in `load_checkpoint`."""
+    if not is_bundled(folder) and HubName.of(folder) is None and not as_path(folder, "folder").is_dir():
+        raise CheckpointError(
+            f"{folder}: expected a folder written by save_pretrained, owner/name of the hub, or one of "
+            f"{', '.join(NAMES)}"
+        )
     return load_checkpoint(folder, **options)
 
 
@@ -92,14 +104,23 @@ def load_stable_diffusion(
     dtype: torch.dtype | None = None,
     mmap: bool = False,
     ema: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> VPD:
     """Make a model for fine-tuning: encoder and UNet of Stable Diffusion 1.x, everything else freshly initialised.
 
-    path: ldm .ckpt or .safetensors, or a diffusers folder. config: task and sizes; its backbone must be the file's.
+    path: ldm .ckpt or .safetensors, a diffusers folder, or a repository of the hub ("owner/name" with such a folder,
+    "owner/name/file"). config: task and sizes; its backbone must be the file's.
     class_embeddings: (num_classes or num_scenes, context_dim), or a file with that one tensor; needed for segmentation
     and depth unless allow_missing, which leaves them zero. All else (eval mode, report, options, errors) as in
     `load_checkpoint`.
     """
+    path = local_path(
+        path, STABLE_DIFFUSION_FILES, revision=revision, token=token, cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )  # fmt: skip
     checkpoint = open_checkpoint(path, ema=ema)
     if not checkpoint.is_stable_diffusion:
         raise CheckpointError(

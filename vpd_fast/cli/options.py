@@ -21,6 +21,7 @@ from vpd_fast.config import PRECISIONS, VPDConfig
 from vpd_fast.engine import load_engine, optimize
 from vpd_fast.engine.storage import SETTINGS
 from vpd_fast.errors import InputError, TruncationWarning
+from vpd_fast.hub import local_path
 from vpd_fast.inference import make_predictor
 from vpd_fast.inference.running import AUTO
 from vpd_fast.models import VPD
@@ -45,8 +46,9 @@ Checkpoint = Annotated[
     Path | None,
     model_option(
         metavar="PATH",
-        help="A released VPD file, a file or folder (also of a fast model) written by this project, or a bundled "
-        "miniature: shapes-segmentation, shapes-referring, shapes-depth. Its task is recognised.",
+        help="A released VPD file, a file or folder (also of a fast model) written by this project, a repository of "
+        "the Hugging Face hub (owner/name, owner/name@revision, owner/name/file), or a bundled miniature: "
+        "shapes-segmentation, shapes-referring, shapes-depth. Its task is recognised.",
     ),
 ]
 Ema = Annotated[
@@ -155,13 +157,14 @@ class ModelOptions:
         device = _device(self.device)
         check_backend(self.attention_backend)  # before the weights are read
         place = torch.device("cpu") if self.precision else device  # where layers are converted one by one
-        if self.checkpoint is None:
+        path = None if self.checkpoint is None else local_path(self.checkpoint)
+        if path is None:
             assert self.random_weights is not None  # checked when made
             model = _random_model(self.random_weights, self.task, self.config, drawn_on).to(place).eval()
-        elif (self.checkpoint / SETTINGS).exists():
-            return self._load_engine(self.checkpoint, device)
+        elif (path / SETTINGS).exists():
+            return self._load_engine(path, device)
         else:
-            model = load_checkpoint(self.checkpoint, task=self.task, device=place, ema=self.ema, mmap=True)
+            model = load_checkpoint(path, task=self.task, device=place, ema=self.ema, mmap=True)
         if self.precision is not None:
             return optimize(model, self.precision, device=device)
         model.attention_backend = self.attention_backend

@@ -116,6 +116,9 @@ class FastVPD(Engine, Perceiver):
 
         save_engine(self, folder)
 
+    def _save(self, folder: Path) -> None:
+        self.save(folder)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Text adapter and embeddings by the plain model's keys; rounded and merged weights are no part of it."""
         return self.conditioning.state_dict(prefix=self.config.key_prefix)

@@ -31,6 +31,7 @@ from vpd_fast.files import (
     write_files,
     write_json,
 )
+from vpd_fast.hub import local_path
 from vpd_fast.models.finite import all_finite, why_not_finite
 from vpd_fast.models.vpd import VPD
 from vpd_fast.ops.packing import ROWS_ONLY
@@ -76,17 +77,27 @@ def _row(info: LayerInfo) -> dict[str, Any]:
 
 
 def load_engine(
-    folder: str | Path, device: torch.device | str = "cpu", *, mmap: bool = True, verify: bool = False
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
+    verify: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> FastVPD:
-    """The fast model that `save` wrote into `folder`: ready to run, without the weights it was made from.
+    """The fast model that `save` wrote into `folder`, or that a repository of the hub ("owner/name") has: ready to run,
+    without the weights it was made from.
 
     On the CPU the tensors stay in the file and are read as they are used, so that it must be replaced by another file,
     not overwritten in place, while the model lives; mmap=False reads them into memory. An engine runs on the kind of
     device that it was made on; one that was made with Policy(winograd=False) runs on both. verify: compare the tensors
-    with the check sums that were written with them. Raises CheckpointError if the folder is no engine, a damaged one,
-    or one for another device.
+    with the check sums that were written with them. revision, token, cache_dir, local_files_only: of the hub, as
+    `vpd_fast.hub.local_path` takes them. Raises CheckpointError if the folder is no engine, a damaged one, or one for
+    another device.
     """
-    folder = as_path(folder, "folder")
+    folder = local_path(folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     settings = _read_settings(folder)
     if verify:
         require_intact(folder, SETTINGS)

@@ -16,6 +16,7 @@ from vpd_fast.checkpoints import load_checkpoint
 from vpd_fast.engine import load_engine, optimize
 from vpd_fast.engine.storage import SETTINGS
 from vpd_fast.errors import InputError, MissingDependencyError
+from vpd_fast.hub import local_path
 from vpd_fast.inference.pipeline import Failure, outcomes
 from vpd_fast.inference.predict import make_predictor
 from vpd_fast.inference.predict_images import READERS, read_prepared
@@ -128,9 +129,10 @@ def _ray_data() -> Any:
 
 def _load(checkpoint: Any, make: Any, task: str | None, precision: str | None, device: str | None) -> Perceiver:
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = None if make is not None else local_path(checkpoint)
     if make is not None:
         model = make().eval()
-    elif (Path(checkpoint) / SETTINGS).exists():
+    elif (checkpoint / SETTINGS).exists():
         return load_engine(checkpoint, place)
     else:
         model = load_checkpoint(checkpoint, task=task, device="cpu" if precision else place, mmap=True)

@@ -162,7 +162,8 @@ class VPD(Backbone, Perceiver):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> VPD:
-        """Read a folder written by `save_pretrained`, or weights that come with the package, "shapes-segmentation",
+        """Read a folder written by `save_pretrained`, a repository of the Hugging Face hub ("owner/name"; options
+        revision, token, cache_dir, local_files_only), or weights that come with the package, "shapes-segmentation",
         "shapes-referring" or "shapes-depth": miniatures trained on `vpd_fast.data.shapes`, without network."""
         from vpd_fast.checkpoints import load_pretrained
 
@@ -173,6 +174,9 @@ class VPD(Backbone, Perceiver):
         from vpd_fast.checkpoints import save_pretrained
 
         save_pretrained(self, folder)
+
+    def _save(self, folder: Path) -> None:
+        self.save_pretrained(folder)
 
 
 class VPDSegmentation(SegmentationPerceiver, VPD):
