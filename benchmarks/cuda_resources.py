@@ -34,6 +34,7 @@ COPIES = ("LDGSTS", "LDSM")  # cp.async, ldmatrix
 BOXES = (r"UTMALDG\.4D", r"UTMALDG\.2D")  # TMA
 # What kernels of clusters have: multicast, stores by TMA, registers that move between warps.
 MULTICAST = (r"UTMALDG\.4D", r"UTMALDG\.2D\.MULTICAST", r"UTMASTG\.4D", "USETMAXREG")
+ADDED = ("UCGABAR_ARV", r"LD\.E$")  # sums of a cluster: its barrier, loads from other blocks' shared memory
 NARROW = (r"HMMA\.16816\.F32", "LDSM", r"STG\.E\.128")  # of few numbers per position: rows leave as 16 bytes
 EXPECTED = {
     "sm_80": {
@@ -47,6 +48,8 @@ EXPECTED = {
         "mma_kernel<signed char": ("IMMA", *COPIES),
         "mma_kernel<": ("HMMA", *COPIES),
         "narrow_kernel<": NARROW,
+        "wgmma_kernel<signed char, 64, true>": (r"IGMMA\.64x64x32", *BOXES, *ADDED),
+        "wgmma_kernel<__nv_bfloat16, 64, true>": (r"HGMMA\.64x64x16\.F32", *BOXES, *ADDED),
         "wgmma_kernel<signed char": ("IGMMA", *BOXES),
         "wgmma_kernel<vpd::device::Float8": ("QGMMA", *BOXES),
         "wgmma_kernel<": (r"HGMMA\.64x(64|128|160)x16\.F32", *BOXES),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FLOAT8 = torch.float8_e4m3fn
 FACTORS = (torch.int8, FLOAT8, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, of channels, addresses and strides of what kernels copy
-INSTRUCTIONS = "auto"  # or "mma", "wgmma", "wgmma_wide", "wgmma_persistent", see csrc/cuda/gemm.h
+INSTRUCTIONS = "auto"  # or "mma", "wgmma", "wgmma_wide", "wgmma_persistent", "wgmma_cluster", see csrc/cuda/gemm.h
 
 
 def refuse(x: Tensor, x2: Tensor | None, dtype: torch.dtype, prologue: bool) -> str | None:

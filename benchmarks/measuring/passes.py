@@ -27,7 +27,7 @@ from vpd_fast.ops._dispatch import Op
 
 ROUNDS = 12
 # With instructions, see csrc/cuda/gemm.h.
-IMPLEMENTATIONS = ("auto", "cuda", "cuda:wgmma_wide", "cuda_rows", "triton", "library")
+IMPLEMENTATIONS = ("auto", "cuda", "cuda:wgmma_wide", "cuda:wgmma_cluster", "cuda_rows", "triton", "library")
 MOST_WANTED = [(batch, precision) for batch in (8, 1) for precision in ("int8", "bf16")]
 LESS_WANTED = [*product((2, 4), ("int8", "bf16")), *product((8, 1), ("fp16", "fp8", "fp32"))]
 # Plain models, the ones whose times are quoted first.

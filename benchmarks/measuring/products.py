@@ -58,6 +58,7 @@ VARIANTS = {
     "cuda, persistent, no residual": Variant(instructions="wgmma_persistent", residual=False),
     "cuda, persistent, residual": Variant(instructions="wgmma_persistent", residual=True),
     "cuda, persistent, statistics": Variant(instructions="wgmma_persistent", statistics=True),
+    "cuda, cluster": Variant(instructions="wgmma_cluster"),
     "cuda, mma": Variant(instructions="mma"),
     "triton": Variant("triton"),
     "library": Variant("library"),

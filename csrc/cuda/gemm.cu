@@ -92,7 +92,9 @@ bool wide_takes(const CudaGemm& p, const Plan& plan) {
 
 // Returns whether rows of a tile that follow each other are whole runs of `positions` positions of an image.
 bool has_whole_runs(const CudaGemm& p, const Plan& plan, int64_t positions) {
-    if (p.run < ROWS_PER_WARP || p.run > plan.rows_of_tile || (p.run & (p.run - 1)) || positions % p.run) return false;
+    if (p.run < ROWS_PER_WARP || p.run > plan.rows_of_tile >> plan.log_cluster || (p.run & (p.run - 1)) ||
+        positions % p.run)
+        return false;
     const int64_t across = int64_t(1) << plan.log_x, box = across << plan.log_y;
     return p.run <= across ? p.out_width % p.run == 0 : across == p.out_width && p.run <= box;
 }
@@ -169,6 +171,14 @@ void make_persistent(const CudaGemm& p, CudaOperand operand, Plan& plan, int pro
     }
 }
 
+// Has blocks that share a sum add it in clusters, of a power of two, if the wide kernel then finishes the result.
+void gather_splits(const CudaGemm& p, Plan& plan) {
+    Plan tried = plan;
+    while (2 << tried.log_cluster <= std::min(plan.splits, MAX_CLUSTER)) ++tried.log_cluster;
+    tried.splits = 1, tried.share = int(ceil_divide(plan.steps, 1 << tried.log_cluster));
+    if (plan.splits > 1 && wide_takes(p, tried)) plan = tried;
+}
+
 const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
     const int bytes = bytes_of(operand);
     for (int64_t size :
@@ -231,11 +241,13 @@ const char* make_plan(CudaGemm& p, CudaOperand operand, CudaInstructions instruc
         if (tiles_of(plan) < processors) set_tiles(p, 64, 64, plan);
     }
     set_splits(plan, processors);
-    const bool persistent = instructions == CudaInstructions::wgmma_persistent;
+    const bool clusters = instructions == CudaInstructions::wgmma_cluster;
+    const bool persistent = clusters || instructions == CudaInstructions::wgmma_persistent;
     if (wgmma && (persistent || instructions == CudaInstructions::wgmma_wide)) plan.wide = wide_takes(p, plan);
     if (plan.wide) widen_tiles(p, operand, plan, processors);
     if (wgmma && persistent) make_persistent(p, operand, plan, processors);
-    if (tiles_of(plan) * plan.splits >= MAX_COUNT ||
+    if (plan.wide && clusters) gather_splits(p, plan);
+    if ((tiles_of(plan) * plan.splits << plan.log_cluster) >= MAX_COUNT ||
         plan.rows * ceil_divide(plan.out_columns, 4) >= MAX_COUNT * MERGE_THREADS)
         return "the result has too many elements";
     set_divisors(p, plan);

@@ -52,7 +52,8 @@ enum class CudaInstructions {
     mma,         // mma.sync, from sm_80 on; not float8_e4m3fn
     wgmma,       // wgmma and TMA, sm_90 only
     wgmma_wide,  // the same, with other copies, tiles up to 160 columns, and eight columns per thread of usual results
-    wgmma_persistent  // blocks that stay, in clusters, where there are tiles for all of them; else as wgmma_wide
+    wgmma_persistent,  // blocks that stay, in clusters, where there are tiles for all of them; else as wgmma_wide
+    wgmma_cluster      // the same, but blocks that share a sum are a cluster and add it in shared memory
 };
 
 // nullptr if the product can run on the current device, else the reason why it cannot; scratch does not matter.

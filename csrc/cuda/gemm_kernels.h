@@ -15,6 +15,8 @@ cudaError_t launch_mma(const CudaGemm& problem, const Plan& plan, CudaOperand op
 
 constexpr int WGMMA_ROWS = 128;  // of a tile; it has 64, 128 or, by the wide kernel, 160 columns
 
+constexpr int MAX_CLUSTER = 8;  // blocks that add their sums in a cluster
+
 // Blocks that share a multiprocessor, as far as registers allow; sums of float8 are kept twice.
 constexpr int blocks_per_processor(int columns, bool float8) {
     return columns > 128 || (float8 && columns == 128) ? 1 : 2;

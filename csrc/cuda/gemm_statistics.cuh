@@ -55,17 +55,17 @@ __device__ inline float* place_of_run(const CudaGemm& p, const Plan& plan, const
     return p.statistics + image * p.statistics_image + int64_t(run - image * plan.runs) * PLANES * p.n + column;
 }
 
-// Of all runs of a tile, from those of its warps; by `threads` threads.
+// Of all runs in `rows` rows of a tile, whole runs from `first_row` on, from those of their warps; by `threads` threads.
 template <typename Sum, int COLUMNS>
 __device__ inline void store_statistics(const CudaGemm& p, const Plan& plan, const Tile& tile, const Sum* staged,
-                                        int thread, int threads) {
+                                        int first_row, int rows, int thread, int threads) {
     const int warps = 1 << (plan.log_run - 4);  // of a run
     static_assert(ROWS_PER_WARP == 16);
-    for (int i = thread; i < plan.rows_of_tile / ROWS_PER_WARP / warps * COLUMNS; i += threads) {
-        const int run_of_tile = i / COLUMNS, column = i - run_of_tile * COLUMNS;
-        const Position at = position_of(plan, tile, run_of_tile << plan.log_run);
+    for (int i = thread; i < rows / ROWS_PER_WARP / warps * COLUMNS; i += threads) {
+        const int run = i / COLUMNS, column = i - run * COLUMNS, row = first_row + (run << plan.log_run);
+        const Position at = position_of(plan, tile, row);
         if (tile.column + column >= p.n || !inside(p, at)) continue;
-        const Sum* const first = staged + run_of_tile * warps * ROWS_PER_WARP * pitch_of(COLUMNS) + column;
+        const Sum* const first = staged + row * pitch_of(COLUMNS) + column;
         const auto part = [&](int warp, int plane) {
             return number_in(first[(warp * ROWS_PER_WARP + plane) * pitch_of(COLUMNS)]);
         };

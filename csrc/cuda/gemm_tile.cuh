@@ -55,7 +55,8 @@ struct Plan {
     int log_x, log_y;  // of the box; what is left are images
     int tiles_x, tiles_y, row_tiles, column_tiles;
     int blocks[2], steps;          // blocks of channels per tap and source; steps of the whole sum
-    int splits, share;             // blocks of threads that share a sum, and their steps
+    int splits, share;             // blocks of threads that share a sum through scratch memory, and their steps
+    int log_cluster;               // binary logarithm of blocks that share a sum in a cluster, steps as above
     int64_t rows, weight_columns;  // output positions; K
     int64_t out_columns;
     bool four_at_once;  // four columns of out and residual are aligned

@@ -40,9 +40,9 @@ bool encode_weight(TensorMap& map, const CudaGemm& p, const Plan& plan, int byte
 template <typename T, int COLUMNS, bool WIDE>
 cudaError_t launch(const TensorMaps& maps, const CudaGemm& p, const Plan& plan, cudaStream_t stream) {
     using Size = WgmmaTile<T, COLUMNS>;
-    const int blocks = plan.row_tiles * plan.column_tiles * plan.splits;
+    const int cluster = 1 << plan.log_cluster, blocks = plan.row_tiles * plan.column_tiles * plan.splits * cluster;
     return launch_kernel(wgmma_kernel<T, COLUMNS, WIDE>, blocks, Size::THREADS,
-                         WIDE ? Size::WIDE_BYTES : Size::SHARED_BYTES, 1, stream, maps, p, plan);
+                         WIDE ? Size::WIDE_BYTES : Size::SHARED_BYTES, cluster, stream, maps, p, plan);
 }
 
 template <typename T>

@@ -142,6 +142,27 @@ __device__ inline void multiply_steps(typename Operand<T>::Sum (&sums)[COLUMNS /
     if constexpr (!TWICE) wgmma_wait<0>(sums);
 }
 
+// Adds the sums of all blocks of the cluster, in their order, in the rows that this block finishes. Each block reads those
+// rows only, in the memory of all.
+template <typename Sum, int COLUMNS>
+__device__ inline void add_sums_of_cluster(Sum* staged, int blocks, int first_row, int rows, int thread, int threads) {
+    for (int i = thread; i < rows * COLUMNS; i += threads) {
+        Sum* const place = staged + (first_row + i / COLUMNS) * pitch_of(COLUMNS) + i % COLUMNS;
+        float parts[MAX_CLUSTER];
+#pragma unroll
+        for (int rank = 0; rank < MAX_CLUSTER; ++rank)
+            if (rank < blocks) parts[rank] = load_from_cluster(reinterpret_cast<const float*>(place), rank);
+        Sum total = 0;
+#pragma unroll
+        for (int rank = 0; rank < MAX_CLUSTER; ++rank) {
+            Sum part;
+            memcpy(&part, &parts[rank], 4);
+            if (rank < blocks) total += part;
+        }
+        *place = total;
+    }
+}
+
 template <typename T, int COLUMNS, bool WIDE>
 __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, COLUMNS>::BLOCKS)
     wgmma_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ CudaGemm p,
@@ -169,10 +190,15 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
         }
     }
     __syncthreads();
-    const Tile tile = tile_of(plan, blockIdx.x);
+    // The blocks of a cluster share a tile; where there are none, all have their own.
+    const int blocks = WIDE ? 1 << plan.log_cluster : 1, rank = WIDE ? int(blockIdx.x) & (blocks - 1) : 0;
+    const Tile tile = WIDE ? tile_of(plan, (blockIdx.x >> plan.log_cluster) + rank * plan.row_tiles * plan.column_tiles)
+                           : tile_of(plan, blockIdx.x);
     if (group == Size::MULTIPLYING / 128) {
         if constexpr (WIDE) {
-            if (elected()) copy_taps<T, COLUMNS>(maps, p, plan, tile, stages, filled);
+            if (elected())
+                copy_taps<T, COLUMNS>(maps, p, plan, tile, stages,
+                                      filled);  // a cluster's barriers leave out who has ended
         } else {
             if (lane == 0) copy_steps<T, COLUMNS>(maps, p, plan, tile, stages, filled, emptied);
         }
@@ -198,13 +224,22 @@ __global__ void __launch_bounds__(WgmmaTile<T, COLUMNS>::THREADS, WgmmaTile<T, C
             *reinterpret_cast<Two<Sum>*>(fragment + i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8) = {sums[i],
                                                                                                       sums[i + 1]};
         sync_warp();
-        wide_epilogue<T>(p, plan, tile, staged, rows, columns, warp, lane);
+        const int finished = Size::ROWS >> plan.log_cluster, first_row = rank * finished;  // rows of this block
+        if (blocks > 1) {
+            cluster_arrive(), cluster_wait();  // all sums are there
+            add_sums_of_cluster<Sum, COLUMNS>(staged, blocks, first_row, finished, threadIdx.x, Size::MULTIPLYING);
+            cluster_arrive();
+            sync_threads(1, Size::MULTIPLYING);
+        }
+        const bool finishes = warp * ROWS_PER_WARP - first_row >= 0 && warp * ROWS_PER_WARP < first_row + finished;
+        if (finishes) wide_epilogue<T>(p, plan, tile, staged, rows, columns, warp, lane);
         if (plan.statistics) {
             sync_warp();
-            statistics_of_warp<Sum, COLUMNS>(staged + warp * ROWS_PER_WARP * pitch_of(COLUMNS), lane);
+            if (finishes) statistics_of_warp<Sum, COLUMNS>(staged + warp * ROWS_PER_WARP * pitch_of(COLUMNS), lane);
             sync_threads(1, Size::MULTIPLYING);
-            store_statistics<Sum, COLUMNS>(p, plan, tile, staged, threadIdx.x, Size::MULTIPLYING);
+            store_statistics<Sum, COLUMNS>(p, plan, tile, staged, first_row, finished, threadIdx.x, Size::MULTIPLYING);
         }
+        if (blocks > 1) cluster_wait();  // others may still read the sums
     } else {
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; ++i) fragment[i / 2 % 2 * 8 * pitch_of(COLUMNS) + i / 4 * 8 + i % 2] = sums[i];

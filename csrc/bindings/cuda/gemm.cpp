@@ -27,7 +27,9 @@ CudaInstructions parse_instructions(const std::string& name) {
     if (name == "wgmma") return CudaInstructions::wgmma;
     if (name == "wgmma_wide") return CudaInstructions::wgmma_wide;
     if (name == "wgmma_persistent") return CudaInstructions::wgmma_persistent;
-    throw std::invalid_argument("instructions '" + name + "' are not auto, mma, wgmma, wgmma_wide or wgmma_persistent");
+    if (name == "wgmma_cluster") return CudaInstructions::wgmma_cluster;
+    throw std::invalid_argument("instructions '" + name +
+                                "' are not auto, mma, wgmma, wgmma_wide, wgmma_persistent or wgmma_cluster");
 }
 
 CudaPositions positions(uintptr_t address, const Strides& s) {
@@ -84,7 +86,7 @@ void bind_gemm(py::module_& m) {
         "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
         "address. scales: addresses of row scales, row zeros, column scales and weight sums, or 0. bias: address or 0.\n"
         "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma, wgmma,\n"
-        "wgmma_wide or wgmma_persistent. statistics: None or (address, stride of images, positions of a run). All memory must live until\n"
+        "wgmma_wide, wgmma_persistent or wgmma_cluster. statistics: None or (address, stride of images, positions of a run). All memory must live until\n"
         "a run has ended.")
         .def(py::init<const std::vector<Source>&, const std::string&, const std::array<int64_t, 5>&,
                       const std::array<int64_t, 5>&, uintptr_t, int64_t, const std::array<uintptr_t, 4>&, bool,

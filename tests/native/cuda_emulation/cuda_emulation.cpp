@@ -41,6 +41,7 @@ size_t shared_bytes = 0;
 jmp_buf scheduler;
 std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
 Barrier cluster_barrier;
+size_t ended;  // threads of it, which its barrier does not wait for
 const std::function<void()>* body;
 std::vector<std::unique_ptr<char[]>> stacks;
 
@@ -95,13 +96,21 @@ unsigned rank_of(const Block& block) { return block.index.x - blocks.front()->in
 
 namespace {
 
+// Ends the phase of the cluster's barrier if nobody is missing.
+void pass_cluster_barrier() {
+    if (cluster_barrier.arrived && cluster_barrier.arrived + ended == blocks.size() * blockDim.x) release(cluster_barrier);
+}
+
 void run_thread() {
     (*body)();
     for (const auto& group : current->groups)
         if (!group.empty()) fail("a thread ended before its copies were waited for");
     if (!current->products.empty()) fail("a thread ended before its products were waited for");
     if (!current->stores.empty()) fail("a thread ended before its stores were waited for");
+    if (current->arrived_in_cluster) fail("a thread ended before it waited for its cluster");
     --current->block->running;
+    ++ended;
+    pass_cluster_barrier();
     _longjmp(scheduler, FINISHED);
 }
 
@@ -145,7 +154,7 @@ Thread* next_ready(std::mt19937& random) {
 void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned count, std::mt19937& random) {
     std::vector<std::unique_ptr<Thread>> threads;
     blocks.clear(), ready.clear(), copies_under_way.clear();
-    cluster_barrier = Barrier();
+    cluster_barrier = Barrier(), ended = 0;
     for (unsigned rank = 0; rank < count; ++rank) {
         blocks.push_back(make_block(config, first + rank));
         for (unsigned i = 0; i < config.blockDim.x; ++i) {
@@ -232,11 +241,13 @@ namespace vpd::device {
 unsigned char* dynamic_shared() { return current->block->shared; }
 
 void cluster_arrive() {
-    current->cluster_generation = cluster_barrier.generation;
-    if (++cluster_barrier.arrived == blocks.size() * blockDim.x) release(cluster_barrier);
+    current->cluster_generation = cluster_barrier.generation, current->arrived_in_cluster = true;
+    ++cluster_barrier.arrived;
+    pass_cluster_barrier();
 }
 
 void cluster_wait() {
+    current->arrived_in_cluster = false;
     if (cluster_barrier.generation != current->cluster_generation) return;
     cluster_barrier.waiting.push_back(current);
     yield();

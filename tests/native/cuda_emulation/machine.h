@@ -79,6 +79,7 @@ struct Thread {
     unsigned lane;
     dim3 index;
     unsigned long cluster_generation = 0;
+    bool arrived_in_cluster = false;  // and not waited yet
     std::deque<std::vector<Copy>> groups;  // the last is still open
     std::deque<PendingProduct> products;
     std::map<void*, std::vector<uint32_t>> sums;  // of pending products, whose registers hold nothing
