@@ -102,17 +102,22 @@ def _backbone_values(unet: Shapes, vae: Shapes) -> dict[str, Any]:
         "context_dim": unet["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
     }
     if vae:
-        first = vae["encoder.conv_in.weight"][0]
-        widths = itertools.takewhile(
-            bool, (vae.get(f"encoder.down.{i}.block.0.conv1.weight", (0,))[0] for i in itertools.count())
-        )
-        in_level = (f"encoder.down.0.block.{i}.conv1.weight" in vae for i in itertools.count())
-        values |= {
-            "vae_ch": first,
-            "vae_ch_mult": tuple(n // first for n in widths),
-            "vae_num_res_blocks": sum(1 for _ in itertools.takewhile(bool, in_level)),
-        }
+        values |= autoencoder_values(vae)
     return values
+
+
+def autoencoder_values(vae: Shapes) -> dict[str, Any]:
+    """Return the BackboneConfig fields of a KL autoencoder with ldm names. Raises KeyError if one is missing."""
+    first = vae["encoder.conv_in.weight"][0]
+    widths = itertools.takewhile(
+        bool, (vae.get(f"encoder.down.{i}.block.0.conv1.weight", (0,))[0] for i in itertools.count())
+    )
+    in_level = (f"encoder.down.0.block.{i}.conv1.weight" in vae for i in itertools.count())
+    return {
+        "vae_ch": first,
+        "vae_ch_mult": tuple(n // first for n in widths),
+        "vae_num_res_blocks": sum(1 for _ in itertools.takewhile(bool, in_level)),
+    }
 
 
 def _sizes(shapes: Shapes, task: str, root: str, backbone: Backbone) -> dict[str, Any]:

@@ -69,6 +69,27 @@ def optimize(
     return fast
 
 
+def fast_unet(
+    model: VPD,
+    precision: str = "fp32",
+    policy: Policy | None = None,
+    *,
+    device: torch.device | str | None = None,
+    graphs: bool = True,
+) -> FastVPD:
+    """A fast model of which only `features` can be called: the UNet with its maps, for other people's heads behind it.
+
+    model: a plain float32 model, whose encoder and head may be on the meta device. precision, policy, device, graphs:
+    as in `vpd_fast.optimize`. Raises InputError as that does.
+    """
+    _check_model(model, precision)
+    specs = [spec for spec in layer_specs(model) if spec.name.startswith("unet.")]
+    policy, target = _check_choices(policy, specs, precision, device, model)
+    fast = _assemble(model, precision, specs, policy, target, None, progress=False)
+    fast.graphs = graphs
+    return fast
+
+
 def _assemble(
     model: VPD,
     precision: str,
