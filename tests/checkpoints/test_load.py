@@ -36,6 +36,7 @@ from ..helpers.released import (
 )
 
 CASES = ("seg_small", "refer_small", "depth_small")
+QUICK = ("seg_small", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES[1:]))
 
 
 @pytest.mark.parametrize(("name", "zipped"), [*((name, True) for name in CASES), ("depth_small", False)])
@@ -59,7 +60,7 @@ def test_released_files(golden: Callable, tmp_path: Path, name: str, zipped: boo
         assert "diffusion schedule: 12: sd_model." in str(report)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_bare_state_dicts(golden: Callable, tmp_path: Path, name: str) -> None:
     case = golden(name)
     options = {"num_heads": 4, "base_size": case.config.base_size}
@@ -86,7 +87,7 @@ def test_mmseg_port(golden: Callable, tmp_path: Path) -> None:
     assert (mean - averaged).norm() <= 1e-5 * averaged.norm()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_save_and_load_pretrained(golden: Callable, tmp_path: Path, name: str) -> None:
     case = golden(name)
     model = reference_model(case, latent_scale=0.18215, max_depth=7.0)

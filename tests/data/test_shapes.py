@@ -114,7 +114,7 @@ def test_same_seed_same_scene() -> None:
 
 def test_held_out_pairs() -> None:
     for split in SPLITS:
-        for scene in scenes(split, 40 if split == "train" else 12):
+        for scene in scenes(split, 20 if split == "train" else 6):
             pairs = [held_out(thing.shape, thing.color) for thing in scene.objects]
             assert sum(pairs) == (split == "unseen")
 

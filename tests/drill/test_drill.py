@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-COUNT = 80
+COUNT = 50
 AT_ONCE = 500  # files that a process tries
 WORKER = Path(__file__).with_name("worker.py")
 

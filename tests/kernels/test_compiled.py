@@ -24,7 +24,7 @@ def code() -> Code:
     return {(name, dtype): counts for name, dtype, counts in map(json.loads, output.splitlines())}
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=pytest.mark.slow), "float8_e4m3fn"])
 def test_rows_of_8_bits_are_divided_exactly_and_scaled_in_two_steps(code: Code, dtype: str) -> None:
     """As the operators define it: scale and inverse are rounded once each, and so are product and sum with the zero."""
     counts = code["_prologue_kernel", dtype]
