@@ -171,3 +171,16 @@ def test_lists_and_names() -> None:
         relative_name("/other/a.jpg", "/data")
     with pytest.raises(InputError, match="is not in /data"):
         relative_name("../a.jpg", "/data")
+
+
+@pytest.mark.parametrize("at_scale", [False, True])
+def test_error_says_that_only_subfolders_have_images(tmp_path, at_scale):
+    (tmp_path / "day").mkdir()
+    listing = Listing([str(tmp_path)], at_scale=at_scale)
+    with pytest.raises(InputError, match="no images") as empty:
+        list(listing.paths())
+    assert "subfolders" not in str(empty.value)
+    (tmp_path / "day" / "a.jpg").touch()
+    with pytest.raises(InputError, match=f"no images .* in {tmp_path} itself; subfolders of {tmp_path} have some"):
+        list(listing.paths())
+    assert len(list(Listing([str(tmp_path)], recursive=True).paths())) == 1

@@ -181,9 +181,20 @@ class Listing:
                     seen.add(actual)
                     yield path
             if not group and not self.at_scale:
-                raise InputError(f"{NO_IMAGES} in {source}")
+                raise InputError(f"{NO_IMAGES} in {source}{self._below([source])}")
         if not listed:
-            raise InputError(f"{NO_IMAGES} in {self.list_file or ' '.join(self.sources)}")
+            place = self.list_file or " ".join(self.sources)
+            raise InputError(f"{NO_IMAGES} in {place}{self._below(self.sources)}")
+
+    def _below(self, sources: Iterable[str]) -> str:
+        """Return what an error says where only the subfolders of `sources` have images, which were not entered."""
+        for source in () if self.recursive else filter(os.path.isdir, sources):
+            try:
+                if next(walk_images(source, IMAGE_SUFFIXES), None) is not None:
+                    return f" itself; subfolders of {source} have some, which only a recursive listing enters"
+            except InputError:  # a subfolder that cannot be read is not what went wrong
+                continue
+        return ""
 
     def _groups(self) -> Iterator[tuple[str, Iterable[str]]]:
         """Yield (what was given, the paths of its images)."""
