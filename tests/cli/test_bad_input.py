@@ -178,7 +178,7 @@ def test_convert(fails, tmp_path):
     assert "nowhere" in fails(["convert", tmp_path / "nowhere", tmp_path / "out", "--to", "vpd"])
     (tmp_path / "file.ckpt").write_text("text")
     assert "file.ckpt" in fails(["convert", tmp_path / "file.ckpt", tmp_path / "out", "--to", "vpd"])
-    assert "to must be one of" in fails(["convert", tmp_path / "file.ckpt", tmp_path / "out", "--to", "onnx"])
+    assert "to must be one of" in fails(["convert", tmp_path / "file.ckpt", tmp_path / "out", "--to", "tflite"])
     assert "--dtype must be one of" in fails(["convert", "a", "b", "--to", "vpd", "--dtype", "int8"])
     assert "Missing option" in fails(["convert", "a", "b"])
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from vpd_fast.cli import options
 from vpd_fast.config import PRECISIONS
 from vpd_fast.engine import Policy, optimize
 from vpd_fast.errors import InputError
+from vpd_fast.interop.export import FORMATS, save_export
 from vpd_fast.progress import error_console
 
 DEVICES = ("cpu", "cuda")
@@ -29,7 +30,8 @@ def convert(
         typer.Option(
             metavar="FORMAT",
             help="pretrained: this project's folder. vpd: a file like the released ones. ldm: a file with Stable "
-            "Diffusion's original names. diffusers: a folder. engine: a folder of the fast model, see --precision.",
+            "Diffusion's original names. diffusers: a folder. engine: a folder of the fast model, see --precision. "
+            "onnx, export (torch.export), aoti (AOTInductor): a file that runs without this package.",
         ),
     ],
     dtype: Annotated[
@@ -48,6 +50,12 @@ def convert(
             "bf16 and int8 runs on CPUs as well, slower than one for them. [default: cpu]",
         ),
     ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Height and width that onnx, export and aoti are for. [default: the model's base_size]"
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint, and print what became of its tensors.
 
@@ -56,6 +64,8 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if size is not None and to not in FORMATS:
+        raise InputError(f"--size is for --to {', '.join(FORMATS)}, not --to {to}")
     if to == "engine":
         if dtype is not None:
             raise InputError("--dtype is for checkpoints; --precision says in what an engine computes")
@@ -65,9 +75,14 @@ def convert(
         raise InputError(f"--precision is for --to engine, not --to {to}; --dtype says in what a checkpoint is stored")
     if device is not None:
         raise InputError(f"--device is for --to engine, not --to {to}; checkpoints are the same for all devices")
-    if to not in TARGETS:
-        raise InputError(f"--to must be one of {', '.join([*TARGETS, 'engine'])}, got {to!r}")
+    if to not in (*TARGETS, *FORMATS):
+        raise InputError(f"--to must be one of {', '.join([*TARGETS, 'engine', *FORMATS])}, got {to!r}")
     stored = None if dtype is None else getattr(torch, DTYPES[dtype])
+    if to in FORMATS:
+        typer.echo(
+            f"wrote {save_export(load_checkpoint(source, ema=ema, dtype=stored), destination, to=to, size=size)}"
+        )
+        return
     report = convert_checkpoint(source, destination, to=to, dtype=stored, ema=ema)
     typer.echo(str(report))
 
