@@ -37,7 +37,8 @@ def in_panel(name: str) -> Callable[..., Any]:
 
 
 model_option, segmentation_option, referring_option = in_panel("Model"), in_panel("Segmentation"), in_panel("Referring")
-depth_option, running_option, at_scale_option = in_panel("Depth"), in_panel("Running"), in_panel("At scale")
+depth_option, video_option = in_panel("Depth"), in_panel("Video")
+running_option, at_scale_option = in_panel("Running"), in_panel("At scale")
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMAGES", help="Files, folders (the images in them) and quoted globs.")

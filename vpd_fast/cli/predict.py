@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from vpd_fast.cli import files, options, running
+from vpd_fast.cli import files, options, running, video
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
 from vpd_fast.inference import Result
@@ -27,7 +27,10 @@ OVERLAYS = ("jpg", "png", "none")
 def predict(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGES", help="Files, folders (the images in them) and quoted globs."),
+        typer.Argument(
+            metavar="IMAGES",
+            help="Files, folders (the images in them) and quoted globs; or videos; or a camera's number.",
+        ),
     ] = None,
     checkpoint: options.Checkpoint = None,
     ema: options.Ema = False,
@@ -57,6 +60,10 @@ def predict(
             help="Of the pictures to look at: jpg, png (exact, but slow to write), or none. [default: jpg]",
         ),
     ] = None,
+    every: Annotated[
+        int | None, options.video_option(metavar="N", help="Only every N-th frame, which stays until the next.")
+    ] = None,
+    show: Annotated[bool, options.video_option("--show", help="Show a camera's pictures in a window.")] = False,
     output: options.Output = Path("vpd_results"),
     device: options.Device = "cpu",
     precision: options.Precision = None,
@@ -106,6 +113,9 @@ def predict(
 
     Broken images do not stop a run: they are reported at the end, and the exit code is 1.
 
+    A video clip.mp4 gives clip_overlay.mp4, with its sound, and clip.jsonl with a line per frame; --resume goes on with
+    one that was interrupted. A camera (predict 0 --show) is shown.
+
     With an option of the last panel, or under torchrun, a run may have any number of images: instead of results.json,
     `results*.jsonl` gets a line per image at once, and `failed*.txt` the broken ones.
     """
@@ -120,6 +130,14 @@ def predict(
         raise InputError(f"--prefetch must be at least 1, got {prefetch}")
     if at_scale and device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun started several processes here
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    camera, videos = video.camera_of(images or []), video.videos_of(images or [])
+    moving = camera is not None or bool(videos)
+    if moving and (any(value is not None for value in (*given, overlay)) or recursive or probabilities):
+        raise InputError("videos take neither --overlay, --probabilities nor the options for many images but --resume")
+    if show != (camera is not None):
+        raise InputError("--show is for a camera: give its number, as in predict 0 --show")
+    if every is not None and (not videos or every < 1):
+        raise InputError(f"--every is for videos, at least 1, got {every}")
     model_options = options.ModelOptions(
         checkpoint, random_weights, task, config, device, precision, attention_backend, ema
     )
@@ -130,6 +148,21 @@ def predict(
     if probabilities:
         chosen["probabilities"] = True
     together = options.batch_size_of(batch_size)
+    if moving:
+        with error_console().status("loading the model"):
+            model = model_options.load()
+            chosen |= options.text_options(model, text, text_encoder, random_weights)
+            predictor = options.make_noting_predictor(model, {**chosen, "batch_size": together})
+        if camera is not None:
+            video.show(camera, predictor)
+            return
+        header = model_options.header(model, options.notes(random_weights, chosen.get("text_encoder")))
+        shown = {name: value for name, value in chosen.items() if name != "text_encoder"}
+        header |= {"options": shown | ({"text_encoder": text_encoder} if text_encoder else {})}
+        header["notes"] = header["notes"] + predictor.notes
+        files.prepare_output(output)
+        video.run(videos, predictor, output, header, every=every or 1, resume=resume, print_json=json)
+        return
     listing = Listing(images or [], list_file, recursive, root, at_scale)
     masks = [f"_{i}" for i in range(1, len(text or []) + 1)]
     # What is misspelt is said before the model is loaded.

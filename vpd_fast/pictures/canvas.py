@@ -34,17 +34,22 @@ def segmentation_overlay(
     image: np.ndarray, labels: np.ndarray, names: Sequence[str], shares: Mapping[str, float]
 ) -> Image.Image:
     """Draw the photo with classes in colour, their borders and names, and a legend of the largest ones."""
-    photo = display_photo(image)
-    small = sample_nearest(labels.astype(np.min_scalar_type(len(names) - 1)), photo.shape[:2])
-    colours = palette(len(names))
-    blended = cv2.addWeighted(photo, 1 - CLASS_ALPHA, paint(small), CLASS_ALPHA, 0)
-    cv2.copyTo(np.full_like(blended, 255), label_borders(small).view(np.uint8), blended)
-    picture = Image.fromarray(blended)
-    name_regions(picture, small, names)
+    picture, colours = named_classes(image, labels, names), palette(len(names))
     by_name = {name: tuple(colours[i].tolist()) for i, name in reversed(list(enumerate(names)))}
     rows = [(by_name[name], name, _percent(share)) for name, share in list(shares.items())[:LEGEND_ROWS]]
     more = len(shares) - len(rows)
     return beside(picture, _legend(rows, f"and {more} more" if more > 0 else ""))
+
+
+def named_classes(image: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Draw the photo with classes in colour, their borders and names: a picture whose size the photo's decides."""
+    photo = display_photo(image)
+    small = sample_nearest(labels.astype(np.min_scalar_type(len(names) - 1)), photo.shape[:2])
+    blended = cv2.addWeighted(photo, 1 - CLASS_ALPHA, paint(small), CLASS_ALPHA, 0)
+    cv2.copyTo(np.full_like(blended, 255), label_borders(small).view(np.uint8), blended)
+    picture = Image.fromarray(blended)
+    name_regions(picture, small, names)
+    return picture
 
 
 def referring_overlay(image: np.ndarray, masks: np.ndarray, sentences: Sequence[str]) -> Image.Image:
