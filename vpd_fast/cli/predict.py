@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from vpd_fast.cli import files, options, running, video
+from vpd_fast.cli import files, options, running, tar_shards, video
 from vpd_fast.errors import ImageError, InputError
 from vpd_fast.files import write_files
 from vpd_fast.inference import Result
@@ -19,6 +19,7 @@ from vpd_fast.inference.listing import Listing, Naming, Shard
 from vpd_fast.inference.records import Records, ResultsFile, Sink, recorded
 from vpd_fast.inference.results import save_picture
 from vpd_fast.inference.resuming import FULL, NAMES, OVERLAY, SHORT
+from vpd_fast.inference.tar_shards import OUTPUTS
 from vpd_fast.progress import error_console
 
 OVERLAYS = ("jpg", "png", "none")
@@ -93,6 +94,10 @@ def predict(
     resume: Annotated[
         bool, options.at_scale_option("--resume", help="Leave out what the folder's records say is done.")
     ] = False,
+    output_format: Annotated[
+        str | None,
+        options.at_scale_option(metavar="FORMAT", help=f"Of tar shards' results: {', '.join(OUTPUTS)}. [default: tar]"),
+    ] = None,
     prefetch: Annotated[
         int | None,
         options.at_scale_option(metavar="N", help="Read and write N images ahead. [default: 4, or two batches]"),
@@ -112,6 +117,9 @@ def predict(
     endings: a/cat.jpg gives a/cat.jpg.png and a/cat.jpg_overlay.jpg.
 
     Broken images do not stop a run: they are reported at the end, and the exit code is 1.
+
+    Tar shards 'shards/{000..099}.tar', local or on anything that fsspec reads (s3://, https://, ...), give a shard of
+    results each: key.png and key.json of every image key.jpg. See --output-format and --resume.
 
     A video clip.mp4 gives clip_overlay.mp4, with its sound, and clip.jsonl with a line per frame; --resume goes on with
     one that was interrupted. A camera (predict 0 --show) is shown.
@@ -136,6 +144,11 @@ def predict(
         raise InputError("videos take neither --overlay, --probabilities nor the options for many images but --resume")
     if show != (camera is not None):
         raise InputError("--show is for a camera: give its number, as in predict 0 --show")
+    tars = tar_shards.shards_of(images or [])
+    if tars and (recursive or probabilities or list_file or root):
+        raise InputError("tar shards take neither --probabilities nor --list, --recursive or --root")
+    if output_format not in (None, *OUTPUTS) or (output_format and not tars):
+        raise InputError(f"--output-format is for tar shards, {' or '.join(OUTPUTS)}, got {output_format!r}")
     if every is not None and (not videos or every < 1):
         raise InputError(f"--every is for videos, at least 1, got {every}")
     model_options = options.ModelOptions(
@@ -148,7 +161,7 @@ def predict(
     if probabilities:
         chosen["probabilities"] = True
     together = options.batch_size_of(batch_size)
-    if moving:
+    if moving or tars:
         with error_console().status("loading the model"):
             model = model_options.load()
             chosen |= options.text_options(model, text, text_encoder, random_weights)
@@ -156,12 +169,19 @@ def predict(
         if camera is not None:
             video.show(camera, predictor)
             return
-        header = model_options.header(model, options.notes(random_weights, chosen.get("text_encoder")))
+        notes = options.notes(random_weights, chosen.get("text_encoder")) + predictor.notes
+        header = model_options.header(model, notes)
         shown = {name: value for name, value in chosen.items() if name != "text_encoder"}
-        header |= {"options": shown | ({"text_encoder": text_encoder} if text_encoder else {})}
-        header["notes"] = header["notes"] + predictor.notes
+        header["options"] = shown | ({"text_encoder": text_encoder} if text_encoder else {})
         files.prepare_output(output)
-        video.run(videos, predictor, output, header, every=every or 1, resume=resume, print_json=json)
+        if videos:
+            video.run(videos, predictor, output, header, every=every or 1, resume=resume, print_json=json)
+            return
+        tar_shards.run(
+            tars, part, predictor, output, {**header, "device": header["device"].partition(":")[0]},
+            to=output_format or OUTPUTS[0], overlay=overlay or "none", resume=resume,
+            prefetch=prefetch or max(8, 2 * predictor.batch_size), print_json=json,
+        )  # fmt: skip
         return
     listing = Listing(images or [], list_file, recursive, root, at_scale)
     masks = [f"_{i}" for i in range(1, len(text or []) + 1)]
