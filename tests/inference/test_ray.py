@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -96,21 +99,40 @@ def test_wrong_use(monkeypatch, tmp_path) -> None:
 
 
 def test_a_job(tmp_path, paths) -> None:
-    """Through Ray itself: rows in the order of their paths, of different sizes, one of them failed."""
+    """Through Ray itself, two workers, one of which is killed while it predicts: every row is there once, of different
+    sizes, one of them failed."""
     ray = pytest.importorskip("ray")
     small("segmentation").save_pretrained(tmp_path / "model")
+    folder, killed = str(tmp_path / "model"), str(tmp_path / "killed")
+
+    def make() -> VPD:
+        model = VPD.from_pretrained(folder)
+        encode = model.encode
+
+        def encode_or_die(images):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(killed, os.O_CREAT | os.O_EXCL))  # only the first of all workers
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(images)
+
+        model.encode = encode_or_die
+        return model
+
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        rows = predict_dataset(paths, tmp_path / "model", batch_size=2, forward_batch=2, device="cpu").take_all()
+        rows = predict_dataset(
+            paths, None, model=make, workers=2, batch_size=1, forward_batch=2, num_cpus=1, device="cpu"
+        ).take_all()
     finally:
         ray.shutdown()
-    rows = {row["path"]: row for row in rows}
-    assert rows.keys() == set(paths)
-    model = VPD.from_pretrained(tmp_path / "model")
+    assert os.path.exists(killed)
+    assert sorted(row["path"] for row in rows) == sorted(paths)
+    found = {row["path"]: row for row in rows}
+    model = VPD.from_pretrained(folder)
     for path in paths[:3]:
-        np.testing.assert_array_equal(rows[path]["labels"], model.predict(path).labels)
-    assert rows[paths[3]]["error"]
+        np.testing.assert_array_equal(found[path]["labels"], model.predict(path).labels)
+    assert found[paths[3]]["error"]
 
 
 def test_whatever_a_decoder_raises_is_the_error_of_its_image(paths, monkeypatch) -> None:
