@@ -17,30 +17,20 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vpd_fast.bench import pipeline
 from vpd_fast.pictures import canvas, encoding
 from vpd_fast.pictures.palette import palette
 
 cv2.setNumThreads(1)
 ROOM = Path(__file__).parents[1] / "examples" / "room.jpg"
-SIZE = (480, 640)
 CLASSES = 150
 
 
-def smooth(rng: np.random.Generator, cells: tuple[int, int], channels: int) -> np.ndarray:
-    """Return random numbers (480, 640, channels), smooth over about 640 / cells pixels, as a network's output is."""
-    small = rng.normal(size=(*cells, channels)).astype(np.float32)
-    planes = [cv2.resize(small[..., i], SIZE[::-1], interpolation=cv2.INTER_CUBIC) for i in range(channels)]
-    return np.stack(planes, -1)
-
-
-def scene(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a photo (480,640,3) uint8, labels of some of 150 classes (480,640) int64 and depth in metres, float32."""
-    rng = np.random.default_rng(seed)
-    photo = np.asarray(Image.open(ROOM).convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS))
-    numbers = rng.permutation(CLASSES)[:24]
-    labels = numbers[(smooth(rng, (9, 12), 24) + 0.15 * smooth(rng, (60, 80), 24)).argmax(-1)].astype(np.int64)
-    field = 3 * smooth(rng, (4, 5), 1) + 0.1 * smooth(rng, (60, 80), 1)
-    return photo, labels, (10 / (1 + np.exp(-field[..., 0]))).astype(np.float32)
+def scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a photo (480,640,3) uint8, and labels and depth of that size as `vpd-fast bench pipeline` has them."""
+    photo = Image.open(ROOM).convert("RGB").resize((pipeline.WIDTH, pipeline.HEIGHT), Image.Resampling.LANCZOS)
+    _, labels, depth = pipeline.scene(CLASSES)
+    return np.asarray(photo), labels, depth
 
 
 def pillow(picture: Image.Image, **options: object) -> Callable[[], bytes]:

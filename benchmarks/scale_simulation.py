@@ -1,6 +1,6 @@
 """The plan for very many images, and a simulation that checks it: `python benchmarks/scale_simulation.py MEASURED`.
 
-MEASURED is what `benchmarks/pipeline.py --json` wrote. The plan is arithmetic: of processors, device and network the
+MEASURED is what `vpd-fast bench pipeline --json` wrote. The plan is arithmetic: of processors, device and network the
 slowest sets the pace. The simulation sends images through bounded queues and batches instead, so it would show a pace
 that waiting spoils. The price and the network are assumptions, given as options.
 """

@@ -116,3 +116,27 @@ def test_the_share_of_a_control_group_of_version_1(tmp_path: Path) -> None:
     assert _startup.cpu_share(str(root), str(own)) == 2.0
     (root / "cpu").rename(root / "cpu,cpuacct")
     assert _startup.cpu_share(str(root), str(own)) == 2.0
+
+
+def test_python_does_not_end_while_gloo_may_wait_for_it(tmp_path: Path) -> None:
+    """Of one of several processes, exit functions run and what was printed arrives, but no module is torn down."""
+    program = f"""
+import atexit, os, sys
+import torch.distributed as distributed
+from vpd_fast import _startup
+
+class TornDown:
+    def __del__(self, make=os.mkdir):
+        make({str(tmp_path / "torn down")!r})
+
+kept = TornDown()
+atexit.register(lambda: print("exit functions ran"))
+if len(sys.argv) > 1:
+    distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+print("done")
+_startup.leave(3)
+"""
+    for arguments, torn_down in (["grouped"], False), ([], True):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (3, "done\nexit functions ran\n"), done.stderr
+        assert (tmp_path / "torn down").exists() is torn_down

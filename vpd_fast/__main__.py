@@ -8,9 +8,9 @@ import sys
 def main() -> None:
     """Prints the report, or hands over to the command line if there are arguments."""
     if len(sys.argv) > 1:
-        from vpd_fast.cli.main import run
+        from vpd_fast.cli.main import main as run
 
-        sys.exit(run())
+        run()
     else:
         from vpd_fast.info import collect, render
 

@@ -8,13 +8,14 @@ OpenMP's choice: threads that sleep are faster beside other work, but took up to
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 INTERRUPTED = 130  # exit code
 _CGROUPS = "/sys/fs/cgroup"
@@ -59,6 +60,21 @@ def interrupt(number: int, frame: FrameType | None) -> Any:
     """Handle SIGINT and SIGTERM while a command runs: the first is a KeyboardInterrupt, a second ends at once."""
     set_handlers(_leave)
     raise KeyboardInterrupt
+
+
+def leave(code: int) -> NoReturn:
+    """End the program.
+
+    A thread of gloo may still be waiting for Python, to free a tensor of the last exchange with other processes; it
+    aborts the process when Python ends before it. So Python's own end is left out while there is a process group.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def thread_settings(environment: Any) -> dict[str, str]:

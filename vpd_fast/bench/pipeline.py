@@ -1,8 +1,9 @@
-"""From files to files: images per second beside a stand-in for a device, and what each stage costs a core."""
+"""From files to files: images per second beside a stand-in or a model, and what each stage costs a core."""
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import shutil
 import statistics
 import tempfile
@@ -12,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
-from vpd_fast.inference.batching import BatchPredictor, Prepared
+from vpd_fast.errors import ImageError
+from vpd_fast.inference.batching import BatchPredictor, Prepared, launch
 from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.predict_images import predict_images
 from vpd_fast.inference.records import Records
@@ -22,9 +25,33 @@ from vpd_fast.inference.results import Result, save_picture
 from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STAGES = ("read", "resize", "stack", "write labels", "draw", "write overlay", "record")
+HEIGHT, WIDTH = 480, 640
+MAX_DEPTH = 10.0  # metres
+_STATM = Path("/proc/self/statm")
+
+
+def smooth(rng: np.random.Generator, cells: tuple[int, int], channels: int) -> np.ndarray:
+    """Return random numbers (HEIGHT,WIDTH,channels), smooth over WIDTH / cells pixels, as a network's output is."""
+    small = rng.normal(size=(*cells, channels)).astype(np.float32)
+    planes = [cv2.resize(small[..., i], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for i in range(channels)]
+    return np.stack(planes, -1)
+
+
+def scene(classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return random arrays of HEIGHT and WIDTH: a picture (H,W,3) uint8 with the edges and the grain of a photo, labels
+    (H,W) int64 of at most 24 of the classes, and depth (H,W) float32 in metres."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.permutation(classes)[:24]
+    regions = (smooth(rng, (9, 12), len(numbers)) + 0.15 * smooth(rng, (60, 80), len(numbers))).argmax(-1)
+    field = 3 * smooth(rng, (4, 5), 1) + 0.1 * smooth(rng, (60, 80), 1)
+    colors = rng.uniform(30, 225, (len(numbers), 3))[regions]
+    photo = colors + 20 * smooth(rng, (30, 40), 3) + rng.normal(0, 3, (HEIGHT, WIDTH, 1))
+    depth = (MAX_DEPTH / (1 + np.exp(-field[..., 0]))).astype(np.float32)
+    return photo.clip(0, 255).astype(np.uint8), numbers[regions].astype(np.int64), depth
 
 
 class StandIn(BatchPredictor[Result]):
@@ -36,7 +63,7 @@ class StandIn(BatchPredictor[Result]):
     on_gpu = True
 
     def __init__(self, predictor: BatchPredictor[Any], answer: Result, milliseconds: float) -> None:
-        self._predictor, self._answer, self._seconds = predictor, answer, milliseconds / 1e3
+        self._predictor, self._answer, self.milliseconds = predictor, answer, milliseconds
         self.batch_size = predictor.batch_size
         self._free = 0.0
 
@@ -52,7 +79,7 @@ class StandIn(BatchPredictor[Result]):
         """Begin with the images when the device is free."""
         for views in zip(*(prepared.views for prepared in group), strict=True):
             np.stack(views)
-        self._free = max(self._free, time.perf_counter()) + self._seconds * len(group)
+        self._free = max(self._free, time.perf_counter()) + self.milliseconds / 1e3 * len(group)
         end = self._free
 
         def finish() -> list[Result]:
@@ -69,12 +96,18 @@ class StandIn(BatchPredictor[Result]):
 
 @dataclass(frozen=True)
 class Run:
-    """Images per second from files to files, and the milliseconds of a core that an image took."""
+    """One way from files to files.
 
-    milliseconds: float
+    milliseconds: of the stand-in for an image; None: a model ran. overlay: its format, or "none". core_ms: milliseconds
+    of processors that an image took, of all threads. grown_mib: by how much the last tenth of the images had more
+    memory resident than the second tenth; None where that is not known (Linux tells it).
+    """
+
+    milliseconds: float | None
     overlay: str
     images_per_second: float
     core_ms: float
+    grown_mib: float | None = None
 
 
 def copies(photo: Path, folder: Path, count: int) -> list[tuple[str, str]]:
@@ -94,24 +127,53 @@ def write(folder: Path, overlay: str, result: Result, name: str) -> dict[str, An
     return {**result.record(), "files": [path.name for path in written]}
 
 
-def measure(
-    predictor: BatchPredictor[Any], answer: Result, photo: Path, milliseconds: float, overlay: str, count: int
-) -> Run:
-    """Go from files to files once."""
+def measure(predictor: BatchPredictor[Any], photo: Path, overlay: str, count: int) -> Run:
+    """Go once from `count` copies of a photo to the files of their results."""
+    milliseconds = predictor.milliseconds if isinstance(predictor, StandIn) else None
+    resident: list[float] = []
     with tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
         out = Path(scratch) / "out"
         out.mkdir()
         images = copies(photo, Path(scratch), count)
-        device = StandIn(predictor, answer, milliseconds)
         start, spent = time.perf_counter(), time.process_time()
         with Records(out, Shard(), {}) as sink:
-            for _ in predict_images(
-                device, images, lambda result, name: write(out, overlay, result, name), sink,
-                prefetch=max(4, 2 * device.batch_size),
+            for record in predict_images(
+                predictor, images, lambda result, name: write(out, overlay, result, name), sink,
+                prefetch=max(4, 2 * predictor.batch_size),
             ):  # fmt: skip
-                pass
+                if "error" in record:
+                    raise ImageError(record["error"])
+                resident.append(_resident_mib())
         wall, spent = time.perf_counter() - start, time.process_time() - spent
-    return Run(milliseconds, overlay, count / wall, 1e3 * spent / count)
+    tenth = max(len(resident) // 10, 1)
+    grown = statistics.median(resident[-tenth:]) - statistics.median(resident[tenth : 2 * tenth] or resident)
+    return Run(milliseconds, overlay, count / wall, 1e3 * spent / count, None if math.isnan(grown) else grown)
+
+
+def median_run(runs: Sequence[Run]) -> Run:
+    """Return the run of the median speed."""
+    return sorted(runs, key=lambda run: run.images_per_second)[len(runs) // 2]
+
+
+def model_alone(predictor: BatchPredictor[Any], photo: Path, seconds: float = 2.0) -> float:
+    """Return the images per second of a model alone, labels or depth included: batches of one photo that was read."""
+    prepared = predictor.prepare(read_image(photo))
+    group = [prepared] * max(predictor.batch_size // predictor.forwards(prepared), 1)
+    times: list[float] = []
+    launch(predictor, group)()  # compiles, allocates
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        launch(predictor, group)()
+        times.append(time.perf_counter() - start)
+    return len(group) / statistics.median(times)
+
+
+def _resident_mib() -> float:
+    """Return the memory of this process that is resident, nan where that is not known."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (OSError, ValueError):
+        return math.nan
 
 
 def stages(predictor: BatchPredictor[Any], answer: Result, photo: Path, rounds: int = 15) -> dict[str, float]:
@@ -156,17 +218,22 @@ def _once(
 
 def table(runs: Sequence[Run], by_stage: dict[str, float]) -> str:
     """Return both as tables in Markdown."""
-    lines = ["| device, ms per image | overlay | images/s | core-ms per image |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {run.milliseconds:g} | {run.overlay} | {run.images_per_second:.0f} | {run.core_ms:.1f} |" for run in runs
+    lines = [
+        "| ms per image | overlay | images/s | core-ms per image | memory grew, MiB |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    for run in runs:
+        device = "model" if run.milliseconds is None else f"{run.milliseconds:g}"
+        grown = "?" if run.grown_mib is None else f"{run.grown_mib:.0f}"
+        lines.append(f"| {device} | {run.overlay} | {run.images_per_second:.0f} | {run.core_ms:.1f} | {grown} |")
     lines += ["", "| stage | core-ms per image |", "| --- | --- |"]
     lines += [f"| {stage} | {spent:.2f} |" for stage, spent in by_stage.items()]
     return "\n".join(lines)
 
 
-def chart(runs: Sequence[Run], by_stage: dict[str, float], footer: str) -> Figure:
-    """Return the stages as one bar, and images per second by the device's time."""
+def chart(runs: Sequence[Run], by_stage: dict[str, float], footer: str, alone: float | None = None) -> Figure:
+    """Return the stages as one bar, and images per second by the time of the stand-in, or with a model as bars beside
+    those of the model `alone`."""
     from vpd_fast.bench.plots import new_figure
 
     drawing, (bar, rates) = new_figure(8, 6, (1.0, 2.4))
@@ -177,21 +244,30 @@ def chart(runs: Sequence[Run], by_stage: dict[str, float], footer: str) -> Figur
     bar.set_yticks([])
     bar.set_title(f"one core, ms per image: {left:.1f}", loc="left", fontsize=11)
     bar.legend(fontsize=8, ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    for overlay in dict.fromkeys(run.overlay for run in runs):
-        mine = [run for run in runs if run.overlay == overlay]
-        x = [run.milliseconds for run in mine]
-        rates.plot(x, [run.images_per_second for run in mine], "o-", label=f"overlay {overlay}")
-    times = sorted({run.milliseconds for run in runs if run.milliseconds})
-    if times:
-        rates.plot(times, [1e3 / ms for ms in times], "k--", lw=1, label="the device alone")
-    rates.set(xlabel="ms per image of the device", ylabel="images per second")
+    if alone is None:
+        _lines(rates, runs)
+    else:
+        names = ["model alone", *(f"overlay {run.overlay}" for run in runs)]
+        bars = rates.bar(names, [alone, *(run.images_per_second for run in runs)], 0.5)
+        rates.bar_label(bars, fmt="%.1f", fontsize=9)
+    rates.set_ylabel("images per second")
     rates.set_ylim(bottom=0, top=1.3 * max(run.images_per_second for run in runs))
-    rates.grid(alpha=0.3)
-    rates.legend(fontsize=9, frameon=False)
+    rates.grid(alpha=0.3, axis="y")
     rates.set_title(footer, loc="left", fontsize=9)
     return drawing
 
 
-def as_json(runs: Sequence[Run], by_stage: dict[str, float], about: dict[str, Any]) -> str:
-    """Return all numbers."""
-    return json.dumps({**about, "runs": [vars(run) for run in runs], "stages_core_ms": by_stage}, indent=2) + "\n"
+def _lines(rates: Axes, runs: Sequence[Run]) -> None:
+    for overlay in dict.fromkeys(run.overlay for run in runs):
+        chosen = [(run.milliseconds or 0.0, run.images_per_second) for run in runs if run.overlay == overlay]
+        rates.plot(*zip(*chosen, strict=True), "o-", label=f"overlay {overlay}")
+    times = sorted({run.milliseconds for run in runs if run.milliseconds})
+    if times:
+        rates.plot(times, [1e3 / ms for ms in times], "k--", lw=1, label="the device alone")
+    rates.set_xlabel("ms per image of the device")
+    rates.legend(fontsize=9, frameon=False)
+
+
+def numbers(runs: Sequence[Run], by_stage: dict[str, float], about: dict[str, Any]) -> dict[str, Any]:
+    """Return all numbers, for a JSON file."""
+    return {**about, "runs": [vars(run) for run in runs], "stages_core_ms": by_stage}

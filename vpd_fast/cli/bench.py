@@ -28,6 +28,7 @@ in_process_option = options.in_panel("In one process")
 
 
 def bench(
+    context: typer.Context,
     checkpoint: options.Checkpoint = None,
     random_weights: options.RandomWeights = None,
     task: options.Task = None,
@@ -81,6 +82,10 @@ def bench(
 
     What is measured is printed and written to --json at once.
     """
+    if context.invoked_subcommand is not None:
+        if any(getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE" for name in context.params):
+            raise InputError(f"options of bench {context.invoked_subcommand} come after its name, got some before it")
+        return
     import torch
 
     from vpd_fast.bench import catalog
@@ -101,8 +106,8 @@ def bench(
         names, left_out = catalog.choose(list(catalog.FAST) if precisions is None else precisions, _names(peers))
     sizes = _numbers("--size", size, SIZE_MULTIPLE)
     cases = [Case(side, images) for side in sizes for images in _numbers("--batch", batch, 1)]
-    _check_output("--json", json, ".json")
-    _check_output("--chart", chart, ".png")
+    files.check_output_file("--json", json, ".json")
+    files.check_output_file("--chart", chart, ".png")
 
     with _interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="vpd-fast-bench-") as scratch:
         source, model_config = _prepare(model_options, Path(scratch), threads, in_process, compile_seconds)
@@ -274,12 +279,3 @@ def _numbers(option: str, text: str, multiple: int) -> list[int]:
         kind = f"positive multiples of {multiple}" if multiple > 1 else "positive integers"
         raise InputError(f"{option} must be {kind} separated by commas, got {text!r}")
     return list(dict.fromkeys(numbers))
-
-
-def _check_output(option: str, path: Path | None, suffix: str) -> None:
-    """Check that the file can be written, before hours are spent. Raises InputError."""
-    if path is None:
-        return
-    if path.suffix.lower() != suffix or path.is_dir():
-        raise InputError(f"{option} must be a file name that ends in {suffix}, got {str(path)!r}")
-    files.prepare_output(path.parent, option)

@@ -46,3 +46,12 @@ def prepare_output(folder: Path, option: str = "--output") -> None:
             pass
     except OSError as error:
         raise InputError(f"{option} {folder}: cannot write there ({error.strerror or error})") from error
+
+
+def check_output_file(option: str, path: Path | None, suffix: str) -> None:
+    """Check that the file can be written, before hours are spent. Raises InputError, which names the option."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise InputError(f"{option} must be a file name that ends in {suffix}, got {str(path)!r}")
+    prepare_output(path.parent, option)

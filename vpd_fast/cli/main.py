@@ -10,12 +10,13 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from vpd_fast import _startup
 from vpd_fast.cli.bench import bench
+from vpd_fast.cli.bench_pipeline import pipeline
 from vpd_fast.cli.compile_kernels import compile_kernels
 from vpd_fast.cli.convert import convert
 from vpd_fast.cli.demo import demo
@@ -34,8 +35,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, predict, maps, train, evaluate, convert, bench, tune, compile_kernels, info):
+for command in (demo, predict, maps, train, evaluate, convert, tune, compile_kernels, info):
     app.command()(command)
+benches = typer.Typer()
+benches.callback(invoke_without_command=True)(bench)
+benches.command()(pipeline)
+app.add_typer(benches, name="bench")
 
 
 def _print_version(asked: bool) -> None:
@@ -53,6 +58,11 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def main() -> NoReturn:
+    """Run the command line, and end the program with its exit code."""
+    _startup.leave(run())
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -110,4 +120,4 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    main()
