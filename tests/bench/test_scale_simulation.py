@@ -33,6 +33,12 @@ def test_simulation_and_plan_agree(script, limit, device_ms, cores, gigabits) ->
     assert script.simulate(machine, 1000) == pytest.approx(machine.pace()[1], rel=0.05)
 
 
+def test_many_files_are_what_storage_opens(script) -> None:
+    machine = script.Machine(3.6, 2.8, 2, 8, 200, 10, files=2, files_per_second=500)
+    assert machine.pace() == ("storage", 250)
+    assert script.simulate(machine, 1000) == pytest.approx(250, rel=0.05)
+
+
 def test_queues_without_room_are_what_the_plan_does_not_see(script) -> None:
     """So the simulation can contradict the plan: here processors and device wait for each other."""
     machine = script.Machine(1.0, 1.0, 2.0, 1, 200, ahead=1)

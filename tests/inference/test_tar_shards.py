@@ -179,6 +179,34 @@ def test_addresses(
     assert sorted(path.name for path in (folder / "out").glob("*.tar")) == ["a.tar", "m.tar"]
 
 
+def test_results_are_uploaded(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Complete shards of results are moved; where that fails the run ends, and a resumed one uploads them."""
+    monkeypatch.setattr(tar_shards, "FIRST_WAIT", 0.01)
+    memory = fsspec.filesystem("memory")
+    put, failures = type(memory).put_file, [OSError("slow down")] * 4
+
+    def put_later(*arguments: Any, **options: Any) -> None:
+        if failures:
+            raise failures.pop()
+        put(*arguments, **options)
+
+    monkeypatch.setattr(type(memory), "put_file", put_later)
+    arguments = ["predict", str(folder / "in" / "*.tar"), *MODEL, "-o", str(folder / "out")]
+    arguments += ["--upload", "memory://results/run"]
+    assert run(arguments) == 2
+    assert "memory://results/run/000.tar: cannot be written (OSError: slow down); " in capsys.readouterr().err
+    kept = content(folder / "out" / "000.tar")
+    assert run([*arguments, "--resume"]) == 0
+    assert "6 images of 2 shards: memory://results/run" in capsys.readouterr().out
+    assert [path.name for path in (folder / "out").iterdir()] == ["results.jsonl"]
+    memory.get_file("/results/run/000.tar", str(folder / "got.tar"))
+    assert content(folder / "got.tar") == kept
+    rows = [json.loads(line) for line in (folder / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["uploaded"] for row in rows[1:]] == [f"memory://results/run/00{i}.tar" for i in range(2)]
+    assert run([*arguments, "--resume"]) == 0
+    assert "2 shards done before" in capsys.readouterr().out
+
+
 def test_names(tmp_path: Path) -> None:
     assert list_shards(["s3://b/{00..02}.tar"]) == ["s3://b/00.tar", "s3://b/01.tar", "s3://b/02.tar"]
     with pytest.raises(InputError, match=r"nothing\*.tar matches no shard"):
@@ -204,6 +232,8 @@ def test_wrong_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([shard, "--output-format", "zip"], "--output-format is for tar shards, tar or parquet"),
         (["photo.png", "--output-format", "tar"], "--output-format is for tar shards"),
         ([shard, "--probabilities"], "tar shards take neither --probabilities"),
+        ([shard, "--upload", "nothing://bucket"], "results cannot be uploaded to nothing://bucket"),
+        (["photo.png", "--upload", "memory://bucket"], "--upload is for the results of tar shards"),
     ):
         assert run(["predict", *arguments, *MODEL]) != 0
         assert message in capsys.readouterr().err

@@ -98,6 +98,12 @@ def predict(
         str | None,
         options.at_scale_option(metavar="FORMAT", help=f"Of tar shards' results: {', '.join(OUTPUTS)}. [default: tar]"),
     ] = None,
+    upload: Annotated[
+        str | None,
+        options.at_scale_option(
+            metavar="URL", help="Move complete shards of results there, as to s3://bucket/results; records stay here."
+        ),
+    ] = None,
     prefetch: Annotated[
         int | None,
         options.at_scale_option(metavar="N", help="Read and write N images ahead. [default: 4, or two batches]"),
@@ -149,6 +155,10 @@ def predict(
         raise InputError("tar shards take neither --probabilities nor --list, --recursive or --root")
     if output_format not in (None, *OUTPUTS) or (output_format and not tars):
         raise InputError(f"--output-format is for tar shards, {' or '.join(OUTPUTS)}, got {output_format!r}")
+    if upload is not None:
+        if not tars:
+            raise InputError(f"--upload is for the results of tar shards, got {upload!r}")
+        tar_shards.check_upload(upload)
     if every is not None and (not videos or every < 1):
         raise InputError(f"--every is for videos, at least 1, got {every}")
     model_options = options.ModelOptions(
@@ -179,7 +189,7 @@ def predict(
             return
         tar_shards.run(
             tars, part, predictor, output, {**header, "device": header["device"].partition(":")[0]},
-            to=output_format or OUTPUTS[0], overlay=overlay or "none", resume=resume,
+            to=output_format or OUTPUTS[0], overlay=overlay or "none", upload=upload, resume=resume,
             prefetch=prefetch or max(8, 2 * predictor.batch_size), print_json=json,
         )  # fmt: skip
         return

@@ -13,8 +13,10 @@ from vpd_fast.cli.running import peak_memory
 from vpd_fast.errors import InputError
 from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.records import Record, Records
-from vpd_fast.inference.tar_shards import is_shard, list_shards, predict_shards
+from vpd_fast.inference.tar_shards import check_upload, is_shard, list_shards, predict_shards
 from vpd_fast.progress import ProgressBar
+
+__all__ = ["check_upload", "run", "shards_of"]
 
 
 def shards_of(images: list[str]) -> list[str]:
@@ -34,6 +36,7 @@ def run(
     *,
     to: str,
     overlay: str,
+    upload: str | None,
     resume: bool,
     prefetch: int,
     print_json: bool,
@@ -46,7 +49,10 @@ def run(
         for note in (*header["notes"], *sink.notes):
             typer.echo(f"note: {note}")
     with sink, ProgressBar(len(mine), "shards") as bar:
-        for record in predict_shards(predictor, mine, output, sink, to=to, overlay=overlay, prefetch=prefetch):
+        found = predict_shards(
+            predictor, mine, output, sink, to=to, overlay=overlay, prefetch=prefetch, upload=upload
+        )  # fmt: skip
+        for record in found:
             images += record.get("images", 0)
             failed += record.get("failed", 0)
             bar.update(sink.done + sink.failed + sink.skipped, f"{images} images, {failed} failed")
@@ -61,7 +67,7 @@ def run(
         typer.echo(json.dumps(values, indent=2))
     else:
         skipped = f", {sink.skipped} shards done before" if sink.skipped else ""
-        typer.echo(f"{images - failed} images of {sink.done + sink.failed} shards{skipped}: {output}")
+        typer.echo(f"{images - failed} images of {sink.done + sink.failed} shards{skipped}: {upload or output}")
         if failed:
             typer.echo(f"{failed} images failed; their json says why", err=True)
     if failed or sink.failed:

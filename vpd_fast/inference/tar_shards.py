@@ -125,11 +125,14 @@ def predict_shards(
     to: str = "tar",
     overlay: str = "none",
     prefetch: int = 8,
+    upload: str | None = None,
 ) -> Iterator[Record]:
     """Predict on the images of shards, and yield a record per shard, {"image": its name, "images", "failed", "files"}.
 
     predictor: of `make_predictor`. output: a folder. to: "tar", with members key.png, key.json and, unless `overlay` is
     "none", key.overlay.jpg; or "parquet", with columns key, json and files (what comes after the key, to bytes).
+    upload: an address that fsspec writes to, such as "s3://bucket/results"; complete shards of results are moved there,
+    and the record has "uploaded" instead of files.
     Shards that are done are skipped (`sink.skipped`). An image that cannot be predicted on has {"error"} in its json.
     A shard that is cut off or cannot be read has "error" in its record, with the results of what was read kept; a
     resumed run takes it again. It is tried three times unless it is not there. Raises InputError; ImageError where
@@ -139,11 +142,15 @@ def predict_shards(
         raise InputError(f"shards are written as {' or '.join(OUTPUTS)}, got {to!r}")
     if to == "parquet":
         _need("pyarrow")
+    if upload is not None:
+        check_upload(upload)
     for name in names:
         if sink.is_done(name):
             sink.skipped += 1
             continue
         record = _predicted(predictor, name, Path(output), to, overlay, prefetch)
+        if upload is not None and record.get("files"):
+            record |= {"files": [], "uploaded": _uploaded(Path(output) / record["files"][0], upload)}
         sink.add(record)
         yield record
 
@@ -174,6 +181,32 @@ def _predicted(predictor: BatchPredictor[Any], name: str, output: Path, to: str,
         record: Record = {"image": name, **counts, "files": [path.name]}
         return record | {"error": "; ".join(damage)} if damage else record
     raise AssertionError("unreachable")
+
+
+def check_upload(address: str) -> None:
+    """Raise InputError unless fsspec knows the file system of an address, and has what it needs for it."""
+    try:
+        _need("fsspec").core.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"results cannot be uploaded to {address}: {error}") from error
+
+
+def _uploaded(path: Path, address: str) -> str:
+    """Move a file to an address, with a few tries. Returns where it is. Raises ImageError; the file is then kept."""
+    target = f"{address.rstrip('/')}/{path.name}"
+    for attempt in range(1, TRIES + 1):
+        try:
+            files, place = _need("fsspec").core.url_to_fs(target)
+            files.makedirs(place.rpartition("/")[0], exist_ok=True)
+            files.put_file(str(path), place)
+            break
+        except Exception as error:  # of any file system and network
+            if attempt == TRIES:
+                reason = f"{type(error).__name__}: {error}"
+                raise ImageError(f"{target}: cannot be written ({reason}); {path} has the results") from error
+            time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+    path.unlink()
+    return target
 
 
 class _Unreadable(Exception):
