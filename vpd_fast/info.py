@@ -101,7 +101,9 @@ def collect() -> dict[str, Any]:
     native = {}
     for name in _native.MODULES:
         reason = _native.why_missing(name)
-        native[name] = {"missing": reason} if reason else dict(_native.load(name).build_info)
+        module = None if reason else _native.load(name)
+        # A module that an earlier version left in the folder may say nothing.
+        native[name] = dict(getattr(module, "build_info", {"of": "another version"})) if module else {"missing": reason}
     gpus = _gpus()
     return {
         "vpd_fast": __version__,

@@ -83,6 +83,24 @@ def test_aoti_needs_no_code_of_ours(tmp_path):
     require_close(torch.load(tmp_path / "result.pt"), expected_of(model, inputs))
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_example_of_the_documentation(compiled: bool, tmp_path, monkeypatch):
+    """The page's lines run; those that compile, which takes a minute, only with the slow tests."""
+    page = Path(__file__).parents[2] / "docs" / "export.md"
+    lines = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0].splitlines()
+    kept = [line for line in lines if compiled or 'to="aoti"' not in line]
+    assert len(kept) == len(lines) - (not compiled)
+    model = small("depth")
+    monkeypatch.setattr(VPD, "from_pretrained", lambda name: model)
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(kept), {})
+    inputs = inputs_of(model, 2)
+    loaded = torch.export.load("depth.pt2").module()
+    require_close(loaded(*inputs).detach(), expected_of(model, inputs))
+    require_close(onnx_results(Path("depth.onnx"), inputs), expected_of(model, inputs))
+    assert Path("depth_cpu.pt2").exists() is compiled
+
+
 @pytest.mark.slow
 def test_onnx_by_the_command_line(tmp_path):
     model = small("segmentation")

@@ -9,8 +9,10 @@ from torch import nn
 
 import vpd_fast
 from tests.golden.case import GoldenCase
+from tests.helpers import processes
 from tests.helpers.alone import ROOT
 from tests.helpers.backbones import TINY
+from tests.interop import ddp_process
 from tests.interop.original_models import AutoencoderKL, DiffusionWrapper, UNetModel, UNetWrapper, VPDSeg, original
 from vpd_fast import VPD, VPDConfig
 from vpd_fast.errors import InputError
@@ -128,6 +130,24 @@ def test_training_stays_what_it_was(case):
         assert (after[name] is None) == (expected is None), name
         if expected is not None:
             assert (after[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-6 * largest, name
+
+
+def test_two_processes_train_one_accelerated_model(tmp_path):
+    """In DistributedDataParallel gradients are the mean of those of each image alone, and weights stay equal."""
+    processes.run_together(ddp_process.main, [(tmp_path,)] * 2, tmp_path / "log", 200)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    single = ddp_process.Loss(ddp_process.model())
+    assert any(not torch.equal(value, first["state"][name]) for name, value in single.state_dict().items())
+    for image in ddp_process.images().split(1):
+        (single(image) / 2).backward()
+    expected = {name: p.grad for name, p in single.named_parameters() if p.grad is not None}
+    largest = max(gradient.norm() for gradient in expected.values())
+    assert first["gradients"].keys() >= expected.keys()
+    for name, gradient in expected.items():
+        got = first["gradients"][name]
+        assert torch.equal(got, second["gradients"][name])
+        assert (got - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * largest, name
 
 
 def test_the_calls_of_segmentation():
