@@ -1,1 +1,1 @@
-"""Operators of vpd_fast in other people's models; one module per library, imported by whoever has that library."""
+"""vpd_fast in other libraries: its operators in their models, its models in their programs; one module per library."""
