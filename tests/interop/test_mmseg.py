@@ -31,6 +31,9 @@ from vpd_fast.pictures.reading import read_image
 from vpd_fast.training.groups import parameter_groups
 from vpd_fast.training.schedules import poly_warmup
 
+if importlib.util.find_spec("mmseg") is None or importlib.util.find_spec("mmcv") is None:
+    pytest.skip("needs mmsegmentation and mmcv-lite (.ci/mmseg installs them)", allow_module_level=True)
+
 
 class Ours:
     """vpd_fast.interop.mmseg, imported when it is first used: collecting tests shall not take the seconds."""
