@@ -13,7 +13,6 @@ namespace {
 using namespace attention_maps;
 
 constexpr double LOG2_E = 1.4426950408889634;
-constexpr int MAX_CLUSTER = 8;  // the most that every device with clusters takes
 
 struct Kernel {
     void (*run)(CudaCrossAttentionMaps, Plan);
@@ -35,11 +34,6 @@ Kernel find_kernel(const CudaCrossAttentionMaps& p, CudaFloat dtype) {
     if (dtype == CudaFloat::bfloat16) return smallest_kernel<Bfloat16>(p.tokens, p.head_dim, INDICES);
     return smallest_kernel<Float16>(p.tokens, p.head_dim, INDICES);
 }
-
-// Later devices run what was compiled for sm_80, without clusters.
-bool has_clusters() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
-
-int64_t tiles_of(const CudaCrossAttentionMaps& p, const Plan& plan) { return p.batch * plan.tiles_per_image; }
 
 // As many blocks per tile as fill the device: a power of two.
 int groups_to_fill(int64_t tiles, int64_t heads) {
@@ -97,13 +91,11 @@ const char* make_plan(const CudaCrossAttentionMaps& p, CudaFloat dtype, CudaSche
         return "the device has no clusters that this was compiled for";
     if (!choose_tile(p, kernel, plan)) return "the device has too little shared memory";
 
-    const bool average = p.average_heads && p.heads > 1;
-    plan.columns = int(p.category_offsets ? p.categories : p.tokens);
+    plan_columns(p, plan);
     plan.scale_log2 = float(p.scale * LOG2_E);
-    plan.factor = p.average_heads ? p.weight / float(p.heads) : p.weight;
     if (!p.maps) {
         plan.groups = groups_to_fill(tiles_of(p, plan), p.heads), plan.head_sum = HeadSum::nothing;
-    } else if (!average) {
+    } else if (heads_are_apart(p)) {
         plan.groups = int(p.heads), plan.head_sum = HeadSum::write;
     } else {
         choose_schedule(p, schedule, plan);

@@ -5,6 +5,7 @@
 // heads in the same fragments, and P v takes them, rounded, as its left operand, so P never leaves the registers.
 #pragma once
 
+#include "cuda/attention_maps_output.cuh"
 #include "cuda/cross_attention_maps.h"
 #include "cuda/quads.cuh"
 
@@ -18,24 +19,14 @@ constexpr int WARP = 32, MAX_WARPS = 4, MAX_THREADS = MAX_WARPS * WARP, ROWS_PER
 constexpr int TOKEN_SIZES[] = {48, 80, 160, 256};
 constexpr int DIM_SIZES[] = {48, 64, 80, 128, 160};
 
-// How a block stores the sum over its heads.
-enum class HeadSum { nothing, write, cluster, partial };
-
-struct Plan {
-    int groups;  // blocks that share the heads of a tile
+struct Plan : MapsPlan {
     int warps;
-    bool one_buffer;  // v replaces k in shared memory, where there is no room for both
-    HeadSum head_sum;
-    int64_t tiles_per_image;
-    int columns;       // of the maps
+    bool one_buffer;   // v replaces k in shared memory, where there is no room for both
     float scale_log2;  // scale * log2(e)
-    float factor;      // by which sums over heads are multiplied
 };
 
 // Of 16-bit elements in shared memory; rows start in different banks, because pitch / 8 is odd.
 constexpr __host__ __device__ int pitch_of(int dim) { return dim + 8; }
-// Of float32 sums over heads in shared memory; odd, so that columns are spread over the banks, too.
-constexpr __host__ __device__ int sums_pitch(int tokens) { return tokens + 1; }
 
 // Where the sum over heads does not fit into registers beside the probabilities, it is in shared memory.
 constexpr __host__ __device__ bool sums_in_registers(int tokens) { return tokens <= 160; }
@@ -157,64 +148,6 @@ __device__ inline void probabilities_times_values(const uint32_t (&p)[TOKENS / 1
     }
 }
 
-__device__ inline void store_map(const CudaCrossAttentionMaps& p, int64_t offset, float value) {
-    switch (p.maps_dtype) {
-        case CudaFloat::float32: store_global(static_cast<float*>(p.maps) + offset, value); break;
-        case CudaFloat::bfloat16:
-            store_global(static_cast<Bfloat16*>(p.maps) + offset, from_float<Bfloat16>(value));
-            break;
-        case CudaFloat::float16:
-            store_global(static_cast<Float16*>(p.maps) + offset, from_float<Float16>(value));
-            break;
-    }
-}
-
-__device__ inline int64_t map_offset(const CudaMapStrides& s, int64_t image, int64_t head, int64_t row, int column) {
-    return image * s.image + head * s.head + row * s.row + column * s.column;
-}
-
-__device__ inline float column_sum(const CudaCrossAttentionMaps& p, const float* sums, int column) {
-    if (!p.category_offsets) return sums[column];
-    float total = 0.0f;
-    const int end = load_global(p.category_offsets + column + 1);
-#pragma unroll 4
-    for (int i = load_global(p.category_offsets + column); i < end; ++i)
-        total += sums[load_global(p.category_tokens + i)];
-    return total * load_global(p.category_weights + column);
-}
-
-// The block writes the maps of queries row0 .. row0 + rows; sums: sums over heads of these rows, in shared memory.
-__device__ inline void write_maps(const CudaCrossAttentionMaps& p, const Plan& plan, const float* sums, int pitch,
-                                  int64_t image, int64_t head, int64_t row0, int rows) {
-    // Loads in flight; the compiler cannot move them before stores that may be to the same place.
-    constexpr int BATCH = 8;
-    const int count = rows * plan.columns, threads = blockDim.x;
-    if (count <= 0) return;
-    // Neighbouring threads take neighbours in memory: columns, or rows where the maps are channels of an NCHW tensor.
-    const bool rows_first = p.maps_strides.row < p.maps_strides.column;
-    const int inner = rows_first ? rows : plan.columns;
-    const int outer_step = threads / inner, inner_step = threads % inner;
-    int j = threadIdx.x / inner, i = threadIdx.x % inner;
-    for (int first = threadIdx.x; first < count; first += BATCH * threads) {
-        int row[BATCH], column[BATCH];
-        float old[BATCH];
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-            row[b] = rows_first ? i : j, column[b] = rows_first ? j : i;
-            old[b] = 0.0f;
-            if (p.addend && first + b * threads < count)
-                old[b] = load_global(p.addend + map_offset(p.addend_strides, image, head, row0 + row[b], column[b]));
-            i += inner_step, j += outer_step;
-            if (i >= inner) i -= inner, ++j;
-        }
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b)
-            if (first + b * threads < count)
-                store_map(p, map_offset(p.maps_strides, image, head, row0 + row[b], column[b]),
-                          fmaf(plan.factor, column_sum(p, sums + row[b] * pitch, column[b]), old[b]));
-    }
-}
-
 // Blocks per multiprocessor that leave enough registers for fragments of this many tokens.
 constexpr int resident_blocks(int tokens) { return tokens <= 80 ? 3 : 2; }
 
@@ -224,13 +157,10 @@ __global__ void __launch_bounds__(MAX_THREADS, resident_blocks(TOKENS))
     constexpr int TILES = TOKENS / 8, PITCH = pitch_of(DIM);
     constexpr bool IN_REGISTERS = sums_in_registers(TOKENS);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int rows = plan.warps * ROWS_PER_WARP;
-    const int group = blockIdx.x % plan.groups;
-    const int64_t tile = blockIdx.x / plan.groups, image = tile / plan.tiles_per_image;
-    const int64_t row0 = tile % plan.tiles_per_image * rows;
-    const int valid_rows = p.queries - row0 < rows ? int(p.queries - row0) : rows;
+    const BlockTile block(p, plan, plan.warps * ROWS_PER_WARP);
+    const int64_t image = block.image, row0 = block.row0;
+    const int rows = block.rows, valid_rows = block.valid_rows, head0 = block.head0, head_end = block.head_end;
     const int tokens = int(p.tokens), dim = int(p.head_dim);
-    const int head0 = int(p.heads * group / plan.groups), head_end = int(p.heads * (group + 1) / plan.groups);
 
     unsigned char* const shared = dynamic_shared();
     const SharedLayout layout(TOKENS, DIM, plan.warps, plan.one_buffer);
@@ -325,7 +255,6 @@ __global__ void __launch_bounds__(MAX_THREADS, resident_blocks(TOKENS))
     if (plan.head_sum == HeadSum::nothing) return;
 
     float* const staged = reinterpret_cast<float*>(shared);
-    constexpr int STAGED_PITCH = sums_pitch(TOKENS);
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
@@ -333,38 +262,10 @@ __global__ void __launch_bounds__(MAX_THREADS, resident_blocks(TOKENS))
             const float4 sum = shared_sums[t * WARP];
             sums[0][0] = sum.x, sums[0][1] = sum.y, sums[0][2] = sum.z, sums[0][3] = sum.w;
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            staged[(warp * ROWS_PER_WARP + lane / 4 + i / 2 * 8) * STAGED_PITCH + t * 8 + lane % 4 * 2 + i % 2] =
-                sums[IN_REGISTERS ? t : 0][i];
+        stage_sums(staged + warp * ROWS_PER_WARP * sums_pitch(TOKENS), sums_pitch(TOKENS), t, lane,
+                   sums[IN_REGISTERS ? t : 0]);
     }
-    if (plan.head_sum == HeadSum::cluster) {
-        cluster_arrive();
-        cluster_wait();
-        // Each block adds up and writes a part of the rows; nobody else reads these of its own.
-        const int first = rows * group / plan.groups, end = rows * (group + 1) / plan.groups;
-        for (int i = threadIdx.x; i < (end - first) * TOKENS; i += blockDim.x) {
-            float* const element = staged + (first + i / TOKENS) * STAGED_PITCH + i % TOKENS;
-            float total = 0.0f;
-#pragma unroll 8
-            for (int rank = 0; rank < plan.groups; ++rank) total += load_from_cluster(element, rank);
-            *element = total;
-        }
-        cluster_arrive();
-        __syncthreads();
-        write_maps(p, plan, staged + first * STAGED_PITCH, STAGED_PITCH, image, 0, row0 + first,
-                   (end < valid_rows ? end : valid_rows) - first);
-        cluster_wait();  // a block's memory must outlive the others' reads
-        return;
-    }
-    __syncthreads();
-    if (plan.head_sum == HeadSum::write) {
-        write_maps(p, plan, staged, STAGED_PITCH, image, group, row0, valid_rows);
-        return;
-    }
-    float* const partial = static_cast<float*>(p.scratch) + (tile * plan.groups + group) * rows * tokens;
-    for (int i = threadIdx.x; i < valid_rows * tokens; i += blockDim.x)
-        store_global(partial + i, staged[i / tokens * STAGED_PITCH + i % tokens]);
+    write_head_sums(p, plan, block, staged, TOKENS, blockDim.x, [] { __syncthreads(); });
 }
 
 constexpr int ROWS_PER_ADD = 8;
@@ -386,7 +287,7 @@ __global__ void __launch_bounds__(MAX_THREADS) add_partial_kernel(const CudaCros
         staged[i] = total;
     }
     __syncthreads();
-    write_maps(p, plan, staged, tokens, image, 0, row0, valid_rows);
+    write_maps(p, plan, staged, tokens, image, 0, row0, valid_rows, blockDim.x);
 }
 
 }  // namespace vpd::attention_maps

@@ -244,6 +244,7 @@ __device__ inline void wgmma_wait(Sum (&sums)[TILES][COUNT]) {
     VPD_NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define VPD_NAMES_40 VPD_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define VPD_NAMES_80 \
     VPD_NAMES_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
@@ -262,6 +263,9 @@ __device__ inline void wgmma_wait(Sum (&sums)[TILES][COUNT]) {
 #define VPD_WGMMA_OF_COUNT(depth, types, suffix, c)                                                                  \
     if constexpr (COUNT == 32)                                                                                      \
         VPD_WGMMA("m64n64" depth, types, VPD_NAMES_32, "32", "33", "34", suffix, VPD_SUMS_32(c, d, 0));              \
+    else if constexpr (COUNT == 40)                                                                                 \
+        VPD_WGMMA("m64n80" depth, types, VPD_NAMES_40, "40", "41", "42", suffix, VPD_SUMS_32(c, d, 0),               \
+                  VPD_SUMS_8(c, d, 32));                                                                            \
     else if constexpr (COUNT == 64)                                                                                 \
         VPD_WGMMA("m64n128" depth, types, VPD_NAMES_64, "64", "65", "66", suffix, VPD_SUMS_64(c, d, 0));             \
     else if constexpr (COUNT == 80)                                                                                 \
@@ -279,7 +283,7 @@ __device__ inline void wgmma_wait(Sum (&sums)[TILES][COUNT]) {
 // side. before: whether the sums so far count.
 template <typename T, typename Sum, int COUNT>
 __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b, bool before) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 80 || COUNT == 128);
+    static_assert(COUNT == 32 || COUNT == 40 || COUNT == 64 || COUNT == 80 || COUNT == 128);
 #if VPD_HOPPER
     if constexpr (std::is_same_v<T, int8_t>) {
         VPD_WGMMA_OF_COUNT("k32", ".s32.s8.s8", "", VPD_INTEGER);
@@ -299,6 +303,7 @@ __device__ inline void multiply_add_wide(Sum (&d)[COUNT], uint64_t a, uint64_t b
 #undef VPD_SUMS_32
 #undef VPD_SUMS_64
 #undef VPD_NAMES_32
+#undef VPD_NAMES_40
 #undef VPD_NAMES_64
 #undef VPD_NAMES_80
 #undef VPD_NAMES_128

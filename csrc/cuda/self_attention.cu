@@ -6,7 +6,6 @@
 #include <iterator>
 
 #include "cuda/device.h"
-#include "cuda/tensor_map.h"
 #include "sizes.h"
 
 namespace vpd {
@@ -14,34 +13,8 @@ namespace {
 
 using namespace attention;
 
-constexpr double LOG2_E = 1.4426950408889634;
 constexpr int64_t MAX_COUNT = int64_t(1) << 30;  // of what is counted with 32 bits, with room for a tile more
 constexpr int POLYNOMIAL_DIM = 40;               // up to which exponentials, not products, take the time
-constexpr int64_t MAX_STRIDE_BYTES = int64_t(1) << 40;
-
-// Returns why TMA cannot read these rows, or nullptr.
-const char* rows_refuse(const CudaRows& x, int64_t images, int64_t rows) {
-    if (reinterpret_cast<uintptr_t>(x.data) % 16) return "an address is not a multiple of 16 bytes";
-    const int64_t sizes[] = {x.image ? images : 1, rows}, strides[] = {x.image, x.row};
-    for (int axis = 0; axis < 2; ++axis) {
-        if (sizes[axis] == 1) continue;
-        if (strides[axis] % 8) return "a stride of q, k or v is not a multiple of 8 elements";
-        if (strides[axis] < 1 || strides[axis] * 2 >= MAX_STRIDE_BYTES)
-            return "rows that share memory, or lie too far apart, cannot be read by TMA";
-    }
-    return nullptr;
-}
-
-// Boxes of 64 channels of one head and `box_rows` rows.
-bool encode_rows(TensorMap& map, const CudaSelfAttention& p, const CudaRows& x, int64_t images, int64_t rows,
-                 int box_rows) {
-    const cuuint64_t width = cuuint64_t(p.heads * p.head_dim) * 2;  // for strides of what there is only one
-    const cuuint64_t sizes[] = {cuuint64_t(p.head_dim), cuuint64_t(p.heads), cuuint64_t(rows), cuuint64_t(images)};
-    const cuuint64_t strides[] = {cuuint64_t(p.head_dim) * 2, rows > 1 ? cuuint64_t(x.row) * 2 : width,
-                                  images > 1 ? cuuint64_t(x.image) * 2 : width};
-    const cuuint32_t box[] = {LINE_CHANNELS, 1, cuuint32_t(box_rows), 1}, steps[] = {1, 1, 1, 1};
-    return encode_tensor_map(map, 2, 4, x.data, sizes, strides, box, steps);
-}
 
 // Warpgroups per block: as many as leave no multiprocessor idle, because blocks share what they read of keys and values.
 int choose_groups(const CudaSelfAttention& p, int max_groups) {
@@ -61,9 +34,11 @@ cudaError_t launch(const CudaSelfAttention& p, cudaStream_t stream) {
     plan.scale_log2 = std::max(float(p.scale * LOG2_E), 1.17549435e-38f);
     const int64_t blocks = plan.tiles * p.heads * p.batch, key_images = plan.shared ? 1 : p.batch;
     Maps maps{};
-    if (!encode_rows(maps.q, p, p.q, p.batch, p.queries, Size::ROWS) ||
-        !encode_rows(maps.k, p, p.k, key_images, p.keys, Size::KEYS) ||
-        !encode_rows(maps.v, p, p.v, key_images, p.keys, Size::KEYS))
+    const auto encode = [&](TensorMap& map, const CudaRows& x, int64_t images, int64_t rows, int box_rows) {
+        return encode_rows(map, p.heads, p.head_dim, x, images, rows, box_rows);
+    };
+    if (!encode(maps.q, p.q, p.batch, p.queries, Size::ROWS) || !encode(maps.k, p.k, key_images, p.keys, Size::KEYS) ||
+        !encode(maps.v, p.v, key_images, p.keys, Size::KEYS))
         return cudaErrorInvalidValue;
     return launch_kernel(attention_kernel<T, DIM, GROUPS, OVERLAP, POLYNOMIAL>, blocks, Size::THREADS,
                          Size::SHARED_BYTES, 1, stream, maps, p, plan);

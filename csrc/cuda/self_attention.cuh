@@ -8,15 +8,17 @@
 // that grows.
 #pragma once
 
-#include "cuda/quads.cuh"
+#include "cuda/ring.cuh"
 #include "cuda/self_attention.h"
+#include "cuda/softmax.cuh"
 #include "cuda/wgmma_operands.cuh"
 
 namespace vpd::attention {
 
 using namespace device;
 
-constexpr int WARP = 32, GROUP_THREADS = 128, GROUP_ROWS = 64, LINE_CHANNELS = LINE_BYTES / 2;
+constexpr int WARP = 32, GROUP_THREADS = 128, GROUP_ROWS = 64;
+static_assert(LINE_CHANNELS * 2 == LINE_BYTES);
 constexpr int HEAD_DIMS[] = {40, 80,
                              160};  // for which kernels are compiled; a problem runs in the smallest that holds it
 constexpr int MAX_GROUPS = 3;
@@ -51,35 +53,18 @@ struct Registers {
     static_assert(COPYING + GROUPS * COMPUTING <= (64 << 10) / GROUP_THREADS || GROUPS == 1);
 };
 
-// A stage of a ring, and how often it went round.
-template <int STAGES>
-struct Place {
-    int stage = 0, round = 0;
-    __device__ Place next() const { return stage + 1 == STAGES ? Place{0, round + 1} : Place{stage + 1, round}; }
-};
-
-// Stages of keys or of values.
-template <int DIM, int GROUPS>
-struct Ring {
-    using Size = Tile<DIM, GROUPS>;
-    unsigned char* stages;
-    uint64_t* barriers;  // of each stage one that says that it is filled, then one that says that it is read
-    __device__ unsigned char* at(int stage) const { return stages + stage * Size::KEY_BYTES; }
-    __device__ uint64_t* filled(int stage) const { return barriers + 2 * stage; }
-    __device__ uint64_t* emptied(int stage) const { return barriers + 2 * stage + 1; }
-};
-
 template <int DIM, int GROUPS>
 struct Shared {
     using Size = Tile<DIM, GROUPS>;
+    using Blocks = Ring<Size::STAGES, Size::KEY_BYTES>;  // of keys or of values
     unsigned char* queries;
     uint64_t* queries_filled;
-    Ring<DIM, GROUPS> keys, values;
+    Blocks keys, values;
     __device__ explicit Shared(unsigned char* memory)
         : queries(memory + (-shared_address(memory) & (SWIZZLE_ALIGNMENT - 1))) {
         keys.stages = queries + Size::QUERY_BYTES, values.stages = keys.stages + Size::STAGES * Size::KEY_BYTES;
         keys.barriers = reinterpret_cast<uint64_t*>(values.stages + Size::STAGES * Size::KEY_BYTES);
-        values.barriers = keys.barriers + 2 * Size::STAGES, queries_filled = values.barriers + 2 * Size::STAGES;
+        values.barriers = keys.barriers + Blocks::BARRIERS, queries_filled = values.barriers + Blocks::BARRIERS;
     }
 };
 
@@ -93,16 +78,16 @@ __device__ inline void copy_blocks(const Maps& maps, const Plan& plan, const Sha
     for (int panel = 0; panel < Size::PANELS; ++panel)
         load_box(shared.queries + panel * Size::ROWS * LINE_BYTES, maps.q, shared.queries_filled, panel * LINE_CHANNELS,
                  head, tile * Size::ROWS, image);
-    const auto copy = [&](const TensorMap& map, const Ring<DIM, GROUPS>& ring, Place<Size::STAGES>& place, int block) {
-        if (place.round) barrier_wait(ring.emptied(place.stage), (place.round - 1) & 1);
-        barrier_expect(ring.filled(place.stage), Size::KEY_BYTES);
+    using Blocks = typename Shared<DIM, GROUPS>::Blocks;
+    const auto copy = [&](const TensorMap& map, const Blocks& ring, typename Blocks::Stage& place, int block) {
+        ring.begin_filling(place);
 #pragma unroll
         for (int panel = 0; panel < Size::PANELS; ++panel)
             load_box(ring.at(place.stage) + panel * Size::KEYS * LINE_BYTES, map, ring.filled(place.stage),
                      panel * LINE_CHANNELS, head, block * Size::KEYS, plan.shared ? 0 : image);
         place = place.next();
     };
-    Place<Size::STAGES> key_place, value_place;
+    typename Blocks::Stage key_place, value_place;
     if (OVERLAP) copy(maps.k, shared.keys, key_place, 0);
     for (int block = 0; block < plan.blocks; ++block) {
         if (!OVERLAP || block + 1 < plan.blocks) copy(maps.k, shared.keys, key_place, block + OVERLAP);
@@ -110,64 +95,39 @@ __device__ inline void copy_blocks(const Maps& maps, const Plan& plan, const Sha
     }
 }
 
-// 2^x for x up to 126, within 1e-4 of it; 2^-126 at least. NaN stays NaN.
-__device__ inline float exp2_polynomial(float x) {
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23, to which a number is added as an integer
-    x = larger_or_nan(x, -126.0f);
-    const float shifted = x + ROUND, rest = x - (shifted - ROUND);  // of -0.5 to 0.5
-    const float power = fmaf(fmaf(fmaf(0.05517167f, rest, 0.24261112f), rest, 0.69326099f), rest, 0.99992807f);
-    return power * float_of((bits_of(shifted) << 23) + 0x3f800000u);
-}
-
 // Of rows lane / 4 and lane / 4 + 8: the largest score so far, and this thread's share of the sum of 2^(score - largest).
 struct Softmax {
-    static constexpr float MAX_FLOAT = 3.4028234664e38f;
-    // The product of the largest score and the scale, rounded, is what exponents are relative to, with one fma for each.
-    // From here on that rounding would show in the largest probability, so the largest score is subtracted first.
-    static constexpr float MAX_REFERENCE = 16384.0f;
-    float largest[2] = {-MAX_FLOAT, -MAX_FLOAT}, sum[2] = {0.0f, 0.0f};
+    Largest largest;
+    float sum[2] = {0.0f, 0.0f};
 
-    // Scores become exponentials; keep: what sums of earlier blocks are to be multiplied by. POLYNOMIAL: which share of them
-    // is computed without the unit for exponentials, one of so many, or 0.
+    // Scores become exponentials; keep: what sums of earlier blocks are to be multiplied by.
     template <int POLYNOMIAL, int COUNT>
     __device__ inline void exponentials(float (&s)[COUNT], float scale, float (&keep)[2]) {
-        float before[2] = {largest[0], largest[1]}, reference[2];
+        const float before[2] = {largest.score[0], largest.score[1]};
+        if (largest.include(s, scale)) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            largest[half] = quad_max(largest[half]);
-            reference[half] = largest[half] * scale;
-        }
-        if (any_in_warp(fmaxf(fabsf(reference[0]), fabsf(reference[1])) >= MAX_REFERENCE)) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) keep[half] = exp2_fast((before[half] - largest[half]) * scale);
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) s[i] = exp2_fast((s[i] - largest[i / 2 % 2]) * scale);
+            for (int half = 0; half < 2; ++half) keep[half] = exp2_fast((before[half] - largest.score[half]) * scale);
+            largest.exponentials_of_huge(s, scale);
         } else {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                keep[half] = exp2_fast(multiply_rounded(before[half], scale) - reference[half]);
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
-                constexpr int OF = POLYNOMIAL ? POLYNOMIAL : 1;
-                const float exponent = fmaf(s[i], scale, -reference[i / 2 % 2]);
-                s[i] = POLYNOMIAL && i % OF == OF - 1 ? exp2_polynomial(exponent) : exp2_fast(exponent);
-            }
+                keep[half] = exp2_fast(multiply_rounded(before[half], scale) - largest.reference[half]);
+            largest.exponentials<POLYNOMIAL>(s, scale);
         }
         sum[0] *= keep[0], sum[1] *= keep[1];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) sum[i / 2 % 2] += s[i];
+        add_rows(sum, s);
     }
 };
 
 template <typename T, int DIM, int GROUPS, int POLYNOMIAL>
 struct Attention {
     using Size = Tile<DIM, GROUPS>;
+    using Blocks = typename Shared<DIM, GROUPS>::Blocks;
+    using Stage = typename Blocks::Stage;
     static constexpr int SCORES = Size::KEYS / 2, STEPS = Size::KEYS / 16;
     const Shared<DIM, GROUPS>& shared;
     const int group, lane;
-    Place<Size::STAGES> place;  // of keys, and of values unless they are those of the block before
+    Stage place;  // of keys, and of values unless they are those of the block before
     Softmax softmax;
     float s[SCORES], o[DIM / 2];
     uint32_t p[STEPS][4];
@@ -179,10 +139,10 @@ struct Attention {
     }
 
     // Both wait for the stage.
-    __device__ inline void begin_scores(const Place<Size::STAGES>& at) {
+    __device__ inline void begin_scores(const Stage& at) {
         const uint64_t q = line_descriptor(shared.queries + group * GROUP_ROWS * LINE_BYTES);
         const uint64_t k = line_descriptor(shared.keys.at(at.stage));
-        barrier_wait(shared.keys.filled(at.stage), at.round & 1);
+        shared.keys.wait_until_filled(at);
         hold(s);
         wgmma_begin();
 #pragma unroll
@@ -193,40 +153,27 @@ struct Attention {
         }
         wgmma_commit();
     }
-    __device__ inline void begin_values(const Place<Size::STAGES>& at) {
+    __device__ inline void begin_values(const Stage& at) {
         const uint64_t v = line_descriptor(shared.values.at(at.stage), Size::KEYS * LINE_BYTES);
-        barrier_wait(shared.values.filled(at.stage), at.round & 1);
+        shared.values.wait_until_filled(at);
         hold(o);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
-            multiply_add_from_registers<T>(o, p[step], v + (step * 16 * LINE_BYTES >> 4));
+            multiply_add_from_registers<T>(o, p[step], v + (step * 16 * LINE_BYTES >> 4), true);
         wgmma_commit();
     }
 
     // The warp has read the stage.
-    __device__ inline void release(const Ring<DIM, GROUPS>& ring, const Place<Size::STAGES>& at) {
-        if (lane == 0) barrier_arrive(ring.emptied(at.stage));
+    __device__ inline void release(const Blocks& ring, const Stage& at) {
+        if (lane == 0) ring.release(at);
     }
 
-    // Keys beyond the last count nothing.
-    __device__ inline void mask(int valid) {
-#pragma unroll
-        for (int i = 0; i < SCORES; ++i)
-            if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) s[i] = -INFINITY;
-    }
     __device__ inline void rescale(const float (&keep)[2]) {
         if (!any_in_warp(keep[0] != 1.0f || keep[1] != 1.0f)) return;  // as nearly always after the first blocks
 #pragma unroll
         for (int i = 0; i < DIM / 2; ++i) o[i] *= keep[i / 2 % 2];
     }
-    __device__ inline void round() {
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) p[step][i] = pack<T>(s[step * 8 + 2 * i], s[step * 8 + 2 * i + 1]);
-    }
-
     // valid: keys of the block, in the last one.
     template <bool LAST>
     __device__ inline void sequential(float scale, int valid) {
@@ -234,10 +181,10 @@ struct Attention {
         begin_scores(place);
         wgmma_wait<0>(s);
         release(shared.keys, place);
-        if (LAST) mask(valid);
+        if (LAST) mask_columns<0>(s, valid, lane);
         softmax.template exponentials<POLYNOMIAL>(s, scale, keep);
         rescale(keep);
-        round();
+        pack_rows<T>(p, s);
         begin_values(place);
         wgmma_wait<0>(o);
         release(shared.values, place);
@@ -248,18 +195,18 @@ struct Attention {
     template <bool LAST>
     __device__ inline void overlapped(float scale, int valid) {
         float keep[2];
-        const Place<Size::STAGES> before = place;
+        const Stage before = place;
         place = place.next();
         begin_scores(place);
         begin_values(before);
         wgmma_wait<1>(s);
         release(shared.keys, place);
-        if (LAST) mask(valid);
+        if (LAST) mask_columns<0>(s, valid, lane);
         softmax.template exponentials<POLYNOMIAL>(s, scale, keep);
         wgmma_wait<0>(o);
         release(shared.values, before);
         rescale(keep);
-        round();
+        pack_rows<T>(p, s);
     }
 };
 
@@ -274,12 +221,8 @@ __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
     const int warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
     const Shared<DIM, GROUPS> shared(dynamic_shared());
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Size::STAGES; ++i) {
-            for (const Ring<DIM, GROUPS>* ring : {&shared.keys, &shared.values}) {
-                barrier_init(ring->filled(i), 1);
-                barrier_init(ring->emptied(i), GROUPS * GROUP_THREADS / WARP);
-            }
-        }
+        shared.keys.initialize(GROUPS * GROUP_THREADS / WARP);
+        shared.values.initialize(GROUPS * GROUP_THREADS / WARP);
         barrier_init(shared.queries_filled, 1);
         barrier_init_done();
         prefetch_tensor_map(maps.q);
@@ -304,9 +247,9 @@ __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
         attention.begin_scores(attention.place);
         wgmma_wait<0>(attention.s);
         attention.release(shared.keys, attention.place);
-        if (last == 0) attention.mask(valid);
+        if (last == 0) mask_columns<0>(attention.s, valid, lane);
         attention.softmax.template exponentials<POLYNOMIAL>(attention.s, plan.scale_log2, keep);
-        attention.round();
+        pack_rows<T>(attention.p, attention.s);
 #pragma unroll 1
         for (int block = 1; block < last; ++block) attention.template overlapped<false>(plan.scale_log2, 0);
         if (last > 0) attention.template overlapped<true>(plan.scale_log2, valid);

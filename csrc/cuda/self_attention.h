@@ -7,15 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/attention_rows.h"
 #include "cuda/device.h"
 
 namespace vpd {
-
-// Rows (image, row) of heads * head_dim elements next to each other; strides in elements, an image's 0 where all share one.
-struct CudaRows {
-    void* data;
-    int64_t image, row;
-};
 
 struct CudaSelfAttention {
     int64_t batch, queries, keys, heads, head_dim;

@@ -51,7 +51,8 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 enum class Format { int8, float8_e4m3fn, bfloat16, float16 };
 void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, uint64_t right, bool accumulate);
 // The left factor in registers, 16 rows per warp; the right one by columns.
-void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right);
+void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right,
+                                 bool accumulate);
 void wait_for_products(int pending);
 void load_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&place)[5], unsigned mask = 0);
 
@@ -220,8 +221,8 @@ void multiply_add_wide(Sum (&sums)[COUNT], uint64_t left, uint64_t right, bool a
     cuda_emulation::multiply_add_wide(format_of<T>(), sums, 2 * COUNT, left, right, accumulate);
 }
 template <typename T, int COUNT>
-void multiply_add_from_registers(float (&sums)[COUNT], const uint32_t (&left)[4], uint64_t right) {
-    cuda_emulation::multiply_add_from_registers(format_of<T>(), sums, 2 * COUNT, left, right);
+void multiply_add_from_registers(float (&sums)[COUNT], const uint32_t (&left)[4], uint64_t right, bool accumulate) {
+    cuda_emulation::multiply_add_from_registers(format_of<T>(), sums, 2 * COUNT, left, right, accumulate);
 }
 
 }  // namespace vpd::device

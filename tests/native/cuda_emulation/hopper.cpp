@@ -42,11 +42,12 @@ struct Matrix {
     uint32_t start, rows_apart;
 };
 
-// A matrix descriptor of the PTX manual, of a factor that lies along K with a swizzle of 128 bytes.
-Matrix decode(uint64_t descriptor) {
+// A matrix descriptor of the PTX manual, with a swizzle of 128 bytes: of a factor that lies along K, or across it, where
+// the distance of panels stands in place of a 1. It may have a part of an address that does not belong there.
+Matrix decode(uint64_t descriptor, bool across = false) {
     if (descriptor >> 62 != 1) fail("only the swizzle of 128 bytes is emulated");
     if (descriptor >> 49 & 7) fail("a base offset is not emulated");
-    if (rank_of(*current->block) && (descriptor >> 14 & 0xffff) != 1 << 2)
+    if (rank_of(*current->block) && (across ? descriptor >> 14 & 3 : (descriptor >> 14 & 0xffff) != 1 << 2))
         fail("the rank of a block in its cluster, which its shared addresses have, is in a descriptor");
     const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
     if (start % 1024 >= LINE_BYTES) fail("a swizzled matrix does not start at a multiple of 1024 bytes");
@@ -141,7 +142,7 @@ void right_column(Thread& thread, Format format, uint64_t right, int column, Num
 // Of a right factor whose lines are 64 columns at one number of K: canonical layout of the PTX manual, MN-major, with
 // a swizzle of 128 bytes. Groups of 8 lines, and groups of 64 columns, are as far apart as the descriptor says.
 void right_column_across(Thread& thread, Format format, uint64_t right, int column, Numbers& numbers) {
-    const Matrix b = decode(right);
+    const Matrix b = decode(right, true);
     const uint32_t panels_apart = uint32_t(right >> 16 & 0x3fff) << 4;
     unsigned char bytes[PART_BYTES];
     for (int k = 0; k < 16; ++k) {
@@ -198,7 +199,8 @@ void multiply_add_wide(Format format, void* sums, int columns, uint64_t left, ui
     });
 }
 
-void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right) {
+void multiply_add_from_registers(Format format, void* sums, int columns, const uint32_t (&left)[4], uint64_t right,
+                                 bool accumulate) {
     Thread& thread = *current;
     Warp& warp = *thread.warp;
     std::memcpy(warp.words[thread.lane], left, sizeof left);
@@ -221,7 +223,7 @@ void multiply_add_from_registers(Format format, void* sums, int columns, const u
             to_numbers(format, bytes, rows[half]);
         }
         const auto column = [=](Thread& t, int i, Numbers& x) { right_column_across(t, format, right, i, x); };
-        multiply(thread, format, kept, columns, rows, column, true);
+        multiply(thread, format, kept, columns, rows, column, accumulate);
     });
 }
 
@@ -393,20 +395,28 @@ void sync_threads(int barrier, int threads) {
 
 bool elected() { return current->lane == 0; }
 
-// All threads of a warpgroup move at once; they may not take what nobody gave, of the registers that all began with.
+// Whether warpgroups of a block may move registers like this if so many blocks share a multiprocessor: none takes what
+// nobody gave, of the registers that all began with.
+static bool can_move(const Block& block, int blocks) {
+    const int threads = int(blockDim.x), each = ALL_REGISTERS / (blocks * threads) / 8 * 8;
+    int left = blocks == 1 ? ALL_REGISTERS - each * threads : 0;
+    for (const auto& [count, more] : block.register_counts) {
+        if (more ? count < each : count > each) return false;
+        left -= (count - each) * int(WARPGROUP);
+    }
+    return left >= 0;
+}
+
+// All threads of a warpgroup move at once.
 static void move_registers(int count, bool more) {
     if (count < 24 || count > 256 || count % 8) fail("no thread can have this number of registers");
     Block& block = *current->block;
-    const unsigned group = current->index.x / WARPGROUP;
-    if (!arrive(block.register_moves[group], WARPGROUP)) return;
-    const int each = ALL_REGISTERS / int(blockDim.x) / 8 * 8;
-    if (more ? count < each : count > each) fail("registers move the wrong way");
-    (more ? block.registers_taken : block.registers_given) += std::abs(count - each) * int(WARPGROUP);
-    const int spare = ALL_REGISTERS - each * int(blockDim.x);
-    const int groups = int(blockDim.x / WARPGROUP);
-    if (++block.registers_moved == groups && block.registers_taken > block.registers_given + spare)
-        fail("warpgroups take more registers than were given");
-    release(block.register_moves[group]);
+    if (!arrive(block.register_moves[current->index.x / WARPGROUP], WARPGROUP)) return;
+    block.register_counts.emplace_back(count, more);
+    bool possible = block.register_counts.size() < blockDim.x / WARPGROUP;
+    for (int blocks = 1; blocks <= 4; ++blocks) possible = possible || can_move(block, blocks);
+    if (!possible) fail("warpgroups take more registers than were given");
+    release(block.register_moves[current->index.x / WARPGROUP]);
 }
 void give_registers_to(int count) { move_registers(count, false); }
 void take_registers_to(int count) { move_registers(count, true); }

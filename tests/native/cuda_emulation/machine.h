@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_emulation.h"
@@ -58,7 +59,7 @@ struct Block {
     std::vector<Warp> warps;
     unsigned running;  // threads that have not ended
     std::map<unsigned, Barrier> register_moves;  // by warpgroup
-    int registers_moved = 0, registers_taken = 0, registers_given = 0;
+    std::vector<std::pair<int, bool>> register_counts;  // that warpgroups have now, and whether these were more
     bool visible = false;  // shared memory, for stores by TMA: a thread has said so
     dim3 index;
 };
