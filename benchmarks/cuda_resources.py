@@ -35,6 +35,7 @@ BOXES = (r"UTMALDG\.4D", r"UTMALDG\.2D")  # TMA
 # What kernels of clusters have: multicast, stores by TMA, registers that move between warps.
 MULTICAST = (r"UTMALDG\.4D", r"UTMALDG\.2D\.MULTICAST", r"UTMASTG\.4D", "USETMAXREG")
 ADDED = ("UCGABAR_ARV", r"LD\.E$")  # sums of a cluster: its barrier, loads from other blocks' shared memory
+MAPS = (BOXES[0], r"UTMASTG\.4D", "USETMAXREG", *ADDED)  # of cross-attention with maps
 NARROW = (r"HMMA\.16816\.F32", "LDSM", r"STG\.E\.128")  # of few numbers per position: rows leave as 16 bytes
 EXPECTED = {
     "sm_80": {
@@ -62,6 +63,11 @@ EXPECTED = {
             BOXES[0],
             "USETMAXREG",
         ),
+        # Scores of all tokens, rows that leave by TMA, and sums of a cluster.
+        "one_block_kernel<__half, 160, 160, 2": (r"HGMMA\.64x160x16\.F32", *MAPS),
+        "one_block_kernel<__half, 160, 80, 1": (r"HGMMA\.64x160x16\.F32", r"HGMMA\.64x80x16\.F32", *MAPS),
+        "one_block_kernel<__nv_bfloat16, 80, 40, 1": (r"HGMMA\.64x80x16\.F32", r"HGMMA\.64x40x16\.F32", *MAPS),
+        "one_block_kernel<": ("HGMMA", *MAPS),
         "persistent_kernel<signed char": (r"IGMMA\.64x(128|160|256)x32", *MULTICAST),
         "persistent_kernel<": (r"HGMMA\.64x(128|160|256)x16\.F32", *MULTICAST),
         # Probes.
@@ -109,6 +115,21 @@ TURNS = {  # on the architecture that has the instructions; by head dimension an
     for kind in ("__half", "__nv_bfloat16")
     for groups in (1, 2, 3)
     for overlapped in ("true", "false")
+}
+# Cross-attention with maps. Per score: largest, fma, exponential, sum over tokens, sum over heads 1 each, rounding 0.5; only
+# the last 16 tokens are masked. The rest are per head: of few tokens the more, and of many channels.
+TURNS |= {
+    f"one_block_kernel<{kind}, {tokens}, {dim}, {groups}>": TurnLimit(tokens // 2, limit, tokens // 2 + 1, "LDL|STL")
+    for (tokens, dim), limit in {
+        (80, 40): 11.0,
+        (80, 80): 12.5,
+        (80, 160): 14.6,
+        (160, 40): 8.4,
+        (160, 80): 9.2,
+        (160, 160): 10.2,
+    }.items()
+    for kind in ("__half", "__nv_bfloat16")
+    for groups in (1, 2)
 }
 NAMED = r"\b([A-Z]*MMA|LDGSTS|LDSM|UTMALDG)\b"  # what the table shows
 SERIALIZED = ("C7510", "C7512", "C7520")  # the assembler's notes that wgmma instructions wait for each other

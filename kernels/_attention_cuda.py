@@ -1,4 +1,6 @@
-"""Self-attention by the CUDA C++ kernel with wgmma, for GPUs of compute capability 9.0."""
+"""Attention by the CUDA C++ kernels with wgmma, for GPUs of compute capability 9.0: without maps, and with maps of few tokens."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 160
 ALIGNMENT = 8  # elements, of head dimensions and strides: 16 bytes
 ORDER = "auto"  # or "sequential", "overlapped", "polynomial", see csrc/cuda/self_attention.h
-GROUPS = 0  # warpgroups that compute in a block, 0: chosen
+GROUPS = 0  # warpgroups that compute in a block without maps, 0: chosen
+MAX_TOKENS = 160  # with maps
+WARPGROUPS = 0  # that compute in a block with maps, 0: chosen
 
 
 def refuse(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> str | None:
@@ -43,6 +47,14 @@ def readable(x: Tensor, shared: bool = True) -> Tensor:
     return x if fits and distinct else torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
 
 
+def readable_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as TMA can read them; all images may share k and v, but not one of the two alone."""
+    q, k, v = readable(q, shared=False), readable(k), readable(v)
+    if (_strides(k)[0] == 0) != (_strides(v)[0] == 0):
+        k, v = readable(k, shared=False), readable(v, shared=False)
+    return q, k, v
+
+
 def writable(out: Tensor) -> bool:
     """Whether the kernel can write rows where they are, two channels at a time."""
     return out.stride(2) == 1 and out.data_ptr() % 4 == 0 and not any(stride % 2 for stride in _strides(out))
@@ -56,9 +68,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, heads: int, scale: 
     """
     if recording.state.record is not None:
         return
-    q, k, v = readable(q, shared=False), readable(k), readable(v)
-    if (_strides(k)[0] == 0) != (_strides(v)[0] == 0):
-        k, v = readable(k, shared=False), readable(v, shared=False)
+    q, k, v = readable_rows(q, k, v)
     try:
         _native.load("_C_cuda").self_attention(
             tensors=[(x.data_ptr(), _strides(x)) for x in (q, k, v, out)],
@@ -72,3 +82,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, heads: int, scale: 
         )
     except ValueError as error:
         raise InputError(f"impl='cuda' cannot compute this attention: {error}") from error
+
+
+def forward_maps(arguments: tuple[Any, ...], q: Tensor) -> None:
+    """Attention with maps on q's device; `arguments`: those of `_C_cuda.cross_attention_maps` up to its schedule.
+
+    Raises InputError for what the kernel cannot compute.
+    """
+    if recording.state.record is not None:
+        return
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    try:
+        _native.load("_C_cuda").cross_attention_maps_wgmma(*arguments, WARPGROUPS, q.get_device(), stream)
+    except ValueError as error:
+        raise InputError(f"impl='wgmma' cannot compute this attention: {error}") from error

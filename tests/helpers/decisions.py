@@ -24,7 +24,7 @@ from vpd_fast.ops.packing import PackedWeight
 
 from .fake_gpu import PretendedGpu
 
-DECIDED = ("triton", "cuda", "cuda_rows", "cuda_strips")  # implementations that refuse by more than the device
+DECIDED = ("triton", "cuda", "cuda_rows", "cuda_strips", "wgmma")  # implementations that refuse by more than the device
 NAMED_BY = ("impl", "where", "product", "name", "kernels")  # parameters
 LARGE = 1 << 14  # elements
 REASONS = pytest.StashKey[list]()  # of a case that was asked

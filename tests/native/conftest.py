@@ -24,6 +24,7 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 OPERATORS = (
     *(
         "cross_attention_maps",
+        "cross_attention_maps_wgmma",
         "gemm",
         "gemm_mma",
         "gemm_narrow",

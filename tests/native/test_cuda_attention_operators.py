@@ -1,4 +1,4 @@
-"""`cross_attention_maps` without maps by impl="wgmma", and `self_attention` by "cuda": the emulated kernel computes."""
+"""`cross_attention_maps` by impl="wgmma", with and without maps, and `self_attention` by "cuda": emulated kernels compute."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..ops.attention_cases import assert_close, eager, make_qkv
 from .devices import H200
 
 DTYPES = (torch.bfloat16, torch.float16)
+ONE_BLOCK = 128  # tokens that are one block of keys in both kernels, whose sums then have the same order
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,11 @@ def check(cuda: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
     exact, same = (eager(*(x.to(dtype) for x in (q, k, v)), 2, scale)[0] for dtype in (torch.float64, q.dtype))
     assert_close(out, same, exact, q.dtype, computed_on_gpu=True)
     assert torch.equal(ops.self_attention(q, k, v, 2, scale, impl="cuda"), out)
+    with_maps, maps = ops.cross_attention_maps(q, k, v, 2, scale, impl="wgmma")
+    exact, same = (eager(*(x.to(dtype) for x in (q, k, v)), 2, scale)[1] for dtype in (torch.float64, torch.float32))
+    assert_close(maps, same, exact, torch.float32, computed_on_gpu=True)
+    if k.shape[1] <= ONE_BLOCK:
+        assert torch.equal(with_maps, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,3 +74,30 @@ def test_what_the_kernel_refuses_is_an_error() -> None:
     q, k, v = make_qkv(1, 5, 7, 2, 168, dtype=torch.bfloat16)
     with pytest.raises(InputError, match="cannot compute this attention: there are more than 160 elements"):
         ops.cross_attention_maps(q, k, v, 2, need_maps=False, impl="wgmma")
+
+
+def test_forms_of_maps(emulated: ModuleType) -> None:
+    """Categories, a sum over layers, a slice of features of 16 bits, each head alone."""
+    q, k, v = make_qkv(2, 20, 19, 2, 8, dtype=torch.bfloat16)
+    wide = [x.double() for x in (q, k, v)]
+    ids = torch.tensor([i % 5 - 1 for i in range(19)])
+    options = {"categories": ids, "num_categories": 5, "reduce": "sum", "weight": 0.25}
+    addend = torch.randn(2, 20, 5)
+    _, maps = ops.cross_attention_maps(q, k, v, 2, **options, addend=addend, impl="wgmma")
+    exact, same = (eager(*x, 2, **options, addend=addend)[1] for x in (wide, [x.float() for x in wide]))
+    assert_close(maps, same, exact, torch.float32, computed_on_gpu=True)
+    features = torch.zeros(2, 9, 4, 5, dtype=torch.bfloat16)
+    out = ops.cross_attention_maps_into(q, k, v, features[:, 3:8], 2, **options, addend=addend, impl="wgmma")
+    assert torch.equal(out, ops.cross_attention_maps(q, k, v, 2, impl="wgmma")[0])
+    assert torch.equal(features[:, 3:8], maps.mT.unflatten(2, (4, 5)).to(torch.bfloat16))
+    assert not features[:, :3].any()
+    assert not features[:, 8:].any()
+    _, maps = ops.cross_attention_maps(q, k, v, 2, average_heads=False, impl="wgmma")
+    exact, same = (eager(*x, 2, average_heads=False)[1] for x in (wide, [x.float() for x in wide]))
+    assert_close(maps, same, exact, torch.float32, computed_on_gpu=True)
+
+
+def test_what_the_kernel_with_maps_refuses_is_an_error() -> None:
+    q, k, v = make_qkv(1, 5, 161, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="cannot compute this attention: there are more than 160 tokens"):
+        ops.cross_attention_maps(q, k, v, 2, impl="wgmma")

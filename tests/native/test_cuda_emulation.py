@@ -123,8 +123,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(cuda, p: Problem, schedule: str = "auto", device: Device = H200) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """out (B, N, heads * D) and maps (B, heads or 1, N, columns) that the emulated device computes."""
+def run(
+    cuda, p: Problem, schedule: str = "auto", device: Device = H200, warpgroups: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """out (B, N, heads * D) and maps (B, heads or 1, N, columns) that the emulated device computes.
+
+    warpgroups: of the kernel with wgmma (0: it chooses), or None for the one with mma.sync.
+    """
     case = p.case
     cuda.configure(device.processors, device.major, device.shared_limit, device.order)
     out = torch.full((case.batch, case.n, case.heads * case.dim), float("nan"), dtype=case.dtype)
@@ -135,13 +140,14 @@ def run(cuda, p: Problem, schedule: str = "auto", device: Device = H200) -> tupl
         addend = maps
     shape = (case.batch, case.n, case.length, case.heads, case.dim)
     name = name_of(case.dtype)
-    scratch_bytes = cuda.cross_attention_maps_scratch(name, shape, maps is not None, case.average, schedule, 0)
+    ask = cuda.cross_attention_maps_scratch if warpgroups is None else lambda *_: 0
+    scratch_bytes = ask(name, shape, maps is not None, case.average, schedule, 0)
     scratch = torch.full((scratch_bytes // 4,), float("nan"))
 
     read = (p.q, p.k, p.v, addend, p.tokens, p.offsets, p.category_weights)
     memory = [*((x, False) for x in read), *((x, True) for x in (out, maps, scratch))]
     cuda.announce([(*memory_of(x), writable) for x, writable in memory if x is not None and x.numel()])
-    cuda.cross_attention_maps(
+    arguments = (
         tuple(x.data_ptr() for x in (p.q, p.k, p.v, out)),
         name,
         shape,
@@ -155,10 +161,11 @@ def run(cuda, p: Problem, schedule: str = "auto", device: Device = H200) -> tupl
         p.scale,
         p.weight,
         schedule,
-        scratch.data_ptr() if scratch_bytes else 0,
-        0,
-        0,
     )
+    if warpgroups is None:
+        cuda.cross_attention_maps(*arguments, scratch.data_ptr() if scratch_bytes else 0, 0, 0)
+    else:
+        cuda.cross_attention_maps_wgmma(*arguments, warpgroups, 0, 0)
     if maps is not None and maps._base is not None:  # what lies between the maps stays as it was
         assert maps._base.isnan().sum() == maps._base.numel() - maps.numel() + maps.isnan().sum()
     return out, maps

@@ -41,7 +41,7 @@ def _content(value: Any) -> Any:
 
 def implementation_params() -> list:
     """(implementation, device) of every kernel that can be tested, the CPU kernel once per instruction set level."""
-    gpu = ("cuda", "triton", "reference")
+    gpu = ("cuda", "wgmma", "triton", "reference")
     return [
         *(pytest.param((f"cpu:{isa}", "cpu"), id=f"cpu-{isa}") for isa in ISAS),
         pytest.param(("reference", "cpu"), id="reference"),
@@ -53,8 +53,9 @@ def kernel_and_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """{"impl", "device", "dtype"} of a parameter of `implementation_params`, its instruction set level being set."""
     variant, device = request.param
     name = choose_variant(variant, monkeypatch)
-    # The CUDA C++ kernel takes 16 bits only.
-    return {"impl": name, "device": device, "dtype": torch.bfloat16 if name == "cuda" else torch.float32}
+    # The CUDA C++ kernels take 16 bits only.
+    dtype = torch.bfloat16 if name in ("cuda", "wgmma") else torch.float32
+    return {"impl": name, "device": device, "dtype": dtype}
 
 
 def make_qkv(

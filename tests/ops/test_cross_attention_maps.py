@@ -32,7 +32,7 @@ def where(request, monkeypatch) -> dict:
 
 @pytest.fixture(params=["heads_loop", "cluster", "split"])
 def schedule(request, monkeypatch) -> str:
-    """Each way in which the CUDA C++ kernel shares heads among blocks."""
+    """Each way in which CUDA C++ kernels share heads among blocks."""
     monkeypatch.setattr("vpd_fast.ops._attention.CUDA_SCHEDULE", request.param)
     return request.param
 
@@ -99,13 +99,16 @@ def test_categories(where, reduce: str, tokens: int, count: int, average_heads: 
 @pytest.mark.parametrize(
     "shape", [(1, 64, 150, 8, 160), (1, 1024, 77, 8, 80), (2, 4096, 150, 8, 40), (3, 100, 40, 5, 64)]
 )
-def test_schedules_of_the_cuda_kernel(schedule: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if schedule == "cluster" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters need compute capability 9.0")
+@pytest.mark.parametrize("name", ["cuda", "wgmma"])
+def test_schedules_of_cuda_kernels(schedule: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if (schedule == "cluster" or name == "wgmma") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters and wgmma need compute capability 9.0")
+    if name == "wgmma" and schedule == "split":
+        pytest.skip("it shares heads by clusters only")
     q, k, v = make_qkv(*shape, shared=True, dtype=dtype, device="cuda")
-    where = {"impl": "cuda", "device": "cuda"}
+    where = {"impl": name, "device": "cuda"}
     first = check_forward(call_of(where), q, k, v, shape[3])
-    second = ops.cross_attention_maps(q, k, v, shape[3], impl="cuda")
+    second = ops.cross_attention_maps(q, k, v, shape[3], impl=name)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 

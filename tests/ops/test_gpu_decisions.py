@@ -173,18 +173,23 @@ def test_self_attention_in_cuda_cpp_is_for_those_who_ask(gpu, monkeypatch) -> No
         assert why() == "GPU of the test has no wgmma (compute capability 9.0 has)"
 
 
-def test_attention_without_maps_may_be_that_of_self_attention(gpu, monkeypatch) -> None:
+def test_cross_attention_by_wgmma_is_for_those_who_ask(gpu, monkeypatch) -> None:
+    """With maps only of as many tokens as are one block of keys."""
     gpu((9, 0))
     monkeypatch.setattr(_native, "why_missing", lambda module: None)
     monkeypatch.setattr("vpd_fast.ops._attention._cuda_scratch", lambda *_: 0)
-    q, k = empty(2, 64, 80), empty(2, 7, 80)
-    reasons = ops.explain("cross_attention_maps", q, k, k, 2, need_maps=False)
-    assert reasons["wgmma"] == "ok"
-    assert reasons.auto == "cuda"
-    wanted = "maps are wanted, which this kernel does not compute"
-    assert ops.explain("cross_attention_maps", q, k, k, 2)["wgmma"] == wanted
-    into = empty(2, 64, 7, dtype=FLOAT32)
-    assert ops.explain("cross_attention_maps_into", q, k, k, into, 2)["wgmma"] == wanted
+    q = empty(2, 64, 80)
+    for tokens, with_maps in ((7, "ok"), (160, "ok"), (161, "there are 161 tokens; with maps this takes up to 160")):
+        k, into = empty(2, tokens, 80), empty(2, 64, tokens, dtype=FLOAT32)
+        without = ops.explain("cross_attention_maps", q, k, k, 2, need_maps=False)
+        assert without["wgmma"] == "ok"
+        for reasons in (
+            ops.explain("cross_attention_maps", q, k, k, 2),
+            ops.explain("cross_attention_maps_into", q, k, k, into, 2),
+        ):
+            assert reasons["wgmma"] == with_maps
+            assert without.auto == reasons.auto == "cuda"
+    assert ops.explain("cross_attention_maps", q, k, k, 2, -1.0)["wgmma"] == "the scale is negative (-1.0)"
 
 
 @pytest.mark.skipif(NO_TRITON, reason="the reason is then another one")

@@ -247,29 +247,37 @@ def _cuda_scratch(p: AttentionArguments, need_maps: bool, average_heads: bool) -
     )
 
 
-def _cuda(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
-    q, k, v = p.contiguous_qkv
-    size = _cuda_scratch(p, maps is not None, p.average_heads)
-    scratch = q.new_empty(size, dtype=torch.uint8)
+def _cuda_arguments(
+    p: Arguments, q: Tensor, k: Tensor, v: Tensor, out: Tensor, maps: Tensor | None
+) -> tuple[Any, ...]:
+    """What all CUDA C++ kernels with maps take first; q, k and v: the tensors to read, with a last stride of 1."""
     categories = p.categories
     addresses = None
     if categories is not None:
         tensors = (categories.tokens, categories.offsets, categories.weights)
         addresses = (*(x.data_ptr() for x in tensors), categories.count)
     place = address_and_strides(maps)
-    target = None if maps is None or place is None else (place[0], dtype_name(maps), place[1])
-    _native.load("_C_cuda").cross_attention_maps(
+    return (
         tuple(x.data_ptr() for x in (q, k, v, out)),
         dtype_name(q),
         p.sizes,
         tuple(leading_strides(x) for x in (q, k, v)),
-        target,
+        None if maps is None or place is None else (place[0], dtype_name(maps), place[1]),
         address_and_strides(p.addend),
         addresses,
         p.average_heads,
         p.scale,
         p.weight,
         CUDA_SCHEDULE,
+    )
+
+
+def _cuda(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
+    q, k, v = p.contiguous_qkv
+    size = _cuda_scratch(p, maps is not None, p.average_heads)
+    scratch = q.new_empty(size, dtype=torch.uint8)
+    _native.load("_C_cuda").cross_attention_maps(
+        *_cuda_arguments(p, q, k, v, out, maps),
         scratch.data_ptr() if size else 0,
         q.device.index,
         torch.cuda.current_stream(q.device).cuda_stream,
@@ -277,17 +285,22 @@ def _cuda(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
 
 
 def _wgmma_refuses(p: AttentionArguments) -> str | None:
-    if getattr(p, "need_maps", True):
-        return "maps are wanted, which this kernel does not compute"
     from vpd_fast.kernels import _attention_cuda as kernel
 
-    return kernel.refuse(p.q, p.k, p.v, p.heads, p.scale)
+    reason = kernel.refuse(p.q, p.k, p.v, p.heads, p.scale)
+    if reason is None and getattr(p, "need_maps", True) and p.k.shape[1] > kernel.MAX_TOKENS:
+        return f"there are {p.k.shape[1]} tokens; with maps this takes up to {kernel.MAX_TOKENS}"
+    return reason
 
 
 def _wgmma(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     from vpd_fast.kernels import _attention_cuda as kernel
 
-    kernel.forward(p.q, p.k, p.v, out, heads=p.heads, scale=p.scale)
+    if maps is None:
+        kernel.forward(p.q, p.k, p.v, out, heads=p.heads, scale=p.scale)
+    else:
+        q, k, v = kernel.readable_rows(p.q, p.k, p.v)
+        kernel.forward_maps(_cuda_arguments(p, q, k, v, out, maps), q)
 
 
 # (name, run, refuse), in order of preference.
@@ -296,7 +309,7 @@ IMPLEMENTATIONS: tuple[tuple[str, Run, Callable[[AttentionArguments], str | None
     ("cuda", _cuda, _cuda_refuses),
     ("cpu", _cpu, cpu_refuses),
     ("triton", _triton, triton_refuses),
-    ("wgmma", _wgmma, _wgmma_refuses),  # that of self_attention, not measured yet: "triton" takes all that it does
+    ("wgmma", _wgmma, _wgmma_refuses),  # not measured yet: "triton" takes all that it does
     ("reference", _reference, never_refuses),
 )
 

@@ -1,6 +1,8 @@
 // Binding of cross_attention_maps.
 #include "cuda/cross_attention_maps.h"
 
+#include "cuda/cross_attention_maps_wgmma.h"
+
 #include "bindings/cuda/cuda_support.h"
 
 namespace vpd {
@@ -27,11 +29,12 @@ CudaCrossAttentionMaps with_shape(const Shape& shape) {
 
 CudaMapStrides parse_strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
-void cross_attention_maps(const std::array<uintptr_t, 4>& tensors, const std::string& dtype, const Shape& shape,
-                          const std::array<std::array<int64_t, 2>, 3>& strides, const std::optional<Maps>& maps,
-                          const std::optional<Addend>& addend, const std::optional<Categories>& categories,
-                          bool average_heads, double scale, double weight, const std::string& schedule,
-                          uintptr_t scratch, int device, uintptr_t stream) {
+// All but where scratch memory is.
+CudaCrossAttentionMaps parse_problem(const std::array<uintptr_t, 4>& tensors, const Shape& shape,
+                                     const std::array<std::array<int64_t, 2>, 3>& strides,
+                                     const std::optional<Maps>& maps, const std::optional<Addend>& addend,
+                                     const std::optional<Categories>& categories, bool average_heads, double scale,
+                                     double weight) {
     CudaCrossAttentionMaps p = with_shape(shape);
     p.q = reinterpret_cast<const void*>(tensors[0]), p.k = reinterpret_cast<const void*>(tensors[1]);
     p.v = reinterpret_cast<const void*>(tensors[2]), p.out = reinterpret_cast<void*>(tensors[3]);
@@ -53,6 +56,16 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& tensors, const std::st
         p.categories = std::get<3>(*categories);
     }
     p.scale = static_cast<float>(scale), p.weight = static_cast<float>(weight), p.average_heads = average_heads;
+    return p;
+}
+
+void cross_attention_maps(const std::array<uintptr_t, 4>& tensors, const std::string& dtype, const Shape& shape,
+                          const std::array<std::array<int64_t, 2>, 3>& strides, const std::optional<Maps>& maps,
+                          const std::optional<Addend>& addend, const std::optional<Categories>& categories,
+                          bool average_heads, double scale, double weight, const std::string& schedule,
+                          uintptr_t scratch, int device, uintptr_t stream) {
+    CudaCrossAttentionMaps p =
+        parse_problem(tensors, shape, strides, maps, addend, categories, average_heads, scale, weight);
     p.scratch = reinterpret_cast<void*>(scratch);
 
     const CudaFloat type = parse_dtype(dtype);
@@ -63,6 +76,22 @@ void cross_attention_maps(const std::array<uintptr_t, 4>& tensors, const std::st
         throw std::invalid_argument("scratch is missing");
     require_success(cross_attention_maps_cuda(p, type, chosen, reinterpret_cast<cudaStream_t>(stream)),
                     "cross_attention_maps");
+}
+
+void cross_attention_maps_by_wgmma(const std::array<uintptr_t, 4>& tensors, const std::string& dtype,
+                                   const Shape& shape, const std::array<std::array<int64_t, 2>, 3>& strides,
+                                   const std::optional<Maps>& maps, const std::optional<Addend>& addend,
+                                   const std::optional<Categories>& categories, bool average_heads, double scale,
+                                   double weight, const std::string& schedule, int warpgroups, int device,
+                                   uintptr_t stream) {
+    const CudaCrossAttentionMaps p =
+        parse_problem(tensors, shape, strides, maps, addend, categories, average_heads, scale, weight);
+    const CudaFloat type = parse_dtype(dtype);
+    const CudaSchedule chosen = parse_schedule(schedule);
+    const DeviceGuard guard(device);
+    if (const char* reason = cross_attention_maps_wgmma_refuses(p, type, chosen)) throw std::invalid_argument(reason);
+    require_success(cross_attention_maps_wgmma(p, type, chosen, warpgroups, reinterpret_cast<cudaStream_t>(stream)),
+                    "cross_attention_maps_wgmma");
 }
 
 int64_t cross_attention_maps_scratch(const std::string& dtype, const Shape& shape, bool maps, bool average_heads,
@@ -91,6 +120,13 @@ void bind_cross_attention_maps(py::module_& m) {
         "strides) of float32, may be the memory of maps. categories: None or (addresses of int32 tokens, int32 offsets\n"
         "and float32 weights, count). schedule: auto, heads_loop, cluster or split. scratch: address of\n"
         "cross_attention_maps_scratch() bytes, or 0 if that is 0. Raises ValueError for what it cannot compute.");
+    m.def(
+        "cross_attention_maps_wgmma", &cross_attention_maps_by_wgmma, py::arg("tensors"), py::arg("dtype"),
+        py::arg("shape"), py::arg("strides"), py::arg("maps"), py::arg("addend"), py::arg("categories"),
+        py::arg("average_heads"), py::arg("scale"), py::arg("weight"), py::arg("schedule"), py::arg("warpgroups"),
+        py::arg("device"), py::arg("stream"),
+        "The same with wgmma and TMA, for up to 160 tokens: maps are wanted, and the schedule is not split. warpgroups: of\n"
+        "a block, 1 or 2; 0: chosen.");
     m.def("cross_attention_maps_scratch", &cross_attention_maps_scratch, py::arg("dtype"), py::arg("shape"),
           py::arg("maps"), py::arg("average_heads"), py::arg("schedule"), py::arg("device"),
           "Bytes of scratch memory that a call with the same arguments needs; maps: whether any are wanted. Raises\n"
