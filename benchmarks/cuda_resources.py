@@ -116,10 +116,10 @@ TURNS = {  # on the architecture that has the instructions; by head dimension an
     for groups in (1, 2, 3)
     for overlapped in ("true", "false")
 }
-# Cross-attention with maps. Per score: largest, fma, exponential, sum over tokens, sum over heads 1 each, rounding 0.5; only
-# the last 16 tokens are masked. The rest are per head: of few tokens the more, and of many channels.
+# Cross-attention with maps. Per score: largest, fma, exponential, sum over tokens, sum over heads 1 each, rounding 0.5;
+# only the last 16 tokens are masked. The rest are per head: the more per score the fewer tokens and the more channels.
 TURNS |= {
-    f"one_block_kernel<{kind}, {tokens}, {dim}, {groups}>": TurnLimit(tokens // 2, limit, tokens // 2 + 1, "LDL|STL")
+    f"one_block_kernel<{kind}, {tokens}, {dim}, {groups}>": TurnLimit(tokens // 2, limit, tokens // 2, "LDL|STL")
     for (tokens, dim), limit in {
         (80, 40): 11.0,
         (80, 80): 12.5,

@@ -1,4 +1,4 @@
-"""Attention by the CUDA C++ kernels with wgmma, for GPUs of compute capability 9.0: without maps, and with maps of few tokens."""
+"""Attention by the CUDA C++ kernels with wgmma (compute capability 9.0): without maps, and with those of few tokens."""
 
 from typing import Any
 

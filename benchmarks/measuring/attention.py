@@ -77,6 +77,19 @@ def _by_kernel(order: str, groups: int, *args: object) -> Callable[[], torch.Ten
     return call
 
 
+def _maps_by_kernel(schedule: str, warpgroups: int, *args: object) -> Callable[[], object]:
+    """A call of the kernel with wgmma and maps whose blocks share heads like this, with so many warpgroups each."""
+
+    def call() -> object:
+        with (
+            mock.patch.object(_attention_cuda, "WARPGROUPS", warpgroups),
+            mock.patch("vpd_fast.ops._attention.CUDA_SCHEDULE", schedule),
+        ):
+            return ops.cross_attention_maps(*args, impl="wgmma")
+
+    return call
+
+
 def _by_backend(backend: SDPBackend, *args: object) -> torch.Tensor:
     with sdpa_kernel(backend):
         return sdpa(*args)
@@ -95,6 +108,8 @@ def _cross_attention(setting: Setting, batch: int, shape: tuple[int, int, int], 
         f"{name} without maps": lambda name=name: ops.cross_attention_maps(q, k, v, heads, need_maps=False, impl=name)
         for name in _implementations(operator)
     }
+    kernels = product(("heads_loop", "cluster"), (2,) if dim > 80 and tokens > 80 else (1, 2))
+    calls |= {f"wgmma {how} {groups}": _maps_by_kernel(how, groups, q, k, v, heads) for how, groups in kernels}
     calls |= {"library": lambda: sdpa(q, k, v, heads), "library and maps": lambda: sdpa_and_maps(q, k, v, heads)}
     gflop = 4e-9 * batch * heads * dim * positions * tokens
     return _rows(setting, calls, gflop, kind="cross", batch=batch, shape=str(shape), tokens=tokens)

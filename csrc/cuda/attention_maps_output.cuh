@@ -1,5 +1,5 @@
-// What kernels of cross_attention_maps have in common: which queries and heads a block has, and how sums of probabilities
-// over heads, in shared memory, become maps.
+// What kernels of cross_attention_maps have in common: which queries and heads a block has, and how sums of
+// probabilities over heads, in shared memory, become maps.
 #pragma once
 
 #include "cuda/attention_maps_plan.h"
@@ -55,10 +55,42 @@ __device__ inline float column_sum(const CudaCrossAttentionMaps& p, const float*
     return total * load_global(p.category_weights + column);
 }
 
-// The first `threads` threads of the block write the maps of queries row0 .. row0 + rows; sums: sums over heads of these
-// rows, in shared memory.
+// A warp writes two rows at a time of maps whose columns are tokens.
+__device__ inline void write_token_rows(const CudaCrossAttentionMaps& p, const MapsPlan& plan, const float* sums,
+                                        int pitch, int64_t image, int64_t head, int64_t row0, int rows, int threads) {
+    constexpr int WARP = 32, ROWS = 2, PIECES = 5;  // loads of addends in flight: 160 columns at a time
+    float* const maps = static_cast<float*>(p.maps);
+    for (int first = int(threadIdx.x) / WARP * ROWS; first < rows; first += threads / WARP * ROWS) {
+        const int64_t to = map_offset(p.maps_strides, image, head, row0 + first, 0);
+        const int64_t from = p.addend ? map_offset(p.addend_strides, image, head, row0 + first, 0) : 0;
+        for (int lane = threadIdx.x % WARP; lane < plan.columns; lane += WARP * PIECES) {
+            float old[ROWS][PIECES];
+#pragma unroll
+            for (int i = 0; i < ROWS * PIECES; ++i) {
+                const int row = i / PIECES, column = lane + i % PIECES * WARP;
+                old[row][i % PIECES] = 0.0f;
+                if (p.addend && first + row < rows && column < plan.columns)
+                    old[row][i % PIECES] = load_global(p.addend + (from + row * p.addend_strides.row + column));
+            }
+#pragma unroll
+            for (int i = 0; i < ROWS * PIECES; ++i) {
+                const int row = i / PIECES, column = lane + i % PIECES * WARP;
+                if (first + row < rows && column < plan.columns)
+                    store_global(maps + (to + row * p.maps_strides.row + column),
+                                 fmaf(plan.factor, sums[(first + row) * pitch + column], old[row][i % PIECES]));
+            }
+        }
+    }
+}
+
+// The first `threads` threads of the block write the maps of queries row0 .. row0 + rows; sums: sums over heads of
+// these rows, in shared memory.
 __device__ inline void write_maps(const CudaCrossAttentionMaps& p, const MapsPlan& plan, const float* sums, int pitch,
                                   int64_t image, int64_t head, int64_t row0, int rows, int threads) {
+    if (plan.token_rows) {
+        write_token_rows(p, plan, sums, pitch, image, head, row0, rows, threads);
+        return;
+    }
     // Loads in flight; the compiler cannot move them before stores that may be to the same place.
     constexpr int BATCH = 8;
     const int count = rows * plan.columns;
@@ -88,15 +120,15 @@ __device__ inline void write_maps(const CudaCrossAttentionMaps& p, const MapsPla
     }
 }
 
-// Puts a thread's sums, those of 16 rows of a warp as matrix instructions leave them, into shared memory: of every 8 tokens
-// those at 2 * (lane % 4) and the next, for rows lane / 4 and lane / 4 + 8. eighth: which 8 tokens.
+// Puts a thread's sums, those of 16 rows of a warp as matrix instructions leave them, into shared memory: of every 8
+// tokens those at 2 * (lane % 4) and the next, for rows lane / 4 and lane / 4 + 8. eighth: which 8 tokens.
 __device__ inline void stage_sums(float* staged, int pitch, int eighth, int lane, const float* sums) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) staged[(lane / 4 + i / 2 * 8) * pitch + eighth * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
-// Makes maps of the sums over a block's heads, which its first `threads` threads have staged: alone, or with the other blocks
-// that share the tile. sync: has these threads wait for each other; tokens: of a row of sums, padding included.
+// Makes maps of the sums over a block's heads, which its first `threads` threads have staged: alone, or with the other
+// blocks that share the tile. sync: has these threads wait for each other; tokens: of a row of sums, padding included.
 template <typename Sync>
 __device__ inline void write_head_sums(const CudaCrossAttentionMaps& p, const MapsPlan& plan, const BlockTile& block,
                                        float* staged, int tokens, int threads, const Sync& sync) {
@@ -106,12 +138,22 @@ __device__ inline void write_head_sums(const CudaCrossAttentionMaps& p, const Ma
         cluster_wait();
         // Each block adds up and writes a part of the rows; nobody else reads these of its own.
         const int first = block.rows * block.group / plan.groups, end = block.rows * (block.group + 1) / plan.groups;
-        for (int i = threadIdx.x; i < (end - first) * tokens; i += threads) {
-            float* const element = staged + (first + i / tokens) * pitch + i % tokens;
-            float total = 0.0f;
+        constexpr int BATCH = 4;  // elements whose loads are in flight
+        for (int i = threadIdx.x; i < (end - first) * tokens; i += BATCH * threads) {
+            float* element[BATCH];
+            float total[BATCH];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int at = i + b * threads < (end - first) * tokens ? i + b * threads : i;
+                element[b] = staged + (first + at / tokens) * pitch + at % tokens, total[b] = 0.0f;
+            }
 #pragma unroll 8
-            for (int rank = 0; rank < plan.groups; ++rank) total += load_from_cluster(element, rank);
-            *element = total;
+            for (int rank = 0; rank < plan.groups; ++rank)
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b) total[b] += load_from_cluster(element[b], rank);
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b)
+                if (i + b * threads < (end - first) * tokens) *element[b] = total[b];
         }
         cluster_arrive();
         sync();

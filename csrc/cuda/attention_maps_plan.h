@@ -1,5 +1,5 @@
-// How blocks share the heads of a tile of queries, and what becomes of the sums over heads: host code for all kernels of
-// cross_attention_maps.
+// How blocks share the heads of a tile of queries, and what becomes of the sums over heads: host code for all kernels
+// of cross_attention_maps.
 #pragma once
 
 #include "cuda/cross_attention_maps.h"
@@ -15,8 +15,9 @@ struct MapsPlan {
     int groups;  // blocks that share the heads of a tile
     HeadSum head_sum;
     int64_t tiles_per_image;
-    int columns;   // of the maps
-    float factor;  // by which sums over heads are multiplied
+    int columns;      // of the maps
+    bool token_rows;  // each token is a column, in float32 and next to the one before: a warp can write a row
+    float factor;     // by which sums over heads are multiplied
 };
 
 // Later devices run what was compiled for sm_80, without clusters.
@@ -29,6 +30,8 @@ inline int64_t tiles_of(const CudaCrossAttentionMaps& p, const MapsPlan& plan) {
 // Sets what does not depend on how many blocks share a tile.
 inline void plan_columns(const CudaCrossAttentionMaps& p, MapsPlan& plan) {
     plan.columns = int(p.category_offsets ? p.categories : p.tokens);
+    plan.token_rows = !p.category_offsets && p.maps_dtype == CudaFloat::float32 && p.maps_strides.column == 1 &&
+                      (!p.addend || p.addend_strides.column == 1);
     plan.factor = p.average_heads ? p.weight / float(p.heads) : p.weight;
 }
 

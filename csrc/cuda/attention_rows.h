@@ -7,7 +7,8 @@
 
 namespace vpd {
 
-// Rows (image, row) of heads * head_dim elements next to each other; strides in elements, an image's 0 where all share one.
+// Rows (image, row) of heads * head_dim elements next to each other; strides in elements, an image's 0 where all share
+// one.
 struct CudaRows {
     void* data;
     int64_t image, row;

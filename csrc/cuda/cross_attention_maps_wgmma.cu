@@ -67,8 +67,8 @@ cudaError_t launch(const CudaCrossAttentionMaps& p, CudaSchedule schedule, cudaS
                          plan);
 }
 
-// Warpgroups of a block: one where several blocks run side by side, or all blocks at once; else two, which share keys and
-// values.
+// Warpgroups of a block: one where several blocks run side by side, or all blocks at once; else two, which share keys
+// and values.
 template <int TOKENS, int DIM>
 int choose_warpgroups(const CudaCrossAttentionMaps& p) {
     if constexpr (min_warpgroups(TOKENS, DIM) > 1) {

@@ -1,10 +1,10 @@
 // Kernel of cross_attention_maps with wgmma on sm_90a: a tile is 64 queries per warpgroup, against all tokens at once.
 //
-// One warp copies the heads' queries, keys and values by TMA, one head ahead, through maps of (channel, head, row, image)
-// that end a head's channels and the tokens with zeros. A thread has the probabilities of two rows as matrix instructions
-// leave them: it adds them up over heads in as many registers, and rounded they are the left operand of the product with
-// the values. As there is one block of keys, the largest score is known before the first exponential. Rows of `out` leave
-// through shared memory by TMA, 16 of each warp, which waits for no other.
+// One warp copies the heads' queries, keys and values by TMA, one head ahead, through maps of (channel, head, row,
+// image) that end a head's channels and the tokens with zeros. A thread has the probabilities of two rows as matrix
+// instructions leave them: it adds them up over heads in as many registers, and rounded they are the left operand of
+// the product with the values. As there is one block of keys, the largest score is known before the first exponential.
+// Rows of `out` leave through shared memory by TMA, 16 of each warp, which waits for no other.
 #pragma once
 
 #include "cuda/attention_maps_output.cuh"

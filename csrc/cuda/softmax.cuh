@@ -1,5 +1,5 @@
-// Exponentials of scores in the registers of matrix instructions: a thread has scores of two rows, i / 2 % 2 being the row
-// of score i, and shares these rows with three others.
+// Exponentials of scores in the registers of matrix instructions: a thread has scores of two rows, i / 2 % 2 being the
+// row of score i, and shares these rows with three others.
 #pragma once
 
 #include "cuda/quads.cuh"
@@ -20,8 +20,8 @@ __device__ inline float exp2_polynomial(float x) {
 // The largest scores so far of both rows, to which exponents are relative: 2^((score - largest) * scale).
 struct Largest {
     static constexpr float MAX_FLOAT = 3.4028234664e38f;
-    // The product of the largest score and the scale, rounded, is what exponents are relative to, with one fma for each.
-    // From here on that rounding would show in the largest probability, so the largest score is subtracted first.
+    // The product of the largest score and the scale, rounded, is what exponents are relative to, with one fma for
+    // each. From here on that rounding would show in the largest probability, so the largest score is subtracted first.
     static constexpr float MAX_REFERENCE = 16384.0f;
     float score[2] = {-MAX_FLOAT, -MAX_FLOAT}, reference[2];
 
@@ -37,8 +37,8 @@ struct Largest {
         }
         return any_in_warp(fmaxf(fabsf(reference[0]), fabsf(reference[1])) >= MAX_REFERENCE);
     }
-    // Scores become exponentials. POLYNOMIAL: which share of them is computed without the unit for exponentials, one of so
-    // many, or 0.
+    // Scores become exponentials. POLYNOMIAL: which share of them is computed without the unit for exponentials, one of
+    // so many, or 0.
     template <int POLYNOMIAL, int COUNT>
     __device__ inline void exponentials(float (&s)[COUNT], float scale) const {
 #pragma unroll

@@ -134,6 +134,24 @@ MUTANTS = {
         "lane % 4 * 2 + i % 2 > tokens) x",
         "tests/native/test_cuda_emulation.py",
     ),
+    "only the last padded tokens are masked, however many there are": Mutant(
+        "csrc/cuda/cross_attention_maps_wgmma.cuh",
+        "if (tokens > TOKENS - 16)",
+        "if (tokens > BELOW)",
+        "tests/native/test_cuda_maps_wgmma.py -k every_kernel",
+    ),
+    "rows of a head overwrite those of the head before": Mutant(
+        "csrc/cuda/cross_attention_maps_wgmma.cuh",
+        "if (lane == 0) store_wait();\n        sync_warp();",
+        "sync_warp();",
+        "tests/native/test_cuda_maps_wgmma.py -k 'heads or order'",
+    ),
+    "queries are given back when half of the warps have read them": Mutant(
+        "csrc/cuda/cross_attention_maps_wgmma.cuh",
+        "shared.queries.initialize(WARPGROUPS * WARPS_PER_GROUP)",
+        "shared.queries.initialize(WARPGROUPS * WARPS_PER_GROUP / 2)",
+        "tests/native/test_cuda_maps_wgmma.py -k 'heads or order'",
+    ),
     "cuda output position with rows and columns swapped": Mutant(
         "csrc/cuda/gemm_epilogue.cuh",
         "at.image * p.out.image + at.y * p.out.row + at.x * p.out.column",

@@ -1,4 +1,4 @@
-"""`cross_attention_maps` by impl="wgmma", with and without maps, and `self_attention` by "cuda": emulated kernels compute."""
+"""`cross_attention_maps` by impl="wgmma", with and without maps, and `self_attention` by "cuda", over the emulation."""
 
 from __future__ import annotations
 

@@ -97,11 +97,16 @@ def test_what_is_not_finite_stays_in_its_row(cuda) -> None:
     p = make_problem(Case(n=70, length=77))
     expected = run(cuda, p, warpgroups=1)
     for special in (float("nan"), float("inf")):
-        p.q[0, 5, 3] = special
-        for x, y in zip(run(cuda, p, warpgroups=1), expected, strict=True):
-            differs = (x != y) & ~((x - y).abs() < 1e-3 * y.abs())  # others of the warp have exponents as of huge scores
-            rows = differs.transpose(1, 2).flatten(2).any(-1) if x.dim() == 4 else differs.any(-1)
-            assert rows.nonzero()[:, 1].tolist() == [5]
+        p.q[0, 5, 3] = special  # of head 0
+        out, maps = run(cuda, p, warpgroups=1)
+        # Other rows of the warp then have exponents, of up to 16, as of huge scores, which may flip a rounding.
+        for x, y, own, error in (
+            (out, expected[0], (0, 5, slice(40)), torch.finfo(BF16).eps),
+            (maps, expected[1], (0, 0, 5), 16 * torch.finfo(torch.float32).eps),
+        ):
+            assert x[own].isnan().all()
+            x[own] = y[own]
+            assert (x - y).double().norm() <= error * y.double().norm()
 
 
 @schedules

@@ -247,9 +247,7 @@ def _cuda_scratch(p: AttentionArguments, need_maps: bool, average_heads: bool) -
     )
 
 
-def _cuda_arguments(
-    p: Arguments, q: Tensor, k: Tensor, v: Tensor, out: Tensor, maps: Tensor | None
-) -> tuple[Any, ...]:
+def _cuda_arguments(p: Arguments, q: Tensor, k: Tensor, v: Tensor, out: Tensor, maps: Tensor | None) -> tuple[Any, ...]:
     """What all CUDA C++ kernels with maps take first; q, k and v: the tensors to read, with a last stride of 1."""
     categories = p.categories
     addresses = None

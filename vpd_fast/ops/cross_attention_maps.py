@@ -70,7 +70,7 @@ def cross_attention_maps(
     need_maps: False: plain attention, maps are None. average_heads: False: one map for each head.
     weight, addend: maps are addend + weight * (what was said above), so that a mean over layers needs no second
         pass: each layer gives its share to the next. addend: of the shape and dtype of the maps; weight: a number.
-    impl: "auto", "cuda", "triton", "wgmma" (without maps, on GPUs of compute capability 9.0), "cpu" or "reference"
+    impl: "auto", "cuda", "triton", "wgmma" (on GPUs of compute capability 9.0; not "auto"'s), "cpu" or "reference"
         ("constant" is what "auto" takes for L = 1). Backward is by the same, or for "cuda", "wgmma" and "constant",
         which have none, by what "auto" takes.
 
