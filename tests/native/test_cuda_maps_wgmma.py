@@ -129,6 +129,21 @@ def test_warpgroups_do_not_change_results(cuda, length: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("processors", "warpgroups", "sharing"),
+    [(1, 2, 1), (2, 2, 2), (4, 2, 4), (7, 2, 4), (8, 1, 4), (132, 1, 4)],
+)
+def test_blocks_fill_the_device(cuda, processors: int, warpgroups: int, sharing: int) -> None:
+    """Blocks have one warpgroup where all run at once, else two, which share what they read; so are heads shared."""
+    p, device = make_problem(Case(n=100, length=100, dim=48, heads=4)), H200._replace(processors=processors)
+    shared = []
+    for chosen in (0, warpgroups):
+        check(p, *run(cuda, p, "auto", device, chosen))
+        assert cuda.blocks() == (2 if warpgroups == 1 else 1) * sharing
+        shared.append(cuda.shared_bytes())
+    assert shared[0] == shared[1]
+
+
+@pytest.mark.parametrize(
     ("change", "schedule", "device", "message"),
     [
         ({"length": 161}, "auto", H200, "more than 160 tokens"),

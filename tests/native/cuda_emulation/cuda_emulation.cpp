@@ -37,6 +37,7 @@ std::map<const void*, size_t> shared_allowed;
 std::string error;
 int launches = 0;
 size_t shared_bytes = 0;
+unsigned blocks_launched = 0;
 
 jmp_buf scheduler;
 std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
@@ -217,7 +218,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
         (cluster > 1 && device.major < 9) || config.dynamicSmemBytes > std::max<size_t>(48 << 10, shared_allowed[kernel]))
         return cudaErrorInvalidValue;
     ++launches;
-    shared_bytes = config.dynamicSmemBytes;
+    shared_bytes = config.dynamicSmemBytes, blocks_launched = grid;
     error.clear();
     body = &thread;
     blockDim = config.blockDim, gridDim = config.gridDim;
@@ -296,6 +297,7 @@ PYBIND11_MODULE(cuda_emulated, m) {
         },
         "The only memory that kernels may use: (address, bytes, writable)");
     m.def("shared_bytes", [] { return shared_bytes; }, "Dynamic shared memory of a block of the newest kernel");
+    m.def("blocks", [] { return blocks_launched; }, "Blocks of the newest kernel");
     m.def("launches", [] { return std::exchange(launches, 0); }, "Kernels launched since the last call");
     vpd::bind_cross_attention_maps(m);
     vpd::bind_gemm(m);
