@@ -111,7 +111,7 @@ const char* cross_attention_maps_wgmma_refuses(const CudaCrossAttentionMaps& p, 
     if (p.head_dim % 8) return "the head dimension is not a multiple of 8";
     if (p.head_dim > *std::prev(std::end(WGMMA_DIMS))) return "there are more than 160 elements per head";
     if (p.tokens > *std::prev(std::end(WGMMA_TOKENS))) return "there are more than 160 tokens";
-    if (!p.maps && p.batch * p.queries) return "no maps are wanted";
+    if (!p.maps && p.batch && p.queries) return "no maps are wanted";
     if (!(p.scale >= 0)) return "the scale is negative";
     if (schedule == CudaSchedule::split) return "heads are shared by clusters, not by way of scratch memory";
     if (p.queries >= MAX_COUNT || p.batch * p.heads * ceil_divide(p.queries, GROUP_ROWS) >= MAX_COUNT)

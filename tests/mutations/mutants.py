@@ -146,6 +146,12 @@ MUTANTS = {
         "sync_warp();",
         "tests/native/test_cuda_maps_wgmma.py -k 'heads or order'",
     ),
+    "the second of two rows of a map is that of the first": Mutant(
+        "csrc/cuda/attention_maps_output.cuh",
+        "sums[(first + row) * pitch + column]",
+        "sums[first * pitch + column]",
+        "tests/native/test_cuda_maps_wgmma.py -k queries",
+    ),
     "queries are given back when half of the warps have read them": Mutant(
         "csrc/cuda/cross_attention_maps_wgmma.cuh",
         "shared.queries.initialize(WARPGROUPS * WARPS_PER_GROUP)",
