@@ -125,6 +125,27 @@ def launch_layers() -> None:
             group_norm_affine.forward([x, x], [known, known], *[options["scale"]] * 2, 32, 1e-5, affine, **options)
 
 
+def launch_rounded() -> None:
+    """Layers and attention whose results are rounded to int8, and layers that read such numbers."""
+    bfloat16, int8 = torch.bfloat16, torch.int8
+    for rows, width in ((4096, 320), (64, 1280)):
+        t, hidden, numbers = (
+            empty(1, rows, c, dtype=d) for c, d in ((width, bfloat16), (4 * width, int8), (width, int8))
+        )
+        rounding, more = (empty(2, columns, dtype=torch.float32) for columns in (width, 4 * width))
+        first, second = empty_weight(8 * width, width, int8), empty_weight(width, 5 * width, int8)
+        options = {"norm": "layer", "activation": "geglu", "rounding": more, "out": hidden}
+        linear.forward(registry()["linear"].bind(t, first, x_rounding=rounding, x_out=numbers, **options))
+        options = {"residual": t, "statistics": statistics_of(t), "out": t}
+        linear.forward(registry()["linear"].bind(hidden, second, x2=numbers, **options))
+        options = {"heads": HEADS, "scale": 0.1, "weight": 0.2, "categories": None, "average_heads": True}
+        for tokens, maps in ((rows, None), (77, empty(1, rows, 77, dtype=torch.float32))):
+            k = empty(1, tokens, width, dtype=bfloat16)
+            for one_pass in (True, False):
+                output = {"rounding": rounding, "one_pass": one_pass}
+                cross_attention_maps.forward(t, k, k, numbers, maps, None, **options, **output)
+
+
 def launch_one_head() -> None:
     """The KL encoder's attention, with large and with small tiles."""
     for dtype, length in product((torch.float32, torch.bfloat16), (4096, 256)):
@@ -222,6 +243,7 @@ def main(every: int = 1) -> int:
             launch_attention(*shape)
         launch_one_head()
         launch_layers()
+        launch_rounded()
         launch_labels()
     different = {}
     for kernel, arguments in LAUNCHES:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vpd_fast.kernels._common import UNFUSED, dot, rounded
+from vpd_fast.kernels._common import UNFUSED, dot, rounded, to_int8
 
 LOG2_E = 1.4426950408889634
 
@@ -85,15 +85,31 @@ def load_rows(pointer, rows, stride, valid, D: tl.constexpr, D0: tl.constexpr, D
 
 
 @triton.jit
-def store_rows(pointer, rows, stride, valid, x0, x1, factor, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Writes factor * x where load_rows would read it, rounded to the type of the memory."""
+def _rounded_part(x, columns, dtype: tl.constexpr, factors, shifts, D: tl.constexpr):
+    """Columns of a head in the type of the memory; int8 by their factors and shifts, if there are any."""
+    if factors is not None:
+        in_head = columns < D
+        x = x * tl.load(factors + columns, mask=in_head, other=0.0)[None, :]
+        return to_int8(x + tl.load(shifts + columns, mask=in_head, other=0.0)[None, :])
+    return rounded(x, dtype)
+
+
+@triton.jit
+def store_rows(
+    pointer, rows, stride, valid, x0, x1, factor, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    factors=None, shifts=None,
+):  # fmt: skip
+    """Writes factor * x where load_rows would read it, rounded to the type of the memory.
+
+    factors, shifts: of the head's columns, by which numbers become int8.
+    """
     starts = pointer + rows[:, None] * stride
     columns = tl.arange(0, D0)
-    x0 = rounded(x0 * factor, pointer.dtype.element_ty)
+    x0 = _rounded_part(x0 * factor, columns, pointer.dtype.element_ty, factors, shifts, D)
     tl.store(starts + columns[None, :], x0, mask=valid[:, None] & (columns < D)[None, :])
     if D1 > 0:
         columns = D0 + tl.arange(0, D1)
-        x1 = rounded(x1 * factor, pointer.dtype.element_ty)
+        x1 = _rounded_part(x1 * factor, columns, pointer.dtype.element_ty, factors, shifts, D)
         tl.store(starts + columns[None, :], x1, mask=valid[:, None] & (columns < D)[None, :])
 
 

@@ -57,14 +57,20 @@ def readable_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def writable(out: Tensor) -> bool:
     """Whether the kernel can write rows where they are, two channels at a time."""
-    return out.stride(2) == 1 and out.data_ptr() % 4 == 0 and not any(stride % 2 for stride in _strides(out))
+    return (
+        out.stride(2) == 1
+        and out.data_ptr() % (2 * out.itemsize) == 0
+        and not any(stride % 2 for stride in _strides(out))
+    )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, heads: int, scale: float) -> None:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, heads: int, scale: float, rounding: Tensor | None = None
+) -> None:
     """Fills `out` (B, N, heads * D), whose channels are next to each other, with softmax(scale * q k^T) v.
 
-    q: (B, N, heads * D); k, v: (B or 1, M, heads * D), all bfloat16 or float16. Raises InputError for what the kernel
-    cannot compute.
+    q: (B, N, heads * D); k, v: (B or 1, M, heads * D), all bfloat16 or float16. rounding: (2, heads * D), rows
+    contiguous, by which the result becomes int8, or None. Raises InputError for what the kernel cannot compute.
     """
     if recording.state.record is not None:
         return
@@ -79,6 +85,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, heads: int, scale: 
             groups=GROUPS,
             device=q.get_device(),
             stream=torch.cuda.current_stream(q.device).cuda_stream,
+            rounding=(0, 0) if rounding is None else (rounding[0].data_ptr(), rounding[1].data_ptr()),
         )
     except ValueError as error:
         raise InputError(f"impl='cuda' cannot compute this attention: {error}") from error

@@ -32,6 +32,12 @@ def image_arguments(name: str, x: torch.Tensor | None, short: str | None = None)
     return {name: x, **{f"{short or name}_{axis}": stride for axis, stride in zip("byx", strides, strict=True)}}
 
 
+def rounding_arguments(rounding: torch.Tensor | None, prefix: str = "round") -> dict[str, Any]:
+    """Factors and shifts of columns by which a kernel rounds to int8, (2, N), or None; to launch `UNFUSED`."""
+    factors, shifts = (None, None) if rounding is None else rounding.unbind(0)
+    return {f"{prefix}_factors": factors, f"{prefix}_shifts": shifts}
+
+
 def device_refuses(x: torch.Tensor, name: str = "x") -> str | None:
     """Why kernels cannot run where the tensor `name` is, or None if they can."""
     if INTERPRETED.value:
@@ -78,6 +84,13 @@ def dot(a, b, x):
         return tl.dot(a, b, x, max_num_imprecise_acc=every)
     dtype: tl.constexpr = tl.int32 if a.dtype == tl.int8 else tl.float32  # Triton 3.6 does not find it out itself
     return tl.dot(a, b, x, input_precision="ieee", out_dtype=dtype)
+
+
+@triton.jit
+def to_int8(x):
+    """float32 to int8: to nearest, ties to even, within -128 ... 127; NaN is -128."""
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, -128.0), -128.0), 127.0)
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vpd_fast.kernels import _gemm_cuda, tuning
-from vpd_fast.kernels._common import dot, image_arguments, launch, rounded
+from vpd_fast.kernels._common import UNFUSED, dot, image_arguments, launch, rounded, rounding_arguments, to_int8
 from vpd_fast.kernels._library import library_sums
 from vpd_fast.kernels._prologue import Geometry, Rows
 from vpd_fast.kernels._statistics import PLANES, partial, store_planes
@@ -66,11 +66,14 @@ def _positions(rows, height, width):
 @triton.jit
 def _epilogue(
     acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-    weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+    weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, round_factors, round_shifts,
+    statistics, statistics_b,
     ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out = activation(scales * acc + bias) + residual, for the tile of these rows that begins at column n0.
 
+    row_scales: None for rows of 8 bits whose columns were rounded by what made them. round_factors, round_shifts: of
+    columns of the result, by which that becomes int8, or None.
     RUN: positions of which statistics are found; divides BM and the positions of an image.
     """
     valid = rows < total_rows
@@ -80,12 +83,14 @@ def _epilogue(
     if column_scales is not None:
         # Whole numbers are exact: |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
         places = rows.to(tl.int32) // rows_per_scale
-        if weight_sums is not None:
+        if row_zeros is not None:
             zero = tl.load(row_zeros + places, mask=valid, other=0.0).to(tl.int32)
             total = tl.load(weight_sums + columns, mask=in_n, other=0.0).to(tl.int32)
             values = (acc - zero[:, None] * total[None, :]).to(tl.float32)
-        scale = tl.load(row_scales + places, mask=valid, other=0.0)[:, None]
-        values *= scale * tl.load(column_scales + columns, mask=in_n, other=0.0)[None, :]
+        scale = tl.load(column_scales + columns, mask=in_n, other=0.0)[None, :]
+        if row_scales is not None:
+            scale *= tl.load(row_scales + places, mask=valid, other=0.0)[:, None]
+        values = values.to(tl.float32) * scale
     if bias is not None:
         values += tl.load(bias + columns, mask=in_n, other=0.0)[None, :]
     if ACTIVATION == "relu":
@@ -105,7 +110,11 @@ def _epilogue(
         places = residual + (b * r_b + y * r_y + x * r_x)[:, None] + columns[None, :]
         values += tl.load(places, mask=inside, other=0.0).to(tl.float32)
     places = out + (b * o_b + y * o_y + x * o_x)[:, None] + columns[None, :]
-    stored = rounded(values, out.dtype.element_ty)
+    if round_factors is not None:
+        values *= tl.load(round_factors + columns, mask=in_n, other=0.0)[None, :]
+        stored = to_int8(values + tl.load(round_shifts + columns, mask=in_n, other=0.0)[None, :])
+    else:
+        stored = rounded(values, out.dtype.element_ty)
     tl.store(places, stored, mask=inside)
     if statistics is not None:
         width: tl.constexpr = BN // 2 if ACTIVATION == "geglu" else BN
@@ -138,7 +147,7 @@ def _store_statistics(
 def _gemm_kernel(
     a, a_b, a_y, a_x, a_channels, a2, a2_b, a2_y, a2_x, a2_channels, height, width, stride, top, left,
     weight, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales, weight_sums,
-    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b, partial,
+    bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, round_factors, round_shifts, statistics, statistics_b, partial,
     KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, RUN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +191,8 @@ def _gemm_kernel(
     else:
         _epilogue(
             acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-            weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+            weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, round_factors, round_shifts,
+            statistics, statistics_b,
             ACTIVATION, RUN, BM, BN,
         )  # fmt: skip
 
@@ -190,7 +200,8 @@ def _gemm_kernel(
 @triton.jit(do_not_specialize=("parts", *VARYING), do_not_specialize_on_alignment=SIZES)
 def _merge_kernel(
     partial, parts, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-    weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+    weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, round_factors, round_shifts,
+    statistics, statistics_b,
     ACTIVATION: tl.constexpr, RUN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of the sums of one tile and finishes it."""
@@ -206,7 +217,8 @@ def _merge_kernel(
         acc += tl.load(places + tl.cast(i, tl.int64) * total_rows * N, mask=inside, other=0)
     _epilogue(
         acc, rows, n0, total_rows, N, out_height, out_width, row_scales, row_zeros, rows_per_scale, column_scales,
-        weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, statistics, statistics_b,
+        weight_sums, bias, residual, r_b, r_y, r_x, out, o_b, o_y, o_x, round_factors, round_shifts,
+        statistics, statistics_b,
         ACTIVATION, RUN, BM, BN,
     )  # fmt: skip
 
@@ -217,7 +229,8 @@ class Epilogue:
 
     column_scales, weight_sums: (N,) of an 8-bit weight. bias: (N,). residual: like the result, channels next to each
     other.
-    statistics: (B, runs, PLANES, channels) of the result as it is stored, and the length of the runs.
+    statistics: (B, runs, PLANES, channels) of the result as it is stored, and the length of the runs. rounding: (2, N),
+    factors and shifts by which the result becomes int8, for which there are no statistics.
     """
 
     column_scales: torch.Tensor | None = None
@@ -226,6 +239,7 @@ class Epilogue:
     activation: str = ""
     residual: torch.Tensor | None = None
     statistics: tuple[torch.Tensor, int] | None = None
+    rounding: torch.Tensor | None = None
 
 
 def gemm(
@@ -287,6 +301,8 @@ def _triton_gemm(
         **{"column_scales": epilogue.column_scales, "weight_sums": epilogue.weight_sums, "bias": epilogue.bias},
         **image_arguments("residual", epilogue.residual, "r"),
         **image_arguments("out", out, "o"),
+        **rounding_arguments(epilogue.rounding),
+        **({} if epilogue.rounding is None else UNFUSED),
         "ACTIVATION": epilogue.activation,
     }
 

@@ -105,6 +105,7 @@ def native_call(rows: "Rows", geometry: "Geometry", weight: Tensor, epilogue: "E
         out=_image(out),
         instructions=INSTRUCTIONS,
         statistics=_statistics(epilogue.statistics),
+        rounding=_rounding(epilogue.rounding),
     )
 
 
@@ -119,6 +120,11 @@ def _image(x: Tensor | None) -> tuple[int, str, tuple[int, ...]] | None:
 
 def _statistics(statistics: tuple[Tensor, int] | None) -> tuple[int, int, int] | None:
     return None if statistics is None else (statistics[0].data_ptr(), statistics[0].stride(0), statistics[1])
+
+
+def _rounding(rounding: Tensor | None) -> tuple[int, int] | None:
+    """Addresses of factors and shifts."""
+    return None if rounding is None else (rounding[0].data_ptr(), rounding[1].data_ptr())
 
 
 def name_of(dtype: torch.dtype) -> str:

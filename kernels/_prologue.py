@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vpd_fast.kernels import _prologue_cuda
-from vpd_fast.kernels._common import UNFUSED, image_arguments, launch, rounded
+from vpd_fast.kernels._common import UNFUSED, image_arguments, launch, rounded, rounding_arguments, to_int8
 
 ELEMENTS = 4096  # of the rows of one program, if one row is not longer
 MAX_FLOAT8_E4M3 = tl.constexpr(448.0)
@@ -80,7 +80,7 @@ def _range_of_image(ranges, parts, PARTS: tl.constexpr):
 )
 def _prologue_kernel(
     x, x_b, x_y, x_x, x2, x2_b, x2_y, x2_x, height, width, tall, wide, top, left, scale_shift, input_scale, eps,
-    out, scales, zeros, ranges, parts, K1, K,
+    out, scales, zeros, ranges, parts, copy, c_b, c_y, c_x, copy_factors, copy_shifts, K1, K,
     NORM: tl.constexpr, SILU: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +88,7 @@ def _prologue_kernel(
 
     ROUND: "" to the type of `out`; "row" to 8 bits, with scale and zero of each row; "image" to 8 bits, with scale and
     zero of the image, from the ranges of its parts, (B, 2, parts); "range" writes the range of the program to `ranges`.
+    copy: int8, where x itself is stored, rounded by factors and shifts of its columns, or None.
     """
     blocks = tl.cdiv(tall * wide, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -98,6 +99,12 @@ def _prologue_kernel(
     valid = m < tall * wide
     columns = tl.arange(0, COLUMNS)
     a = _load_source(x + b * x_b, y * x_y + x_ * x_x, in_image, columns, K1)
+    if copy is not None:
+        in_copy = columns < K1
+        number = a * tl.load(copy_factors + columns, mask=in_copy, other=0.0)[None, :]
+        number = to_int8(number + tl.load(copy_shifts + columns, mask=in_copy, other=0.0)[None, :])
+        places = copy + (b * c_b + y * c_y + x_ * c_x)[:, None] + columns[None, :]
+        tl.store(places, number, mask=(in_image & valid)[:, None] & in_copy[None, :])
     if x2 is not None:
         a += _load_source(x2 + b * x2_b, y * x2_y + x_ * x2_x, in_image, columns - K1, K - K1)
     in_row = columns < K
@@ -203,6 +210,7 @@ def prepare(
     scale_shift: torch.Tensor | None = None,
     silu: bool = False,
     input_scale: torch.Tensor | None = None,
+    copy: tuple[torch.Tensor, torch.Tensor] | None = None,
     per_image: bool = False,
     ranges: torch.Tensor | None = None,
     backend: str = "triton",
@@ -211,6 +219,7 @@ def prepare(
 
     x, x2: (B, H, W, C), channels next to each other. padding: top, left, bottom, right. per_image: one scale and zero
     for each image instead of each row, from `ranges` (B, 2, parts) if they are known, which takes half the time.
+    copy: with a norm, by Triton, factors and shifts (2, k) of the columns of x and where x is stored, rounded by them.
     backend: "triton", or "cuda" for what `_prologue_cuda.refuse` takes. Others: as in `vpd_fast.ops.linear` and
     `conv2d`.
     """
@@ -239,6 +248,8 @@ def prepare(
         **image_arguments("x2", x2),
         **{"height": height, "width": width, "tall": tall, "wide": wide, "top": top, "left": left},
         **{"scale_shift": scale_shift, "input_scale": input_scale, "eps": eps},
+        **image_arguments("copy", None if copy is None else copy[1], "c"),
+        **rounding_arguments(None if copy is None else copy[0], "copy"),
         **{"K1": k1, "K": k, "NORM": norm, "SILU": silu},
         **{"ROWS": rows, "COLUMNS": columns, "num_warps": 4 if rows * columns <= ELEMENTS else 8, **UNFUSED},
     }

@@ -32,7 +32,7 @@ from vpd_fast.kernels._attention import (
     tile_of_queries,
     zero_rows,
 )
-from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded
+from vpd_fast.kernels._common import dot, launch, multiprocessors, rounded, rounding_arguments
 from vpd_fast.kernels._limits import OFFSETS, row_stride
 
 MAX_HEAD_DIM = 256
@@ -72,7 +72,7 @@ def _add_categories(sums, x, token_categories, categories):
 def _one_pass_kernel(
     q, q_b, q_n, k, k_b, k_l, v, v_b, v_l, out,
     maps, maps_b, maps_h, maps_n, maps_m, addend, addend_b, addend_h, addend_n, addend_m,
-    ids, weights, N, L, M, heads, heads_per_program, score_scale, factor,
+    ids, weights, round_factors, round_shifts, N, L, M, heads, heads_per_program, score_scale, factor,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, L0: tl.constexpr, L1: tl.constexpr,
     ROWS: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,10 @@ def _one_pass_kernel(
             acc1 += p1 * inverse
             v0, v1 = load_rows(v + h * D, tokens1, v_l, tokens1 < L, D, D0, D1)
             o0, o1 = add_dot(o0, o1, p1, v0, v1, D1)
-        store_rows(out + h * D, rows, heads * D, valid, o0, o1, inverse, D, D0, D1)
+        factors, shifts = round_factors, round_shifts
+        if round_factors is not None:
+            factors, shifts = round_factors + h * D, round_shifts + h * D
+        store_rows(out + h * D, rows, heads * D, valid, o0, o1, inverse, D, D0, D1, factors, shifts)
     maps += b * maps_b + tl.program_id(1).to(tl.int64) * maps_h + start * maps_n
     if addend is not None:
         addend += b * addend_b + tl.program_id(1).to(tl.int64) * addend_h + start * addend_n
@@ -138,7 +141,7 @@ def _one_pass_kernel(
 
 @triton.jit(do_not_specialize=("L",))
 def _online_kernel(
-    q, q_b, q_n, k, k_b, k_l, v, v_b, v_l, out, highest_out, inverse_out,
+    q, q_b, q_n, k, k_b, k_l, v, v_b, v_l, out, highest_out, inverse_out, round_factors, round_shifts,
     N, L, heads, score_scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ROWS: tl.constexpr, L_BLOCK: tl.constexpr,
@@ -170,7 +173,13 @@ def _online_kernel(
         v0, v1 = load_rows(v, tokens, v_l, tokens < L, D, D0, D1)
         o0, o1 = add_dot(o0, o1, p, v0, v1, D1)
     inverse = 1.0 / total
-    store_rows(out + (b * N + start) * heads * D + h * D, rows, heads * D, valid, o0, o1, inverse[:, None], D, D0, D1)
+    out += (b * N + start) * heads * D + h * D
+    if round_factors is not None:
+        round_factors += h * D
+        round_shifts += h * D
+    store_rows(
+        out, rows, heads * D, valid, o0, o1, inverse[:, None], D, D0, D1, round_factors, round_shifts
+    )  # fmt: skip
     if highest_out is not None:
         place = (b * heads + h) * N + start + rows
         tl.store(highest_out + place, highest, mask=valid)
@@ -284,6 +293,7 @@ def forward(
     weight: float,
     categories: Any,
     average_heads: bool,
+    rounding: torch.Tensor | None = None,
     one_pass: bool | None = None,
 ) -> None:
     """Fills `out`, and `maps` with addend + weight * probabilities, averaged over heads or per head.
@@ -294,11 +304,12 @@ def forward(
     addend: None, or float32 of the shape of maps; may be the same memory.
     categories: None (M = L), or ids (L,) int32, weights (M,) float32, tokens (n,) int32, offsets (M + 1,) int32 and
         count = M: category c sums the columns tokens[offsets[c]:offsets[c + 1]] and multiplies them by weights[c].
+    rounding: (2, heads * D) float32, rows contiguous, by which the output becomes int8, or None.
     one_pass: chooses the schedule, where `one_pass_refuses` leaves a choice. None: by the number of rows.
     """
     batch, rows, _ = q.shape
     attention = attention_arguments(q, k, heads, scale)
-    values = {"v": v, "v_b": batch_stride(v), "v_l": v.stride(1), "out": out}
+    values = {"v": v, "v_b": batch_stride(v), "v_l": v.stride(1), "out": out, **rounding_arguments(rounding)}
     config = tile_config(q.dtype, attention["D"], k.shape[1])
     tiles = batch * triton.cdiv(rows, config["ROWS"])
     if maps is None:

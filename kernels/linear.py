@@ -16,6 +16,7 @@ def forward(call: "LinearArguments", backend: str = "triton", preparation: str =
     """
     x, x2, residual, out = (None if t is None else t.unsqueeze(2) for t in (call.x, call.x2, call.residual, call.out))
     weight = call.weight.numbers()[0].contiguous()
+    copy = None if call.x_out is None else (call.x_rounding, call.x_out.unsqueeze(2))
     rows = prepare(
         x,
         x2,
@@ -24,8 +25,10 @@ def forward(call: "LinearArguments", backend: str = "triton", preparation: str =
         eps=call.eps,
         scale_shift=call.scale_shift,
         input_scale=call.input_scale,
+        copy=copy,
         backend=preparation,
     )
     statistics = None if call.statistics is None else (call.statistics, call.run)
-    epilogue = Epilogue(call.scales, call.weight_sums, call.bias, call.activation, residual, statistics)
+    ends = call.bias, call.activation, residual, statistics, call.rounding
+    epilogue = Epilogue(call.scales, call.weight_sums, *ends)
     gemm(rows, Geometry(out.shape[1], 1), weight, epilogue, out, backend)

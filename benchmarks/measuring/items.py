@@ -21,6 +21,9 @@ PLAN = Plan(
         Item("preparation", "what do preparing rows and statistics cost", 15, "measuring.preparation:steps"),
         Item("labels", "which kernel makes labels fastest", 5, "measuring.labels:steps"),
         Item("narrow", "which kernel convolves images of few channels fastest", 5, "measuring.narrow:steps"),
+        Item(
+            "static_rows", "do 8-bit results of attention and GEGLU shorten a pass", 14, "measuring.passes:static_rows"
+        ),
         Item("tests", "do the tests pass that failed on a GPU", 80, "measuring.tests:suspects"),
         Item("layers", "where is the time, layer by layer", 50, "measuring.layer_times:steps"),
         Item("libraries", "what do cuBLAS and cuDNN take for the same products", 35, "measuring.products:libraries"),

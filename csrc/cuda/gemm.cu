@@ -65,15 +65,18 @@ void choose_box(const CudaGemm& p, Plan& plan) {
     plan.row_tiles = int(std::min<int64_t>(min_tiles, INT32_MAX));
 }
 
-// Returns whether runs of so many columns, 4 or 8, begin at multiples of their bytes, or of 16.
-bool aligned(const CudaPositions& x, CudaFloat dtype, int columns) {
-    const int bytes = std::min(16, columns * (dtype == CudaFloat::float32 ? 4 : 2));
+int float_bytes(CudaFloat dtype) { return dtype == CudaFloat::float32 ? 4 : 2; }
+
+// Returns whether runs of so many columns, 4 or 8, of numbers of that size begin at multiples of their bytes, or of 16.
+bool aligned(const CudaPositions& x, int number_bytes, int columns) {
+    const int bytes = std::min(16, columns * number_bytes);
     return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && x.image % columns == 0 && x.row % columns == 0 &&
            x.column % columns == 0;
 }
 
 bool results_aligned(const CudaGemm& p, int columns) {
-    return aligned(p.out, p.out_dtype, columns) && (!p.residual.data || aligned(p.residual, p.residual_dtype, columns));
+    return aligned(p.out, p.round_factors ? 1 : float_bytes(p.out_dtype), columns) &&
+           (!p.residual.data || aligned(p.residual, float_bytes(p.residual_dtype), columns));
 }
 
 // Returns how far the last position of a result or residual is from the first.
@@ -83,8 +86,11 @@ int64_t reaches(const CudaPositions& x, const CudaGemm& p) {
 
 // Returns whether the wide epilogue computes this result; see gemm_epilogue_wide.cuh.
 bool wide_takes(const CudaGemm& p, const Plan& plan) {
-    const bool residual = p.residual.data && (p.activation == CudaActivation::geglu || p.residual_dtype != p.out_dtype);
+    const bool residual = p.residual.data &&
+                          (p.activation == CudaActivation::geglu || p.round_factors || p.residual_dtype != p.out_dtype);
     if (plan.splits > 1) return plan.rows < WideRow::NONE;  // what follows the sums is for the merge
+    for (const float* vector : {p.round_factors, p.round_shifts})
+        if (vector && (!p.weight_sums || reinterpret_cast<uintptr_t>(vector) % 16)) return false;
     return plan.out_columns % 8 == 0 && results_aligned(p, 8) && reaches(p.out, p) < MAX_WIDE_REACH &&
            (!p.residual.data || reaches(p.residual, p) < MAX_WIDE_REACH) && p.activation != CudaActivation::silu &&
            !residual;
@@ -102,8 +108,8 @@ bool has_whole_runs(const CudaGemm& p, const Plan& plan, int64_t positions) {
 // Sets whether and how the kernel finds statistics. positions: of an image.
 void set_statistics(const CudaGemm& p, int64_t positions, Plan& plan) {
     const bool possible = plan.wide || (plan.persistent && p.run >= STORED_ROWS);
-    plan.statistics = p.statistics && possible && plan.splits == 1 && p.activation != CudaActivation::geglu &&
-                      has_whole_runs(p, plan, positions);
+    plan.statistics = p.statistics && !p.round_factors && possible && plan.splits == 1 &&
+                      p.activation != CudaActivation::geglu && has_whole_runs(p, plan, positions);
     if (!plan.statistics) return;
     while (int64_t(1) << plan.log_run < p.run) ++plan.log_run;
     plan.runs = int(positions / p.run);
@@ -206,8 +212,12 @@ const char* check_sizes(const CudaGemm& p, CudaOperand operand) {
     if (p.activation == CudaActivation::geglu && p.n % 32) return "geglu of values that are no runs of 16";
     if (p.batch == 0) return nullptr;
     const bool integers = operand == CudaOperand::int8;
-    if ((bytes == 1) != (p.row_scales && p.column_scales)) return "8 bits, and only those, have scales";
-    if (integers != (p.row_zeros && p.weight_sums)) return "int8, and only that, has zeros and sums";
+    if ((bytes == 1) != bool(p.column_scales) || (p.row_scales && bytes != 1) ||
+        (!p.row_scales && bytes == 1 && !integers))
+        return "8 bits, and only those, have scales";
+    if (integers != bool(p.weight_sums) || bool(p.row_zeros) != (integers && p.row_scales))
+        return "int8, and only that, has zeros and sums";
+    if (!p.round_factors != !p.round_shifts) return "factors and shifts of a result belong together";
     return nullptr;
 }
 

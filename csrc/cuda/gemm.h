@@ -31,7 +31,7 @@ struct CudaGemm {
     int64_t n;
     // Of 8 bits, else null: rows ~ row_scales * (stored - row_zeros) and weight ~ column_scales * stored, with
     // weight_sums (n) of the stored weight. Zeros and weight sums are for int8 only. One scale for every output position, or for every
-    // image if no position reads outside of it.
+    // image if no position reads outside of it. Rows of int8 may have none: they are then multiplied as they are.
     const float *row_scales, *row_zeros, *column_scales, *weight_sums;
     bool scale_per_image;
     const float* bias;  // (n) or null
@@ -39,6 +39,9 @@ struct CudaGemm {
     CudaActivation activation;
     CudaPositions residual, out;  // (batch, out_height, out_width, n or n / 2); residual null: none
     CudaFloat residual_dtype, out_dtype;
+    // (columns of the result) or null: stored is then int8, round(result * round_factors + round_shifts) to nearest, ties
+    // to even, within -128 ... 127, NaN as -128; out_dtype does not matter.
+    const float *round_factors, *round_shifts;
     void* scratch;  // of gemm_cuda_scratch() bytes; null if that is 0
     // Of the result as it is stored, (batch, positions / run, 5, columns), those of images `statistics_image` apart: of
     // each column in runs of `run` output positions. Filled where gemm_cuda_finds_statistics(); null: not asked for.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/gemm_tile.cuh"
+#include "cuda/rounded_results.cuh"
 
 namespace vpd::gemm {
 
@@ -41,10 +42,10 @@ __device__ inline ResultRow row_of(const CudaGemm& p, const Position& at) {
     row.out = at.image * p.out.image + at.y * p.out.row + at.x * p.out.column;
     row.residual = at.image * p.residual.image + at.y * p.residual.row + at.x * p.residual.column;
     if constexpr (Operand<T>::BYTES == 1)
-        row.scale = load_global(p.row_scales + (p.scale_per_image ? at.image : row.position));
+        row.scale = p.row_scales ? load_global(p.row_scales + (p.scale_per_image ? at.image : row.position)) : 1.0f;
     // |u8 - zero| is at most 255, and 65536 such products stay below 2^31.
     if constexpr (std::is_same_v<T, int8_t>)
-        row.zero = int32_t(load_global(p.row_zeros + (p.scale_per_image ? at.image : row.position)));
+        row.zero = p.row_zeros ? int32_t(load_global(p.row_zeros + (p.scale_per_image ? at.image : row.position))) : 0;
     return row;
 }
 
@@ -141,6 +142,21 @@ __device__ inline void store_four<float>(const float (&x)[4], float* to, int cou
         if (i < count) store_global(to + i, x[i]);
 }
 
+__device__ inline void store_int8(const CudaGemm& p, const float (&x)[4], int column, int8_t* to, int count,
+                                  bool at_once) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (i < count)
+            word |= rounded_to_int8(x[i], load_global(p.round_factors + column + i),
+                                    load_global(p.round_shifts + column + i))
+                    << 8 * i;
+    if (at_once) return store_global(reinterpret_cast<uint32_t*>(to), word);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (i < count) store_global(to + i, int8_t(word >> 8 * i));
+}
+
 // The last of it: x + residual is stored from column `column` of the result on.
 __device__ inline void add_residual_and_store(const CudaGemm& p, const Plan& plan, const ResultRow& row, int column,
                                               float (&x)[4]) {
@@ -158,6 +174,7 @@ __device__ inline void add_residual_and_store(const CudaGemm& p, const Plan& pla
                 add_four(x, static_cast<const Float16*>(p.residual.data) + from, count, at_once);
                 break;
         }
+    if (p.round_factors) return store_int8(p, x, column, static_cast<int8_t*>(p.out.data) + to, count, at_once);
     switch (p.out_dtype) {
         case CudaFloat::float32: store_four(x, static_cast<float*>(p.out.data) + to, count, at_once); break;
         case CudaFloat::bfloat16: store_four(x, static_cast<Bfloat16*>(p.out.data) + to, count, at_once); break;

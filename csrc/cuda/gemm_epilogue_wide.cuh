@@ -3,8 +3,8 @@
 // What rows and columns need besides their sums lies in shared memory before the sums are there. A warp finishes 2 to 16
 // rows in a step, and asks for the residuals of several steps before it uses the first. Results are those of the other
 // epilogue, bit for bit. What is rare is left to that one: results whose columns or addresses are not multiples of 16
-// bytes, silu, a residual of geglu, and one of another type than the result's. Sums that several blocks share go to
-// scratch memory as they do there.
+// bytes, silu, a residual of geglu, and one of another type than the result's, or of a result of 8 bits. Sums that
+// several blocks share go to scratch memory as they do there.
 #pragma once
 
 #include "cuda/gemm_statistics.cuh"
@@ -92,6 +92,28 @@ struct Eight<float> {
         store_global(fours, low);
         store_global(fours + 1, high);
     }
+};
+
+// A result of 8 bits, of numbers that have been rounded.
+template <>
+struct alignas(8) Eight<int8_t> {
+    uint2 words;
+
+    // column: of the result. Factors and shifts are read again for each row: there are not enough registers for them.
+    __device__ static Eight of(const CudaGemm& p, int column, const float (&x)[8]) {
+        uint32_t words[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int first = column + 4 * half;
+            const auto factors = load_global(reinterpret_cast<const Four<float>*>(p.round_factors + first));
+            const auto shifts = load_global(reinterpret_cast<const Four<float>*>(p.round_shifts + first));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                words[half] |= rounded_to_int8(x[4 * half + i], factors.v[i], shifts.v[i]) << 8 * i;
+        }
+        return {uint2{words[0], words[1]}};
+    }
+    __device__ void store(int8_t* to) const { store_global(reinterpret_cast<uint2*>(to), words); }
 };
 
 // Eight columns of a tile, from `first` on.
@@ -195,12 +217,16 @@ __device__ inline void wide_rows(const CudaGemm& p, const Plan& plan, const Tile
                 for (int j = 0; j < 8; ++j) x[j] = activated(CudaActivation::relu, x[j]);
             }
             if constexpr (RESIDUAL) added[i].add_to(x);
-            const Eight<Number> stored = Eight<Number>::of(x);
-            stored.store(out + int64_t(row.out) * 8);
-            if (!GEGLU && plan.statistics) {
-                float numbers[8] = {};
-                stored.add_to(numbers);
-                put_eight(numbers, staged + number * pitch_of(COLUMNS) + column);
+            if constexpr (std::is_same_v<Number, int8_t>) {
+                Eight<Number>::of(p, result_column, x).store(out + int64_t(row.out) * 8);
+            } else {
+                const Eight<Number> stored = Eight<Number>::of(x);
+                stored.store(out + int64_t(row.out) * 8);
+                if (!GEGLU && plan.statistics) {
+                    float numbers[8] = {};
+                    stored.add_to(numbers);
+                    put_eight(numbers, staged + number * pitch_of(COLUMNS) + column);
+                }
             }
         }
     }
@@ -211,11 +237,11 @@ __device__ inline void wide_rows_of(const CudaGemm& p, const Plan& plan, const T
                                     typename Operand<T>::Sum* staged, const WideRow* rows,
                                     const TileColumns<COLUMNS>& columns, int lane) {
     if (p.activation == CudaActivation::geglu)
-        wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, true>(p, plan, tile, staged, rows, columns, lane);
-    else if (p.residual.data)
-        wide_rows<T, COLUMNS, FIRST, WIDTH, Number, true, false>(p, plan, tile, staged, rows, columns, lane);
-    else
-        wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, false>(p, plan, tile, staged, rows, columns, lane);
+        return wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, true>(p, plan, tile, staged, rows, columns, lane);
+    if constexpr (!std::is_same_v<Number, int8_t>)
+        if (p.residual.data)
+            return wide_rows<T, COLUMNS, FIRST, WIDTH, Number, true, false>(p, plan, tile, staged, rows, columns, lane);
+    wide_rows<T, COLUMNS, FIRST, WIDTH, Number, false, false>(p, plan, tile, staged, rows, columns, lane);
 }
 
 // The largest power of two in COLUMNS columns first, then the others.
@@ -236,6 +262,8 @@ __device__ inline void wide_epilogue(const CudaGemm& p, const Plan& plan, const 
                                      const TileColumns<COLUMNS>& columns, int warp, int lane) {
     staged += warp * ROWS_PER_WARP * pitch_of(COLUMNS), rows += warp * ROWS_PER_WARP;
     if (plan.splits > 1) return store_part<typename Operand<T>::Sum, COLUMNS>(p, plan, tile, staged, rows, lane);
+    if constexpr (std::is_same_v<T, int8_t>)
+        if (p.round_factors) return wide_columns<T, COLUMNS, int8_t>(p, plan, tile, staged, rows, columns, lane);
     switch (p.out_dtype) {
         case CudaFloat::float32: return wide_columns<T, COLUMNS, float>(p, plan, tile, staged, rows, columns, lane);
         case CudaFloat::bfloat16: return wide_columns<T, COLUMNS, Bfloat16>(p, plan, tile, staged, rows, columns, lane);

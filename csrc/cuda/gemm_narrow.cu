@@ -60,6 +60,7 @@ const char* gemm_narrow_cuda_refuses(const CudaGemm& p, CudaOperand operand) {
     const bool bfloat16 = operand == CudaOperand::bfloat16;
     if (!bfloat16 && operand != CudaOperand::float16) return "the weight is not of 16 bits";
     if (p.channels[1]) return "there are two sources";
+    if (p.round_factors) return "the result is to be rounded to int8";
     if (narrow::columns_of(p) > narrow::MAX_STEPS * narrow::FRAGMENT) return "a position reads more than 64 numbers";
     if (p.n % 8) return "columns of the result are not a multiple of 8";
     if (p.activation != CudaActivation::none && p.activation != CudaActivation::relu)

@@ -59,7 +59,7 @@ cudaError_t launch_of(const PersistentMaps& maps, const CudaGemm& p, const Plan&
 bool persistent_takes(const CudaGemm& p, const Plan& plan, CudaOperand operand) {
     const bool geglu = p.activation == CudaActivation::geglu;
     return (operand == CudaOperand::int8 || operand == CudaOperand::bfloat16) && p.out_dtype == CudaFloat::bfloat16 &&
-           plan.out_columns % 8 == 0 && takes(p.out, p) && p.activation != CudaActivation::silu &&
+           !p.round_factors && plan.out_columns % 8 == 0 && takes(p.out, p) && p.activation != CudaActivation::silu &&
            !(geglu && (p.residual.data || plan.columns_of_tile == 160)) &&
            (!p.residual.data || (p.residual_dtype == CudaFloat::bfloat16 && takes(p.residual, p)));
 }

@@ -88,8 +88,9 @@ const char* self_attention_cuda_refuses(const CudaSelfAttention& p, CudaFloat dt
     if (p.batch > 1 && (!p.q.image || !p.k.image != !p.v.image)) return "images share queries, or keys or values alone";
     if (const char* reason = rows_refuse(p.k, p.batch, p.keys)) return reason;
     if (const char* reason = rows_refuse(p.v, p.batch, p.keys)) return reason;
-    if (reinterpret_cast<uintptr_t>(p.out.data) % 4 || p.out.image % 2 || p.out.row % 2)
-        return "rows of out are not aligned to 4 bytes";
+    if (!p.round_factors != !p.round_shifts) return "factors and shifts of a result belong together";
+    if (reinterpret_cast<uintptr_t>(p.out.data) % (p.round_factors ? 2 : 4) || p.out.image % 2 || p.out.row % 2)
+        return "two neighbouring numbers of out are not aligned";
     return nullptr;
 }
 

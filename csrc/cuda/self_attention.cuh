@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/ring.cuh"
+#include "cuda/rounded_results.cuh"
 #include "cuda/self_attention.h"
 #include "cuda/softmax.cuh"
 #include "cuda/wgmma_operands.cuh"
@@ -210,6 +211,19 @@ struct Attention {
     }
 };
 
+// Two neighbouring numbers of a row of a head, which begin at that place of out and of the factors.
+template <typename T>
+__device__ inline void store_two(const CudaSelfAttention& p, int64_t row, int head, int column, float low, float high) {
+    if (!p.round_factors) {
+        uint16_t* const to = static_cast<uint16_t*>(p.out.data) + row + column;
+        return store_global(reinterpret_cast<uint32_t*>(to), pack<T>(low, high));
+    }
+    const float *const factors = p.round_factors + head + column, *const shifts = p.round_shifts + head + column;
+    const uint32_t word = rounded_to_int8(low, load_global(factors), load_global(shifts)) |
+                          rounded_to_int8(high, load_global(factors + 1), load_global(shifts + 1)) << 8;
+    store_global(reinterpret_cast<uint16_t*>(static_cast<int8_t*>(p.out.data) + row + column), uint16_t(word));
+}
+
 template <typename T, int DIM, int GROUPS, bool OVERLAP, int POLYNOMIAL>
 __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
     attention_kernel(const __grid_constant__ Maps maps, const __grid_constant__ CudaSelfAttention problem,
@@ -261,8 +275,7 @@ __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
         for (int block = 0; block < last; ++block) attention.template sequential<false>(plan.scale_log2, 0);
         attention.template sequential<true>(plan.scale_log2, valid);
     }
-    uint16_t* const out =
-        static_cast<uint16_t*>(problem.out.data) + image * problem.out.image + head * problem.head_dim;
+    const int64_t first = image * problem.out.image + head * problem.head_dim;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float inverse = 1.0f / quad_sum(attention.softmax.sum[half]);
@@ -272,9 +285,8 @@ __global__ void __launch_bounds__(Tile<DIM, GROUPS>::THREADS, 1)
         for (int i = 0; i < DIM / 8; ++i) {
             const int column = i * 8 + lane % 4 * 2;
             if (column < problem.head_dim)
-                store_global(
-                    reinterpret_cast<uint32_t*>(out + row * problem.out.row + column),
-                    pack<T>(attention.o[4 * i + 2 * half] * inverse, attention.o[4 * i + 2 * half + 1] * inverse));
+                store_two<T>(problem, first + row * problem.out.row, head * int(problem.head_dim), column,
+                             attention.o[4 * i + 2 * half] * inverse, attention.o[4 * i + 2 * half + 1] * inverse);
         }
     }
 #endif

@@ -17,6 +17,9 @@ struct CudaSelfAttention {
     CudaRows q, k, v;  // read only; addresses and strides are multiples of 16 bytes
     CudaRows out;      // of the same type; address and strides are multiples of 4 bytes
     float scale;
+    // (heads * head_dim) or null: out is then int8, round(result * round_factors + round_shifts) to nearest, ties to even,
+    // within -128 ... 127, NaN as -128; address and strides are multiples of 2.
+    const float *round_factors, *round_shifts;
 };
 
 // How a warpgroup orders the products and the softmax of blocks of keys.

@@ -41,6 +41,8 @@ class Case:
     pitch: int = 0  # elements between the channels of out and residual, and between those of sources, in 16 bytes
     seed: int = 0
     run: int = 0  # positions of a run of statistics; 0: none are asked for
+    rounded_rows: bool = False  # of int8, that are multiplied as they are
+    rounded_result: bool = False  # to int8, whatever out_dtype is
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -65,13 +67,15 @@ class Problem:
     column_scales: Tensor | None = None
     sums: Tensor | None = None
     bias: Tensor | None = None
+    rounding: Tensor | None = None
     residual: Tensor | None = None
     out: Tensor = field(default_factory=lambda: torch.empty(0))
     statistics: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def tensors(self) -> list[tuple[Tensor, bool]]:
         """All of them, and whether they may be written."""
-        vectors = self.row_scales, self.row_zeros, self.column_scales, self.sums, self.bias, self.residual
+        scales = self.row_scales, self.row_zeros, self.column_scales, self.sums
+        vectors = *scales, self.bias, self.rounding, self.residual
         read = [*self.sources, self.weight, *vectors]
         return [(t, False) for t in read if t is not None] + [(self.out, True), (self.statistics, True)]
 
@@ -102,17 +106,24 @@ def make(case: Case) -> Problem:
     problem = Problem(case, sources, stored((case.n, k), case.dtype, generator))
     if eight:
         rows = case.batch if case.per_image else case.batch * case.sides[0] * case.sides[1]
-        problem.row_scales = torch.rand(rows, generator=generator) * 0.01 + 1e-3
+        if not case.rounded_rows:
+            problem.row_scales = torch.rand(rows, generator=generator) * 0.01 + 1e-3
         problem.column_scales = torch.rand(case.n, generator=generator) * 0.01 + 1e-3
     if case.dtype == torch.int8:
-        problem.row_zeros = torch.randint(-128, 128, (rows,), generator=generator).float()
+        if not case.rounded_rows:
+            problem.row_zeros = torch.randint(-128, 128, (rows,), generator=generator).float()
         problem.sums = problem.weight.sum(1, dtype=torch.int32).float()
     if case.bias:
         problem.bias = torch.randn(case.n, generator=generator)
     if case.residual is not None:
         problem.residual = poisoned((*places, case.out_columns), case.residual, case.pitch)
         problem.residual.copy_(torch.randn(problem.residual.shape, generator=generator))
-    problem.out = poisoned((*places, case.out_columns), case.out_dtype, case.pitch)
+    out_dtype = torch.int8 if case.rounded_result else case.out_dtype
+    problem.out = poisoned((*places, case.out_columns), out_dtype, case.pitch)
+    if case.rounded_result:  # what is stored then fills the range and goes beyond it
+        factors = torch.rand(case.out_columns, generator=generator) * 40 + 10
+        shifts = torch.randint(-40, 40, (case.out_columns,), generator=generator).float()
+        problem.rounding = torch.stack([factors, shifts])
     if case.run:
         runs = -(-case.sides[0] * case.sides[1] // case.run)
         problem.statistics = torch.full((case.batch, runs, 5, case.out_columns), float("nan"))
@@ -159,7 +170,11 @@ def run(cuda: ModuleType, p: Problem, instructions: str, device: Device = H200) 
         call.run(scratch.data_ptr() if scratch.numel() else 0, 0, torch.cuda.current_stream().cuda_stream)
         whole(p.out).copy_(whole(moved.out))
         p.statistics.copy_(moved.statistics)
-    if p.out._base is not None and p.out.numel():  # what lies between the rows stays as it was
+    if p.out.dtype == torch.int8:
+        between = whole(p.out).clone()
+        between.as_strided(p.out.shape, p.out.stride(), p.out.storage_offset()).fill_(-7)
+        assert (between == -7).all()
+    elif p.out._base is not None and p.out.numel():  # what lies between the rows stays as it was
         assert p.out._base.isnan().sum() == p.out._base.numel() - p.out.numel() + p.out.isnan().sum()
     return p.out
 
@@ -182,6 +197,7 @@ def prepare(cuda: ModuleType, p: Problem, instructions: str) -> tuple[Any, Tenso
         image_of(p.out),
         instructions,
         (p.statistics.data_ptr(), p.statistics.stride(0), case.run) if case.run else None,
+        None if p.rounding is None else [vector.data_ptr() for vector in p.rounding],
     )
     return call, torch.full((call.scratch(0) // 4,), float("nan"), device=p.weight.device)
 
@@ -214,10 +230,11 @@ def by_row(p: Problem, vector: Tensor) -> Tensor:
 def before_activation(p: Problem) -> Tensor:
     """What 8 bits must give bit by bit: exact sums, then the operations of the kernel in float32."""
     sums = rows_of(p) @ p.weight.double().T
-    if p.case.dtype == torch.int8:
+    if p.row_zeros is not None:
         sums = sums - by_row(p, p.row_zeros).double() * p.sums.double()
     assert sums.abs().max() < (2**31 if p.case.dtype == torch.int8 else 2**20)  # in steps of 2^-4
-    values = sums.float() * (by_row(p, p.row_scales) * p.column_scales)
+    scales = p.column_scales if p.row_scales is None else by_row(p, p.row_scales) * p.column_scales
+    values = sums.float() * scales
     return values if p.bias is None else values + p.bias
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vpd_fast import _native
+from vpd_fast.ops.rounding import round_columns
 from vpd_fast.ops.statistics import Statistics
 
 from ..ops.statistics_cases import assert_statistics
@@ -137,6 +138,59 @@ def test_tiles_of_160_columns(machine: ModuleType, dtype: torch.dtype, activatio
     if hasattr(machine, "shared_bytes"):
         run(machine, make(case), "wgmma_wide", H200._replace(processors=2))
         assert machine.shared_bytes() > 5 * (128 + 160) * 128  # of five stages of such tiles
+
+
+@paths_and_dtypes
+@pytest.mark.parametrize("activation", ["", "relu", "silu", "geglu"])
+@pytest.mark.parametrize(("residual", "pitch", "channels"), [(None, 0, 48), (torch.bfloat16, 3, 48), (None, 8, 1056)])
+def test_results_of_8_bits(machine: ModuleType, path: Path, dtype, activation, residual, pitch, channels) -> None:
+    """They are those of float32, rounded; also of sums that blocks share."""
+    case = Case(activation=activation, residual=residual, pitch=pitch, dtype=dtype, batch=2, channels=(channels,))
+    for n, processors in ((32, 132), (160, 2)) if activation == "geglu" else ((37, 132), (72, 132), (320, 2)):
+        rounded, device = make(replace(case, n=n, rounded_result=True)), path[1]._replace(processors=processors)
+        actual = run(machine, rounded, path[0], device)
+        numbers = make(replace(case, n=n))
+        assert rounded.rounding is not None
+        expected = round_columns(run(machine, replace(numbers, bias=rounded.bias), path[0], device), rounded.rounding)
+        assert torch.equal(actual, expected)
+
+
+def test_results_of_8_bits_by_the_wide_epilogue(cuda: ModuleType) -> None:
+    """It is another kernel than that of four columns per thread; what it leaves to that one is right, too."""
+    case = Case(activation="geglu", batch=2, n=320, height=16, width=16, rounded_rows=True, rounded_result=True)
+    device, shared, results = H200._replace(processors=2), [], []
+    for instructions in ("wgmma", "wgmma_wide"):
+        results.append(run(cuda, make(case), instructions, device))
+        shared.append(cuda.shared_bytes())
+    assert shared[0] != shared[1]
+    p = make(case)
+    assert p.rounding is not None
+    p.rounding = torch.zeros(2, 161)[:, 1:].copy_(p.rounding)  # at no multiple of 16 bytes
+    results.append(run(cuda, p, "wgmma_wide", device))
+    assert cuda.shared_bytes() != shared[1]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@paths
+@pytest.mark.parametrize("activation", ["", "geglu"])
+def test_rows_that_were_rounded_before(machine: ModuleType, instructions: str, device: Device, activation: str) -> None:
+    """They have neither scales nor zeros; of two sources, and of sums that blocks share."""
+    for channels, n in (((48, 32), 64), ((560, 496), 320)):
+        case = Case(channels=channels, n=n, activation=activation, rounded_rows=True, residual=torch.bfloat16)
+        check(machine, case, instructions, device)
+
+
+def test_results_of_8_bits_saturate(machine: ModuleType) -> None:
+    p = make(Case(dtype=torch.bfloat16, n=40, height=4, width=1, rounded_result=True, bias=False))
+    assert p.rounding is not None
+    p.rounding[0], p.rounding[1] = 1e30, 0.0
+    p.sources[0][0, 0], p.weight[:, 0] = 0.0, 1.0
+    p.sources[0][0, 0, 0, 0], p.sources[0][0, 1, 0, 0] = 1.0, float("nan")
+    for instructions, device in PATHS:
+        out = run(machine, p, instructions, device).view(4, 40)
+        assert (out[0] == 127).all()
+        assert (out[1] == -128).all()
 
 
 STATISTICS = [  # positions of a run, height, width, batch, kernel; what a tile's rows are

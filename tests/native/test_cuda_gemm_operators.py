@@ -74,6 +74,27 @@ def test_what_tests_allow_where_tensor_cores_add_few_bits(instructions: str, k: 
         gemm_cases.assert_same_as_reference(actual, reference, weight, exact_rows=True)
 
 
+@pytest.mark.parametrize("instructions", ["mma", "wgmma", "wgmma_wide"], indirect=True)
+def test_rounded_rows_and_results(instructions: str) -> None:
+    """The two layers of a feed-forward as an engine with static rows calls them, bit by bit but for the gelu."""
+    x, residual = randn(2, 21, 32, dtype=torch.bfloat16), randn(2, 21, 32, dtype=torch.bfloat16)
+    first, second = make_weight(256, 32, torch.int8), make_weight(32, 160, torch.int8)
+    rounding = torch.stack([30 + randn(160).abs(), 10 * randn(160).round()])
+    found = []
+    for impl in ("cuda", "triton"):
+        numbers = torch.empty(2, 21, 32, dtype=torch.int8)
+        options = {"rounding": rounding[:, :128], "x_rounding": rounding[:, 128:], "x_out": numbers, "impl": impl}
+        hidden = ops.linear(x, first, randn(256), norm="layer", activation="geglu", **options)
+        last = ops.linear(hidden if not found else found[0][0], second, randn(32), x2=numbers, residual=residual,
+                          out_dtype=torch.bfloat16, impl=impl)  # fmt: skip
+        found.append((hidden, numbers, last))
+    (hidden, *others), (same, *expected) = found
+    distance = (hidden.int() - same.int()).abs()
+    assert distance.max() <= 1
+    assert (distance > 0).sum() <= 0.001 * distance.numel()
+    assert all(torch.equal(actual, other) for actual, other in zip(others, expected, strict=True))
+
+
 @precisions
 def test_linear(instructions: str, precision: torch.dtype) -> None:
     """Rows that are prepared, two sources and such that are not, unaligned memory, and statistics of the result."""

@@ -63,17 +63,26 @@ def strides_of(x: torch.Tensor) -> tuple[int, int]:
 
 
 def run(
-    machine: ModuleType, case: Case, qkv: Tensors, order: str = "auto", groups: int = 0, device: Device = H200
+    machine: ModuleType,
+    case: Case,
+    qkv: Tensors,
+    order: str = "auto",
+    groups: int = 0,
+    device: Device = H200,
+    rounding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """out (B, N, heads * D)."""
-    out = padded((case.batch, case.n, case.heads * case.dim), case.dtype)
+    """out (B, N, heads * D), by a rounding in int8."""
+    shape = case.batch, case.n, case.heads * case.dim
+    out = padded(shape, case.dtype) if rounding is None else torch.zeros(shape, dtype=torch.int8)
     emulated = hasattr(machine, "configure")
     tensors = [*qkv, out]
     if emulated:
         machine.configure(device.processors, device.major, device.shared_limit, device.order)
-        machine.announce([(*memory_of(x), x is out) for x in tensors if x.numel()])
+        known = [*tensors, *([] if rounding is None else [rounding])]
+        machine.announce([(*memory_of(x), x is out) for x in known if x.numel()])
     else:
-        spans = [x.as_strided((memory_of(x)[1] // 2,), (1,)).cuda() for x in tensors]
+        rounding = rounding if rounding is None else rounding.cuda()
+        spans = [x.as_strided((memory_of(x)[1] // x.itemsize,), (1,)).cuda() for x in tensors]
         tensors = [span.as_strided(x.shape, x.stride(), 0) for span, x in zip(spans, tensors, strict=True)]
     machine.self_attention(
         tensors=[(x.data_ptr(), strides_of(x)) for x in tensors],
@@ -84,6 +93,7 @@ def run(
         groups=groups,
         device=0,
         stream=0,
+        rounding=(0, 0) if rounding is None else (rounding[0].data_ptr(), rounding[1].data_ptr()),
     )
     if not emulated:
         torch.cuda.synchronize()
@@ -125,6 +135,19 @@ def check(case: Case, qkv: Tensors, out: torch.Tensor, order: str = "auto") -> N
 def run_and_check(machine: ModuleType, case: Case, order: str = "auto", groups: int = 0) -> None:
     qkv = make(case)
     check(case, qkv, run(machine, case, qkv, order, groups), order)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(40, BF16), (80, FP16), (160, BF16)])
+def test_results_of_8_bits(machine: ModuleType, dim: int, dtype: torch.dtype) -> None:
+    """Within a step of the 16-bit result, rounded: of 20 steps for a distance of 1, it is up to half a unit away."""
+    case = Case(n=70, length=150, dim=dim, batch=2, dtype=dtype)
+    qkv, generator = make(case), torch.Generator().manual_seed(0)
+    factors = 20 + 20 * torch.rand(2 * dim, generator=generator)
+    rounding = torch.stack([factors, torch.randint(-120, 120, (2 * dim,), generator=generator).float()])
+    actual, plain = run(machine, case, qkv, rounding=rounding), run(machine, case, qkv)
+    distance = (actual.float() - (plain.float() * rounding[0] + rounding[1]).clamp(-128, 127)).abs()
+    assert (distance <= 0.501 + ROUNDOFF[dtype] * (plain.float() * rounding[0]).abs()).all()
+    assert {-128, 127} <= set(actual.unique().tolist())
 
 
 SIZES = [  # queries, keys, head dimension, warpgroups: one block of keys and more, full ones and not

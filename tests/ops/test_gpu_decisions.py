@@ -192,6 +192,29 @@ def test_cross_attention_by_wgmma_is_for_those_who_ask(gpu, monkeypatch) -> None
     assert ops.explain("cross_attention_maps", q, k, k, 2, -1.0)["wgmma"] == "the scale is negative (-1.0)"
 
 
+def test_who_rounds_results_to_8_bits(gpu, monkeypatch) -> None:
+    """Triton, and of CUDA C++ the GEMM and self-attention; whoever does not says so."""
+    gpu((9, 0))
+    monkeypatch.setattr(_native, "why_missing", lambda module: None)
+    monkeypatch.setattr("vpd_fast.ops._attention._cuda_scratch", lambda *_: 0)
+    q, k, into, rounding = (
+        empty(2, 64, 80),
+        empty(2, 7, 80),
+        empty(2, 64, 7, dtype=FLOAT32),
+        empty(2, 80, dtype=FLOAT32),
+    )
+
+    def who_refuses(name: str, *args: object) -> set[str]:
+        reasons = ops.explain(name, *args, rounding=rounding)
+        return {name for name, reason in reasons.items() if "to be rounded" in reason}
+
+    assert who_refuses("cross_attention_maps_into", q, k, k, into, 2) == {"cuda", "wgmma"}
+    assert who_refuses("self_attention", q, q, q, 2) == {"sdpa"}
+    copy = {"x_rounding": rounding, "x_out": empty(2, 64, 80, dtype=torch.int8)}
+    found = ops.explain("linear", q, weight_of(80, 80), norm="layer", rounding=rounding, **copy)
+    assert [found[name] for name in ("triton", "cuda", "cuda_rows")] == ["ok", "ok", "x itself is to be rounded, too"]
+
+
 @pytest.mark.skipif(NO_TRITON, reason="the reason is then another one")
 def test_8_bit_floats_need_a_newer_gpu(gpu) -> None:
     x, weight = empty(1, 64, 32), weight_of(32, 32, FLOAT8)

@@ -18,6 +18,7 @@ from vpd_fast import VPDConfig, ops
 from vpd_fast.bench.operations import ValuesAreFine, empty_engine
 from vpd_fast.bench.variants import conditioning
 from vpd_fast.config import PRECISIONS
+from vpd_fast.engine import Policy
 from vpd_fast.kernels import _library
 from vpd_fast.kernels.tables import Gpu
 
@@ -125,8 +126,8 @@ def _description(value: Any) -> Hashable:
 class EmptyModel:
     """A fast model without memory, whose launches can be recorded."""
 
-    def __init__(self, config: VPDConfig, precision: str) -> None:
-        self.model = empty_engine(config, precision, "cuda")
+    def __init__(self, config: VPDConfig, precision: str, policy: Policy | None = None) -> None:
+        self.model = empty_engine(config, precision, "cuda", policy)
 
     def record(
         self, batch: int, size: int, record: Record, architectures: Iterable[str] = tuple(GPUS),

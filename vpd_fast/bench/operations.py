@@ -23,10 +23,11 @@ from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench.engine_pass import Label, labelled
 from vpd_fast.bench.peaks import Device
 from vpd_fast.engine import Policy
-from vpd_fast.engine.build import build_layer
+from vpd_fast.engine.build import LayerInfo, build_layer
+from vpd_fast.engine.layers import Layer
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.engine.policy import ACTIVATIONS
-from vpd_fast.engine.specs import layer_specs
+from vpd_fast.engine.specs import Spec, layer_specs
 from vpd_fast.engine.workspace import Workspace, WorkspacePool
 
 WINOGRAD = {16: 4 / 9, 36: 1 / 4, 9: 1 / 4}  # products made, by taps, of those of a direct convolution
@@ -87,11 +88,18 @@ def workspaces(device: torch.device, kind: str) -> WorkspacePool:
     return pool
 
 
-def empty_engine(config: VPDConfig, precision: str, kind: str) -> FastVPD:
+def empty_engine(config: VPDConfig, precision: str, kind: str, policy: Policy | None = None) -> FastVPD:
     """The fast model for a kind of device, of tensors without memory: it can be called, but computes nothing."""
-    plain, dtype = VPD.empty(config).eval(), ACTIVATIONS[precision]
+    plain, dtype, policy = VPD.empty(config).eval(), ACTIVATIONS[precision], policy or Policy()
+
+    def build(spec: Spec) -> tuple[Layer, LayerInfo]:
+        rounding = None
+        if policy.has_static_rows(spec, precision):
+            rounding = torch.empty(2, spec.make()[0].shape[1], device="meta")
+        return build_layer(spec, precision, policy, dtype, device=kind, rounding=rounding)
+
     with ValuesAreFine():
-        built = [build_layer(spec, precision, Policy(), dtype, device=kind) for spec in layer_specs(plain)]
+        built = [build(spec) for spec in layer_specs(plain)]
     layers = {info.name: layer for layer, info in built}
     kept = {name: t for name, t in plain.state_dict().items() if FastVPD.is_conditioning(config, name)}
     model = FastVPD(config, kept, layers, tuple(info for _, info in built), precision)

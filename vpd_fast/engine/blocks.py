@@ -30,7 +30,9 @@ def apply_scale_shift(x: Tensor, scale_shift: Tensor) -> Tensor:
 
 def call(layer: GemmLayer, memory: Workspace, x: Tensor, norm_follows: bool = False, **options: Any) -> Tensor:
     """Returns layer(x) in memory of the workspace. norm_follows: a group norm is among the readers of the result."""
-    out = memory.take(layer.shape(x), layer.out_dtype)
+    if options.get("rounding") is not None:
+        options["out_dtype"] = torch.int8
+    out = memory.take(layer.shape(x), options.get("out_dtype", layer.out_dtype))
     statistics = memory.take_statistics(out, layer.parts) if norm_follows else None
     return layer(x, out=out, **options, **({} if statistics is None else {"statistics": statistics}))
 

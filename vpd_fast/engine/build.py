@@ -48,11 +48,13 @@ def build_layer(
     out_dtype: torch.dtype,
     scale: Tensor | None = None,
     device: str | None = None,
+    rounding: Tensor | None = None,
 ) -> tuple[Layer, LayerInfo]:
     """The layer of `spec` in an engine of `precision`, on the device of its weight.
 
     out_dtype: dtype of the activations. scale: (c,) factors of the input's channels; the weight is divided by them.
-    device: "cpu" or "cuda", the kind of device that the layer is for; None: that of the weight.
+    device: "cpu" or "cuda", the kind of device that the layer is for; None: that of the weight. rounding: of its input,
+    if what makes that rounds it; for linear layers of int8, instead of `scale`.
     """
     weight, bias = spec.make()
     weight, bias = weight.detach(), None if bias is None else bias.detach().float().clone()
@@ -67,6 +69,9 @@ def build_layer(
     settings: dict[str, Any] = dict(spec.settings)
     if spec.kind == "linear":
         kind: type[GemmLayer] = Linear
+        if rounding is not None:
+            weight, settings["input_rounding"] = weight.float() / rounding[0], rounding
+            reason = "; ".join(filter(None, (reason, "input rounded by what makes it")))
         packed, algorithm = PackedWeight.pack(weight[None].float(), dtype), "matrix product"
     else:
         matrices, choice = 0, f"stride {settings['stride']}"
@@ -76,6 +81,9 @@ def build_layer(
         kind, packed, settings = _convolution(weight, matrices, dtype, settings, spec.upsample)
         algorithm = PHASES if spec.upsample and not matrices else ALGORITHMS[matrices]
         reason = "; ".join(filter(None, (choice if spec.side else "", reason)))
+    if rounding is not None:
+        shifted = packed.unpack()[0] @ rounding[1]
+        bias = -shifted if bias is None else bias - shifted
     layer = kind(packed.for_device(weight.device), bias, out_dtype, scale, **settings)
     _require_finite(spec.name, layer, weight)
     info = LayerInfo(

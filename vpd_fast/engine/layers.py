@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vpd_fast import ops
 from vpd_fast.ops.packing import PackedWeight
+from vpd_fast.ops.rounding import round_columns
 
 L = TypeVar("L", bound="Layer")
 
@@ -106,20 +107,33 @@ class GemmLayer(Layer):
 
 @dataclass(frozen=True)
 class Linear(GemmLayer):
-    """Rows times a weight, with everything around it fused; see `vpd_fast.ops.linear`."""
+    """Rows times a weight, with everything around it fused; see `vpd_fast.ops.linear`.
+
+    input_rounding: (2,k) float32, factors and shifts by which what makes the layer's input rounds it to int8, for which
+    weight and bias are made (`rounded_rows` of `build.py`); None: the layer rounds each row itself.
+    """
 
     kind: ClassVar[str] = "linear"
     norm: str | None = None
     eps: float = 1e-5
+    input_rounding: Tensor | None = None
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out, statistics, bias."""
+        """(B,...,k) -> (B,...,n); options: x2, affine, residual, out, statistics, bias, rounding, x_rounding, x_out."""
         shape = x.shape[:-1]
-        for name in ("x2", "residual", "out"):
+        if self.input_rounding is not None and x.dtype != torch.int8:
+            x, options["x2"] = self._rounded(x, options.get("x2")), None
+        for name in ("x2", "residual", "out", "x_out"):
             if options.get(name) is not None:
                 options[name] = _rows(options[name])
-        out = ops.linear(_rows(x), **{**vars(self), **options})
+        settings = {name: value for name, value in vars(self).items() if name != "input_rounding"}
+        out = ops.linear(_rows(x), **{**settings, **options})
         return out.view(*shape, out.shape[-1])
+
+    def _rounded(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        """The input as the weight expects it, where nobody has rounded it."""
+        assert self.input_rounding is not None
+        return round_columns(x if x2 is None else torch.cat([x.float(), x2.float()], dim=-1), self.input_rounding)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -177,6 +191,10 @@ class Layers(dict[str, Layer]):
     def gemm(self, name: str) -> GemmLayer:
         """The layer of that name, which has a packed weight."""
         return cast("GemmLayer", self[name])
+
+    def linear(self, name: str) -> Linear:
+        """The layer of that name, which multiplies rows."""
+        return cast("Linear", self[name])
 
     def norm(self, name: str) -> GroupNorm:
         """The group norm of that name."""

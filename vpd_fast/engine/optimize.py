@@ -55,7 +55,7 @@ def optimize(
     if any(module.training for module in model.modules()):
         raise InputError("model is in training mode, and a fast model is for inference; call model.eval() first")
     specs = list(layer_specs(model))
-    policy, target = _check_choices(policy, specs, precision, device, model)
+    policy, target = _check_choices(policy, specs, precision, device, model, calibration is not None)
     measured = None
     if calibration is not None:
         if PRECISIONS[precision].itemsize > 1:
@@ -119,7 +119,8 @@ def _build_layers(
     with ProgressBar(len(specs), f"layers to {precision}", visible=progress) as bar:
         for spec in specs:
             scale = measured.scale(spec) if measured else None
-            layer, info = build_layer(spec, precision, policy, ACTIVATIONS[precision], scale, device.type)
+            rounding = measured.rounding(spec) if measured else None
+            layer, info = build_layer(spec, precision, policy, ACTIVATIONS[precision], scale, device.type, rounding)
             snr = measured.snr_db(spec, layer) if measured else None
             layers[spec.name] = layer.for_device(device)
             infos.append(replace(info, snr_db=snr))
@@ -133,6 +134,7 @@ def _check_choices(
     precision: str,
     device: torch.device | str | None,
     model: VPD,
+    is_calibrated: bool = False,
 ) -> tuple[Policy, torch.device]:
     """The policy and the device that were meant. Raises InputError where they do not fit each other or the layers."""
     policy = Policy() if policy is None else policy
@@ -141,6 +143,7 @@ def _check_choices(
     policy.check_names([spec.name for spec in specs if spec.kind != "group_norm"])
     target = _device(device, model)
     policy.check_device(precision, target)
+    policy.check_static_rows(precision, target, is_calibrated)
     return policy, target
 
 

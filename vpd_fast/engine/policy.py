@@ -5,11 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from vpd_fast.config import PRECISIONS as DTYPES
 from vpd_fast.errors import InputError, brief
+
+if TYPE_CHECKING:
+    from vpd_fast.engine.specs import Spec
 
 PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 # What the layers of an engine of that precision hand to each other.
@@ -37,6 +41,10 @@ class Policy:
     winograd: let 3x3 convolutions run as Winograd convolutions where that is faster, which is on CPUs only. They take
         16/9 of the memory of a direct convolution's weights, in float32 4 times.
     smoothing: with calibration, even out the ranges of the input channels of 8-bit layers.
+    static_rows: on GPUs, with calibration, let attention and the feed-forward's first layer round their results to
+        int8, by scales that the calibration images give, for the int8 layers that read them, which then launch nothing
+        but their product. Larger activations than those images have (by more than a quarter) are cut off. Not measured
+        on a GPU yet.
     emulate: allow precisions that the device has no instructions for. Their layers are computed in float32 with the
         same rounding, slowly: for the accuracy of an engine before one has the device.
     """
@@ -44,6 +52,7 @@ class Policy:
     precisions: Mapping[str, str] = field(default_factory=dict)
     winograd: bool = True
     smoothing: bool = True
+    static_rows: bool = False
     emulate: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +104,24 @@ class Policy:
                     f'precision "{name}" does not run on {device}: {reason}; use "bf16" or "int8", or '
                     "Policy(emulate=True) to find its accuracy, slowly"
                 )
+
+    def has_static_rows(self, spec: Spec, precision: str) -> bool:
+        """Whether, in an engine of `precision`, what makes the input of that layer rounds it."""
+        return self.static_rows and spec.static_rows and self.precision(spec.name, precision)[0] == torch.int8
+
+    def check_static_rows(self, precision: str, device: torch.device, is_calibrated: bool) -> None:
+        """Raises InputError if static rows are asked for where there are none."""
+        if not self.static_rows:
+            return
+        if precision != "int8":
+            raise InputError(f'policy.static_rows is for precision "int8", not {precision!r}')
+        if not is_calibrated:
+            raise InputError("policy.static_rows needs the ranges of activations: optimize(model, calibration=images)")
+        if device.type == "cpu" and not self.emulate:
+            raise InputError(
+                "policy.static_rows is for GPUs: on a CPU rows are rounded while they are in the cache; use "
+                "Policy(emulate=True) to find its accuracy, slowly"
+            )
 
     def check_names(self, names: list[str]) -> None:
         """Raises InputError if a pattern fits no layer with a precision: it would be silently ignored."""

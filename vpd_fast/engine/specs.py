@@ -28,6 +28,7 @@ class Spec:
     make: returns weight and bias in the model's dtype: (n,k) of a "linear" layer, (n,c,h,w) of a "conv", (c,) of a
         "group_norm". It is called when the layer is built, so that one layer at a time is in memory twice.
     side: height of a convolution's output at the model's image size. settings: of the layer (vpd_fast.engine.layers).
+    static_rows: what makes the layer's input is always the same and can round it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Spec:
     rewrites: tuple[str, ...] = ()
     side: int = 0
     upsample: bool = False
+    static_rows: bool = False
 
 
 def _parameters(module: nn.Module) -> Weight:
@@ -166,7 +168,7 @@ def _transformer(name: str, transformer: SpatialTransformer, tokens: int) -> Ite
     settings = {"norm": "layer", "eps": block.norm3.eps, "activation": "geglu"}
     yield Spec(f"{name}.ff1", "linear", ff1, settings, ("layer norm",))
     ff2 = partial(rewrites.merge_feed_forward, out, transformer.proj_out)
-    yield Spec(f"{name}.ff2", "linear", ff2, rewrites=("feed-forward", "concatenation"))
+    yield Spec(f"{name}.ff2", "linear", ff2, rewrites=("feed-forward", "concatenation"), static_rows=True)
 
 
 def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator[Spec]:
@@ -178,7 +180,7 @@ def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator
         return torch.cat([block.attn2.to_k.weight, block.attn2.to_v.weight]), None
 
     yield Spec(f"{name}.attn1.qkv", "linear", qkv, {"norm": "layer", "eps": block.norm1.eps}, ("qkv", "layer norm"))
-    yield Spec(f"{name}.attn1.out", "linear", partial(_parameters, block.attn1.to_out[0]))
+    yield Spec(f"{name}.attn1.out", "linear", partial(_parameters, block.attn1.to_out[0]), static_rows=True)
     if tokens == 1:
         values = partial(_parameters, block.attn2.to_v)
         yield Spec(f"{name}.attn2.v", "linear", values, rewrites=("one token",))
@@ -186,7 +188,8 @@ def _attention(name: str, block: BasicTransformerBlock, tokens: int) -> Iterator
         q = partial(rewrites.fold_layer_norm, block.attn2.to_q.weight, None, block.norm2)
         yield Spec(f"{name}.attn2.kv", "linear", kv, rewrites=("text",))
         yield Spec(f"{name}.attn2.q", "linear", q, {"norm": "layer", "eps": block.norm2.eps}, ("layer norm",))
-    yield Spec(f"{name}.attn2.out", "linear", partial(_parameters, block.attn2.to_out[0]))
+    out = partial(_parameters, block.attn2.to_out[0])
+    yield Spec(f"{name}.attn2.out", "linear", out, static_rows=tokens > 1)  # one token: runs once per text
 
 
 def _bn_conv(name: str, conv: nn.Module, bn: nn.Module, side: int) -> Spec:

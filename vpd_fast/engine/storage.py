@@ -161,6 +161,8 @@ def _require_layers(model: VPD, layers: dict[str, Layer], out_dtype: torch.dtype
             found = getattr(layer, setting)
             if type(found) is not type(value) or found != value:
                 raise ValueError(f"layer {name}: {setting} is {brief(found)}, expected {brief(value)}")
+        if not spec.static_rows and getattr(layer, "input_rounding", None) is not None:
+            raise ValueError(f"layer {name} has an input_rounding, but nothing rounds its input")
         _require_tensors(name, layer, shape, bias is not None)
 
 
@@ -173,7 +175,8 @@ def _expected_settings(spec: Spec, layer: Layer, shape: tuple[int, ...], out_dty
     if isinstance(layer, Conv2d):
         phases = {"kernel": (2, 2), "padding": (0, 0, 0, 0), "stride": 1}
         settings |= phases if spec.upsample else {"kernel": shape[2:]}
-    defaults = {f.name: f.default for f in fields(layer) if f.default is not MISSING and f.name != "scale"}
+    tensors = ("scale", "input_rounding")
+    defaults = {f.name: f.default for f in fields(layer) if f.default is not MISSING and f.name not in tensors}
     return defaults | settings | ({"out_dtype": out_dtype} if isinstance(layer, GemmLayer) else {})
 
 
@@ -189,11 +192,13 @@ def _require_tensors(name: str, layer: Layer, shape: tuple[int, ...], has_bias: 
         if layer.weight.matrices not in counts:
             raise ValueError(f"layer {name}: its weight has {layer.weight.matrices} matrices, expected {counts}")
         sizes = {"bias": shape[:1] if has_bias else None, "scale": shape[1:2]}
+        if isinstance(layer, Linear):
+            sizes["input_rounding"] = (2, shape[1])
     else:
         sizes = {"bias": shape[:1], "weight": shape[:1]}
     for part, size in sizes.items():
         vector = getattr(layer, part)
-        if vector is None and (part == "scale" or size is None):
+        if vector is None and (part in ("scale", "input_rounding") or size is None):
             continue
         if not isinstance(vector, Tensor) or tuple(vector.shape) != size or vector.dtype != torch.float32:
             found = "missing" if vector is None else f"{vector.dtype} {tuple(vector.shape)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +31,21 @@ class Outputs:
         self._levels: dict[int, Tensor] = {}  # (B, H*W, channels of everything) float32
         self._started: set[tuple[int, str]] = set()  # sums of level and kind that there is something in
 
-    def attend(self, kind: str, place: tuple[str, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention, with its maps added to the sum if maps of this layer are wanted."""
+    def attend(
+        self, kind: str, place: tuple[str, int], q: Tensor, k: Tensor, v: Tensor, rounding: Tensor | None
+    ) -> Tensor:
+        """Attention, with its maps added to the sum if maps of this layer are wanted; rounding: of its result."""
         weight = self._weights.get(place, {}).get(kind)
-        if weight is None and kind == "self":
-            return ops.self_attention(q, k, v, self._heads)
+        if weight is None and (kind == "self" or rounding is not None):
+            return ops.self_attention(q, k, v, self._heads, rounding=rounding)
         if weight is None:
             return ops.cross_attention_maps(q, k, v, self._heads, need_maps=False)[0]
         key = place[1], kind
         accumulate = key in self._started
         self._started.add(key)
         sums = self._sums(kind, place[1], q)
-        return ops.cross_attention_maps_into(q, k, v, sums, self._heads, weight=weight, accumulate=accumulate)
+        options = {"weight": weight, "accumulate": accumulate, "rounding": rounding}
+        return ops.cross_attention_maps_into(q, k, v, sums, self._heads, **options)
 
     def add_single_token(self, place: tuple[str, int], q: Tensor) -> None:
         """Set the cross-attention maps of one token to 1, which is the probability of an only token."""
@@ -121,21 +125,33 @@ def _transformer(
     t = call(layers.gemm(f"{name}.proj_in"), memory, x, **group_norm(layers, f"{name}.norm", memory, x))
     qkv = call(layers.gemm(f"{name}.attn1.qkv"), memory, t)
     q, k, v = qkv.flatten(1, 2).chunk(3, dim=-1)
-    attended, context = outputs.attend("self", place, q, k, v).view(x.shape), text[name]
+    project, context = layers.linear(f"{name}.attn1.out"), text[name]
+    attended = outputs.attend("self", place, q, k, v, project.input_rounding).view(x.shape)
     memory.give(qkv)
     if isinstance(context, tuple):
-        t = _replaced(memory, t, call(layers.gemm(f"{name}.attn1.out"), memory, attended, residual=t))
-        q = call(layers.gemm(f"{name}.attn2.q"), memory, t)
-        attended = outputs.attend("cross", place, q.flatten(1, 2), *context)
+        t = _replaced(memory, t, call(project, memory, attended, residual=t))
+        q, project = call(layers.gemm(f"{name}.attn2.q"), memory, t), layers.linear(f"{name}.attn2.out")
+        attended = outputs.attend("cross", place, q.flatten(1, 2), *context, project.input_rounding)
         memory.give(q)
-        t = _replaced(memory, t, call(layers.gemm(f"{name}.attn2.out"), memory, attended.view(x.shape), residual=t))
+        t = _replaced(memory, t, call(project, memory, attended.view(x.shape), residual=t))
     else:
-        t = _replaced(memory, t, _for_each_text(layers.gemm(f"{name}.attn1.out"), context, attended, t))
+        t = _replaced(memory, t, _for_each_text(project, context, attended, t))
         outputs.add_single_token(place, q)
-    hidden = call(layers.gemm(f"{name}.ff1"), memory, t)
-    out = call(layers.gemm(f"{name}.ff2"), memory, hidden, x2=t, residual=x, norm_follows=True)
-    memory.give(hidden)
-    memory.give(t)
+    return _feed_forward(layers, name, memory, t, x)
+
+
+def _feed_forward(layers: Layers, name: str, memory: Workspace, t: Tensor, x: Tensor) -> Tensor:
+    """Both layers, with the projection after them; the first may round what the second reads. Gives t back."""
+    first, second = layers.gemm(f"{name}.ff1"), layers.linear(f"{name}.ff2")
+    rounding, x2 = second.input_rounding, t
+    options: dict[str, Any] = {}
+    if rounding is not None:
+        x2, width = memory.take(tuple(t.shape), torch.int8), first.shape(t)[-1]
+        options = {"rounding": rounding[:, :width], "x_rounding": rounding[:, width:], "x_out": x2}
+    hidden = call(first, memory, t, **options)
+    out = call(second, memory, hidden, x2=x2, residual=x, norm_follows=True)
+    for used in {id(used): used for used in (hidden, x2, t)}.values():
+        memory.give(used)
     return out
 
 

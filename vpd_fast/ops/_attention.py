@@ -17,6 +17,7 @@ from vpd_fast.ops._choices import WORDS, Shape
 from vpd_fast.ops._dispatch import WRITTEN, SymInt, never_refuses
 from vpd_fast.ops._layout import address_and_strides, dtype_name, last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.rounding import put
 
 if TYPE_CHECKING:
     from vpd_fast.ops.cross_attention_maps_backward import CrossAttentionMapsBackwardArguments
@@ -95,6 +96,7 @@ class CrossAttentionMapsIntoArguments(MapsArguments):
     base: Tensor | None
     into: Annotated[Tensor, WRITTEN]
     accumulate: bool
+    rounding: Tensor | None
     average_heads = True
 
     def public(self) -> dict[str, Any]:
@@ -131,10 +133,17 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
 
 
+ROUNDING_REFUSED = "the result is to be rounded to int8, which this kernel does not do"
+
+
+def _rounding_of(p: AttentionArguments) -> Tensor | None:
+    return getattr(p, "rounding", None)
+
+
 def _reference(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     q, k, v = (split_heads(x, p.heads, maps_dtype(p.q)) for x in (p.q, p.k, p.v))
     probabilities = torch.softmax(q @ k.transpose(-2, -1) * p.scale, dim=-1)
-    out.copy_((probabilities @ v).transpose(1, 2).flatten(2))
+    put(out, (probabilities @ v).transpose(1, 2).flatten(2), _rounding_of(p))
     if maps is not None:
         _write_maps(p, probabilities.mean(1) if p.average_heads else probabilities, maps)
 
@@ -148,7 +157,7 @@ def _write_maps(p: Arguments, token_maps: Tensor, maps: Tensor) -> None:
 
 def _constant(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     """One token has all the attention whatever the query is."""
-    out.copy_(p.v.expand(out.shape))
+    put(out, p.v.expand(out.shape), _rounding_of(p))
     if maps is not None:
         _write_maps(p, torch.ones((1,) * maps.dim(), dtype=maps_dtype(p.q), device=p.q.device), maps)
 
@@ -163,6 +172,8 @@ def cpu_refuses(p: AttentionArguments) -> str | None:
         return f"q is on {p.q.device}, not on the CPU"
     if p.q.dtype == torch.float64:
         return "q is float64"
+    if _rounding_of(p) is not None:
+        return ROUNDING_REFUSED
     return _native.why_missing("_C")
 
 
@@ -210,7 +221,8 @@ def kernel_options(p: Arguments | CrossAttentionMapsBackwardArguments) -> dict[s
 def _triton(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     from vpd_fast.kernels import cross_attention_maps as kernels
 
-    kernels.forward(*p.contiguous_qkv, out, maps, p.addend, **kernel_options(p))
+    rounding = last_contiguous(_rounding_of(p))
+    kernels.forward(*p.contiguous_qkv, out, maps, p.addend, **kernel_options(p), rounding=rounding)
 
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -225,6 +237,8 @@ def _cuda_refuses(p: AttentionArguments) -> str | None:
         return f"q is {q.dtype}, not of 16 bits"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0"
+    if _rounding_of(p) is not None:
+        return ROUNDING_REFUSED
     missing = _native.why_missing("_C_cuda")
     if missing is not None:
         return missing
@@ -283,6 +297,8 @@ def _cuda(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
 
 
 def _wgmma_refuses(p: AttentionArguments) -> str | None:
+    if _rounding_of(p) is not None:
+        return ROUNDING_REFUSED
     from vpd_fast.kernels import _attention_cuda as kernel
 
     reason = kernel.refuse(p.q, p.k, p.v, p.heads, p.scale)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IMAGES = ("x", "x2", "residual", "out")
+IMAGES = ("x", "x2", "residual", "out", "rounding", "x_rounding")
+ROUNDED = torch.int8  # of activations whose columns were rounded by what made them (`rounding.py`)
 VECTORS = ("data", "scales", "weight_sums", "bias", "scale_shift", "input_scale", "ranges")
 CPU_DTYPES = (*WIDTHS,)  # of activations and weights in native kernels
 ACTIVATIONS = (None, "relu", "silu", "geglu")
@@ -74,6 +75,11 @@ class GemmArguments:
         }
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether the sources are numbers of 8 bits, which are multiplied as they are."""
+        return self.x.dtype == ROUNDED
+
+    @property
     def margins(self) -> Sequence[int]:
         """Zeros around the image that kernels for GPUs prepare: top, left, bottom, right."""
         return (0, 0, 0, 0)
@@ -86,7 +92,7 @@ class GemmArguments:
 
     def dense(self) -> Self:
         """These arguments with channels next to each other and contiguous vectors, copied where need be."""
-        images = {name: last_contiguous(getattr(self, name)) for name in IMAGES}
+        images = {name: last_contiguous(getattr(self, name, None)) for name in IMAGES}
         vectors = {name: contiguous(getattr(self, name, None)) for name in VECTORS}
         changed = {name: t for name, t in (images | vectors).items() if t is not getattr(self, name, None)}
         return replace(self, **changed) if changed else self
@@ -105,12 +111,12 @@ Checked = tuple[
 ]  # fmt: skip
 
 
-def check_sources(x: Any, x2: Any, words: str) -> int:
+def check_sources(x: Any, x2: Any, words: str, dtypes: Sequence[torch.dtype] = DTYPES) -> int:
     """The channels of both sources. Raises InputError unless they have dimensions of those words, the last channels."""
-    check_tensor("x", x, f"{words}1", DTYPES, "B")
+    check_tensor("x", x, f"{words}1", dtypes, "B")
     if x2 is None:
         return x.shape[-1]
-    check_tensor("x2", x2, f"{words}2", DTYPES, "B", **dict(zip(words.split(), x.shape, strict=False)))
+    check_tensor("x2", x2, f"{words}2", dtypes, "B", **dict(zip(words.split(), x.shape, strict=False)))
     return x.shape[-1] + x2.shape[-1]
 
 
@@ -149,10 +155,11 @@ def check_gemm(
     residual: Tensor | None,
     out: Tensor | None,
     out_dtype: torch.dtype | None,
+    out_dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Checked:
     """The arguments that all share, with memory for the result. Raises InputError unless they fit each other.
 
-    shape: of the result, by names of its dimensions. Sources and weight have been checked.
+    shape: of the result, by names of its dimensions. out_dtypes: it may have. Sources and weight have been checked.
     """
     channels = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
     if bias is not None:
@@ -163,11 +170,11 @@ def check_gemm(
         check_tensor("scale", scale, "C", DTYPES[:1], C=channels)
     if residual is not None:
         check_tensor("residual", residual, " ".join(shape), DTYPES, "B", **shape)
-    check_choice("out_dtype", out_dtype, (None, *DTYPES))
+    check_choice("out_dtype", out_dtype, (None, *out_dtypes))
     if out is None:
         out = x.new_empty(tuple(shape.values()), dtype=out_dtype or x.dtype)
     else:
-        check_tensor("out", out, " ".join(shape), DTYPES, "B", **shape)
+        check_tensor("out", out, " ".join(shape), out_dtypes, "B", **shape)
         check(out_dtype in (None, out.dtype), f"out must be of out_dtype={out_dtype}, got {out.dtype}")
         check_not_expanded("out", out)
     tensors = {"x": x, "x2": x2, "weight": weight.data, "bias": bias, "affine": affine, "scale": scale}
@@ -183,6 +190,8 @@ def cpu_refuses(call: GemmArguments) -> str | None:
     for tensor in (call.x, call.x2, call.data, call.residual, call.out):
         if tensor is not None and tensor.dtype not in CPU_DTYPES:
             return f"no native kernel computes in {dtype_name(tensor)}"
+    if call.is_rounded or call.out.dtype == ROUNDED or getattr(call, "x_out", None) is not None:
+        return "rows that were rounded before, and such that are to be, are for GPUs"
     if call.data.dim() == 3:
         return 'weight is laid out for a GPU; PackedWeight.for_device("cpu") changes that'
     if any(getattr(call, name, None) is not None for name in ("ranges", "statistics")):
@@ -227,6 +236,8 @@ def cuda_rows_refuses(call: GemmArguments) -> str | None:
     reason = cuda_refuses(call)
     if reason is not None:
         return reason
+    if getattr(call, "x_out", None) is not None:
+        return "x itself is to be rounded, too"
     from vpd_fast.kernels import _prologue_cuda
 
     return _prologue_cuda.refuse(call.x, call.x2, call.data.dtype)

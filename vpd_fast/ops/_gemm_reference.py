@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast.ops.packing import FLOAT8, PackedWeight, geglu_rows
-from vpd_fast.ops.rounding import range_of_rows, rounded_rows
+from vpd_fast.ops.rounding import put, range_of_rows, rounded_rows
 
 
 def concatenated(x: Tensor, x2: Tensor | None) -> Tensor:
@@ -24,13 +24,16 @@ def prologue(a: Tensor, scale_shift: Tensor | None, silu: bool, input_scale: Ten
     return a if input_scale is None else a * input_scale
 
 
-def gemm(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tensor:
+def gemm(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None, is_rounded: bool = False) -> Tensor:
     """Rows (B, ..., k) float32 times the weight, in its precision: (B, ..., n) float32.
 
-    ranges: (B, 2, parts), of whole images, from which 8-bit rows then have their scale.
+    ranges: (B, 2, parts), of whole images, from which 8-bit rows then have their scale. is_rounded: rows are whole
+    numbers already.
     """
     if weight.scales is None:
         return a.to(weight.dtype).float() @ weight.unpack()[0].T
+    if is_rounded:
+        return (a.double() @ weight.numbers()[0].double().T).float() * weight.scales[0]
     whole, scale = rounded_rows(a, weight.dtype, range_of_rows(a, ranges))
     if weight.dtype == FLOAT8:
         return (whole @ weight.numbers()[0].float().T) * (scale * weight.scales[0])
@@ -38,8 +41,15 @@ def gemm(a: Tensor, weight: PackedWeight, ranges: Tensor | None = None) -> Tenso
     return exact.float() * (scale * weight.scales[0])
 
 
-def epilogue(result: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor) -> None:
-    """Stores activation(result + bias) + residual."""
+def epilogue(
+    result: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+    rounding: Tensor | None = None,
+) -> None:
+    """Stores activation(result + bias) + residual, with `rounding` as int8."""
     result = result if bias is None else result + bias
     if activation == "geglu":
         order = geglu_rows(result.shape[-1] // 2).to(result.device)
@@ -47,4 +57,4 @@ def epilogue(result: Tensor, bias: Tensor | None, activation: str, residual: Ten
         result = values * F.gelu(gates)
     elif activation:
         result = F.relu(result) if activation == "relu" else F.silu(result)
-    out.copy_(result if residual is None else result + residual)
+    put(out, result if residual is None else result + residual, rounding)

@@ -33,12 +33,13 @@ from vpd_fast.ops._attention_checks import (
     flat_maps,
     maps_dtype,
 )
-from vpd_fast.ops._checks import FLOATS, check, check_flag, check_not_expanded
+from vpd_fast.ops._checks import FLOATS, check, check_flag, check_not_expanded, check_places
 from vpd_fast.ops._dispatch import LIBRARY, Implementation, Op, register
 from vpd_fast.ops.cross_attention_maps_backward import (
     CROSS_ATTENTION_MAPS_BACKWARD,
     CrossAttentionMapsBackwardArguments,
 )
+from vpd_fast.ops.rounding import check_rounding
 
 
 def cross_attention_maps(
@@ -111,6 +112,7 @@ def cross_attention_maps_into(
     weight: float = 1.0,
     accumulate: bool = False,
     addend: Tensor | None = None,
+    rounding: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`cross_attention_maps` whose maps go to memory of the caller.
@@ -121,9 +123,12 @@ def cross_attention_maps_into(
     accumulate: False: into = addend + weight * maps. True: into += weight * maps (float32, or float64 for float64).
     addend: (B, N, M), as in `cross_attention_maps`; not together with `accumulate`. It may be `into` itself, but must
         not overlap it otherwise.
+    rounding: (2, heads * D) float32, factors and shifts by which the output is rounded to int8
+        (`vpd_fast.ops.rounding`), without gradients; by "triton", "constant" and "reference".
     Others: as in `cross_attention_maps`. The maps carry no gradient; `out` does (then maps go through a temporary).
 
-    Returns out (B, N, heads * D). Raises InputError as `cross_attention_maps` does, and for an unsuitable `into`.
+    Returns out (B, N, heads * D), with a rounding int8. Raises InputError as `cross_attention_maps` does, and for an
+    unsuitable `into`.
 
         >>> sums = torch.empty(B, N, L)
         >>> for i, (q, k, v) in enumerate(layers):  # the mean over layers, on the fly
@@ -142,13 +147,19 @@ def cross_attention_maps_into(
     )
     check(not accumulate or addend is None, "give either accumulate=True or an addend")
     check_addend(addend, tuple(into.shape), maps_dtype(q), q.device)
+    check_rounding("rounding", rounding, q.shape[2])
+    if rounding is not None:
+        check_places(
+            "cross_attention_maps_into with a rounding", q.device, {"q": q, "k": k, "v": v, "rounding": rounding}
+        )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         functional = CrossAttentionMapsArguments(**shared, addend=addend, need_maps=True, average_heads=True)
         out, maps = CROSS_ATTENTION_MAPS(functional, impl)
         with torch.no_grad():
             into.add_(maps) if accumulate else into.copy_(maps)
         return out
-    arguments = CrossAttentionMapsIntoArguments(**shared, base=addend, into=into, accumulate=accumulate)
+    options = {"accumulate": accumulate, "rounding": rounding}
+    arguments = CrossAttentionMapsIntoArguments(**shared, base=addend, into=into, **options)
     return CROSS_ATTENTION_MAPS_INTO(arguments, impl)
 
 
@@ -186,7 +197,7 @@ def _fake(call: CrossAttentionMapsArguments) -> tuple[Tensor, Tensor]:
 
 
 def _fake_into(call: CrossAttentionMapsIntoArguments) -> Tensor:
-    return call.q.new_empty(call.q.shape)
+    return call.q.new_empty(call.q.shape, dtype=call.q.dtype if call.rounding is None else torch.int8)
 
 
 CROSS_ATTENTION_MAPS = register(

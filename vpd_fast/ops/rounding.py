@@ -1,6 +1,6 @@
-"""Rounding of activations to 8 bits, row by row, as `linear` and `conv2d` do it.
+"""Rounding of activations to 8 bits: row by row, as `linear` and `conv2d` do it, or column by column, as results.
 
-int8: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255,
+Rows. int8: with low = min(row, 0) and high = max(row, 0), scale = (high - low) / 255,
 zero = floor(-low / scale + 1/2) and u8 = round(x / scale + zero), so that x ~ scale * (u8 - zero) and 0 is exact. The
 products are summed exactly:
 
@@ -9,6 +9,11 @@ products are summed exactly:
 float8_e4m3fn: scale = max |row| / 448 and f8 = row / scale, rounded to nearest, ties to even; the products are
 summed in float32. In both, a row with an infinity or a NaN gives NaN throughout, and one whose scale would be below the
 smallest normal float32 is zero.
+
+Columns. Whoever makes a result may round it to int8 on the way, by a factor and a shift of each column that are known
+before (a `rounding`, (2, N) float32): stored = round(x * rounding[0] + rounding[1]), to nearest, ties to even, and
+within -128 ... 127. A product reads such numbers as they are: what they stand for is in its weight and its bias. They
+cannot hold what is not finite: infinities are the outermost numbers, and NaN is -128.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vpd_fast.ops._checks import check_tensor
 from vpd_fast.ops.packing import FLOAT8, MAX_8_BITS
 
 LEVELS = 255  # steps between the least and the largest 8-bit number
+LEAST, MOST = -128, 127
 Range = tuple[Tensor, Tensor]  # least and largest numbers, (..., 1)
 
 
@@ -57,3 +64,20 @@ def round_rows_to_float8(a: Tensor, known_range: Range | None = None) -> tuple[T
 def rounded_rows(a: Tensor, dtype: torch.dtype, known_range: Range | None = None) -> tuple[Tensor, Tensor]:
     """Rows (..., k) float32 rounded to that 8-bit type, less their zeros, as float32, and the scales (..., 1)."""
     return (round_rows_to_float8 if dtype == FLOAT8 else quantize_rows)(a, known_range)
+
+
+def round_columns(x: Tensor, rounding: Tensor) -> Tensor:
+    """Numbers (..., N) as int8, by a factor and a shift of each column, (2, N) float32."""
+    factor, shift = rounding.unbind(0)
+    return torch.nan_to_num(x.float() * factor + shift, nan=LEAST).clamp_(LEAST, MOST).round_().to(torch.int8)
+
+
+def put(out: Tensor, x: Tensor, rounding: Tensor | None) -> None:
+    """Stores x in out, with a rounding as int8."""
+    out.copy_(x if rounding is None else round_columns(x, rounding))
+
+
+def check_rounding(name: str, rounding: Tensor | None, columns: int) -> None:
+    """Raises InputError unless it is None or a factor and a shift of so many columns."""
+    if rounding is not None:
+        check_tensor(name, rounding, "2 N", (torch.float32,), "", **{"2": 2, "N": columns})

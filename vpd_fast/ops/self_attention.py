@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.ops._attention import AttentionArguments, no_autocast, split_heads, triton_refuses
+from vpd_fast.ops._attention import ROUNDING_REFUSED, AttentionArguments, no_autocast, split_heads, triton_refuses
 from vpd_fast.ops._attention_checks import QKV_DTYPES, check_attention, maps_dtype
-from vpd_fast.ops._checks import check, check_no_gradients, check_not_expanded, check_tensor
+from vpd_fast.ops._checks import check, check_not_expanded, check_places, check_tensor
 from vpd_fast.ops._choices import WORDS, Shape
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, register
-from vpd_fast.ops._layout import leading_strides
+from vpd_fast.ops._layout import last_contiguous, leading_strides
 from vpd_fast.ops.availability import triton_missing
+from vpd_fast.ops.rounding import check_rounding, put
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 MAX_SDPA_SCORES = 1 << 28  # at a time, where PyTorch's only kernels need a matrix of scores
@@ -38,6 +39,7 @@ def self_attention(
     scale: float | None = None,
     out: Tensor | None = None,
     *,
+    rounding: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Multi-head attention.
@@ -48,6 +50,8 @@ def self_attention(
     scale: of the scores, a number; None: D ** -0.5.
     out: where the result goes, of q's shape and dtype, any strides but expanded; must not share memory with the inputs.
         None: allocated.
+    rounding: (2, heads * D) float32, factors and shifts by which the result is rounded to int8, which `out` then is
+        (`vpd_fast.ops.rounding`); by "triton", "cuda" and "reference".
     impl: "auto", "cpu", "triton", "sdpa" (PyTorch's scaled_dot_product_attention), "cuda" (wgmma, for heads of up to
         160 channels and GPUs of compute capability 9.0; never by "auto" yet) or "reference".
 
@@ -59,17 +63,19 @@ def self_attention(
         >>> out = self_attention(q, k, v, heads=8)
     """
     scale = check_attention(q, k, v, heads, scale)
-    if out is None:
-        out = q.new_empty(q.shape)
     batch, length, width = q.shape
-    check_tensor("out", out, "B N heads*D", QKV_DTYPES, "B N", B=batch, N=length, **{"heads*D": width})
+    check_rounding("rounding", rounding, width)
+    dtype = q.dtype if rounding is None else torch.int8
+    if out is None:
+        out = q.new_empty(q.shape, dtype=dtype)
+    check_tensor("out", out, "B N heads*D", (*QKV_DTYPES, dtype), "B N", B=batch, N=length, **{"heads*D": width})
     check(
-        out.dtype == q.dtype and out.device == q.device,
-        f"out must be {q.dtype} on {q.device} as q is, got {out.dtype} on {out.device}",
+        out.dtype == dtype and out.device == q.device,
+        f"out must be {dtype} on {q.device} as q is, got {out.dtype} on {out.device}",
     )
     check_not_expanded("out", out)
-    check_no_gradients("self_attention", {"q": q, "k": k, "v": v, "out": out})
-    SELF_ATTENTION(SelfAttentionArguments(q=q, k=k, v=v, heads=heads, scale=scale, out=out), impl)
+    check_places("self_attention", q.device, {"q": q, "k": k, "v": v, "out": out, "rounding": rounding})
+    SELF_ATTENTION(SelfAttentionArguments(q=q, k=k, v=v, heads=heads, scale=scale, out=out, rounding=rounding), impl)
     return out
 
 
@@ -78,13 +84,14 @@ class SelfAttentionArguments(AttentionArguments):
     """Arguments of the operator; see the public function."""
 
     out: Annotated[Tensor, WRITTEN]
+    rounding: Tensor | None
 
 
 def _reference(call: SelfAttentionArguments) -> None:
     with no_autocast(call.q.device):
         q, k, v = (split_heads(x, call.heads, maps_dtype(call.q)) for x in (call.q, call.k, call.v))
         probabilities = torch.softmax(q @ k.transpose(-2, -1) * call.scale, dim=-1)
-        call.out.copy_((probabilities @ v).transpose(1, 2).flatten(2))
+        put(call.out, (probabilities @ v).transpose(1, 2).flatten(2), call.rounding)
 
 
 def _cpu_refuses(call: SelfAttentionArguments) -> str | None:
@@ -92,6 +99,8 @@ def _cpu_refuses(call: SelfAttentionArguments) -> str | None:
         return f"q is on {call.q.device}, not on the CPU"
     if call.q.dtype not in CPU_DTYPES:
         return f"q is {call.q.dtype}, not {' or '.join(map(str, CPU_DTYPES))}"
+    if call.rounding is not None:
+        return ROUNDING_REFUSED
     return _native.why_missing("_C")
 
 
@@ -118,7 +127,8 @@ def _triton(call: SelfAttentionArguments) -> None:
         wide.forward(*call.contiguous_qkv, result, heads=call.heads, scale=call.scale)
     else:
         options = {"heads": call.heads, "scale": call.scale, "weight": 1.0, "categories": None, "average_heads": True}
-        narrow.forward(*call.contiguous_qkv, result, None, None, **options)
+        rounding = last_contiguous(call.rounding)
+        narrow.forward(*call.contiguous_qkv, result, None, None, **options, rounding=rounding)
     if result is not out:
         out.copy_(result)
 
@@ -132,6 +142,8 @@ def _triton_refuses(call: SelfAttentionArguments) -> str | None:
     from vpd_fast.kernels import cross_attention_maps as narrow
     from vpd_fast.kernels import self_attention as wide
 
+    if call.sizes[-1] > narrow.MAX_HEAD_DIM and call.rounding is not None:
+        return ROUNDING_REFUSED
     if call.sizes[-1] > narrow.MAX_HEAD_DIM:
         return wide.refuse(call.q, call.k, call.v)
     return triton_refuses(call)
@@ -141,6 +153,8 @@ def _sdpa_refuses(call: SelfAttentionArguments) -> str | None:
     q = call.q
     if q.device.type not in ("cpu", "cuda"):
         return f"q is on {q.device}, neither on the CPU nor on a GPU"
+    if call.rounding is not None:
+        return ROUNDING_REFUSED
     # PyTorch has only the reference's way for it on a GPU; float64 is for exactness, so it goes there everywhere.
     return "q is float64" if q.dtype == torch.float64 else None
 
@@ -184,7 +198,8 @@ def _cuda(call: SelfAttentionArguments) -> None:
     from vpd_fast.kernels import _attention_cuda as kernel
 
     result = out if kernel.writable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-    kernel.forward(call.q, call.k, call.v, result, heads=call.heads, scale=call.scale)
+    rounding = last_contiguous(call.rounding)
+    kernel.forward(call.q, call.k, call.v, result, heads=call.heads, scale=call.scale, rounding=rounding)
     if result is not out:
         out.copy_(result)
 

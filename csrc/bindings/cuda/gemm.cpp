@@ -12,6 +12,7 @@ using Strides = std::array<int64_t, 3>;
 using Source = std::tuple<uintptr_t, Strides, int64_t>;
 using Image = std::tuple<uintptr_t, std::string, Strides>;
 using Statistics = std::tuple<uintptr_t, int64_t, int64_t>;
+using Rounding = std::array<uintptr_t, 2>;
 
 CudaActivation parse_activation(const std::string& name) {
     if (name.empty()) return CudaActivation::none;
@@ -46,7 +47,8 @@ struct Call {
     Call(const std::vector<Source>& sources, const std::string& dtype, const std::array<int64_t, 5>& shape,
          const std::array<int64_t, 5>& geometry, uintptr_t weight, int64_t n, const std::array<uintptr_t, 4>& scales,
          bool scale_per_image, uintptr_t bias, const std::string& activation, const std::optional<Image>& residual,
-         const Image& out, const std::string& instructions_, const std::optional<Statistics>& statistics)
+         const Image& out, const std::string& instructions_, const std::optional<Statistics>& statistics,
+         const std::optional<Rounding>& rounding)
         : operand(parse_operand(dtype)), instructions(parse_instructions(instructions_)) {
         CudaGemm& p = problem;
         if (sources.empty() || sources.size() > 2) throw std::invalid_argument("there must be one or two sources");
@@ -60,7 +62,13 @@ struct Call {
         p.row_scales = floats(scales[0]), p.row_zeros = floats(scales[1]);
         p.column_scales = floats(scales[2]), p.weight_sums = floats(scales[3]);
         p.scale_per_image = scale_per_image, p.bias = floats(bias), p.activation = parse_activation(activation);
-        p.out = positions(std::get<0>(out), std::get<2>(out)), p.out_dtype = parse_dtype(std::get<1>(out));
+        p.out = positions(std::get<0>(out), std::get<2>(out));
+        if (rounding.has_value() != (std::get<1>(out) == "int8"))
+            throw std::invalid_argument("a result of int8, and only that, has a rounding");
+        if (rounding)
+            p.round_factors = floats((*rounding)[0]), p.round_shifts = floats((*rounding)[1]);
+        else
+            p.out_dtype = parse_dtype(std::get<1>(out));
         if (residual) {
             p.residual = positions(std::get<0>(*residual), std::get<2>(*residual));
             p.residual_dtype = parse_dtype(std::get<1>(*residual));
@@ -86,15 +94,17 @@ void bind_gemm(py::module_& m) {
         "sources and weight. shape: (B, H, W, H', W'). geometry: kernel height, width, stride, top, left. weight:\n"
         "address. scales: addresses of row scales, row zeros, column scales and weight sums, or 0. bias: address or 0.\n"
         "residual: None or (address, dtype, strides); out likewise. instructions: auto, mma, wgmma,\n"
-        "wgmma_wide, wgmma_persistent or wgmma_cluster. statistics: None or (address, stride of images, positions of a run). All memory must live until\n"
-        "a run has ended.")
+        "wgmma_wide, wgmma_persistent or wgmma_cluster. statistics: None or (address, stride of images, positions of a\n"
+        "run). rounding: None or, for out in int8, addresses of factors and shifts of its columns. All memory must live\n"
+        "until a run has ended.")
         .def(py::init<const std::vector<Source>&, const std::string&, const std::array<int64_t, 5>&,
                       const std::array<int64_t, 5>&, uintptr_t, int64_t, const std::array<uintptr_t, 4>&, bool,
                       uintptr_t, const std::string&, const std::optional<Image>&, const Image&, const std::string&,
-                      const std::optional<Statistics>&>(),
+                      const std::optional<Statistics>&, const std::optional<Rounding>&>(),
              py::arg("sources"), py::arg("dtype"), py::arg("shape"), py::arg("geometry"), py::arg("weight"),
              py::arg("n"), py::arg("scales"), py::arg("scale_per_image"), py::arg("bias"), py::arg("activation"),
-             py::arg("residual"), py::arg("out"), py::arg("instructions") = "auto", py::arg("statistics") = py::none())
+             py::arg("residual"), py::arg("out"), py::arg("instructions") = "auto", py::arg("statistics") = py::none(),
+             py::arg("rounding") = py::none())
         .def(
             "scratch",
             [](const Call& call, int device) {
