@@ -61,6 +61,7 @@ def test_a_regression_fails_and_noise_does_not(benchmarks, tmp_path) -> None:
         "variant": "cpu avx2",
         "speedup": 4.0,
         "over_sdpa": 2.0,
+        "p50_ms": 2.0,
     }
 
     noisy = KERNEL | {"speedup": 4.0 * (1 - NOISE) + 0.01, "over_sdpa": 0.1, "p50_ms": 90.0, "rounds": 3}
@@ -68,6 +69,8 @@ def test_a_regression_fails_and_noise_does_not(benchmarks, tmp_path) -> None:
     assert code == 0
     assert "1 of 1 rows compared" in printed
     slower = KERNEL | {"speedup": 4.0 * (1 - NOISE) - 0.01, "over_sdpa": 1.4}
+    assert benchmarks([*ROWS[:2], slower])[0] == 0  # its own time is the same: the others have become faster
+    slower["p50_ms"] = 2.0 / (1 - NOISE) + 0.01
     code, printed = benchmarks([*ROWS[:2], slower])
     assert code == 1
     assert "SLOWER: example, 64x64, 2, cpu avx2: speedup was 4.0, now 2.99, over_sdpa was 2.0, now 1.4" in printed
@@ -88,5 +91,5 @@ def test_what_is_compared(tmp_path) -> None:
     assert stored.slower(gated("conv2d", [KERNEL | {"speedup": 0.1}])) == ([], 0)
     assert stored.slower(gated("linear", [KERNEL | {"speedup": 0.1, "over_sdpa": 0.1}]))[1] == 1
     assert gated("engine", [WORDS | {"variant": "fp32", "over": "plain", "speedup": 3.0, "p50_ms": 1.0}]) == [
-        {"suite": "engine", "case": "64x64", "threads": 2, "variant": "fp32", "speedup": 3.0}
+        {"suite": "engine", "case": "64x64", "threads": 2, "variant": "fp32", "speedup": 3.0, "p50_ms": 1.0}
     ]

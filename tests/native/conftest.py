@@ -83,7 +83,7 @@ def compile_commands() -> list[list[str]]:
     together = [word for path in bindings if path.exists() for word in ("-include", str(path))]
     sources[ROOT / "csrc/bindings/probes/probes.cpp"] = ["-O0", *python, *together]
     sources |= {path: ["-O2", *python] for path in sorted(EMULATION.glob("*.cpp"))}
-    common = ["g++", "-std=c++17", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
+    common = ["g++", "-std=c++17", "-w", "-Wno-psabi", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
     common += [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
     return [[*common, *flags, "-c", str(source)] for source, flags in sources.items()]
 

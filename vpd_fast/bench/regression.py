@@ -6,6 +6,7 @@ Times depend on what else a machine does; ratios of variants that took turns do 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ Key = tuple[tuple[str, Any], ...]
 NOISE = 0.25
 # Whole numbers and words say what was measured, decimal numbers what came out, except for these words and numbers.
 RESULTS = ("rounds", "error", "parity", "over")
+TIME = "p50_ms"  # the median
 # First words of the variants that are not ours, among them what the others are compared with.
 PEERS = ("eager", "sdpa", "compiled", "onednn", "cublas", "cudnn", "pytorch", "reference", "plain")
 
@@ -64,9 +66,10 @@ def regressions(old: dict[Key, Row], new: dict[Key, Row], tolerance: float) -> l
 
 
 def gated(suite: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows of our own variants, reduced to what they are about and their ratios."""
+    """The rows of our own variants, reduced to what they are about, their ratios and their median time."""
     ours = [row for row in rows if str(row["variant"]).split()[0] not in PEERS and row["variant"] != row.get("over")]
-    return [{"suite": suite} | words(row) | ratios(row) for row in ours if ratios(row)]
+    kept = [(row, {name: row[name] for name in (TIME,) if name in row}) for row in ours if ratios(row)]
+    return [{"suite": suite} | words(row) | ratios(row) | time for row, time in kept]
 
 
 class StoredRatios:
@@ -84,15 +87,19 @@ class StoredRatios:
         """One line for each of these rows that is slower than stored, and how many were compared.
 
         A kernel that is slower has lost against everything beside it. So a row with several ratios, to eager PyTorch
-        and to SDPA for example, is slower if each of them fell below what is stored by more than NOISE.
+        and to SDPA for example, is slower if each of them fell below what is stored by more than NOISE, and if its own
+        time rose as much, where both are known: libraries choose other kernels from day to day, and then only they
+        differ.
         """
         stored = {key_of(row): row for row in json.loads(self.path.read_text(encoding="utf-8"))["rows"]}
         lines, compared = [], 0
         for row in rows:
-            before, now = ratios(stored.get(key_of(row), {})), ratios(row)
+            then = stored.get(key_of(row), {})
+            before, now = ratios(then), ratios(row)
             common = sorted(before.keys() & now.keys())
             compared += bool(common)
-            if common and all(now[name] < before[name] * (1 - NOISE) for name in common):
+            longer = row.get(TIME, math.inf) * (1 - NOISE) > then.get(TIME, 0)
+            if common and longer and all(now[name] < before[name] * (1 - NOISE) for name in common):
                 name = ", ".join(str(value) for value in words(row).values())
                 lines.append(f"{name}: " + ", ".join(f"{r} was {before[r]}, now {now[r]}" for r in reversed(common)))
         return lines, compared
