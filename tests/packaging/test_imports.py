@@ -7,7 +7,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,12 @@ def test_native_modules_say_how_they_were_built(module: str, folder: str) -> Non
     source = (ROOT / "csrc/bindings" / folder / "module.cpp").read_text()
     assert f"PYBIND11_MODULE({module}, m)" in source
     assert 'm.attr("build_info")' in source
+
+
+def test_no_script_hides_a_library() -> None:
+    """The folder of a script that is run comes first where Python looks for modules."""
+    libraries = list({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    folders = [ROOT / name for name in ("benchmarks", "examples", "examples/shapes")]
+    scripts = [path for folder in folders for path in folder.glob("*.py")]
+    assert scripts
+    assert [path.name for path in scripts if PathFinder.find_spec(path.stem, libraries)] == []

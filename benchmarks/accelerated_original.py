@@ -1,8 +1,8 @@
 """What `accelerate` makes of the original's model: seconds per image before and after, beside our own model.
 
-`python benchmarks/accelerate.py [--size 512] [--rounds 3] [--device cpu]` runs segmentation at full size with random
-weights, on a model with the original's structure (tests/interop/original_models.py). Rounds of the ways alternate;
-printed are medians, their ratio to the original's, and the relative difference of the logits.
+`python benchmarks/accelerated_original.py [--size 512] [--rounds 3] [--device cpu]` runs segmentation at full size with
+random weights, on a model with the original's structure (tests/interop/original_models.py). Rounds of the ways
+alternate; printed are medians, their ratio to the original's, and the relative difference of the logits.
 """
 
 from __future__ import annotations
