@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,9 +151,24 @@ def measure(predictor: BatchPredictor[Any], photo: Path, overlay: str, count: in
     return Run(milliseconds, overlay, count / wall, 1e3 * spent / count, None if math.isnan(grown) else grown)
 
 
-def median_run(runs: Sequence[Run]) -> Run:
-    """Return the run of the median speed."""
-    return sorted(runs, key=lambda run: run.images_per_second)[len(runs) // 2]
+def median_runs(
+    predictors: Sequence[BatchPredictor[Any]],
+    photo: Path,
+    overlays: Sequence[str],
+    count: int,
+    rounds: int,
+    on_run: Callable[[], object],
+) -> list[Run]:
+    """Return, for each predictor and overlay, the run of the median speed of `rounds`. on_run: called after each."""
+    measure(predictors[0], photo, overlays[-1], 2 * predictors[0].batch_size)  # caches
+    chosen = []
+    for predictor, overlay in product(predictors, overlays):
+        runs = []
+        for _ in range(rounds):
+            runs.append(measure(predictor, photo, overlay, count))
+            on_run()
+        chosen.append(sorted(runs, key=lambda run: run.images_per_second)[rounds // 2])
+    return chosen
 
 
 def model_alone(predictor: BatchPredictor[Any], photo: Path, seconds: float = 2.0) -> float:

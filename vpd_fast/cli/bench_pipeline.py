@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,15 +79,8 @@ def pipeline(
         else:
             predictor, answer, about = _model(model_options, path, batch_size)
             devices, alone = [predictor], measuring.model_alone(predictor, path)
-        runs = []
         with ProgressBar(len(devices) * len(OVERLAYS) * rounds) as bar:
-            measuring.measure(devices[0], path, "jpg", 2 * batch_size)  # caches
-            for part, overlay in product(devices, OVERLAYS):
-                found = []
-                for _ in range(rounds):
-                    found.append(measuring.measure(part, path, overlay, images))
-                    bar.update(advance=1)
-                runs.append(measuring.median_run(found))
+            runs = measuring.median_runs(devices, path, OVERLAYS, images, rounds, lambda: bar.update(advance=1))
         by_stage = measuring.stages(predictor, answer, path)
         if alone is not None:
             alone = (alone + measuring.model_alone(predictor, path)) / 2
