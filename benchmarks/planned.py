@@ -1,4 +1,4 @@
-"""Predicted gains of planned steps (planned_steps.json), beside what is measured."""
+"""Predicted gains of planned steps (planned_steps.json), beside what is measured, and of steps that are left out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 FILE = Path(__file__).with_name("planned_steps.json")
 
 
+def _content() -> dict[str, Any]:
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
 def steps(precision: str, batch: int, measured: float | None) -> list[dict[str, Any]]:
     """A row for each planned step: predicted ms per image and gain, and whether the measured ms per image are there.
 
     Empty for a precision or a batch that nothing is predicted for.
     """
-    content = json.loads(FILE.read_text(encoding="utf-8"))
+    content = _content()
     rows: list[dict[str, Any]] = []
     for step in content["steps"] if batch == content["batch"] else ():
         if precision not in step:
@@ -25,3 +29,16 @@ def steps(precision: str, batch: int, measured: float | None) -> list[dict[str, 
             row |= {"measured_ms": round(measured, 3), "reached": "yes" if measured <= step[precision] else "no"}
         rows.append(row)
     return rows
+
+
+def left_out(precision: str, batch: int) -> list[dict[str, Any]]:
+    """A row for each step that is not planned because too little is predicted: its gain in ms per image, and why.
+
+    Empty for a precision or a batch that nothing is predicted for.
+    """
+    content = _content()
+    return [
+        {"left out": step["step"], "gain_ms": step[precision], "why": step["why"]}
+        for step in (content["left_out"] if batch == content["batch"] else ())
+        if precision in step
+    ]

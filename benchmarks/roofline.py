@@ -161,7 +161,8 @@ def show(result: dict[str, Any], case: Case, most: int) -> None:
     if (case.size, case.task) == (512, "segmentation"):
         measured = total["ms"] / case.batch if "ms" in total else None
         steps = planned.steps(case.precision, case.batch, measured)
-        print(f"\nplanned, ms per image\n{table(steps)}" if steps else "", end="\n" if steps else "")
+        left_out = planned.left_out(case.precision, case.batch)
+        print(f"\nplanned, ms per image\n{table(steps)}\n{table(left_out)}" if steps else "", end="\n" if steps else "")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,9 +1,12 @@
 """Statistics of GroupNorm as a scale and a shift per channel.
 
 `_statistics.py` finds statistics of runs of positions, or the product that made the activations did. `_merge_kernel`, a
-program per image and group, puts those of the group's channels together in float64 (Chan, Golub, LeVeque, 1979).
-Partial results are per channel, so a group may have channels of both sources, and the order of all sums is fixed: no
-atomics.
+program per image and group, puts those of the group's channels together in float64, reading each once: sums of
+deviations and of their squares about the mean of the group's first run (Chan, Golub, LeVeque, 1979). That run is one of
+those that make the variance, so no square is much larger than the sum. Partial results are per channel, so a group may
+have channels of both sources, and the order of all sums is fixed: no atomics.
+
+A program waits for memory, not for arithmetic, so all runs of up to 2048 numbers of a plane are on their way together.
 
 From the least and the largest number of each channel follows where what comes next will be: scale and shift are
 monotone, and SiLU has one minimum. Kernels that round to 8 bits need that range.
@@ -16,7 +19,8 @@ import triton.language as tl
 from vpd_fast.kernels._common import launch, multiprocessors
 from vpd_fast.kernels._statistics import CHANNELS, PLANES, POSITIONS, partial
 
-MAX_MERGED = 512  # partial results at a time
+MAX_MERGED = 2048  # partial results of a plane at a time
+MERGED_PER_WARP = 256  # of them
 MAX_GROUP_CHANNELS = 8192  # channels, which a program has in registers
 SILU_ARGMIN = tl.constexpr(-1.2784645)  # where SiLU is least
 SILU_MIN = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
@@ -25,7 +29,7 @@ SILU_MIN = tl.constexpr(-0.27846456)  # and how much it is there, rounded down
 @triton.jit
 def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, plane):
     """A plane of statistics of the channels `columns` of both sources, zero outside."""
-    first = inside & (columns < width)
+    first = inside if source2 is None else inside & (columns < width)
     places = rows[:, None] * (PLANES * width) + plane * width + columns[None, :]
     value = tl.load(source + places, mask=(rows < runs)[:, None] & first[None, :], other=0.0)
     if source2 is not None:
@@ -36,19 +40,28 @@ def _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, p
 
 
 @triton.jit
-def _counts(rows, columns, positions, run, runs, width, run2, runs2):
-    """Numbers behind each statistic (rows, columns) in float64, 0 beyond the last run."""
+def _counts(rows, columns, positions, run, runs, width, source2, run2, runs2):
+    """Numbers behind each statistic (rows, columns) in float64, 0 beyond the last run; (rows, 1) of one source."""
     count = tl.where(rows < runs, tl.minimum(positions - rows * run, run), 0)[:, None]
-    count2 = tl.where(rows < runs2, tl.minimum(positions - rows * run2, run2), 0)[:, None]
-    return tl.where((columns < width)[None, :], count, count2).to(tl.float64)
+    if source2 is not None:
+        count2 = tl.where(rows < runs2, tl.minimum(positions - rows * run2, run2), 0)[:, None]
+        count = tl.where((columns < width)[None, :], count, count2)
+    return count.to(tl.float64)
+
+
+@triton.jit
+def _mean(source, runs, width, source2, runs2, width2, rows, columns, inside):
+    """Means of statistics (rows, columns) in float64, zero outside."""
+    mean = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64)
+    return mean + _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=("run", "runs", "run2", "runs2", "positions", "groups"))
 def _merge_kernel(
     source, source_b, run, runs, width, source2, source2_b, run2, runs2, width2, positions, weight, bias, out,
-    ranges, next_scale, eps, groups, SILU: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr,
+    ranges, next_scale, eps, groups, SILU: tl.constexpr, RUNS: tl.constexpr, ONCE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: images x groups. RUNS: runs at a time; WIDTH: channels of a group, rounded up."""
+    """Axis 0: images x groups. RUNS: runs at a time, all of them if ONCE; WIDTH: channels of a group, rounded up."""
     b = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
     channels = width + width2
@@ -59,36 +72,38 @@ def _merge_kernel(
     source += b * source_b
     if source2 is not None:
         source2 += b * source2_b
+    share = 1.0 / (tl.cast(positions, tl.float64) * own)
+    # Loaded with the statistics, and used behind them: memory is waited for once.
+    scale = tl.load(weight + columns, mask=inside, other=0.0)
+    shift = tl.load(bias + columns, mask=inside, other=0.0)
+    if next_scale is not None:
+        factor = tl.load(next_scale + columns, mask=inside, other=0.0)
+    one = tl.arange(0, 1)
+    origin = _mean(source, runs, width, source2, runs2, width2, one, one + group * own, one < 1)
     total = tl.zeros((RUNS, WIDTH), tl.float64)
-    for first in range(0, tl.maximum(runs, runs2), RUNS):
-        rows = first + tl.arange(0, RUNS)
-        value = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64)
-        value += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
-        total += value * _counts(rows, columns, positions, run, runs, width, run2, runs2)
-    numbers = tl.cast(positions, tl.float64) * own
-    mean = tl.sum(tl.sum(total, 1), 0) / numbers
-    total = tl.zeros((RUNS, WIDTH), tl.float64)
+    squares = tl.zeros((RUNS, WIDTH), tl.float64)
     low = tl.full((RUNS, WIDTH), float("inf"), tl.float32)
     high = tl.full((RUNS, WIDTH), float("-inf"), tl.float32)
-    for first in range(0, tl.maximum(runs, runs2), RUNS):
+    for first in range(0, RUNS if ONCE else tl.maximum(runs, runs2), RUNS):
         rows = first + tl.arange(0, RUNS)
-        count = _counts(rows, columns, positions, run, runs, width, run2, runs2)
-        difference = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 0).to(tl.float64) - mean
-        difference += _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 1).to(tl.float64)
+        count = _counts(rows, columns, positions, run, runs, width, source2, run2, runs2)
+        difference = _mean(source, runs, width, source2, runs2, width2, rows, columns, inside) - origin
         within = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 2).to(tl.float64)
         valid = inside[None, :] & (count > 0)
-        total += tl.where(valid, within + count * difference * difference, 0.0)
+        total += tl.where(valid, count * difference, 0.0)
+        squares += tl.where(valid, within + count * difference * difference, 0.0)
         if ranges is not None:
             least = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 3)
             most = _plane(source, runs, width, source2, runs2, width2, rows, columns, inside, 4)
             low = tl.where(valid, tl.minimum(low, least), low)
             high = tl.where(valid, tl.maximum(high, most), high)
-    variance = tl.sum(tl.sum(total, 1), 0) / numbers
+    off = tl.sum(tl.sum(total, 0), 0) * share
+    mean = tl.sum(tl.sum(origin, 0), 0) + off
+    variance = tl.sum(tl.sum(squares, 0), 0) * share - off * off
     variance = tl.where(variance < float("inf"), variance, float("nan"))  # squares beyond float32
-    inverse = 1.0 / tl.sqrt(variance + eps)
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float64) * inverse
-    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float64) - mean * scale
-    scale, shift = scale.to(tl.float32), shift.to(tl.float32)
+    exact_scale = scale.to(tl.float64) * (1.0 / tl.sqrt(variance + eps))
+    shift = (shift.to(tl.float64) - mean * exact_scale).to(tl.float32)
+    scale = exact_scale.to(tl.float32)
     tl.store(out + b * 2 * channels + columns, scale, mask=inside)
     tl.store(out + (b * 2 + 1) * channels + columns, shift, mask=inside)
     if ranges is not None:
@@ -100,7 +115,6 @@ def _merge_kernel(
             least = tl.where(spans_minimum, SILU_MIN, tl.minimum(first_end, second_end))
             most = tl.maximum(first_end, second_end)
         if next_scale is not None:
-            factor = tl.load(next_scale + columns, mask=inside, other=0.0)
             first_end, second_end = least * factor, most * factor
             least, most = tl.minimum(first_end, second_end), tl.maximum(first_end, second_end)
         # Minimum and maximum ignore NaN, so it is looked for. It is in every scale of the group or in none.
@@ -156,12 +170,14 @@ def forward(
         arguments |= {f"runs{name}": data.shape[1], f"width{name}": x.shape[2]}
         most = max(most, data.shape[1])
     width = triton.next_power_of_2(channels // groups)
+    merged = max(1, min(MAX_MERGED // width, triton.next_power_of_2(most)))
     launch(
         _merge_kernel,
         (batch * groups,),
         out,
         **arguments,
         **{"positions": positions, "weight": weight, "bias": bias, "out": out, "ranges": ranges, "eps": eps},
-        **{"next_scale": scale, "groups": groups, "SILU": silu, "num_warps": 4, "WIDTH": width},
-        **{"RUNS": max(1, min(MAX_MERGED // width, triton.next_power_of_2(most)))},
+        **{"next_scale": scale, "groups": groups, "SILU": silu, "WIDTH": width},
+        **{"RUNS": merged, "ONCE": merged >= most},
+        num_warps=max(1, min(8, merged * width // MERGED_PER_WARP)),
     )

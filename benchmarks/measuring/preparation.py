@@ -39,6 +39,10 @@ def _numbers(size: Size) -> int:
 IMPLEMENTATIONS = ("triton", "cuda")  # what prepares rows
 # Predicted for "cuda": bytes of a pass over memory at this rate, as instructions and exponentials take less.
 PREDICTED_GB_PER_S = 3500.0
+# Predicted for merging statistics: a launch that waits for memory once, and three of five planes read.
+PREDICTED_MERGE_MS = 0.003
+READ_PLANES = 3 / 5
+LONGER_RUNS = (2, 8)  # times as long, to see what they would be worth
 
 
 def _at(setting: Setting, size: Size, count: int) -> list[Row]:
@@ -54,7 +58,9 @@ def _at(setting: Setting, size: Size, count: int) -> list[Row]:
     positions = height * width
     run = run_length(positions)
     data = torch.empty(statistics_shape(batch, positions, channels), device=setting.device)
-    statistics = Statistics(data, run)
+    statistics = {"merge": Statistics(data, run)}
+    for length in (run * times for times in LONGER_RUNS if data.shape[1] % times == 0):
+        statistics[f"merge, runs of {length}"] = Statistics(data[:, : positions // length].contiguous(), length)
     weight, bias = torch.ones(channels, device=setting.device), torch.zeros(channels, device=setting.device)
     rounded = {"padding": (1, 1, 1, 1), "scale_shift": affine, "silu": True, "per_image": True}
     calls: dict[str, Callable[[], Any]] = {}
@@ -73,7 +79,9 @@ def _at(setting: Setting, size: Size, count: int) -> list[Row]:
     calls["statistics"] = lambda: partial(x.flatten(1, 2), run, data)
     impl = {"impl": "triton"}
     groups = GROUPS if channels % GROUPS == 0 else 1
-    calls["merge"] = lambda: group_norm_affine(x, weight, bias, groups, 1e-5, statistics=statistics, **impl)
+    for what, known in statistics.items():
+        calls[what] = functools.partial(group_norm_affine, x, weight, bias, groups, 1e-5, statistics=known, **impl)
+        predicted[what] = PREDICTED_MERGE_MS + 1e-6 * READ_PLANES * known.data.nbytes / PREDICTED_GB_PER_S
     calls["statistics and merge"] = lambda: group_norm_affine(x, weight, bias, groups, 1e-5, **impl)
     usable, reasons = setting.possible(calls)
     facts = {"size": "x".join(map(str, size)), "calls": count}

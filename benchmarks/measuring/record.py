@@ -111,9 +111,8 @@ class Record:
         """Planned steps beside the fastest pass at the batch that they are predicted for."""
         passes = [row for row in self.rows("passes") if (row.get("precision"), row.get("batch")) == (precision, BATCH)]
         best = min((row["ms_per_image"] for row in passes if "ms_per_image" in row), default=None)
-        return f"== planned, {precision}, ms per image at batch {BATCH}\n" + table(
-            planned.steps(precision, BATCH, best)
-        )
+        tables = planned.steps(precision, BATCH, best), planned.left_out(precision, BATCH)
+        return "\n".join([f"== planned, {precision}, ms per image at batch {BATCH}", *map(table, tables)])
 
     def _section(self, item: Item) -> str:
         entry = self.items[item.name]

@@ -189,6 +189,16 @@ def test_measured_times_beside_the_floors(script, capsys) -> None:
     assert math.isclose(result["total"]["gap"], result["total"]["ms"] / result["total"]["floor_ms"])
 
 
+def test_what_is_planned_and_what_is_left_out(script) -> None:
+    """Each planned step gains something, none that is left out as much as the least worth of a kernel; where nothing is
+    predicted, there is nothing."""
+    planned = script("planned")
+    for precision in ("bf16", "int8"):
+        assert all(row["gain_ms"] >= 0 for row in planned.steps(precision, 8, None))
+        assert all(0 < row["gain_ms"] < 0.02 and row["why"] for row in planned.left_out(precision, 8))
+    assert not planned.steps("fp32", 8, None) + planned.left_out("fp32", 8) + planned.left_out("bf16", 1)
+
+
 def test_a_size_that_was_not_measured(script, capsys) -> None:
     script("roofline").main(["--device", str(MEASURED), "--precision", "bf16", "--size", "128"])
     assert "segmentation, bf16, 1x3x128x128: not measured in that file" in capsys.readouterr().out

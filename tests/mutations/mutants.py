@@ -103,6 +103,18 @@ MUTANTS = {
         "within",
         f"tests/ops/test_group_norm_affine.py {_TRITON}",
     ),
+    "triton merges squares about the first run": Mutant(
+        "kernels/group_norm_affine.py",
+        "share - off * off",
+        "share",
+        f"tests/ops/test_group_norm_affine.py {_TRITON}",
+    ),
+    "triton merges the first runs only": Mutant(
+        "kernels/group_norm_affine.py",
+        "RUNS if ONCE else tl.maximum(runs, runs2)",
+        "RUNS",
+        f"tests/ops/test_group_norm_affine.py {_TRITON}",
+    ),
     "triton ranges forget the minimum of silu": Mutant(
         "kernels/group_norm_affine.py",
         "(most > SILU_ARGMIN)",

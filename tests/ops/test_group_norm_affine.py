@@ -354,6 +354,20 @@ def test_runs_of_different_lengths(name: str) -> None:
 
 
 @WITHOUT_NATIVE
+@pytest.mark.parametrize("first", [0.0, 1e6])
+def test_more_runs_than_are_on_their_way_at_once(name: str, first: float) -> None:
+    """1125 runs of a group of four channels. Sums are about the first run's mean, which may be far from the others."""
+    x, (weight, bias) = make_x(1, 45, 50, 8, mean=1e3), make_affine(8)
+    x[0, 0, :2] += first
+    data = torch.empty(1, 1125, 5, 8)
+    fill_statistics(x.flatten(1, 2), data, 2)
+    blind, ranges = torch.full_like(x, torch.nan), torch.zeros(1, 2, 2)
+    known = {"statistics": Statistics(data, 2), "ranges": ranges}
+    assert_affine(ops.group_norm_affine(blind, weight, bias, 2, 1e-5, impl=name, **known), x, weight, bias, 2, 1e-5)
+    assert ranges.isfinite().all()
+
+
+@WITHOUT_NATIVE
 @pytest.mark.parametrize("with_scale", [True, False])
 @pytest.mark.parametrize("activation", [True, False])
 @pytest.mark.parametrize("mean", [0.0, 30.0, -30.0])
