@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from vpd_fast.errors import InputError, MissingDependencyError
 
@@ -15,6 +19,7 @@ MODULES = {
     "_C_probes": "build it from source where nvcc is on PATH, with VPD_FAST_PROBES=ON; benchmarks/gpu.sh pack does so",
 }
 ISA_VARIABLE = "VPD_FAST_ISA"
+_noting = threading.local()  # .calls: where `run` notes the calls of this thread
 
 
 @functools.cache
@@ -39,6 +44,39 @@ def load(name: str) -> ModuleType:
     if isinstance(loaded, str):
         raise MissingDependencyError(loaded)
     return loaded
+
+
+def run(kernel: str, *args: Any, **kwargs: Any) -> None:
+    """Call a kernel of `_C`, which writes its results to addresses among the arguments."""
+    call = functools.partial(getattr(load("_C"), kernel), *args, **kwargs)
+    calls = getattr(_noting, "calls", None)
+    if calls is not None:
+        calls.append(call)
+    call()
+
+
+@contextmanager
+def noting(calls: list[Callable[[], Any]]) -> Iterator[None]:
+    """Within it, what `run` calls in this thread is also appended to a list, to be called again without arguments."""
+    before, _noting.calls = getattr(_noting, "calls", None), calls
+    try:
+        yield
+    finally:
+        _noting.calls = before
+
+
+def is_noting() -> bool:
+    """Whether what `run` calls in this thread is noted."""
+    return getattr(_noting, "calls", None) is not None
+
+
+def set_threads(count: int) -> None:
+    """Let so many threads work for the calling one in kernels and in PyTorch; `torch.set_num_threads` would also change
+    the number for threads to come."""
+    import torch
+
+    torch.get_num_threads()  # whose first call in a thread sets PyTorch's number
+    load("_C").set_threads(count)
 
 
 def isa() -> str:

@@ -279,6 +279,18 @@ MUTANTS = {
         "(x.shape, x.dtype)",
         "tests/engine/test_graphs.py",
     ),
+    "replays on a CPU forget results in new memory": Mutant(
+        "vpd_fast/engine/cpu_graphs.py",
+        "if func._opname not in _ALLOCATIONS:",
+        'if func._opname == "new_zeros":',
+        "tests/engine/test_cpu_graphs.py",
+    ),
+    "a graph on a CPU is called by two threads at once": Mutant(
+        "vpd_fast/engine/cpu_graphs.py",
+        "graph = idle.pop() if idle else None",
+        "graph = idle[-1] if idle else None",
+        "tests/engine/test_cpu_graphs.py",
+    ),
     "the newest graph is dropped": Mutant(
         "vpd_fast/engine/graphs.py",
         "self._graphs.popitem(last=False)",

@@ -150,7 +150,8 @@ def _describe(name: str, layer: Any, side: int) -> str:
 
 @contextmanager
 def labelled(model: FastVPD) -> Iterator[LabelledPass]:
-    """Passes of the model with labels, as long as the context lasts. Enter it before the model has seen a text.
+    """Passes of the model with labels and without graphs, as long as the context lasts. Enter it before the model has
+    seen a text.
 
     The layers stay what they are (`intercepted`), because the engine asks: what only stands in for a convolution is
     not given the ranges of its input, and finds them in a pass of its own.
@@ -162,6 +163,8 @@ def labelled(model: FastVPD) -> Iterator[LabelledPass]:
     attention = ("self_attention", "cross_attention_maps", "cross_attention_maps_into")
     functions = dict.fromkeys(attention, run.of_attention) | {"upsample_argmax": run.of_post}
     with ExitStack() as stack:
+        stack.callback(setattr, model, "graphs", model.graphs)
+        model.graphs = False
         stack.enter_context(mock.patch.dict(model.layers, layers))
         for name, label in functions.items():
             stack.enter_context(mock.patch.object(ops, name, partial(run.labelling(label), getattr(ops, name))))

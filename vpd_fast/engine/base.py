@@ -10,6 +10,7 @@ from torch import Tensor
 from vpd_fast.config import SIZE_MULTIPLE
 from vpd_fast.engine.blocks import to_nchw, to_nhwc
 from vpd_fast.engine.build import LayerInfo
+from vpd_fast.engine.cpu_graphs import CpuGraphCache
 from vpd_fast.engine.encoder import encode
 from vpd_fast.engine.graphs import GraphCache
 from vpd_fast.engine.layers import Layers
@@ -35,7 +36,7 @@ class Engine:
     def _start(self, graphs: bool) -> None:
         """Make what belongs to one engine alone and holds nothing before the first call."""
         self._workspaces, self._text = WorkspacePool(self.device), TextMemo(self.layers)
-        self._graphs = GraphCache(enabled=graphs)
+        self._graphs = (GraphCache if self.device.type == "cuda" else CpuGraphCache)(enabled=graphs)
 
     def __getstate__(self) -> tuple[dict[str, Any], bool]:
         shared = ("_workspaces", "_text", "_graphs")
@@ -54,9 +55,9 @@ class Engine:
 
     @property
     def graphs(self) -> bool:
-        """Whether encoder, UNet and head run as CUDA graphs, captured when images of a size come for the first time.
+        """Whether encoder, UNet and head run as graphs, captured on a GPU when images of a size come first.
 
-        True by default, and of no effect on a CPU.
+        True by default. On a CPU they are captured the second time, if the stage needs little memory.
         """
         return self._graphs.enabled
 

@@ -51,7 +51,7 @@ class CudaGraph:
 
 
 class GraphCache:
-    """Graphs by stage and shapes, the least recently used dropped; without a GPU stages simply run.
+    """Graphs by stage and shapes, the least recently used dropped.
 
     A stage that cannot be captured (out of memory, an operation that waits for the GPU) runs without a graph from then
     on, with one warning.

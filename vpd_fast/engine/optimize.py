@@ -45,7 +45,7 @@ def optimize(
         ones are taken.
     policy: choices of one's own; see `Policy`.
     device: of the fast model, "cpu" or a GPU; None: where the model is. The model itself need not fit onto it.
-    graphs: on a GPU, run encoder, UNet and head as CUDA graphs; `FastVPD.graphs` can be changed later.
+    graphs: run encoder, UNet and head as graphs; `FastVPD.graphs` can be changed later.
     progress: show a progress bar.
 
     Raises InputError for another model or precision, one in training mode, on another device or not in float32, and for

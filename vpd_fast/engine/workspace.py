@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from vpd_fast import _native
 from vpd_fast.forks import Lock
 from vpd_fast.ops.statistics import Statistics, run_length, statistics_shape
 
@@ -77,8 +78,8 @@ class WorkspacePool:
 
     @contextmanager
     def lease(self) -> Iterator[Workspace]:
-        """A workspace for one call, or for a CUDA graph that is being captured, whose addresses nobody else may use."""
-        captured = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        """A workspace for one call, or for a graph that is being captured, whose addresses nobody else may use."""
+        captured = torch.cuda.is_current_stream_capturing() if self._device.type == "cuda" else _native.is_noting()
         with self._lock:
             workspace = self._idle.pop() if self._idle and not captured else Workspace(self._device)
         try:

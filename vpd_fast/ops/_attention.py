@@ -184,7 +184,8 @@ def _cpu(p: Arguments, out: Tensor, maps: Tensor | None) -> None:
     result = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
     # Maps of 16 bits are written as float32 first: few places ask for them, and only once for each level.
     target = maps if maps is None or maps.dtype == torch.float32 else torch.empty(maps.shape)
-    _native.load("_C").cross_attention_maps(
+    _native.run(
+        "cross_attention_maps",
         p.native_arguments(q, k, v),
         result.data_ptr(),
         address_and_strides(target),

@@ -188,7 +188,8 @@ def _cpu(call: Conv2dArguments) -> None:
     for phase in call.phases():
         dense = phase.dense()
         dense = replace(dense, residual=rows_contiguous(dense.residual), out=rows_contiguous(dense.out))
-        _native.load("_C").conv2d(
+        _native.run(
+            "conv2d",
             shape=(*phase.x.shape[:3], *phase.out.shape[1:3]),
             geometry=(*phase.kernel, phase.stride, *phase.padding[:2]),
             **_gemm.native_arguments(dense),

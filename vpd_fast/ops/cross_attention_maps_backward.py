@@ -123,7 +123,8 @@ def _cpu(p: CrossAttentionMapsBackwardArguments, dq: Tensor, dk: Tensor, dv: Ten
     q, k, v = (x.float() for x in p.contiguous_qkv)
     grads = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in (dq, dk, dv)]
     grad_out = None if p.grad_out is None else last_contiguous(p.grad_out).float()
-    _native.load("_C").cross_attention_maps_backward(
+    _native.run(
+        "cross_attention_maps_backward",
         p.native_arguments(q, k, v),
         None if grad_out is None else (grad_out.data_ptr(), leading_strides(grad_out)),
         address_and_strides(p.grad_maps),

@@ -191,7 +191,8 @@ def _cpu(call: GroupNormAffineArguments) -> Tensor:
     out = _fake(call)
     sources = [rows_contiguous(source) for source in call.sources]
     weight, bias = call.weight.contiguous(), call.bias.contiguous()
-    _native.load("_C").group_norm_affine(
+    _native.run(
+        "group_norm_affine",
         [(rows.data_ptr(), dtype_name(rows), rows.shape[2], rows.stride()[:2]) for rows in sources],
         tuple(sources[0].shape[:2]),
         call.groups,

@@ -150,9 +150,7 @@ def _reference(call: LinearArguments) -> None:
 
 def _cpu(call: LinearArguments) -> None:
     dense = call.dense()
-    _native.load("_C").linear(
-        shape=tuple(call.x.shape[:2]), norm=call.norm, eps=call.eps, **_gemm.native_arguments(dense)
-    )
+    _native.run("linear", shape=tuple(call.x.shape[:2]), norm=call.norm, eps=call.eps, **_gemm.native_arguments(dense))
     call.keep(dense.out)
 
 

@@ -110,7 +110,7 @@ def _cpu(call: SelfAttentionArguments) -> None:
     result = call.out if call.out.stride(-1) == 1 else torch.empty(call.out.shape, dtype=call.out.dtype)
     qkv = call.contiguous_qkv  # which must live while the kernel runs
     place = result.data_ptr(), leading_strides(result)
-    _native.load("_C").self_attention(call.native_arguments(*qkv), place, torch.get_num_threads(), _native.isa())
+    _native.run("self_attention", call.native_arguments(*qkv), place, torch.get_num_threads(), _native.isa())
     if result is not call.out:
         call.out.copy_(result)
 

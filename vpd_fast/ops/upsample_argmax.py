@@ -193,7 +193,8 @@ def _cpu(call: Arguments) -> torch.Tensor:
     labels = problem.empty_labels()
     batch, grid_y, grid_x, channel, row, column = logits.stride()
     window = grid_x if logits.shape[2] > 1 else grid_y
-    _native.load("_C").upsample_argmax(
+    _native.run(
+        "upsample_argmax",
         logits.data_ptr(),
         logits.shape,
         (batch, window, channel, row, column),

@@ -188,8 +188,8 @@ def _products(tiles: Tensor, inward: Tensor, weight: PackedWeight) -> Tensor:
 
 def _cpu(call: WinogradArguments) -> None:
     dense = call.dense()
-    _native.load("_C").winograd_conv2d(
-        shape=tuple(call.x.shape[:3]), matrices=len(call.data), **_gemm.native_arguments(dense)
+    _native.run(
+        "winograd_conv2d", shape=tuple(call.x.shape[:3]), matrices=len(call.data), **_gemm.native_arguments(dense)
     )
     call.keep(dense.out)
 
