@@ -100,6 +100,7 @@ def evaluate(
     output: options.Output = Path("vpd_evaluation"),
     worst: Annotated[int, options.running_option(metavar="N", help="Draw the N worst cases.")] = 24,
     batch_size: options.BatchSize = None,
+    streams: options.Streams = None,
     workers: Annotated[int, options.running_option(metavar="N", help="Threads that read ahead.")] = 2,
     device: options.Device = "cpu",
     precision: options.Precision = None,
@@ -119,11 +120,10 @@ def evaluate(
         raise InputError(f"--data must be one of {', '.join(SPLITS)}, got {data!r}")
     chosen = {
         "mode": mode, "scales": None if scales is None else options.scales_of(scales), "flip": flip,
-        "resolution": resolution, "shift_window": shift_window, "crop": crop,
+        "resolution": resolution, "shift_window": shift_window, "crop": crop, "streams": streams,
     }  # fmt: skip
     if data in ANY_TASK and crop is None:
         chosen["crop"] = "none"
-    together = options.batch_size_of(batch_size)
     together = options.batch_size_of(batch_size)
     split = SPLITS[data] if split is None else split
     dataset_options = _data_options(data, split_by, scene_rule, filenames, data_options or [])

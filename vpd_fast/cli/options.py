@@ -111,6 +111,13 @@ BatchSize = Annotated[
         "memory takes. [default: 1 on a CPU, 8 on a GPU]",
     ),
 ]
+Streams = Annotated[
+    int | None,
+    running_option(
+        metavar="N",
+        help="Batches that a CPU computes at once, each with its share of threads. [default: up to 4 for fast models]",
+    ),
+]
 Text = Annotated[list[str] | None, referring_option(metavar="SENTENCE", help="What to look for; repeat it for more.")]
 TextEncoderName = Annotated[
     str | None,

@@ -54,6 +54,7 @@ def predict(
         ),
     ] = False,
     batch_size: options.BatchSize = None,
+    streams: options.Streams = None,
     overlay: Annotated[
         str | None,
         options.running_option(
@@ -164,7 +165,7 @@ def predict(
     model_options = options.ModelOptions(
         checkpoint, random_weights, task, config, device, precision, attention_backend, ema
     )
-    chosen: dict[str, Any] = {"mode": mode, "flip": flip, "scene": scene}
+    chosen: dict[str, Any] = {"mode": mode, "flip": flip, "scene": scene, "streams": streams}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if scales is not None:
         chosen["scales"] = options.scales_of(scales)

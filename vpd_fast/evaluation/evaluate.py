@@ -77,7 +77,8 @@ def evaluate(
     worst: how many of the worst cases to keep pictures of.
     options: segmentation: mode, resize_to, scales, flip. referring: resolution ("resized" as in the reference, or
     "original"). depth: resize_to, shift_window, flip, scene ("sample", None or one of the model's), crop, min_depth,
-    max_depth; see vpd_fast.evaluation.tasks. The defaults are the published evaluation, single scale.
+    max_depth; see vpd_fast.evaluation.tasks. All: streams, the batches that a CPU computes at once. The defaults are
+    the published evaluation, single scale.
 
     Raises InputError for wrong options and if data set and model are of different tasks or classes; DatasetError if
     nothing could be measured, or in another process something was raised; ModelError, which names the sample, for what

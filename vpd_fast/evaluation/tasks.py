@@ -65,6 +65,11 @@ class _Task(BatchPredictor[Any]):
         self._predictor.batch_size = value
 
     @property
+    def streams(self) -> int:
+        """Batches that a CPU computes at once."""
+        return self._predictor.streams
+
+    @property
     def on_gpu(self) -> bool:
         """Whether results come later."""
         return self._predictor.on_gpu
@@ -154,7 +159,7 @@ class Referring(_Task):
         text_encoder = text_encoder or named_encoder(model)
         if text_encoder is None:
             raise InputError("a referring model needs text_encoder=, which turns sentences into token features")
-        known = ("batch_size",)
+        known = ("batch_size", "streams")
         unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(f"evaluation of referring has no option {', '.join(unknown)}; known: {', '.join(known)}")

@@ -46,6 +46,7 @@ class BatchPredictor(Generic[R]):
     """
 
     batch_size: Any  # an int, once a predictor is made
+    streams: Any = 1  # an int: how many threads may call `start` at once
     on_gpu = False  # whether `start` returns before all is computed
 
     def prepare(self, image: np.ndarray) -> Any:

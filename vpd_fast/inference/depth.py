@@ -13,7 +13,7 @@ from vpd_fast.errors import ImageError
 from vpd_fast.inference.batching import BatchPredictor, Prepared, stacked
 from vpd_fast.inference.finite import NOT_FINITE, Transfer
 from vpd_fast.inference.results import MILLIMETRES, DepthResult, depth_scale
-from vpd_fast.inference.running import batch_size_for, evaluating
+from vpd_fast.inference.running import batch_size_for, evaluating, streams_for
 from vpd_fast.inference.windows import WindowAxis, WindowGrid, check_pair
 from vpd_fast.labels import default_names, find_name
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_area
@@ -49,6 +49,7 @@ class DepthPredictor(BatchPredictor[DepthResult]):
         whole.
     flip: average with the mirrored image.
     batch_size: windows per forward, also of several images; default 1 on a CPU, 8 on a GPU.
+    streams: batches that a CPU computes at once, each with a share of the threads; default up to 4 for fast models.
 
     notes: what whoever sees the results must know: the scale of the PNGs, if it is not millimetres.
 
@@ -61,10 +62,12 @@ class DepthPredictor(BatchPredictor[DepthResult]):
     shift_window: bool = True
     flip: bool = True
     batch_size: int | str | None = None
+    streams: int | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
         self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.streams = streams_for(self.model, self.streams)
         self.on_gpu = self.model.device.type == "cuda"
         default = RELEASED_SIZE if config.base_size == RELEASED_BASE else config.base_size
         self._short = check_pair("resize_to", default if self.resize_to is None else self.resize_to)[0]

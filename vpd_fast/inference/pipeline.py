@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from vpd_fast.inference.batching import BatchPredictor, launch
+from vpd_fast.inference.streams import Streams
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -105,12 +106,15 @@ class Failure(Exception):
 
 
 class _Batches(Generic[T, R]):
-    """Images that wait for company of their kind, and batches that a GPU computes."""
+    """Images that wait for company of their kind, and batches that a GPU, or streams on a CPU, compute."""
 
-    def __init__(self, predictor: BatchPredictor[R]) -> None:
-        self._predictor = predictor
+    def __init__(self, predictor: BatchPredictor[R], streams: Streams | None) -> None:
+        self._predictor, self._streams = predictor, streams
         self._groups: dict[Hashable, list[Outcome[T, R]]] = {}  # the one that began first comes first
-        self._flying: deque[tuple[list[Outcome[T, R]], Callable[[], list[R | Exception]], float]] = deque()
+        # With what waits for its results, and the seconds they took.
+        self._flying: deque[tuple[list[Outcome[T, R]], Callable[[], tuple[list[R | Exception], float]]]] = deque()
+        # A GPU, and each stream, has its next batch before it ends one.
+        self._most_flying = int(predictor.on_gpu) if streams is None else streams.count
         self.patience = PATIENCE
 
     @property
@@ -140,25 +144,32 @@ class _Batches(Generic[T, R]):
             self._start(self._groups.pop(next(iter(self._groups))))
 
     def _start(self, group: list[Outcome[T, R]]) -> None:
-        start = time.perf_counter()
+        values = [outcome.value for outcome in group]
         try:
-            finish = launch(self._predictor, [outcome.value for outcome in group])
+            if self._streams is None:
+                finish = self._launched(values)
+            else:
+                finish = self._streams.submit(lambda: self._launched(values)()).result
         except Exception as error:
             raise Failure([outcome.item for outcome in group], error) from error
-        self._flying.append((group, finish, start))
-        while len(self._flying) > self._predictor.on_gpu:  # a GPU has its next batch before it ends one
+        self._flying.append((group, finish))
+        while len(self._flying) > self._most_flying:
             self._land()
+
+    def _launched(self, values: list[Any]) -> Callable[[], tuple[list[R | Exception], float]]:
+        start = time.perf_counter()
+        finish = launch(self._predictor, values)
+        return lambda: (finish(), time.perf_counter() - start)
 
     def _land(self) -> None:
         """Wait for the batch that was begun first."""
-        group, finish, start = self._flying.popleft()
+        group, finish = self._flying.popleft()
         try:
-            results = finish()
+            results, seconds = finish()
         except Exception as error:
             raise Failure([outcome.item for outcome in group], error) from error
-        seconds = (time.perf_counter() - start) / len(group)
         for outcome, result in zip(group, results, strict=True):
-            outcome.result, outcome.seconds = result, seconds
+            outcome.result, outcome.seconds = result, seconds / len(group)
 
     def end(self) -> None:
         """Compute all that waits."""
@@ -167,7 +178,13 @@ class _Batches(Generic[T, R]):
 
 
 def outcomes(
-    items: Iterable[T], read: Callable[[T], Any], predictor: BatchPredictor[R], *, ahead: int, threads: int
+    items: Iterable[T],
+    read: Callable[[T], Any],
+    predictor: BatchPredictor[R],
+    *,
+    ahead: int,
+    threads: int,
+    streams: int | None = None,
 ) -> Generator[Outcome[T, R], None, None]:
     """Yield what becomes of each item, in order.
 
@@ -175,12 +192,16 @@ def outcomes(
     runs in `threads`, for up to `ahead` items; ahead 0: here, when an item is asked for.
     Images of one kind share forwards of `predictor.batch_size`. One waits for others until PATIENCE batches of later
     images have come, or nothing comes for IDLE_SECONDS.
+    streams: how many batches a CPU computes at once; None: `predictor.streams`.
 
     Raises Failure where the model fails, and what listing raises; what was predicted by then is yielded before.
     """
     waiting: deque[Outcome[T, R]] = deque()
-    batches: _Batches[T, R] = _Batches(predictor)
-    with closing(Reader(items, read, ahead, threads)) as reader:
+    count = predictor.streams if streams is None else streams
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(Reader(items, read, ahead, threads)))
+        parallel = stack.enter_context(closing(Streams(count))) if count > 1 else None
+        batches: _Batches[T, R] = _Batches(predictor, parallel)
         try:
             while True:
                 try:

@@ -59,8 +59,8 @@ def predict_each(
 ) -> Iterator[Result | Exception]:
     """Yield what `predict` returns for each of any iterable, which may be more images than fit into memory.
 
-    With a `batch_size` that takes several images, those of one size are predicted together: some more are then read
-    than were asked for.
+    With a `batch_size` that takes several images, those of one size are predicted together, and of a list or tuple some
+    at once: some more are then read than were asked for.
     """
     _check_on_error(on_error)
     return _results(make_predictor(model, **options), sources, on_error)
@@ -76,7 +76,10 @@ def _results(
         except (ImageError, InputError) as error:
             return error
 
-    found: Iterator[Outcome[Any, Any]] = outcomes(enumerate(sources), read, predictor, ahead=0, threads=0)
+    streams = None if isinstance(sources, list | tuple) else 1  # of what comes live, no more than asked for is taken
+    found: Iterator[Outcome[Any, Any]] = outcomes(
+        enumerate(sources), read, predictor, ahead=0, threads=0, streams=streams
+    )
     try:
         for outcome in found:
             if isinstance(outcome.result, Exception) and on_error == "raise":

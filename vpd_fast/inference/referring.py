@@ -14,7 +14,14 @@ from vpd_fast.errors import ImageError, InputError, brief
 from vpd_fast.inference.batching import BatchPredictor, Prepared, stacked
 from vpd_fast.inference.finite import NOT_FINITE, FiniteCheck, Transfer
 from vpd_fast.inference.results import AttentionMaps, ReferringResult
-from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
+from vpd_fast.inference.running import (
+    batch_size_for,
+    evaluating,
+    named_encoder,
+    run_batches,
+    streams_for,
+    truncation_notes,
+)
 from vpd_fast.inference.windows import WindowGrid
 from vpd_fast.pictures.resizing import resize_antialiased
 
@@ -42,6 +49,7 @@ class ReferringPredictor(BatchPredictor[ReferringResult]):
     probabilities: keep the probability of each pixel.
     with_maps: keep the cross-attention maps, by token and by word of each sentence.
     batch_size: sentences per UNet pass, also of several images; default 1 on a CPU, 8 on a GPU.
+    streams: batches that a CPU computes at once, each with a share of the threads; default up to 4 for fast models.
 
     notes: what whoever sees the results must know: words of sentences that the text encoder cuts off.
 
@@ -57,9 +65,11 @@ class ReferringPredictor(BatchPredictor[ReferringResult]):
     probabilities: bool = False
     with_maps: bool = False
     batch_size: int | str | None = None
+    streams: int | None = None
 
     def __post_init__(self) -> None:
         self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.streams = streams_for(self.model, self.streams)
         self.on_gpu = self.model.device.type == "cuda"
         text = self.text or () if isinstance(self.text, str | None) else self.text
         sentences = tuple(text) if isinstance(text, Iterable) and not isinstance(text, str) else (text,)

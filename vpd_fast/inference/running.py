@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from vpd_fast import _native
 from vpd_fast.errors import InputError
 from vpd_fast.forks import Lock, tell_of_one_thread
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _lock = Lock()
 _in_use: dict[Perceiver, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
+MAX_STREAMS = 4  # of the default; more would mostly cost memory
 AUTO, MAX_AUTO_BATCH = "auto", 32  # beyond which a GPU computes no faster
 BYTES_PER_PIXEL = 2048  # of a window: three maps of 256 channels in fp16, which the image encoder has at its full size
 
@@ -87,6 +89,24 @@ def batch_size_for(model: Perceiver, batch_size: int | str | None) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f'batch_size must be a positive int, "{AUTO}" or None, got {batch_size!r}')
     return batch_size
+
+
+def streams_for(model: Perceiver, streams: int | None) -> int:
+    """Return `streams`, or the default for the model: on a CPU MAX_STREAMS for a fast one, as far as there are threads.
+
+    Raises InputError for a number that is not positive, or above 1 for a model on a GPU.
+    """
+    on_cpu = model.device.type == "cpu"
+    if streams is None:
+        can_divide = on_cpu and getattr(model, "is_fast", False) and _native.why_missing("_C") is None
+        return min(MAX_STREAMS, torch.get_num_threads()) if can_divide else 1
+    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
+        raise InputError(f"streams must be a positive int or None, got {streams!r}")
+    if streams > 1 and not on_cpu:
+        raise InputError(f"streams must be 1 for a model on {model.device}, which computes one batch after the other")
+    if streams > 1 and _native.why_missing("_C"):
+        raise InputError(f"streams must be 1 where threads cannot be divided: {_native.why_missing('_C')}")
+    return streams
 
 
 def run_batches(

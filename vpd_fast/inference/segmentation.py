@@ -15,7 +15,14 @@ from vpd_fast.errors import ImageError, InputError
 from vpd_fast.inference.batching import BatchPredictor, Prepared, stacked
 from vpd_fast.inference.finite import NOT_FINITE, FiniteCheck, Transfer
 from vpd_fast.inference.results import AttentionMaps, SegmentationResult
-from vpd_fast.inference.running import batch_size_for, evaluating, named_encoder, run_batches, truncation_notes
+from vpd_fast.inference.running import (
+    batch_size_for,
+    evaluating,
+    named_encoder,
+    run_batches,
+    streams_for,
+    truncation_notes,
+)
 from vpd_fast.inference.windows import WindowField, WindowGrid, check_pair, strips
 from vpd_fast.labels import default_names
 from vpd_fast.pictures.resizing import LONG_OVER_SHORT, fit_size, resize_bilinear
@@ -91,6 +98,7 @@ class SegmentationPredictor(BatchPredictor[SegmentationResult]):
     probabilities: keep the class probabilities at the image's size: 4 bytes x classes x pixels.
     with_maps: keep the cross-attention maps, one per class.
     batch_size: windows per forward, also of several images; default 1 on a CPU, 8 on a GPU.
+    streams: batches that a CPU computes at once, each with a share of the threads; default up to 4 for fast models.
 
     notes: what whoever sees the results must know: words of class names that the text encoder cuts off.
     """
@@ -105,6 +113,7 @@ class SegmentationPredictor(BatchPredictor[SegmentationResult]):
     probabilities: bool = False
     with_maps: bool = False
     batch_size: int | str | None = None
+    streams: int | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -117,6 +126,7 @@ class SegmentationPredictor(BatchPredictor[SegmentationResult]):
             raise InputError(f"scales must be numbers in (0, 16], at least one, got {self.scales!r}")
         self.scales = scales
         self.batch_size = batch_size_for(self.model, self.batch_size)
+        self.streams = streams_for(self.model, self.streams)
         self.on_gpu = self.model.device.type == "cuda"
         self.class_names = default_names(config) if self.classes is None else self._checked_classes(self.classes)
         self._embeddings = self.model.conditioning.class_embeddings if self.classes is None else self._embed_classes()

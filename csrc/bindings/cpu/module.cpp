@@ -1,4 +1,6 @@
 // Module vpd_fast._C: CPU operators over raw pointers. Bindings are in the other files of csrc/bindings/cpu.
+#include <omp.h>
+
 #include "bindings/cpu/support.h"
 #include "isa.h"
 
@@ -19,6 +21,9 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "resolve_isa", [](const std::string& name) { return vpd::isa_name(vpd::resolve_isa(name)); }, py::arg("name"),
         "The level that runs for a requested name; '' means the fastest usable one");
+    m.def(
+        "set_threads", [](int count) { omp_set_num_threads(count); }, py::arg("count"),
+        "Sets how many OpenMP threads work for the calling thread, and for no other");
     vpd::bind_attention(m);
     vpd::bind_gemm(m);
     vpd::bind_group_norm_affine(m);
