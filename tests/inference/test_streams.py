@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_batches_run_at_once_each_with_its_share() -> None:
     thread.start()
     thread.join()
     assert seen == [4]
+
+
+def test_what_is_read_slowly_begins_beside_what_runs() -> None:
+    def read(value: str) -> str:
+        time.sleep(0.05)
+        return value
+
+    found = outcomes("abcd", read, Meeting(parties=2, streams=2), ahead=1, threads=1)
+    assert [outcome.result for outcome in found] == [*"ABCD"]
 
 
 @pytest.mark.usefixtures("four_threads")

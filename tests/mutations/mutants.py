@@ -291,6 +291,12 @@ MUTANTS = {
         "graph = idle[-1] if idle else None",
         "tests/engine/test_cpu_graphs.py",
     ),
+    "a stream waits for what runs before it begins": Mutant(
+        "vpd_fast/inference/pipeline.py",
+        "if not batches.busy:",
+        "if True:",
+        "tests/inference/test_streams.py -k slowly",
+    ),
     "the newest graph is dropped": Mutant(
         "vpd_fast/engine/graphs.py",
         "self._graphs.popitem(last=False)",

@@ -24,6 +24,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 PATIENCE = 4  # batches: how many later images an image waits for, at most, until others of its kind come
 IDLE_SECONDS = 0.25  # and how long, while nothing else comes and the model has nothing to do
+POLL_SECONDS = 0.005  # how often a CPU's streams are looked at while there is nothing to begin with
 
 
 class NothingYet(Exception):
@@ -105,25 +106,38 @@ class Failure(Exception):
         self.items, self.cause = items, cause
 
 
+@dataclass
+class _Flight(Generic[T, R]):
+    """A batch that is being computed. finish: waits for its results, and the seconds they took. done: whether `finish`
+    would return at once, as far as that is known."""
+
+    group: list[Outcome[T, R]]
+    finish: Callable[[], tuple[list[R | Exception], float]]
+    done: Callable[[], bool] = lambda: True
+
+
 class _Batches(Generic[T, R]):
     """Images that wait for company of their kind, and batches that a GPU, or streams on a CPU, compute."""
 
     def __init__(self, predictor: BatchPredictor[R], streams: Streams | None) -> None:
         self._predictor, self._streams = predictor, streams
         self._groups: dict[Hashable, list[Outcome[T, R]]] = {}  # the one that began first comes first
-        # With what waits for its results, and the seconds they took.
-        self._flying: deque[tuple[list[Outcome[T, R]], Callable[[], tuple[list[R | Exception], float]]]] = deque()
+        self._flying: deque[_Flight[T, R]] = deque()
         # A GPU, and each stream, has its next batch before it ends one.
         self._most_flying = int(predictor.on_gpu) if streams is None else streams.count
         self.patience = PATIENCE
 
     @property
-    def waiting(self) -> bool:
-        return bool(self._groups)
+    def busy(self) -> bool:
+        """Whether the batch that was begun first is known to be still computed."""
+        return bool(self._flying) and not self._flying[0].done()
 
     @property
-    def flying(self) -> bool:
-        return bool(self._flying)
+    def seconds(self) -> float | None:
+        """How long to wait for another item; None: as long as it takes."""
+        if self._flying:
+            return POLL_SECONDS if self.busy else 0
+        return IDLE_SECONDS if self._groups else None
 
     def add(self, outcome: Outcome[T, R]) -> None:
         """Take in an image, and begin with its group if that is full."""
@@ -147,12 +161,13 @@ class _Batches(Generic[T, R]):
         values = [outcome.value for outcome in group]
         try:
             if self._streams is None:
-                finish = self._launched(values)
+                flight = _Flight(group, self._launched(values))
             else:
-                finish = self._streams.submit(lambda: self._launched(values)()).result
+                future = self._streams.submit(lambda: self._launched(values)())
+                flight = _Flight(group, future.result, future.done)
         except Exception as error:
             raise Failure([outcome.item for outcome in group], error) from error
-        self._flying.append((group, finish))
+        self._flying.append(flight)
         while len(self._flying) > self._most_flying:
             self._land()
 
@@ -163,13 +178,13 @@ class _Batches(Generic[T, R]):
 
     def _land(self) -> None:
         """Wait for the batch that was begun first."""
-        group, finish = self._flying.popleft()
+        flight = self._flying.popleft()
         try:
-            results, seconds = finish()
+            results, seconds = flight.finish()
         except Exception as error:
-            raise Failure([outcome.item for outcome in group], error) from error
-        for outcome, result in zip(group, results, strict=True):
-            outcome.result, outcome.seconds = result, seconds / len(group)
+            raise Failure([outcome.item for outcome in flight.group], error) from error
+        for outcome, result in zip(flight.group, results, strict=True):
+            outcome.result, outcome.seconds = result, seconds / len(flight.group)
 
     def end(self) -> None:
         """Compute all that waits."""
@@ -205,9 +220,10 @@ def outcomes(
         try:
             while True:
                 try:
-                    item, value = reader.take(0 if batches.flying else IDLE_SECONDS if batches.waiting else None)
+                    item, value = reader.take(batches.seconds)
                 except NothingYet:
-                    batches.hurry()
+                    if not batches.busy:
+                        batches.hurry()
                 except StopIteration:
                     batches.end()
                     break
