@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-
-import miniature
 import numpy as np
 import torch
-from mutations import damaged, damaged_archive, damaged_settings, damaged_text
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +28,9 @@ from vpd_fast.pictures.masks import read_mask
 from vpd_fast.pictures.reading import read_image
 from vpd_fast.training.checkpoint import random_state, read_state, write_state
 from vpd_fast.training.config import TrainConfig, load_config
+
+from ..helpers import miniature
+from .mutations import damaged, damaged_archive, damaged_settings, damaged_text
 
 SMALL = BackboneConfig(
     model_channels=32, context_dim=32, num_heads=4, num_res_blocks=1, channel_mult=(1, 1, 1, 1), vae_ch=32,

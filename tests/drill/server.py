@@ -1,17 +1,17 @@
 """Runs commands in forked processes, so that the imports are paid once, and kills them at a chosen file operation.
 
-Reads lines of JSON from standard input, {"arguments": [...], "folder": ..., "kill_at": N or null, "log": ...}, answers
-each with {"code": exit code, negative for a signal, "operations": how many there were}. An operation is what changes a
-file or folder in `folder`: opening to write, renaming, removing, making; the process is killed just before the N-th.
+An operation is what changes a file or folder in a run's folder: opening to write, renaming, removing, making; the
+process is killed just before the N-th.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 import signal
 import sys
+from multiprocessing.connection import Connection
 from typing import Any
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
@@ -40,21 +40,22 @@ def watch(folder: str, kill_at: int | None, answer: int) -> None:
     sys.addaudithook(hook)
 
 
-def run(request: dict[str, Any]) -> dict[str, int]:
-    """Run a command in a process of its own, and return how it ended."""
+def run(arguments: list[str], folder: str, kill_at: int | None, log: str) -> tuple[int, int]:
+    """Run a command in a process of its own. Return its exit code, negative for a signal, and how many operations it
+    did."""
     told, answer = os.pipe()
     process = os.fork()
     if not process:
         os.close(told)
         code = 70
         try:
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            watch(request["folder"], request["kill_at"], answer)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            watch(folder, kill_at, answer)
             from vpd_fast.cli.main import run as command
 
-            code = command(request["arguments"])
+            code = command(arguments)
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:
@@ -69,23 +70,11 @@ def run(request: dict[str, Any]) -> dict[str, int]:
         operations += len(read)
     os.close(told)
     _, status = os.waitpid(process, 0)
-    return {"code": os.waitstatus_to_exitcode(status), "operations": operations}
+    return os.waitstatus_to_exitcode(status), operations
 
 
-def main() -> None:
-    """Import what the commands need, then serve."""
-    import accelerate  # noqa: F401
-    import torch
-    import torch._dynamo  # by optimizers, when they are used first
-
-    import vpd_fast.cli.main
-    import vpd_fast.training.trainer  # noqa: F401
-
-    torch.set_num_threads(1)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def serve(requests: Connection) -> None:
+    """Answer requests, the arguments of `run`, until the other end is closed."""
+    with contextlib.suppress(EOFError):
+        while True:
+            requests.send(run(*requests.recv()))

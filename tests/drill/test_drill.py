@@ -1,33 +1,36 @@
 """Every damaged file is refused by one clear error or loaded, within limits of time and memory.
 
-`pytest tests/drill --drill 3000` tries more. A number of a failure is its seed: `worker.py FOLDER NUMBER 1` repeats it.
+`pytest tests/drill --drill 3000` tries more. A number of a failure is its seed: `python -m tests.drill.worker FOLDER
+NUMBER 1` repeats it.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..helpers import processes
+from . import worker
+
 COUNT = 50
 AT_ONCE = 500  # files that a process tries
-WORKER = Path(__file__).with_name("worker.py")
 
 
 def tried(folder: Path, first: int, count: int) -> list[dict[str, Any]]:
     """What became of files number `first` and following, in a process that ends at the first that it cannot survive."""
-    command = [sys.executable, str(WORKER), str(folder), str(first), str(count)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    log = folder / f"log-{first}"
+    process = processes.start(worker.main, folder, first, count, log=log)
+    process.join()
+    printed = log.read_text(errors="replace")
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"number"')]
     results = [line for line in lines if "outcome" in line]
-    if done.returncode:
-        assert lines, done.stderr[-2000:]
-        problem = f"the process ended with {done.returncode}: {done.stderr[-1000:]}"
+    if process.exitcode:
+        assert lines, printed[-2000:]
+        problem = f"the process ended with {process.exitcode}: {printed[-1000:]}"
         results.append({"number": lines[-1]["number"], "outcome": "failed", "problem": problem})
         rest = first + count - 1 - results[-1]["number"]
         return results + (tried(folder, first + count - rest, rest) if rest else [])

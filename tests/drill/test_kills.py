@@ -6,11 +6,9 @@ A few kills of each command by default; `--kills 40` for that many, at operation
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +17,9 @@ from PIL import Image
 
 from vpd_fast import VPDConfig
 
-from ..helpers import runs
+from ..helpers import processes, runs
 from ..helpers.backbones import TINY
+from .server import serve
 
 pytestmark = pytest.mark.drill
 
@@ -33,29 +32,20 @@ IMAGES = 5
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """Runs a command of `vpd-fast` in a process of its own, which is killed before operation number `kill_at`."""
     log = tmp_path_factory.mktemp("log") / "log"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("server.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, env=environment,
-    )  # fmt: skip
-    assert server.stdin is not None
-    assert server.stdout is not None
-    stdin, stdout = server.stdin, server.stdout
-    assert stdout.readline() == "ready\n"
+    requests, theirs = Pipe()
+    process = processes.start(serve, theirs, log=log.with_name("server"))
+    theirs.close()
 
     def run(arguments: list[str], folder: Path, kill_at: int | None = None) -> tuple[int, int]:
         log.unlink(missing_ok=True)
-        request = {"arguments": arguments, "folder": str(folder), "kill_at": kill_at, "log": str(log)}
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        answer = json.loads(stdout.readline())
-        expected = (0,) if kill_at is None else (0, KILLED)
-        assert answer["code"] in expected, log.read_text()
-        return answer["code"], answer["operations"]
+        requests.send((arguments, str(folder), kill_at, str(log)))
+        code, operations = requests.recv()
+        assert code in ((0,) if kill_at is None else (0, KILLED)), log.read_text()
+        return code, operations
 
     yield run
-    stdin.close()
-    server.wait(timeout=30)
+    requests.close()
+    process.join(timeout=30)
 
 
 def points(operations: int, kills: int) -> list[int]:

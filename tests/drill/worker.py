@@ -1,7 +1,7 @@
-"""Tries damaged files in a process of its own: `worker.py FOLDER FIRST COUNT` prints a line of JSON for each.
+"""Tries damaged files in a process of its own: `python -m tests.drill.worker FOLDER FIRST COUNT` prints a line of JSON
+for each.
 
-It needs only vpd_fast, the modules beside it and `tests/helpers/miniature.py`. Each file is loaded, and run if its
-damage is not in the weights. FOLDER is made; what it has is used again.
+Each file is loaded, and run if its damage is not in the weights. FOLDER is made; what it has is used again.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(__file__))
-
 import torch
-from formats import CASES, make, run
-from mutations import damaged_settings, damaged_text
-from peak import memory, reset_peak
 from PIL import Image
 
 from vpd_fast.errors import VPDFastError
+
+from .formats import CASES, make, run
+from .mutations import damaged_settings, damaged_text
+from .peak import memory, reset_peak
 
 # What docs/reliability.md promises: 5 s and 100 MB/s, 200 MB and the size. A picture's size is that of its pixels.
 MAX_SECONDS, BYTES_PER_SECOND, MAX_BYTES = 5.0, 100e6, 200e6
@@ -98,12 +97,11 @@ def pixels(path: Path) -> int:
         return 0
 
 
-def main() -> None:
+def main(folder: Path, first: int, count: int) -> None:
     """Make whole files, use each once (what is loaded for the first time is not counted as a file's), and try."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of Pillow, by the thousand
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     whole, place = folder / "whole", folder / f"place-{os.getpid()}"
     place.mkdir(parents=True)
     if not whole.exists():
@@ -124,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
