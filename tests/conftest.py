@@ -28,12 +28,12 @@ from .helpers import processes, runs  # noqa: E402
 from .helpers.addresses import check_addresses  # noqa: E402
 from .helpers.backbones import SMALL, TINY  # noqa: E402
 from .helpers.decisions import leave_out_refused  # noqa: E402
-from .helpers.interpreter import make_interpreter_faster  # noqa: E402
+from .helpers.interpreter import mend_interpreter  # noqa: E402
 from .helpers.selection import mark_what_a_selection_leaves_out  # noqa: E402
 
 if not torch.cuda.is_available():  # Triton kernels are interpreted; they read this when they are first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    make_interpreter_faster()
+    mend_interpreter()
     check_addresses()
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # some versions want it for deterministic algorithms

@@ -1,10 +1,13 @@
-"""Triton's interpreter without what it does again and again, which is half of its time.
+"""Triton's interpreter without what it does again and again, which is half of its time, and without a mistake.
 
 It replaces the members of `triton.language` when a kernel starts, and again at each call of a device function, `tl.sum`
 and `tl.zeros` among them: it looks through some hundred members of five classes and modules, and finds them replaced
 already. For most operations it writes down a table of all types to look one up. And each value has a type and a shape
 of its own, which are checked, and objects for every number in them. Every sum of integers is computed once more in 64
 bits and compared with two limits, for an assertion that is made only with `debug`.
+
+Of a number and NaN the least and the largest are the number, as GPUs and later versions have it; Triton 3.7, which
+PyTorch 2.13 asks for, interprets them as NaN.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 
-def make_interpreter_faster() -> None:
-    """Changes the interpreter, if it is the one described above; results are the same."""
+
+def mend_interpreter() -> None:
+    """Changes the interpreter where it is the one described above."""
     if importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
+    _prefer_numbers_to_nan(interpreter.InterpreterBuilder)
     if hasattr(interpreter, "_LangPatchScope") and not hasattr(interpreter.GridExecutor.__call__, "__wrapped__"):
         _replace_members_once_per_launch(interpreter)
     if hasattr(interpreter, "_get_np_dtype") and not hasattr(interpreter._get_np_dtype, "__wrapped__"):
@@ -32,6 +38,11 @@ def make_interpreter_faster() -> None:
         _share_shapes(core)
         _combine_equal_shapes_at_once(type(interpreter.interpreter_semantic))
         _leave_out_what_is_not_asserted(type(interpreter.interpreter_semantic))
+
+
+def _prefer_numbers_to_nan(builder: type) -> None:
+    builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
 
 
 def _replace_members_once_per_launch(interpreter: ModuleType) -> None:
