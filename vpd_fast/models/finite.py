@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has no NaN and no infinity; one pass without further memory where that is so."""
-    if not tensor.is_floating_point() and not tensor.is_complex():
+    """Return whether a tensor has no NaN and no infinity; one pass without further memory where that is so.
+
+    A tensor without memory has no values, and so none of them.
+    """
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.itemsize == 1:  # float8 has no sums
         tensor = tensor.float()
