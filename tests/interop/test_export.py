@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.backbones import LEAST
-from vpd_fast import VPD, VPDConfig, optimize
+from vpd_fast import VPD, BackboneConfig, VPDConfig, optimize
 from vpd_fast.cli.main import run
 from vpd_fast.errors import InputError, MissingDependencyError
 from vpd_fast.interop.export import export, save_export
@@ -22,8 +24,12 @@ from vpd_fast.tasks import TASKS
 MAX_ERROR = 1e-4  # relative, at fp32
 
 
-def small(task: str) -> VPD:
-    config = VPDConfig(task=task, num_classes=2, num_scenes=2, channels=8, base_size=128, backbone=LEAST)
+# Transformers at the lowest level only: two thirds of the operations, which exporting takes its time for.
+FEWEST = dataclasses.replace(LEAST, attention_resolutions=(8,))
+
+
+def small(task: str, backbone: BackboneConfig = LEAST) -> VPD:
+    config = VPDConfig(task=task, num_classes=2, num_scenes=2, channels=8, base_size=128, backbone=backbone)
     return randomize(VPD.empty(config), 1).eval()
 
 
@@ -90,8 +96,11 @@ def test_the_example_of_the_documentation(compiled: bool, tmp_path, monkeypatch)
     lines = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0].splitlines()
     kept = [line for line in lines if compiled or 'to="aoti"' not in line]
     assert len(kept) == len(lines) - (not compiled)
-    model = small("depth")
+    model = small("depth", FEWEST)
     monkeypatch.setattr(VPD, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(
+        "vpd_fast.interop.export.export", functools.cache(export)
+    )  # all formats are made of one program
     monkeypatch.chdir(tmp_path)
     exec("\n".join(kept), {})
     inputs = inputs_of(model, 2)
