@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vpd_fast.errors import InputError, brief
-from vpd_fast.ops._checks import FLOATS, MAX_FLOAT32, check, check_choice, check_tensor, is_int
+from vpd_fast.ops._checks import FLOATS, MAX_FLOAT32, check, check_choice, check_tensor, check_value, is_int
 
 QKV_DTYPES = (*FLOATS, torch.float64)
 REDUCTIONS = ("mean", "sum")
@@ -18,7 +18,7 @@ MAX_CATEGORIES = 2**31 - 1
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None) -> float:
     """Checks what all operators on q, k and v share and returns the scale. Raises InputError."""
-    check(is_int(heads) and heads > 0, f"heads must be a positive int, got {brief(heads)}")
+    check_value(is_int(heads) and heads > 0, "heads must be a positive int", heads)
     check_tensor("q", q, "B N heads*D", QKV_DTYPES, may_be_empty="B N")
     batch, _, width = q.shape
     # Messages of sizes are made where they are needed only: made under torch.compile, they would fix the sizes.
@@ -41,7 +41,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | 
 def check_number(name: str, value: Any) -> float:
     """A Python number as float. Raises InputError for anything else and for what float32 cannot hold."""
     good = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    check(good and -MAX_FLOAT32 <= value <= MAX_FLOAT32, f"{name} must be a finite Python number, got {brief(value)}")
+    check_value(good and -MAX_FLOAT32 <= value <= MAX_FLOAT32, f"{name} must be a finite Python number", value)
     return float(value)
 
 
@@ -55,12 +55,13 @@ def check_categories(
     """(categories, number of maps, reduce == "mean"). Raises InputError; the ids are checked when they are read."""
     check_choice("reduce", reduce, REDUCTIONS)
     if categories is None:
-        check(num_categories is None, f"num_categories={brief(num_categories)} needs categories")
+        if num_categories is not None:
+            raise InputError(f"num_categories={brief(num_categories)} needs categories")
         return None, tokens, reduce == "mean"
     if not isinstance(categories, Tensor):
         good = isinstance(categories, Sequence) and not isinstance(categories, (str, bytes))
         good = good and all(is_int(i) and abs(i) <= MAX_CATEGORIES for i in categories)
-        check(good, f"categories must be a tensor or sequence of {tokens} integers, got {brief(categories)}")
+        check_value(good, f"categories must be a tensor or sequence of {tokens} integers", categories)
         if num_categories is None:
             num_categories = max(categories, default=-1) + 1
             check(num_categories > 0, "categories are all negative: give num_categories")
@@ -71,10 +72,8 @@ def check_categories(
         check(not categories.is_meta, "categories have no values on the meta device: give num_categories")
         num_categories = int(categories.max()) + 1
         check(num_categories > 0, "categories are all negative: give num_categories")
-    check(
-        is_int(num_categories) and 0 < num_categories <= MAX_CATEGORIES,
-        f"num_categories must be a positive int of 31 bits, got {brief(num_categories)}",
-    )
+    good = is_int(num_categories) and 0 < num_categories <= MAX_CATEGORIES
+    check_value(good, "num_categories must be a positive int of 31 bits", num_categories)
     return categories, num_categories, reduce == "mean"
 
 

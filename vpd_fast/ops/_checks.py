@@ -20,6 +20,15 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_value(condition: bool, requirement: str, value: Any) -> None:
+    """Raises InputError unless the condition on the value holds.
+
+    What the value is like is written down only then: torch.compile of PyTorch 2.11 cannot follow that.
+    """
+    if not condition:
+        raise InputError(f"{requirement}, got {brief(value)}")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises InputError unless the value is one of the choices, which are strings, dtypes or None."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):

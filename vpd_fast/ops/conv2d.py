@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.errors import InputError, brief
+from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import MAX_SIDE, check, check_flag, check_places, check_size, check_tensor
+from vpd_fast.ops._checks import MAX_SIDE, check_flag, check_places, check_size, check_tensor, check_value
 from vpd_fast.ops._dispatch import WRITTEN, SymInt
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops._layout import rows_contiguous
@@ -78,7 +78,7 @@ def conv2d(
     channels = _gemm.check_sources(x, x2, "B H W C")
     batch, height, width, _ = x.shape
     kernel = check_size("kernel", kernel)
-    check(_is_integer(stride, 1), f"stride must be a positive integer, got {brief(stride)}")
+    check_value(_is_integer(stride, 1), "stride must be a positive integer", stride)
     padding = _check_padding(padding)
     check_flag("upsample", upsample)
     if upsample and (kernel, stride, any(padding)) != ((2, 2), 1, False):
@@ -113,9 +113,7 @@ def _is_integer(value: Any, least: int) -> bool:
 def _check_padding(padding: Any) -> tuple[int, int, int, int]:
     sides = (padding,) * 4 if isinstance(padding, int) else padding
     fits = isinstance(sides, Sequence) and len(sides) == 4 and all(_is_integer(side, 0) for side in sides)
-    check(
-        fits, f"padding must be an integer, or (top, left, bottom, right), none of them negative, got {brief(padding)}"
-    )
+    check_value(fits, "padding must be an integer, or (top, left, bottom, right), none of them negative", padding)
     top, left, bottom, right = sides
     return top, left, bottom, right
 

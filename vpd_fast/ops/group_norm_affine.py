@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.errors import brief
-from vpd_fast.ops._checks import FLOATS, check, check_eps, check_flag, check_places, check_tensor
+from vpd_fast.ops._checks import FLOATS, check, check_eps, check_flag, check_places, check_tensor, check_value
 from vpd_fast.ops._dispatch import WRITTEN, Implementation, Op, SymInt, register
 from vpd_fast.ops._layout import contiguous, dtype_name, rows_contiguous
 from vpd_fast.ops.availability import triton_missing
@@ -68,7 +67,7 @@ def group_norm_affine(
     known2 = check_statistics("statistics2", statistics2, batch, height * width, channels - x.shape[3], x.device)
     check_tensor("weight", weight, "C", FLOATS[:1], C=channels)
     check_tensor("bias", bias, "C", FLOATS[:1], C=channels)
-    check(isinstance(groups, int) and groups > 0, f"groups must be a positive integer, got {brief(groups)}")
+    check_value(isinstance(groups, int) and groups > 0, "groups must be a positive integer", groups)
     check(channels % groups == 0, f"groups must divide the {channels} channels, got {groups}")
     eps = check_eps(eps)
     if ranges is not None:

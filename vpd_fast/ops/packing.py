@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast.errors import InputError, brief
-from vpd_fast.ops._checks import check, check_choice, check_tensor, is_dense, is_int, kind_of
+from vpd_fast.ops._checks import check, check_choice, check_tensor, check_value, is_dense, is_int, kind_of
 
 PANEL = 32  # rows of the weight that a kernel handles side by side
 WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers along k that share 32 bits, on CPUs
@@ -24,7 +24,7 @@ def geglu_rows(n: int) -> Tensor:
     Values and gates alternate in runs of 16 (the last run may be shorter), so that both are in one panel of the packed
     weight: `PackedWeight.pack(weight[geglu_rows(n)][None], dtype)`, and likewise the bias.
     """
-    check(is_int(n) and n > 0, f"n must be a positive integer, got {brief(n)}")
+    check_value(is_int(n) and n > 0, "n must be a positive integer", n)
     runs = torch.arange(n).split(PANEL // 2)
     return torch.cat([part for run in runs for part in (run, run + n)])
 
@@ -50,7 +50,7 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         for name, size in (("n", self.n), ("k", self.k)):
-            check(is_int(size) and size > 0, f"weight: {name} must be a positive integer, got {brief(size)}")
+            check_value(is_int(size) and size > 0, f"weight: {name} must be a positive integer", size)
         check(is_dense(self.data), f"weight: data must be a dense tensor, got {kind_of(self.data)}")
         shape, dtype, what = tuple(self.data.shape), self.data.dtype, f"weight {self.n}x{self.k}"
         width = WIDTHS.get(dtype, 1)

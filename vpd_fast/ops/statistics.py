@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpd_fast.errors import InputError, brief
-from vpd_fast.ops._checks import check, check_tensor, is_int
+from vpd_fast.errors import InputError
+from vpd_fast.ops._checks import check, check_tensor, check_value, is_int
 
 MAX_RUN = 1 << 30
 PLANES = 5  # mean, its rounding error, M2 (sum of squared deviations), minimum, maximum
@@ -29,7 +29,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         good = is_int(self.run) and 0 < self.run <= MAX_RUN
-        check(good, f"statistics.run must be a positive integer of at most {MAX_RUN}, got {brief(self.run)}")
+        check_value(good, f"statistics.run must be a positive integer of at most {MAX_RUN}", self.run)
         check_tensor("statistics.data", self.data, "B runs 5 C", (torch.float32,), "B", **{"5": PLANES})
         channels = self.data.shape[3]
         if self.data.stride()[1:] != (PLANES * channels, channels, 1):

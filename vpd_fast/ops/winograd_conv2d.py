@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd_fast import _native
-from vpd_fast.errors import InputError, brief
+from vpd_fast.errors import InputError
 from vpd_fast.ops import _gemm, _gemm_reference
-from vpd_fast.ops._checks import check, check_choice, check_flag, check_tensor, is_int
+from vpd_fast.ops._checks import check_choice, check_flag, check_tensor, check_value, is_int
 from vpd_fast.ops._gemm import DTYPES
 from vpd_fast.ops.packing import MAX_8_BITS, PackedWeight
 
@@ -74,7 +74,7 @@ def winograd_weight(weight: Tensor, taps: int) -> Tensor:
     Returns (taps, N, C) float32, computed in float64. Raises InputError for a wrong shape, dtype or taps.
     """
     check_tensor("weight", weight, "N C height width", (*DTYPES, torch.float64), height=3, width=3)
-    check(is_int(taps) and taps in STEPS, f"taps must be 9, 16 or 36, got {brief(taps)}")
+    check_value(is_int(taps) and taps in STEPS, "taps must be 9, 16 or 36", taps)
     transform = torch.tensor(_WEIGHT[taps], dtype=torch.float64, device=weight.device)
     by_position = weight.detach().double().flatten(2)
     products = torch.einsum("iy,jx->ijyx", transform, transform).flatten(2).flatten(0, 1)
