@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
             if not of[architecture].launch(kernel, grid, values, 0, 0):
                 missed.setdefault(f"{name} on {architecture}", {})[specialize(kernel, values)[0]] = None
 
-        if made != (configuration.config, configuration.precision):
-            made = configuration.config, configuration.precision
+        if made != configuration.engine:
+            made = configuration.engine
             model = launches.EmptyModel(*made)
         # Of every call of an operator, unlike what the archive is made from.
         model.record(configuration.batch, configuration.size, launch, list(of))

@@ -141,13 +141,15 @@ def test_workers_end_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_measured_by_default_is_compiled() -> None:
-    """`vpd-fast bench`, layers.py and gpu.sh: all precisions, 512 pixels, 1 and 8 images."""
+    """`vpd-fast bench`, layers.py and gpu.sh: all precisions, int8 with static rows too, 512 pixels, 1 and 8 images."""
     known = set(launches.configurations())
     assert {task for task in ("segmentation", "referring", "depth")} == {c.config.task for c in known}
     for model in launches.MODELS:
         for precision in ("fp32", "bf16", "fp16", "int8", "fp8"):
             for batch in (1, 2, 4, 8, 16):
                 assert launches.Configuration(model, precision, batch, 512) in known
+                static = launches.Configuration(model, precision, batch, 512, static_rows=True)
+                assert (static in known) == (precision == "int8")
 
 
 @pytest.mark.slow

@@ -49,15 +49,22 @@ Record = Callable[[str, Any, tuple[int, ...], dict[str, Any]], None]  # architec
 
 @dataclass(frozen=True)
 class Configuration:
-    """A model and the images that it is given."""
+    """A model and the images that it is given. static_rows: whether its policy has them."""
 
     config: VPDConfig
     precision: str
     batch: int
     size: int
+    static_rows: bool = False
+
+    @property
+    def engine(self) -> tuple[VPDConfig, str, Policy]:
+        """Arguments of `EmptyModel`."""
+        return self.config, self.precision, Policy(static_rows=self.static_rows)
 
     def __str__(self) -> str:
-        return f"{self.config.task}, {self.precision}, {self.batch}x3x{self.size}x{self.size}"
+        precision = f"{self.precision} with static rows" if self.static_rows else self.precision
+        return f"{self.config.task}, {precision}, {self.batch}x3x{self.size}x{self.size}"
 
 
 def configurations(
@@ -66,8 +73,14 @@ def configurations(
     batches: Iterable[int] = BATCHES,
     sizes: Iterable[int] = SIZES,
 ) -> list[Configuration]:
-    """Every combination; by default what kernels are compiled for."""
-    return [Configuration(*choice) for choice in product(models, precisions, batches, sizes)]
+    """Every combination, int8 also with static rows; by default what kernels are compiled for."""
+    images = list(product(batches, sizes))
+    return [
+        Configuration(config, precision, *image, static_rows)
+        for config, precision in product(models, precisions)
+        for static_rows in ((False, True) if precision == "int8" else (False,))
+        for image in images
+    ]
 
 
 class _Recorder(TorchDispatchMode):
@@ -152,8 +165,8 @@ def record_all(
     """
     model, made, seen = None, None, set()
     for configuration in chosen:
-        if model is None or made != (configuration.config, configuration.precision):
-            made = configuration.config, configuration.precision
+        if model is None or made != configuration.engine:
+            made = configuration.engine
             model = EmptyModel(*made)
         model.record(configuration.batch, configuration.size, record, architectures, seen)
         yield configuration
