@@ -49,12 +49,14 @@ CudaGemm in_one_line(const CudaGemm& p) {
     return line;
 }
 
-// Chooses the box of output positions with the fewest tiles; among those the widest.
+// Chooses the box of output positions with the fewest tiles; among those the widest that is not twice as wide as the
+// image, so that rows which follow each other are positions that do.
 void choose_box(const CudaGemm& p, Plan& plan) {
-    int log = 0;
+    int log = 0, widest = 0;
     while (1 << log < plan.rows_of_tile) ++log;
+    while (widest < log && int64_t(1) << widest < p.out_width) ++widest;
     int64_t min_tiles = INT64_MAX;
-    for (int log_x = log; log_x >= 0; --log_x)
+    for (int log_x = widest; log_x >= 0; --log_x)
         for (int log_y = log - log_x; log_y >= 0; --log_y) {
             const int64_t x = ceil_divide(p.out_width, 1 << log_x), y = ceil_divide(p.out_height, 1 << log_y);
             const int64_t tiles = x * y * ceil_divide(p.batch, 1 << (log - log_x - log_y));
@@ -107,7 +109,7 @@ bool has_whole_runs(const CudaGemm& p, const Plan& plan, int64_t positions) {
 
 // Sets whether and how the kernel finds statistics. positions: of an image.
 void set_statistics(const CudaGemm& p, int64_t positions, Plan& plan) {
-    const bool possible = plan.wide || (plan.persistent && p.run >= STORED_ROWS);
+    const bool possible = plan.wide || plan.persistent;
     plan.statistics = p.statistics && !p.round_factors && possible && plan.splits == 1 &&
                       p.activation != CudaActivation::geglu && has_whole_runs(p, plan, positions);
     if (!plan.statistics) return;

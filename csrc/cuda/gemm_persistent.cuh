@@ -210,7 +210,7 @@ __device__ inline void watch_tiles(const CudaGemm& p, const Plan& plan, const un
                                    uint64_t* staged_full, int warp, int lane) {
     constexpr int SUBTILES = Size::GROUPS * Size::SUBTILES, PIECES = Size::STORED / 8;
     constexpr int USES = Size::SUBTILES / Size::BUFFERS;  // of a buffer in a tile
-    const int subtiles_of_run = (1 << plan.log_run) / STORED_ROWS;
+    const int run = 1 << plan.log_run, together = run < STORED_ROWS ? run : STORED_ROWS;
     int uses = 0;
     for (int index = blockIdx.x; index < plan.row_tiles * plan.column_tiles; index += gridDim.x, uses += USES) {
         const int first = tile_of(plan, index).column;
@@ -227,30 +227,31 @@ __device__ inline void watch_tiles(const CudaGemm& p, const Plan& plan, const un
                 const int group = subtile / Size::SUBTILES, of_group = subtile - group * Size::SUBTILES;
                 const int buffer = group * Size::BUFFERS + of_group % Size::BUFFERS;
                 if (turn == 0) barrier_wait(staged_full + buffer, uses + of_group / Size::BUFFERS & 1);
-                if (exists) {
-                    const unsigned char* const lines = from + buffer * Size::SUBTILE_BYTES;
-                    const auto numbers = [&](int line, float (&x)[2]) {
-                        const int swizzle = PIECES == 8 ? line & 7 : line >> 1 & 3;
-                        unpack<Bfloat16>(*reinterpret_cast<const uint32_t*>(lines + line * Size::STORED_LINE +
-                                                                            (piece ^ swizzle) * 16),
-                                         x[0], x[1]);
-                    };
+                const unsigned char* const lines = from + buffer * Size::SUBTILE_BYTES;
+                const auto numbers = [&](int line, float (&x)[2]) {
+                    const int swizzle = PIECES == 8 ? line & 7 : line >> 1 & 3;
+                    unpack<Bfloat16>(
+                        *reinterpret_cast<const uint32_t*>(lines + line * Size::STORED_LINE + (piece ^ swizzle) * 16),
+                        x[0], x[1]);
+                };
+#pragma unroll 1
+                for (int begin = 0; exists && begin < STORED_ROWS; begin += together) {
+                    const int place = subtile * STORED_ROWS + begin;
                     float x[2];
-                    if (subtile % subtiles_of_run == 0) numbers(0, x), statistics.begin(x);
-#pragma unroll 4
-                    for (int line = 0; line < STORED_ROWS; ++line) numbers(line, x), statistics.add(x);
+                    if ((place & (run - 1)) == 0) numbers(begin, x), statistics.begin(x);
+#pragma unroll 1
+                    for (int four = begin / 4; four < (begin + together) / 4; ++four)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) numbers(four * 4 + i, x), statistics.add(x);
+                    if ((place + together) & (run - 1)) continue;
+                    // Found again, as there are few registers.
+                    const Position at = position_of(plan, tile_of(plan, index), place + together - run);
+                    if (inside(p, at)) statistics.store(place_of_run(p, plan, at, column), p.n, 1.0f / float(run));
                 }
                 if (turn == Size::WORDS_EACH - 1) {
                     sync_warp();
                     if (lane == 0) barrier_arrive(staged_full + Size::GROUPS * Size::BUFFERS + buffer);
                 }
-                if ((subtile + 1) % subtiles_of_run || !exists) continue;
-                // Found again, as there are few registers.
-                const Position at =
-                    position_of(plan, tile_of(plan, index), (subtile + 1 - subtiles_of_run) * STORED_ROWS);
-                if (inside(p, at))
-                    statistics.store(place_of_run(p, plan, at, column), p.n,
-                                     1.0f / float(subtiles_of_run * STORED_ROWS));
             }
         }
     }

@@ -4,16 +4,17 @@ launch."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from types import ModuleType
 
 import pytest
 import torch
 
 from vpd_fast import _native
-from vpd_fast.ops.statistics import Statistics
+from vpd_fast.ops.statistics import Statistics, run_length
 
 from ..ops.statistics_cases import assert_statistics
-from .cuda_gemm_cases import FLOAT8, Case, check, make, prepare, run
+from .cuda_gemm_cases import FLOAT8, Case, Problem, check, make, prepare, run
 from .devices import H200
 
 INSTRUCTIONS = "wgmma_cluster"
@@ -72,6 +73,50 @@ def test_statistics(cuda: ModuleType, blocks: int, run_length: int, found: bool)
         assert_statistics(Statistics(p.statistics, run_length), out)
     else:
         assert p.statistics.isnan().all()
+
+
+def test_statistics_of_small_images(cuda: ModuleType) -> None:
+    """A cluster finishes 16 rows per block of an image of 8x8, which are positions that follow each other."""
+    case = Case(1, 8, 8, (912,), 72, (3, 3), 1, (1, 1, 1, 1), torch.int8, out_dtype=torch.bfloat16, run=16)
+    p = make(case)
+    cuda.launches()
+    out = run(cuda, p, INSTRUCTIONS)
+    assert cuda.launches() == 1
+    assert_statistics(Statistics(p.statistics, 16), out)
+
+
+def empty(case: Case) -> Problem:
+    """A problem that is planned, but not computed."""
+    columns = case.kernel[0] * case.kernel[1] * sum(case.channels)
+    vector, places = torch.empty(max(case.n, case.batch * case.height * case.width)), (case.batch, *case.sides)
+    return Problem(
+        case,
+        [torch.empty(case.batch, case.height, case.width, channels, dtype=case.dtype) for channels in case.channels],
+        torch.empty(case.n, columns, dtype=case.dtype),
+        **(
+            dict.fromkeys(("row_scales", "row_zeros", "column_scales", "sums"), vector)
+            if case.dtype == torch.int8
+            else {}
+        ),
+        out=torch.empty(*places, case.n, dtype=case.out_dtype),
+        statistics=torch.empty(case.batch, case.sides[0] * case.sides[1] // case.run, 5, case.n),
+    )
+
+
+SIZES = {64: (320, 512), 32: (640,), 16: (1280,), 8: (1280,)}  # of the UNet and the encoder: channels by side
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_statistics_are_found_at_all_sizes_of_a_model(cuda: ModuleType, dtype: torch.dtype, batch: int) -> None:
+    """Whatever shares sums and whatever does not. Nothing is computed."""
+    for side, widths in SIZES.items():
+        positions = side * side
+        for n, (kernel, k) in product(widths, {3: (1, 2, 3), 1: (4, 5)}.items()):
+            for channels in (n * times for times in k):
+                case = Case(batch, side, side, (channels,), n, (kernel, kernel), 1, (kernel // 2,) * 4, dtype)
+                case = replace(case, per_image=kernel > 1, out_dtype=torch.bfloat16, run=run_length(positions))
+                assert prepare(cuda, empty(case), INSTRUCTIONS)[0].finds_statistics(0), case
 
 
 @pytest.mark.parametrize("change", [{"activation": "silu"}, {"n": 70}, {"residual": torch.float32}, {"pitch": 3}])

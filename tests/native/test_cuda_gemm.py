@@ -200,6 +200,7 @@ STATISTICS = [  # positions of a run, height, width, batch, kernel; what a tile'
     (32, 4, 8, 5, 1),  # of several images
     (128, 2, 256, 1, 3),  # half a line
     (16, 6, 16, 1, 3),  # more lines than the image has
+    (16, 6, 8, 1, 3),  # lines of which two are a run
 ]
 
 
@@ -224,7 +225,7 @@ def test_statistics(machine: ModuleType, dtype, length: int, height: int, width:
 def test_statistics_that_are_left_to_others(cuda: ModuleType) -> None:
     """Runs that are no tile's rows, sums that blocks share, geglu, and other kernels: nothing is written."""
     for change, instructions, processors in (
-        ({"height": 6, "width": 8, "run": 16, "kernel": (3, 3), "padding": (1, 1, 1, 1)}, "wgmma_wide", 2),
+        ({"height": 8, "width": 6, "run": 16, "kernel": (3, 3), "padding": (1, 1, 1, 1)}, "wgmma_wide", 2),
         ({"height": 5, "width": 7, "run": 64}, "wgmma_wide", 2),
         ({"height": 8, "width": 8, "run": 64, "channels": (2048,)}, "wgmma_wide", 132),
         ({"height": 8, "width": 8, "run": 64, "n": 64, "activation": "geglu"}, "wgmma_wide", 2),

@@ -76,6 +76,9 @@ STATISTICS = [  # type, columns, positions of a run, height, width, batch, kerne
     (torch.bfloat16, 320, 64, 8, 8, 9, 1),  # several images; the last tile of one block is beyond the batch
     (torch.bfloat16, 256, 128, 2, 256, 1, 1),  # a part of a line
     (torch.bfloat16, 72, 64, 16, 16, 3, 3),
+    (torch.int8, 256, 16, 16, 16, 3, 3),  # several runs of what a warpgroup stores
+    (torch.bfloat16, 320, 32, 8, 8, 9, 1),
+    (torch.bfloat16, 72, 16, 8, 8, 9, 1),
 ]
 
 
@@ -97,9 +100,9 @@ def test_statistics(cuda: ModuleType, dtype, n: int, length: int, height: int, w
 
 
 def test_statistics_that_are_left_to_others(cuda: ModuleType) -> None:
-    """Runs of less than a warpgroup stores, of more than a tile has or of other rows, and geglu: nothing is written."""
+    """Runs of less than 16 positions, of more than a tile has or of other rows, and geglu: nothing is written."""
     for change in (
-        {"run": 32},
+        {"run": 8},
         {"run": 48},
         {"run": 64, "activation": "geglu"},
         {"run": 64, "height": 15, "width": 20},

@@ -11,6 +11,7 @@ import torch
 
 from vpd_fast.errors import InputError
 from vpd_fast.ops import PackedWeight, Statistics, geglu_rows
+from vpd_fast.ops.statistics import run_length
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 GOOD = PackedWeight.pack(torch.randn(2, 40, 6), INT8)
@@ -119,6 +120,25 @@ def test_rows_of_geglu(n: Any) -> None:
 def test_statistics_that_lie(data: Any, run: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         Statistics(data, run)
+
+
+@pytest.mark.parametrize(
+    ("positions", "run"),
+    [
+        (1, 64),
+        (64, 16),
+        (100, 64),
+        (256, 16),
+        (1024, 32),
+        (1040, 16),
+        (4096, 64),
+        (6400, 64),
+        (16384, 128),
+        (1 << 18, 128),
+    ],
+)
+def test_runs_of_large_images_are_longer(positions: int, run: int) -> None:
+    assert run_length(positions) == run
 
 
 def test_statistics_are_frozen_and_can_be_taken_apart() -> None:

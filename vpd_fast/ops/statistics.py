@@ -42,10 +42,13 @@ class Statistics:
 
 
 def run_length(positions: int) -> int:
-    """Positions of a run for an image of so many, such that tiles of a product have whole runs if that is possible."""
-    if positions >= 1 << 14 and positions % 128 == 0:
-        return 128
-    return next((run for run in (64, 32, 16) if positions % run == 0), 64)
+    """Positions of a run for an image of so many, such that tiles of a product have whole runs if that is possible.
+
+    Small images have short runs, because blocks that share a sum finish as few as 16 rows of a tile each; of large ones
+    there would be too many.
+    """
+    long = (run for run in (128, 64, 32) if positions % run == 0 and positions >= run * run)
+    return next(long, 16 if positions % 16 == 0 else 64)
 
 
 def statistics_shape(batch: int, positions: int, channels: int) -> tuple[int, int, int, int]:
