@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ from vpd_fast.inference.listing import Shard
 from vpd_fast.inference.predict_images import predict_images
 from vpd_fast.inference.records import Records
 from vpd_fast.inference.results import Result, save_picture
+from vpd_fast.inference.streams import Streams
 from vpd_fast.pictures.reading import read_image
 
 if TYPE_CHECKING:
@@ -172,16 +174,23 @@ def median_runs(
 
 
 def model_alone(predictor: BatchPredictor[Any], photo: Path, seconds: float = 2.0) -> float:
-    """Return the images per second of a model alone, labels or depth included: batches of one photo that was read."""
+    """Return the images per second of a model alone, labels or depth included: batches of one photo that was read, as
+    many at once as from files to files."""
     prepared = predictor.prepare(read_image(photo))
     group = [prepared] * max(predictor.batch_size // predictor.forwards(prepared), 1)
-    times: list[float] = []
-    launch(predictor, group)()  # compiles, allocates
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
-        launch(predictor, group)()
-        times.append(time.perf_counter() - start)
-    return len(group) / statistics.median(times)
+    with closing(Streams(predictor.streams)) as streams:
+
+        def spent(batches: int) -> float:
+            start = time.perf_counter()
+            for future in [streams.submit(lambda: launch(predictor, group)()) for _ in range(batches)]:
+                future.result()
+            return time.perf_counter() - start
+
+        spent(4 * streams.count)  # compiles, allocates
+        batches = 3 * streams.count
+        while (taken := spent(batches)) < seconds:
+            batches *= 2
+    return batches * len(group) / taken
 
 
 def _resident_mib() -> float:
