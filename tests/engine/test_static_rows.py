@@ -22,6 +22,7 @@ from vpd_fast.engine.layers import Linear
 from vpd_fast.engine.model import FastVPD
 from vpd_fast.errors import CheckpointError, InputError
 
+from .golden_cases import assert_agrees_with_the_original
 from .test_optimize import conditioned, cosine, result, shared_model, some_images
 
 STATIC = Policy(winograd=False, static_rows=True, emulate=True)
@@ -125,6 +126,22 @@ def test_spoiled_files(tmp_path: Path, name: str, shape: tuple[int, ...], messag
     fast.save(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         vpd_fast.load_engine(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gate"), [("seg_sd15", 0.997), ("refer_sd15", 0.995)])
+def test_full_size_agrees_with_the_original(
+    golden: Callable, name: str, gate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image of calibration has the same noise at other places. The numbers are printed (pytest -rP)."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the references compute in seconds what it takes an hour for
+    case = golden(name)
+    inputs, expected = case.inputs(), case.tensors
+    calibration: Any = inputs[0].flip(3).roll(37, 2)
+    calibration = [(calibration, *inputs[1:])] if name == "refer_sd15" else calibration
+    fast = vpd_fast.optimize(case.model(), "int8", policy=STATIC, calibration=calibration)
+    with torch.no_grad():
+        assert_agrees_with_the_original(case, inputs, expected, fast, gate)
 
 
 def test_an_engine_without_them_is_as_it_was(tmp_path: Path) -> None:
