@@ -10,44 +10,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import threading
-import time
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
 
 import vpd_fast
-from vpd_fast import VPD, VPDConfig, _native
+from vpd_fast import VPD, VPDConfig
+from vpd_fast.bench.pipeline import model_alone
 from vpd_fast.inference import make_predictor
-from vpd_fast.inference.batching import launch
 from vpd_fast.models.random_weights import randomize
-
-
-def throughput(predictor: Any, image: np.ndarray, streams: int, batches: int) -> tuple[float, float]:
-    """Return images per second, and milliseconds of processors per image, of `batches` for each of the streams."""
-    prepared = predictor.prepare(image)
-    group = [prepared] * max(predictor.batch_size // predictor.forwards(prepared), 1)
-    threads = max(torch.get_num_threads() // streams, 1)
-    ready = threading.Barrier(streams + 1)
-
-    def work() -> None:
-        _native.set_threads(threads)
-        for i in range(batches + 2):
-            if i == 2:  # shapes were seen twice, so graphs are captured
-                ready.wait()
-            launch(predictor, group)()
-
-    workers = [threading.Thread(target=work) for _ in range(streams)]
-    for worker in workers:
-        worker.start()
-    ready.wait()
-    start, spent = time.perf_counter(), time.process_time()
-    for worker in workers:
-        worker.join()
-    images = len(group) * streams * batches
-    return images / (time.perf_counter() - start), 1e3 * (time.process_time() - spent) / images
 
 
 def main() -> None:
@@ -57,7 +29,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="of the window of a full-size model with random weights")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--batches", type=int, help="of each stream in a round; by default about a second's")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time of a run")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.size:
@@ -74,10 +46,9 @@ def main() -> None:
         predictor = make_predictor(model, batch_size=batch)
         ways = [*product((False, True), streams)]
         found: dict[tuple[bool, int], list[tuple[float, float]]] = {way: [] for way in ways}
-        batches = arguments.batches or 1 + int(throughput(predictor, image, 1, 1)[0] / batch)
         for _, way in product(range(arguments.rounds), ways):
             model.graphs = way[0]
-            found[way].append(throughput(predictor, image, way[1], batches))
+            found[way].append(model_alone(predictor, image, way[1], arguments.seconds))
         for way, runs in found.items():
             speed, spent = map(statistics.median, zip(*runs, strict=True))
             print(f"| {batch} | {'yes' if way[0] else 'no'} | {way[1]} | {speed:.3g} | {spent:.1f} |", flush=True)

@@ -48,11 +48,15 @@ def load(name: str) -> ModuleType:
 
 def run(kernel: str, *args: Any, **kwargs: Any) -> None:
     """Call a kernel of `_C`, which writes its results to addresses among the arguments."""
-    call = functools.partial(getattr(load("_C"), kernel), *args, **kwargs)
+    native = load("_C")
+    call = functools.partial(getattr(native, kernel), *args, **kwargs)
     calls = getattr(_noting, "calls", None)
-    if calls is not None:
-        calls.append(call)
-    call()
+    if calls is None:
+        call()
+        return
+    if not calls or not isinstance(calls[-1], native.Calls):
+        calls.append(native.Calls())  # of this and of those that follow without anything else between
+    calls[-1].note(call)
 
 
 @contextmanager
@@ -77,6 +81,15 @@ def set_threads(count: int) -> None:
 
     torch.get_num_threads()  # whose first call in a thread sets PyTorch's number
     load("_C").set_threads(count)
+
+
+def release_threads() -> None:
+    """End the threads that wait for work of the calling one; they are started again when there is some.
+
+    While a process has more of them than processors, OpenMP lets all sleep instead of spin between two parallel
+    regions, and waking them takes longer than a small operator.
+    """
+    load("_C").release_threads()
 
 
 def isa() -> str:

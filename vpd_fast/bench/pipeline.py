@@ -173,24 +173,29 @@ def median_runs(
     return chosen
 
 
-def model_alone(predictor: BatchPredictor[Any], photo: Path, seconds: float = 2.0) -> float:
-    """Return the images per second of a model alone, labels or depth included: batches of one photo that was read, as
-    many at once as from files to files."""
-    prepared = predictor.prepare(read_image(photo))
+def model_alone(
+    predictor: BatchPredictor[Any], image: np.ndarray, streams: int | None = None, seconds: float = 2.0
+) -> tuple[float, float]:
+    """Return the images per second of a model alone, labels or depth included, and milliseconds of cores per image.
+
+    It gets batches of one image that was read. streams: how many at once; None: as many as from files to files.
+    """
+    prepared = predictor.prepare(image)
     group = [prepared] * max(predictor.batch_size // predictor.forwards(prepared), 1)
-    with closing(Streams(predictor.streams)) as streams:
+    with closing(Streams(predictor.streams if streams is None else streams)) as parallel:
 
-        def spent(batches: int) -> float:
-            start = time.perf_counter()
-            for future in [streams.submit(lambda: launch(predictor, group)()) for _ in range(batches)]:
+        def spent(batches: int) -> tuple[float, float]:
+            start, start_of_cores = time.perf_counter(), time.process_time()
+            for future in [parallel.submit(lambda: launch(predictor, group)()) for _ in range(batches)]:
                 future.result()
-            return time.perf_counter() - start
+            return time.perf_counter() - start, time.process_time() - start_of_cores
 
-        spent(4 * streams.count)  # compiles, allocates
-        batches = 3 * streams.count
-        while (taken := spent(batches)) < seconds:
+        spent(4 * parallel.count)  # compiles, allocates
+        batches = 3 * parallel.count
+        while (taken := spent(batches))[0] < seconds:
             batches *= 2
-    return batches * len(group) / taken
+    images = batches * len(group)
+    return images / taken[0], 1e3 * taken[1] / images
 
 
 def _resident_mib() -> float:

@@ -45,6 +45,7 @@ def pipeline(
     ] = None,
     images: Annotated[int, measuring_option(min=10, help="Copies of it in a run.")] = 300,
     batch_size: Annotated[int, measuring_option(min=1, help="Images, windows or sentences per forward.")] = 8,
+    streams: options.Streams = None,
     rounds: Annotated[int, measuring_option(min=1, help="Runs of each kind; the one of the median speed counts.")] = 3,
     json: Annotated[Path | None, output_option(metavar="FILE", help="Write all numbers there.")] = None,
     chart: Annotated[Path | None, output_option(metavar="FILE", help="Draw them there, as PNG.")] = None,
@@ -62,8 +63,10 @@ def pipeline(
     from vpd_fast.bench.environment import device_name
 
     modelled = checkpoint is not None or random_weights is not None
-    if not modelled and (config is not None or precision is not None or device != "cpu"):
-        raise InputError("--config, --precision and --device are for a model: give --checkpoint or --random-weights")
+    if not modelled and (config is not None or precision is not None or streams is not None or device != "cpu"):
+        raise InputError(
+            "--config, --precision, --device and --streams are for a model: give --checkpoint or --random-weights"
+        )
     times = _milliseconds(device_ms)
     files.check_output_file("--json", json, ".json")
     files.check_output_file("--chart", chart, ".png")
@@ -77,13 +80,13 @@ def pipeline(
             devices = [measuring.StandIn(predictor, answer, milliseconds) for milliseconds in times]
             alone = None
         else:
-            predictor, answer, about = _model(model_options, path, batch_size)
-            devices, alone = [predictor], measuring.model_alone(predictor, path)
+            predictor, answer, about = _model(model_options, path, {"batch_size": batch_size, "streams": streams})
+            devices, alone = [predictor], measuring.model_alone(predictor, read_image(path))[0]
         with ProgressBar(len(devices) * len(OVERLAYS) * rounds) as bar:
             runs = measuring.median_runs(devices, path, OVERLAYS, images, rounds, lambda: bar.update(advance=1))
         by_stage = measuring.stages(predictor, answer, path)
         if alone is not None:
-            alone = (alone + measuring.model_alone(predictor, path)) / 2
+            alone = (alone + measuring.model_alone(predictor, read_image(path))[0]) / 2
     cores = f"{len(os.sched_getaffinity(0))} cores, batch {batch_size}, {images} images"
     footer = f"{about['task']}, {device_name(device.partition(':')[0])}, {cores}"
     typer.echo(measuring.table(runs, by_stage))
@@ -142,10 +145,12 @@ def _stand_in(task: str, path: Path, batch_size: int) -> tuple[Any, Result, dict
     return predictor, answer, {"task": task}
 
 
-def _model(model_options: options.ModelOptions, path: Path, batch_size: int) -> tuple[Any, Result, dict[str, Any]]:
+def _model(
+    model_options: options.ModelOptions, path: Path, chosen: dict[str, Any]
+) -> tuple[Any, Result, dict[str, Any]]:
     """Return a model's predictor, its result for the photo, and what is measured."""
     model = model_options.load()
     if TASKS[model.config.task].takes_text:
         raise InputError("this measures segmentation and depth: a referring model needs sentences")
-    predictor = options.make_noting_predictor(model, {"batch_size": batch_size})
+    predictor = options.make_noting_predictor(model, chosen)
     return predictor, predictor(read_image(path)), model_options.header(model, [])

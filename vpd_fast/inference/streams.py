@@ -24,6 +24,8 @@ class Streams:
     def __init__(self, count: int) -> None:
         self.count = count
         self._threads = torch.get_num_threads()
+        self._share = max(self._threads // count, 1)
+        _native.release_threads()  # those of the caller, which now waits for the streams
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="vpd_fast-stream")
         self._running = 0
         self._lock = threading.Lock()
@@ -35,11 +37,13 @@ class Streams:
     def _call(self, function: Callable[[], T]) -> T:
         with self._lock:
             self._running += 1
-            share = self._threads if self._running == 1 else max(self._threads // self.count, 1)
+            threads = self._threads if self._running == 1 else self._share
         try:
-            _native.set_threads(share)
+            _native.set_threads(threads)
             return function()
         finally:
+            if threads > self._share:
+                _native.release_threads()
             with self._lock:
                 self._running -= 1
 

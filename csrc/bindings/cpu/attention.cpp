@@ -55,14 +55,14 @@ void self_attention(const Attention& attention, const Strided<2>& out, int threa
     const SelfAttentionSizes sizes = VPD_DISPATCH(isa, self_attention_sizes, plan);
     const int64_t contexts = plan.contexts * plan.heads;
     const int64_t parts = plan.batch * plan.heads * (ceil_divide(plan.queries, sizes.queries));
-    const auto packed = allocate(contexts * sizes.packed);
-
-    py::gil_scoped_release unlocked;
-    in_parts(contexts, threads, [&](int64_t first, int64_t last, int64_t) {
-        VPD_DISPATCH(isa, self_attention_pack, plan, packed.get(), first, last);
-    });
-    in_parts(parts, threads, sizes.scratch, [&](int64_t first, int64_t last, float* scratch) {
-        VPD_DISPATCH(isa, self_attention_parts, plan, packed.get(), first, last, scratch);
+    run_unlocked([=] {
+        const auto packed = allocate(contexts * sizes.packed);
+        in_parts(contexts, threads, [&](int64_t first, int64_t last, int64_t) {
+            VPD_DISPATCH(isa, self_attention_pack, plan, packed.get(), first, last);
+        });
+        in_parts(parts, threads, sizes.scratch, [&](int64_t first, int64_t last, float* scratch) {
+            VPD_DISPATCH(isa, self_attention_parts, plan, packed.get(), first, last, scratch);
+        });
     });
 }
 
@@ -88,15 +88,16 @@ void cross_attention_maps(const Attention& attention, uintptr_t out, const Strid
 
     const int64_t contexts = plan.contexts * plan.heads;
     const int64_t per_query = 2 * plan.dim + 2 * plan.tokens + plan.n_maps + std::max(plan.dim, plan.n_maps);
-    const auto packed = allocate(contexts * plan.packed_size);
-
-    py::gil_scoped_release unlocked;
-    if (plan.packed_size)
-        in_parts(contexts, threads, [&](int64_t first, int64_t last, int64_t) {
-            VPD_DISPATCH(isa, cross_attention_maps_pack, plan, packed.get(), first, last);
-        });
-    in_parts(plan.batch * plan.tiles, threads, plan.tile * per_query, [&](int64_t first, int64_t last, float* scratch) {
-        VPD_DISPATCH(isa, cross_attention_maps_tiles, plan, packed.get(), first, last, scratch);
+    run_unlocked([=] {
+        const auto packed = allocate(contexts * plan.packed_size);
+        if (plan.packed_size)
+            in_parts(contexts, threads, [&](int64_t first, int64_t last, int64_t) {
+                VPD_DISPATCH(isa, cross_attention_maps_pack, plan, packed.get(), first, last);
+            });
+        in_parts(plan.batch * plan.tiles, threads, plan.tile * per_query,
+                 [&](int64_t first, int64_t last, float* scratch) {
+                     VPD_DISPATCH(isa, cross_attention_maps_tiles, plan, packed.get(), first, last, scratch);
+                 });
     });
 }
 

@@ -20,7 +20,6 @@ void run_gemm(const GemmPlan& plan, Isa isa, int64_t threads, MakeRows make_rows
     const int64_t scratch_floats = padded(plan.k + 2 * LANES);
     threads = std::max<int64_t>(threads, 1);
 
-    py::gil_scoped_release unlocked;
     if (rows <= MAX_SHARED_ROWS * threads) {
         const auto a = allocate(rows * row_floats);
         in_parts(rows, threads, scratch_floats, [&](int64_t first, int64_t last, float* scratch) {
@@ -51,8 +50,10 @@ void linear(const Gemm& gemm, const std::array<int64_t, 2>& shape, bool norm, fl
             const std::string& isa_name) {
     const Isa isa = resolve_isa(isa_name);
     const LinearPlan plan{make_gemm(gemm, shape[0], shape[1]), norm, eps};
-    run_gemm(plan, isa, threads, [&](int64_t first, int64_t count, float* a, float* scratch) {
-        VPD_DISPATCH(isa, linear_rows, plan, first, count, a, scratch);
+    run_unlocked([=] {
+        run_gemm(plan, isa, threads, [&](int64_t first, int64_t count, float* a, float* scratch) {
+            VPD_DISPATCH(isa, linear_rows, plan, first, count, a, scratch);
+        });
     });
 }
 
@@ -72,8 +73,10 @@ void conv2d(const Gemm& gemm, const std::array<int64_t, 5>& shape, const std::ar
                           stride,
                           top,
                           left};
-    run_gemm(plan, isa, threads, [&](int64_t first, int64_t count, float* a, float* scratch) {
-        VPD_DISPATCH(isa, conv2d_rows, plan, first, count, a, scratch);
+    run_unlocked([=] {
+        run_gemm(plan, isa, threads, [&](int64_t first, int64_t count, float* a, float* scratch) {
+            VPD_DISPATCH(isa, conv2d_rows, plan, first, count, a, scratch);
+        });
     });
 }
 

@@ -38,15 +38,15 @@ void group_norm_affine(const std::vector<Source>& sources, const std::array<int6
     plan.chunks = ceil_divide(plan.rows, plan.chunk);
 
     const int64_t items = plan.batch * plan.chunks;
-    const auto statistics = allocate(2 * items * 2 * plan.width);  // doubles
-    double* doubles = reinterpret_cast<double*>(statistics.get());
-
-    py::gil_scoped_release unlocked;
-    in_parts(items, threads, 3 * plan.width, [&](int64_t first, int64_t last, float* scratch) {
-        VPD_DISPATCH(isa, group_norm_affine_statistics, plan, doubles, first, last, scratch);
-    });
-    in_parts(plan.batch, threads, [&](int64_t first, int64_t last, int64_t) {
-        VPD_DISPATCH(isa, group_norm_affine_scale_shift, plan, doubles, first, last);
+    run_unlocked([=] {
+        const auto statistics = allocate(2 * items * 2 * plan.width);  // doubles
+        double* doubles = reinterpret_cast<double*>(statistics.get());
+        in_parts(items, threads, 3 * plan.width, [&](int64_t first, int64_t last, float* scratch) {
+            VPD_DISPATCH(isa, group_norm_affine_statistics, plan, doubles, first, last, scratch);
+        });
+        in_parts(plan.batch, threads, [&](int64_t first, int64_t last, int64_t) {
+            VPD_DISPATCH(isa, group_norm_affine_scale_shift, plan, doubles, first, last);
+        });
     });
 }
 

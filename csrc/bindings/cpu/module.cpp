@@ -24,7 +24,11 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "set_threads", [](int count) { omp_set_num_threads(count); }, py::arg("count"),
         "Sets how many OpenMP threads work for the calling thread, and for no other");
+    m.def(
+        "release_threads", [] { omp_pause_resource_all(omp_pause_soft); },
+        "Ends the OpenMP threads that wait for work of the calling thread; its next parallel region starts new ones");
     vpd::bind_attention(m);
+    vpd::bind_calls(m);
     vpd::bind_gemm(m);
     vpd::bind_group_norm_affine(m);
     vpd::bind_upsample_argmax(m);

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <new>
 #include <optional>
@@ -24,10 +25,14 @@ namespace vpd {
 namespace py = pybind11;
 
 void bind_attention(py::module_& m);
+void bind_calls(py::module_& m);
 void bind_gemm(py::module_& m);
 void bind_group_norm_affine(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 void bind_winograd_conv2d(py::module_& m);
+
+// Runs a kernel without the lock of Python; within Calls.note it is also kept, to be run again.
+void run_unlocked(std::function<void()> kernel);
 
 inline void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);

@@ -45,8 +45,7 @@ Memory plan_memory(WinogradConv2dPlan& plan) {
     return {plan.scales_offset + plan.matrices * MAX_TILES, plan.products_offset + plan.matrices * plan.product_stride};
 }
 
-void run_blocks(WinogradConv2dPlan& plan, int64_t threads, Isa isa) {
-    const Memory sizes = plan_memory(plan);
+void run_blocks(const WinogradConv2dPlan& plan, const Memory& sizes, int64_t threads, Isa isa) {
     const int64_t blocks = plan.row_blocks * plan.strips, rows_size = padded(sizes.rows);
     const int64_t scratch_size = padded(sizes.scratch);
     // All threads work together on each of a few blocks; many blocks are divided among them.
@@ -57,7 +56,6 @@ void run_blocks(WinogradConv2dPlan& plan, int64_t threads, Isa isa) {
         return winograd_block(plan, block).last_row - winograd_block(plan, block).first_row;
     };
 
-    py::gil_scoped_release unlocked;
     if (!shared_blocks) {
         in_parts(blocks, threads, [&](int64_t first, int64_t last, int64_t part) {
             float *thread_rows = rows.get() + part * rows_size, *memory = scratch.get() + part * scratch_size;
@@ -95,7 +93,8 @@ void winograd_conv2d(const Gemm& gemm, const std::array<int64_t, 3>& shape, int 
     plan.matrices = matrices, plan.height = height, plan.width = width;
     plan.out_height = height * zoom, plan.out_width = width * zoom;
     plan.out_column = std::get<3>(std::get<7>(gemm))[2];
-    run_blocks(plan, std::max(threads, 1), isa);
+    const Memory sizes = plan_memory(plan);
+    run_unlocked([=] { run_blocks(plan, sizes, std::max(threads, 1), isa); });
 }
 
 }  // namespace
