@@ -143,8 +143,12 @@ def test_what_comes_live_is_not_taken_ahead() -> None:
 @pytest.mark.usefixtures("four_threads")
 def test_the_default_depends_on_model_and_machine(monkeypatch) -> None:
     fast = fast_model()
-    assert make_predictor(fast).streams == running.MAX_STREAMS == 4
+    assert make_predictor(fast).streams == 4
     assert make_predictor(fast, streams=7).streams == 7
+    monkeypatch.setattr(running, "MAX_STREAMS", 3)
+    assert make_predictor(fast).streams == 3
+    monkeypatch.setattr(running, "SMALL_MODEL", fast.nbytes - 1)
+    assert make_predictor(fast).streams == 1
     assert make_predictor(StandIn()).streams == 1
     assert make_predictor(StandIn(), streams=2).streams == 2
     monkeypatch.setattr(_native, "why_missing", lambda name: f"{name} is missing")

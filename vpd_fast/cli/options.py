@@ -115,7 +115,7 @@ Streams = Annotated[
     int | None,
     running_option(
         metavar="N",
-        help="Batches that a CPU computes at once, each with its share of threads. [default: up to 4 for fast models]",
+        help="Batches that a CPU computes at once, sharing its threads. [default: 1; small fast models: up to 8]",
     ),
 ]
 Text = Annotated[list[str] | None, referring_option(metavar="SENTENCE", help="What to look for; repeat it for more.")]

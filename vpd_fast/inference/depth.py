@@ -49,7 +49,8 @@ class DepthPredictor(BatchPredictor[DepthResult]):
         whole.
     flip: average with the mirrored image.
     batch_size: windows per forward, also of several images; default 1 on a CPU, 8 on a GPU.
-    streams: batches that a CPU computes at once, each with a share of the threads; default up to 4 for fast models.
+    streams: batches that a CPU computes at once, each with a share of the threads; default 1, for small fast models up
+        to 8.
 
     notes: what whoever sees the results must know: the scale of the PNGs, if it is not millimetres.
 

@@ -49,7 +49,8 @@ class ReferringPredictor(BatchPredictor[ReferringResult]):
     probabilities: keep the probability of each pixel.
     with_maps: keep the cross-attention maps, by token and by word of each sentence.
     batch_size: sentences per UNet pass, also of several images; default 1 on a CPU, 8 on a GPU.
-    streams: batches that a CPU computes at once, each with a share of the threads; default up to 4 for fast models.
+    streams: batches that a CPU computes at once, each with a share of the threads; default 1, for small fast models up
+        to 8.
 
     notes: what whoever sees the results must know: words of sentences that the text encoder cuts off.
 

@@ -23,7 +23,8 @@ T = TypeVar("T")
 _lock = Lock()
 _in_use: dict[Perceiver, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
-MAX_STREAMS = 4  # of the default; more would mostly cost memory
+SMALL_MODEL = 64 << 20  # bytes of weights; operators of larger ones gain more by all threads than by streams
+MAX_STREAMS = 8  # of the default; more are not fed by the threads around the model
 AUTO, MAX_AUTO_BATCH = "auto", 32  # beyond which a GPU computes no faster
 BYTES_PER_PIXEL = 2048  # of a window: three maps of 256 channels in fp16, which the image encoder has at its full size
 
@@ -92,13 +93,14 @@ def batch_size_for(model: Perceiver, batch_size: int | str | None) -> int:
 
 
 def streams_for(model: Perceiver, streams: int | None) -> int:
-    """Return `streams`, or the default for the model: on a CPU MAX_STREAMS for a fast one, as far as there are threads.
+    """Return `streams`, or the default: for small fast models on a CPU as many as threads, MAX_STREAMS at most, else 1.
 
     Raises InputError for a number that is not positive, or above 1 for a model on a GPU.
     """
     on_cpu = model.device.type == "cpu"
     if streams is None:
-        can_divide = on_cpu and getattr(model, "is_fast", False) and _native.why_missing("_C") is None
+        is_small = getattr(model, "nbytes", SMALL_MODEL + 1) <= SMALL_MODEL  # plain models do not tell
+        can_divide = on_cpu and is_small and _native.why_missing("_C") is None
         return min(MAX_STREAMS, torch.get_num_threads()) if can_divide else 1
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise InputError(f"streams must be a positive int or None, got {streams!r}")

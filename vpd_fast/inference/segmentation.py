@@ -98,7 +98,8 @@ class SegmentationPredictor(BatchPredictor[SegmentationResult]):
     probabilities: keep the class probabilities at the image's size: 4 bytes x classes x pixels.
     with_maps: keep the cross-attention maps, one per class.
     batch_size: windows per forward, also of several images; default 1 on a CPU, 8 on a GPU.
-    streams: batches that a CPU computes at once, each with a share of the threads; default up to 4 for fast models.
+    streams: batches that a CPU computes at once, each with a share of the threads; default 1, for small fast models up
+        to 8.
 
     notes: what whoever sees the results must know: words of class names that the text encoder cuts off.
     """
