@@ -1,7 +1,7 @@
 """Registers, shared memory, spills and tensor-core instructions of the Triton kernels, as VPD's shapes launch them.
 
-Compiles for sm_80 and sm_90 without a GPU; exits with 1 if a kernel spills in a loop or more than two registers, or if
-a 16-bit matrix product does not run on tensor cores. Takes a few minutes the first time; Triton keeps what it has
+Compiles for sm_80 and sm_90 without a GPU; exits with 1 if a kernel spills more than the limits below, or if a 16-bit
+matrix product does not run on tensor cores. Takes a few minutes the first time; Triton keeps what it has
 compiled. With --every N a kernel is compiled for one in N of the pairs of what it is launched with and architecture.
 
 python benchmarks/triton_resources.py [--every N]
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,10 @@ from vpd_fast.ops.statistics import run_length, statistics_shape
 HEADS = 8
 ARCHITECTURES = ("sm_80", "sm_90")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-MAX_SPILLED = 8  # bytes; outside of loops these are two stores and two loads of a thread
+# Bytes of a thread: six registers, stored and loaded once, where a thread executes thousands of instructions. The
+# assembler of Triton 3.7 spills up to so much where those of 3.6 and 3.9 spill 8, in float32 and for sm_80.
+MAX_SPILLED = 24
+MAX_IN_LOOPS = 0.01  # accesses to spilled registers as a share of the instructions of a loop: what they may cost of it
 LAUNCHES: list[tuple[Any, dict[str, Any]]] = []  # kernels and arguments, recorded instead of run
 
 
@@ -178,14 +182,21 @@ def launch_attention(dtype: torch.dtype, rows: int, dim: int, tokens: int, count
     cross_attention_maps_backward.backward(q, maps, q, k, k, q, k, k, **options)
 
 
-def spills_in_loops(cubin: Path) -> int:
-    """Accesses to spilled registers that lie between a backward branch and its target."""
+def spills_in_loops(cubin: Path) -> float:
+    """Accesses to spilled registers between a backward branch and its target, as a share of all instructions there: of
+    the innermost loop that has them, the largest of all loops."""
     code = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/ +(.*?);", code)]
     branches = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for at, text in found]
     loops = [(int(to[1], 16), at) for at, to in branches if to and int(to[1], 16) < at]
     spills = [at for at, text in found if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(any(first <= at <= last for first, last in loops) for at in spills)
+    innermost = Counter(
+        min(around, key=lambda loop: loop[1] - loop[0])
+        for around in ([loop for loop in loops if loop[0] <= at <= loop[1]] for at in spills)
+        if around
+    )
+    sizes = {loop: sum(loop[0] <= at <= loop[1] for at, _ in found) for loop in innermost}
+    return max((count / sizes[loop] for loop, count in innermost.items()), default=0.0)
 
 
 def resources(kernel: Any, arguments: dict[str, Any], architecture: str) -> dict[str, Any]:
@@ -196,7 +207,7 @@ def resources(kernel: Any, arguments: dict[str, Any], architecture: str) -> dict
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         spilled = int(re.search(r"STACK:(\d+)", usage)[1])
-        in_loops = spills_in_loops(cubin) if spilled else 0
+        in_loops = spills_in_loops(cubin) if spilled else 0.0
     instructions = re.findall(r"(wgmma)\.mma_async|(mma)\.sync", compiled.asm["ptx"])
     tensor_cores = " ".join(sorted({name for pair in instructions for name in pair if name}))
     operand = first_operand(arguments)
@@ -219,7 +230,7 @@ def resources(kernel: Any, arguments: dict[str, Any], architecture: str) -> dict
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared_bytes": compiled.metadata.shared,
         "spilled_bytes": spilled,
-        "spills_in_loops": in_loops,
+        "spills_in_loops": round(in_loops, 4),
         "tensor_cores": tensor_cores or ("missing" if wanted and "tt.dot" in compiled.asm["ttir"] else ""),
     }
 
@@ -262,7 +273,7 @@ def main(every: int = 1) -> int:
     with multiprocessing.get_context("fork").Pool() as pool:
         rows = pool.map(_resources_of_job, range(len(_JOBS)), chunksize=1)
     print(table(rows))
-    spills = any(row["spilled_bytes"] > MAX_SPILLED or row["spills_in_loops"] for row in rows)
+    spills = any(row["spilled_bytes"] > MAX_SPILLED or row["spills_in_loops"] > MAX_IN_LOOPS for row in rows)
     return 1 if spills or any(row["tensor_cores"] == "missing" for row in rows) else 0
 
 
