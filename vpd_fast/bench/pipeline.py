@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -182,16 +182,25 @@ def model_alone(
     """
     prepared = predictor.prepare(image)
     group = [prepared] * max(predictor.batch_size // predictor.forwards(prepared), 1)
-    with closing(Streams(predictor.streams if streams is None else streams)) as parallel:
+    count = predictor.streams if streams is None else streams
+    with ExitStack() as stack:
+        parallel = stack.enter_context(closing(Streams(count))) if count > 1 else None
+
+        def predict() -> object:
+            return launch(predictor, group)()
 
         def spent(batches: int) -> tuple[float, float]:
             start, start_of_cores = time.perf_counter(), time.process_time()
-            for future in [parallel.submit(lambda: launch(predictor, group)()) for _ in range(batches)]:
-                future.result()
+            if parallel is None:
+                for _ in range(batches):
+                    predict()
+            else:
+                for future in [parallel.submit(predict) for _ in range(batches)]:
+                    future.result()
             return time.perf_counter() - start, time.process_time() - start_of_cores
 
-        spent(4 * parallel.count)  # compiles, allocates
-        batches = 3 * parallel.count
+        spent(4 * count)  # compiles, allocates
+        batches = 3 * count
         while (taken := spent(batches))[0] < seconds:
             batches *= 2
     images = batches * len(group)
