@@ -200,6 +200,12 @@ MUTANTS = {
         "if (i > Size::BUFFERS) {",
         "tests/native/test_cuda_persistent.py -k matrix",
     ),
+    "only the first short run of stored rows has statistics": Mutant(
+        "csrc/cuda/gemm_persistent.cuh",
+        "exists && begin < STORED_ROWS;",
+        "exists && begin < together;",
+        "tests/native/test_cuda_persistent.py -k statistics",
+    ),
     "statistics of a run forget how far its warps are apart": Mutant(
         "csrc/cuda/gemm_statistics.cuh",
         "part(warp, 2) + ROWS_PER_WARP * difference * difference",
