@@ -25,7 +25,8 @@ class Streams:
         self.count = count
         self._threads = torch.get_num_threads()
         self._share = max(self._threads // count, 1)
-        _native.release_threads()  # those of the caller, which now waits for the streams
+        if self._threads > 1:  # a forked child has one, and OpenMP would wait for those of its parent
+            _native.release_threads()  # those of the caller, which now waits for the streams
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="vpd_fast-stream")
         self._running = 0
         self._lock = threading.Lock()
