@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 import vpd_fast
 from vpd_fast import VPD, VPDConfig
 from vpd_fast.bench.pipeline import model_alone
+from vpd_fast.bench.timing import table
 from vpd_fast.inference import make_predictor
 from vpd_fast.models.random_weights import randomize
 
@@ -34,14 +36,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.size:
         config = VPDConfig(base_size=arguments.size)
-        plain, image = randomize(VPD.empty(config), 0).eval(), np.zeros((arguments.size, arguments.size, 3), np.uint8)
+        plain, shape = randomize(VPD.empty(config), 0).eval(), (arguments.size, arguments.size, 3)
     else:
-        plain, image = VPD.from_checkpoint(arguments.checkpoint), np.zeros((480, 640, 3), np.uint8)
+        plain, shape = VPD.from_checkpoint(arguments.checkpoint), (480, 640, 3)
     model = vpd_fast.optimize(plain, arguments.precision)
     del plain
-    image[:] = np.random.default_rng(0).integers(0, 256, image.shape)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     streams = sorted({1, torch.get_num_threads()})
-    print("| batch | graphs | streams | images/s | core-ms per image |\n| --- | --- | --- | --- | --- |")
+    rows: list[dict[str, Any]] = []
     for batch in arguments.batch_sizes:
         predictor = make_predictor(model, batch_size=batch)
         ways = [*product((False, True), streams)]
@@ -51,7 +53,9 @@ def main() -> None:
             found[way].append(model_alone(predictor, image, way[1], arguments.seconds))
         for way, runs in found.items():
             speed, spent = map(statistics.median, zip(*runs, strict=True))
-            print(f"| {batch} | {'yes' if way[0] else 'no'} | {way[1]} | {speed:.3g} | {spent:.1f} |", flush=True)
+            numbers = {"images/s": f"{speed:.3g}", "core-ms per image": f"{spent:.1f}"}
+            rows.append({"batch": batch, "graphs": way[0], "streams": way[1], **numbers})
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Graphs of a fast model's stages on a CPU: the calls of kernels that a stage comes to, without Python between them.
 
-In small models that Python takes three times as long as the kernels. A stage is captured by running it once while every
+In small models that Python takes longer than the kernels. A stage is captured by running it once while every
 operation is noted (`_Capture`); a replay makes the same calls on the same memory, so its results are the same bits.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from vpd_fast import _native
-from vpd_fast.engine.graphs import Stage, copy_all
+from vpd_fast.engine.graphs import Stage, copy_all, key_of
 from vpd_fast.forks import Lock
 from vpd_fast.ops import registry
 
@@ -79,16 +79,15 @@ class CpuGraph:
     def __init__(self, stage: Stage, inputs: tuple[Tensor, ...]) -> None:
         with torch.inference_mode():
             self._inputs = tuple(x.clone() for x in inputs)
-            capture = _Capture()
-            with capture, _native.noting(capture.calls):
+            self._captured = _Capture()
+            with self._captured, _native.noting(self._captured.calls):
                 self._outputs = stage(*self._inputs)
-        self._memory, self._calls = capture, capture.calls
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Return the stage's results for other inputs of the same shapes, in new memory."""
         with torch.inference_mode():
             copy_all(self._inputs, inputs)
-            for call in self._calls:
+            for call in self._captured.calls:
                 call()
         return self.outputs
 
@@ -116,8 +115,7 @@ class CpuGraphCache:
         """
         if not self.enabled or _observed(inputs):
             return stage(*inputs)
-        kernels = torch.get_num_threads(), _native.isa()
-        key = (name, id(state), kernels, *((x.shape, x.stride(), x.dtype) for x in inputs))
+        key = (torch.get_num_threads(), _native.isa(), *key_of(name, state, inputs))
         with self._lock:
             is_new = key not in self._graphs
             idle, _ = self._graphs.setdefault(key, ([], state))
@@ -143,7 +141,7 @@ class CpuGraphCache:
 
 
 def _observed(inputs: Iterable[Tensor]) -> bool:
-    """Return whether somebody wants to see or to change each operation of the call: a tracer, a profiler's mode."""
+    """Return whether somebody wants to see or to change each operation: a tracer, autocast, another mode."""
     return (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")

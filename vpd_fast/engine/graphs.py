@@ -23,6 +23,11 @@ def copy_all(to: Tensors, tensors: Tensors) -> None:
     torch._foreach_copy_(to, tensors)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def key_of(name: str, state: Any, inputs: Tensors) -> tuple[Hashable, ...]:
+    """What calls of a stage that may share a graph have in common."""
+    return (name, id(state), *((x.shape, x.stride(), x.dtype) for x in inputs))
+
+
 class CudaGraph:
     """A stage captured as a CUDA graph, with its inputs and outputs at fixed addresses."""
 
@@ -76,7 +81,7 @@ class GraphCache:
         """
         if not self.enabled or not self.wanted(inputs[0]):
             return stage(*inputs)
-        key = (name, id(state), *((x.shape, x.stride(), x.dtype) for x in inputs))
+        key = key_of(name, state, inputs)
         with self._lock:
             if key in self._refused:
                 return stage(*inputs)

@@ -23,8 +23,8 @@ T = TypeVar("T")
 _lock = Lock()
 _in_use: dict[Perceiver, tuple[list[nn.Module], int]] = {}  # modules to set back to training, and how many predict
 GPU_BATCH = 8  # on a CPU larger batches only cost memory
-SMALL_MODEL = 64 << 20  # bytes of weights; operators of larger ones gain more by all threads than by streams
-MAX_STREAMS = 8  # of the default; more are not fed by the threads around the model
+SMALL_MODEL = 64 << 20  # bytes of weights; of those measured models of 5 MB gain by streams, and one of 1 GB loses
+MAX_STREAMS = 8  # of the default: what is around the model needs processors, too
 AUTO, MAX_AUTO_BATCH = "auto", 32  # beyond which a GPU computes no faster
 BYTES_PER_PIXEL = 2048  # of a window: three maps of 256 channels in fp16, which the image encoder has at its full size
 

@@ -1,6 +1,6 @@
 """Several batches at once on a CPU, each with a share of its threads: more images per second than one after the other.
 
-Threads that share an operator wait for each other at its end, which small operators never repay.
+Threads that share an operator wait for each other at its end, which costs small operators most.
 """
 
 from __future__ import annotations
